@@ -1,0 +1,1 @@
+"""Images and labels: reading them, making the long tail, whitening, augmentation."""

@@ -1,0 +1,143 @@
+"""From the ``data`` section of a recipe to the long-tailed training set, the held-out set and the test set.
+
+N images, C channels (1 grey, 3 colour), H = W side, K classes. Images are uint8; whitening makes floats of them later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lad_dist.data.arrays import cifar, digits, fashion_mnist
+from lad_dist.data.decoding import decode, probe
+from lad_dist.data.folders import image_folder, image_list, tiny_imagenet
+from lad_dist.data.longtail import exponential_counts, hold_out, select
+from lad_dist.data.parquet import parquet
+from lad_dist.data.sources import Indices, Labels, Source, check_labels
+
+if TYPE_CHECKING:
+    from lad_dist.recipe import DataConfig
+
+Progress = Callable[[int, int], None]  # (images done, images in all)
+
+_OPENERS: dict[str, Callable[[DataConfig], tuple[Source, Source]]] = {
+    "digits": digits,
+    "fashion-mnist": fashion_mnist,
+    "cifar10": cifar,
+    "cifar100": cifar,
+    "tiny-imagenet": tiny_imagenet,
+    "image-folder": image_folder,
+    "list": image_list,
+    "parquet": parquet,
+}
+
+
+@dataclass(frozen=True, eq=False)  # comparing tensors gives no single truth; ``fingerprint`` does
+class ImageSet:
+    """Labelled images of one size."""
+
+    images_NCHW: torch.Tensor  # uint8
+    labels_N: torch.Tensor  # int64, 0..K-1
+    class_names: tuple[str, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        assert self.images_NCHW.dtype == torch.uint8 and self.labels_N.dtype == torch.int64
+        assert self.images_NCHW.ndim == 4 and self.images_NCHW.shape[2] == self.images_NCHW.shape[3]
+        assert self.labels_N.shape == self.images_NCHW.shape[:1]
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour."""
+        return int(self.images_NCHW.shape[1])
+
+    @property
+    def size(self) -> int:
+        """Side of the images, pixels."""
+        return int(self.images_NCHW.shape[2])
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Images per class."""
+        return tuple(torch.bincount(self.labels_N, minlength=self.num_classes).tolist())
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the shape, the images and the labels in their order: equal where training would be equal."""
+        digest = hashlib.sha256(repr(tuple(self.images_NCHW.shape)).encode())
+        digest.update(self.images_NCHW.contiguous().numpy().data)
+        digest.update(self.labels_N.numpy().astype("<i8", copy=False).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class DataSplits:
+    """What the stages work on."""
+
+    train: ImageSet  # exponential: class after class, as ``longtail.select`` orders them; natural: in data set order
+    validation: ImageSet | None  # balanced, taken out of the training pool; None unless asked for
+    test: ImageSet
+    full_counts: tuple[int, ...]  # images per class of the training pool, before anything was taken out of it
+
+
+def load_splits(config: DataConfig, on_progress: Progress | None = None) -> DataSplits:
+    """Open the data set, make the long tail, and decode the images that are kept (no others).
+
+    ``on_progress`` is called with (images done, images in all), from this thread. Raises ``DataError`` with the file or
+    field at fault.
+    """
+    train, test = _OPENERS[config.dataset](config)
+    num_classes = check_labels(train)
+    check_labels(test, num_classes)
+    class_names = train.class_names or tuple(str(c) for c in range(num_classes))
+    kept, held_out = choose_training_images(train.labels_N, class_names, config)
+    pixel_format = probe(train, config)
+    total = len(kept) + len(held_out) + len(test.labels_N)
+    done = 0
+
+    def report(more: int) -> None:
+        nonlocal done
+        done += more
+        if on_progress is not None:
+            on_progress(done, total)
+
+    def load(source: Source, indices: Indices, split: str) -> ImageSet:
+        return ImageSet(
+            images_NCHW=decode(source, indices, pixel_format, report),
+            labels_N=torch.from_numpy(source.labels_N[indices]),
+            class_names=class_names,
+            name=f"{config.dataset}/{split}",
+        )
+
+    return DataSplits(
+        train=load(train, kept, "train"),
+        validation=load(train, held_out, "validation") if len(held_out) else None,
+        test=load(test, np.arange(len(test.labels_N), dtype=np.int64), "test"),
+        full_counts=tuple(np.bincount(train.labels_N, minlength=num_classes).tolist()),
+    )
+
+
+def choose_training_images(
+    labels_N: Labels, class_names: tuple[str, ...], config: DataConfig
+) -> tuple[Indices, Indices]:
+    """Indices into the training pool: (images to train on, images held out), by labels alone."""
+    num_classes, reserve = len(class_names), config.validation_per_class
+    held_out = hold_out(labels_N, reserve, num_classes, class_names)
+    if config.imbalance == "natural":
+        return np.setdiff1d(np.arange(len(labels_N), dtype=np.int64), held_out), held_out
+    smallest = int(np.bincount(labels_N, minlength=num_classes).min()) - reserve
+    n_max = config.n_max if config.n_max is not None else smallest
+    counts = exponential_counts(n_max, num_classes, config.imbalance_factor, class_names)
+    return select(labels_N, counts, reserve, class_names), held_out

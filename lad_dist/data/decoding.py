@@ -1,0 +1,154 @@
+"""Encoded images to one preallocated uint8 tensor, all of one size and one number of channels.
+
+N images, C channels, S side of the (square) images.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lad_dist.data.sources import ArraySource, Indices, Item, Pixels, Source
+from lad_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from lad_dist.recipe import DataConfig
+
+# What Pillow raises for damaged files, by format.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # older Pillows open a 16-bit PNG as "I"
+_GREY_MODES = ("1", "L", "LA", "La", *_SIXTEEN_BIT_MODES)
+_BATCH = 256  # images in flight: bounds the memory that encoded images take
+_MAX_THREADS = 8
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """What every image becomes."""
+
+    channels: int  # 1 or 3
+    size: int  # side, pixels
+    resize: bool  # False: an image of another size is an error
+    center_crop: bool  # False: an image that is not square is an error
+    convert_to_grey: bool  # False: a colour image among grey ones is an error
+
+
+def probe(source: Source, config: DataConfig) -> PixelFormat:
+    """The format that ``config`` asks for; what it leaves open is as the first image of ``source`` has it."""
+    _, first = next(source.items(np.zeros(1, dtype=np.int64)))
+    image = _open(first)
+    channels = config.channels or source.channels or (1 if image.mode in _GREY_MODES else 3)
+    if image.width != image.height and config.fit == "refuse":
+        raise _not_square(first, image)
+    return PixelFormat(
+        channels=channels,
+        size=config.image_size or min(image.size),
+        resize=config.image_size is not None,
+        center_crop=config.fit == "center-crop",
+        convert_to_grey=config.channels == 1,
+    )
+
+
+def decode(
+    source: Source, indices: Indices, pixel_format: PixelFormat, on_decoded: Callable[[int], None] = lambda _: None
+) -> torch.Tensor:
+    """The images ``indices`` of ``source`` as uint8 (N, C, S, S), in the order of ``indices``.
+
+    Never holds more than the result and a batch of encoded images. ``on_decoded`` is told how many more are done.
+    Raises ``DataError`` naming the first image that cannot be used.
+    """
+    shape = (len(indices), pixel_format.channels, pixel_format.size, pixel_format.size)
+    if isinstance(source, ArraySource) and source.images_NCHW.shape[1:] == shape[1:]:
+        images_NCSS = torch.from_numpy(np.ascontiguousarray(source.images_NCHW[indices]))
+        on_decoded(len(indices))
+        return images_NCSS
+    images_NCSS = torch.empty(shape, dtype=torch.uint8)
+    target = images_NCSS.numpy()
+
+    def decode_one(entry: tuple[int, Item]) -> None:
+        k, item = entry
+        target[k] = _to_pixels(item, pixel_format)
+
+    items = source.items(indices)
+    # Pillow releases the interpreter lock while it decodes and resizes, so threads suffice.
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        while batch := list(islice(items, _BATCH)):
+            for _ in pool.map(decode_one, batch):
+                pass
+            on_decoded(len(batch))
+    return images_NCSS
+
+
+def _open(item: Item) -> Image.Image:
+    if isinstance(item.content, np.ndarray):
+        return Image.fromarray(item.content)
+    try:
+        if isinstance(item.content, Path):
+            # Read whole: Pillow would keep each file open until its pixels are asked for.
+            image = Image.open(io.BytesIO(item.content.read_bytes()))
+        else:
+            image = Image.open(io.BytesIO(item.content))
+        image.load()
+    except FileNotFoundError as error:
+        raise DataError(f"{item.where}: no such file") from error
+    except _DECODE_ERRORS as error:
+        raise DataError(f"{item.where}: not a readable image ({error}); valid: PNG, JPEG, BMP, WebP, ...") from error
+    return image
+
+
+def _to_pixels(item: Item, pixel_format: PixelFormat) -> Pixels:
+    """One image as uint8 (C, S, S). Transparency is dropped, colour becomes grey by ITU-R 601 luma."""
+    image = _open(item)
+    if pixel_format.channels == 1 and image.mode not in _GREY_MODES and not pixel_format.convert_to_grey:
+        raise DataError(
+            f"{item.where}: a colour image (mode {image.mode}) where the first image of the data set is grey; "
+            "valid: data.channels: 3 to load all in colour, or 1 to load all in grey"
+        )
+    image = _eight_bit(item, image).convert("L" if pixel_format.channels == 1 else "RGB")
+    side = min(image.size)
+    if image.width != image.height:
+        if not pixel_format.center_crop:
+            raise _not_square(item, image)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if side != pixel_format.size:
+        if not pixel_format.resize:
+            raise DataError(
+                f"{item.where}: {side}x{side} pixels where the first image of the data set has "
+                f"{pixel_format.size}x{pixel_format.size}; valid: images of one size, or data.image_size to resize all"
+            )
+        # Pillow's bilinear filter widens with the reduction, which is what keeps small pictures free of aliasing.
+        image = image.resize((pixel_format.size, pixel_format.size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _eight_bit(item: Item, image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits (65535 -> 255), which Pillow's own conversion would clip; all else as it is."""
+    if image.mode == "F":
+        raise DataError(f"{item.where}: floating-point pixels have no known range; valid: 8- or 16-bit images")
+    if image.mode not in _SIXTEEN_BIT_MODES:
+        return image
+    pixels = np.asarray(image).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise DataError(f"{item.where}: pixels from {pixels.min()} to {pixels.max()}; valid: 8- or 16-bit images")
+    return Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
+
+
+def _not_square(item: Item, image: Image.Image) -> DataError:
+    return DataError(
+        f"{item.where}: {image.width}x{image.height} pixels is not square; "
+        "valid: square images, or data.fit: center-crop to cut the middle out"
+    )

@@ -1,0 +1,176 @@
+"""Data sets of one file per image: class folders, Tiny-ImageNet, and text lists (ImageNet-LT, Places-LT)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lad_dist.data.sources import FileSource, data_root, existing_folder
+from lad_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from lad_dist.recipe import DataConfig
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
+TINY_IMAGENET_FOLDER = "tiny-imagenet-200"
+_TEST_FOLDERS = ("test", "val")
+
+
+def image_folder(config: DataConfig) -> tuple[FileSource, FileSource]:
+    """``root/<split>/<class>/**/<image>``: classes in alphabetical order, files too within a class."""
+    root = existing_folder(data_root(config.root), "data.root")
+    train = existing_folder(root / (config.train or "train"), "data.train")
+    test = _test_folder(root, config, _TEST_FOLDERS)
+    classes = _class_folders(train)
+    return _by_class(train, classes), _by_class(test, classes)
+
+
+def tiny_imagenet(config: DataConfig) -> tuple[FileSource, FileSource]:
+    """Tiny-ImageNet, 200 classes of 500 + 50 colour 64x64 images: root, or root/tiny-imagenet-200, as it is unpacked.
+
+    The validation images, which serve as test set, may also have been sorted into class folders. Some of the files are
+    grey; all are read as colour unless ``config.channels`` says otherwise.
+    """
+    root = existing_folder(data_root(config.root), "data.root")
+    if (root / TINY_IMAGENET_FOLDER).is_dir():
+        root = root / TINY_IMAGENET_FOLDER
+    train = existing_folder(root / (config.train or "train"), f"data.root: {TINY_IMAGENET_FOLDER} is not there")
+    test = _test_folder(root, config, ("val",))
+    classes = _class_folders(train)
+    names = _synset_names(root / "words.txt", classes)
+    annotations = test / "val_annotations.txt"
+    annotated = annotations.is_file() and (test / "images").is_dir()
+    return (
+        _by_class(train, classes, names, channels=3),
+        _annotated(annotations, classes, names) if annotated else _by_class(test, classes, names, channels=3),
+    )
+
+
+def image_list(config: DataConfig) -> tuple[FileSource, FileSource]:
+    """Text files of lines ``path label``, paths relative to root. Blank lines and # comments are skipped."""
+    root = data_root(config.root)
+    for field, value in (("data.train", config.train), ("data.test", config.test)):
+        if value is None:
+            raise DataError(f"{field}: not given; valid: a text file of 'path label' lines (list needs both)")
+    return _listed(root, root / str(config.train), "data.train"), _listed(root, root / str(config.test), "data.test")
+
+
+def _test_folder(root: Path, config: DataConfig, defaults: tuple[str, ...]) -> Path:
+    if config.test is not None:
+        return existing_folder(root / config.test, "data.test")
+    for name in defaults:
+        if (root / name).is_dir():
+            return root / name
+    raise DataError(
+        f"data.test: {root.absolute()} has no folder {' or '.join(defaults)}; valid: the name of the test folder"
+    )
+
+
+def _class_folders(train: Path) -> tuple[str, ...]:
+    names = sorted(entry.name for entry in train.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DataError(f"{train.absolute()}: no class folders; valid: one folder of images for each class")
+    return tuple(names)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """All images below ``folder``, sorted; hidden files (macOS leaves ``._x.jpg`` in archives) are none."""
+    return sorted(
+        Path(parent, name)
+        for parent, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+    )
+
+
+def _by_class(
+    split: Path, classes: tuple[str, ...], names: tuple[str, ...] | None = None, channels: int | None = None
+) -> FileSource:
+    """The files of ``split/<class>/``. Raises ``DataError`` where a class has none, or a folder is no class."""
+    unknown = sorted(set(_class_folders(split)) - set(classes))
+    if unknown:
+        raise DataError(
+            f"{split.absolute()}: class folder {', '.join(unknown[:10])} is not in the training split; "
+            f"valid: {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}"
+        )
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        of_class = _image_files(split / name)
+        if not of_class:
+            raise DataError(f"{(split / name).absolute()}: no images of class {name}; valid: at least one")
+        files += of_class
+        labels += [label] * len(of_class)
+    return FileSource(str(split), np.array(labels, dtype=np.int64), files, names or classes, channels)
+
+
+def _synset_names(words: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The first word of each synset in ``words.txt`` (``n02124075<tab>Egyptian cat``), else the synset itself."""
+    if not words.is_file():
+        return classes
+    wanted = set(classes)
+    names: dict[str, str] = {}
+    for line in words.read_text(encoding="utf-8").splitlines():
+        synset, _, text = line.partition("\t")
+        if synset in wanted:
+            names[synset] = text.split(",")[0].strip()
+    return tuple(names.get(synset) or synset for synset in classes)
+
+
+def _annotated(annotations: Path, classes: tuple[str, ...], names: tuple[str, ...]) -> FileSource:
+    """Tiny-ImageNet's validation images: ``val_annotations.txt`` has file, synset and a box, separated by tabs."""
+    label_of = {synset: label for label, synset in enumerate(classes)}
+
+    def parse(line: str) -> tuple[str, int]:
+        file, synset = line.split("\t")[:2]
+        if synset not in label_of:
+            raise ValueError(f"class {synset} is not in the training split")
+        return file, label_of[synset]
+
+    names_in_file, labels, lines = _parse_lines(annotations, "data.test", parse, "'file<tab>class' lines")
+    files = [annotations.parent / "images" / name for name in names_in_file]
+    return FileSource(str(annotations), np.array(labels, dtype=np.int64), files, names, 3, lines)
+
+
+def _listed(root: Path, file: Path, field: str) -> FileSource:
+    def parse(line: str) -> tuple[str, int]:
+        path, label = line.rsplit(maxsplit=1)  # a path may hold spaces
+        return path, int(label)
+
+    paths, labels, lines = _parse_lines(file, field, parse, "'path label' lines, the label an integer")
+    try:
+        labels_N = np.array(labels, dtype=np.int64)
+    except OverflowError as error:
+        raise DataError(f"{file}: a label is beyond 64 bits; valid: integers 0 to K-1 with no gaps") from error
+    return FileSource(str(file), labels_N, [root / path for path in paths], lines=lines)
+
+
+def _parse_lines(
+    file: Path, field: str, parse: Callable[[str], tuple[str, int]], valid: str
+) -> tuple[list[str], list[int], list[int]]:
+    """Paths, labels and line numbers. Raises ``DataError`` with file:line where ``parse`` raises ``ValueError``."""
+    paths: list[str] = []
+    labels: list[int] = []
+    lines: list[int] = []
+    try:
+        with file.open(encoding="utf-8") as text:
+            for number, line in enumerate(text, start=1):
+                stripped = line.strip()
+                if not stripped or stripped.startswith("#"):
+                    continue
+                try:
+                    path, label = parse(stripped)
+                except ValueError as error:
+                    raise DataError(f"{file}:{number}: {stripped[:80]!r}: {error}; valid: {valid}") from error
+                paths.append(path)
+                labels.append(label)
+                lines.append(number)
+    except OSError as error:
+        raise DataError(f"{field}: {file.absolute()} cannot be read ({error.strerror}); valid: a text file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{field}: {file.absolute()} is not UTF-8 text; valid: {valid}") from error
+    return paths, labels, lines

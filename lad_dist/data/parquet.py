@@ -1,0 +1,201 @@
+"""Data sets in Parquet: one row per image, the image encoded (PNG, JPEG, ...), the label an integer.
+
+The image column is binary, or a struct with a binary field ``bytes`` as the Hugging Face hub writes it.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lad_dist.data.sources import Indices, Item, Labels, data_root
+from lad_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from lad_dist.recipe import DataConfig
+
+IMAGE_NAMES = ("image", "img", "jpg", "png", "bytes")
+LABEL_NAMES = ("label", "labels", "fine_label", "target", "cls")
+_DEFAULT_PATTERNS = ("{}.parquet", "{}", "{}-*.parquet", "data/{}.parquet", "data/{}-*.parquet")
+_DEFAULT_TEST_SPLITS = ("test", "validation", "val", "valid")
+_ROWS_AT_ONCE = 256  # encoded images in memory
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """One split: ``starts[i]`` is the index of the first image of ``files[i]``; the last entry is their number."""
+
+    where: str
+    labels_N: Labels
+    class_names: tuple[str, ...] | None
+    files: tuple[Path, ...]
+    starts: tuple[int, ...]
+    image_column: str
+    channels: int | None = None
+
+    def items(self, indices: Indices) -> Iterator[tuple[int, Item]]:
+        """In the order of the files; row groups without a wanted row are not read."""
+        by_row = np.argsort(indices, kind="stable")  # the k-th wanted row is output by_row[k]
+        rows = indices[by_row]
+        for file, start, stop in zip(self.files, self.starts[:-1], self.starts[1:], strict=True):
+            low, high = np.searchsorted(rows, (start, stop))
+            if low == high:
+                continue
+            with _opened(file) as parquet:
+                for k, row, content in _wanted_rows(parquet, self.image_column, rows[low:high] - start):
+                    where = f"{file}: row {row}, column {self.image_column!r}"
+                    if content is None:
+                        raise DataError(f"{where}: no image; valid: an encoded image in every row")
+                    yield int(by_row[low + k]), Item(where, content)
+
+
+def parquet(config: DataConfig) -> tuple[ParquetSource, ParquetSource]:
+    """Training and test split. ``train`` and ``test`` are a file, a folder of files, or a pattern, relative to root.
+
+    Not given, they are looked for under root as train.parquet, train/, train-*.parquet, data/train.parquet and
+    data/train-*.parquet (for the test split: test, validation, val or valid).
+    """
+    root = data_root(config.root)
+    train = _source(_split_files(root, config.train, "data.train", ("train",)), config, None)
+    test = _source(_split_files(root, config.test, "data.test", _DEFAULT_TEST_SPLITS), config, train.class_names)
+    return train, test
+
+
+def _split_files(root: Path, given: str | None, field: str, names: tuple[str, ...]) -> tuple[Path, ...]:
+    patterns = [given] if given is not None else [p.format(name) for name in names for p in _DEFAULT_PATTERNS]
+    for pattern in patterns:
+        path = root / pattern
+        if path.is_dir():
+            found = sorted(path.glob("*.parquet"))
+        elif path.is_file():
+            found = [path]
+        else:
+            found = sorted(Path(name) for name in glob.glob(str(path)) if Path(name).is_file())
+        if found:
+            return tuple(found)
+    raise DataError(
+        f"{field}: no Parquet file at {', '.join(str((root / p).absolute()) for p in patterns[:5])}; "
+        "valid: a file, a folder of *.parquet files, or a pattern such as data/train-*.parquet, relative to data.root"
+    )
+
+
+def _source(files: tuple[Path, ...], config: DataConfig, train_names: tuple[str, ...] | None) -> ParquetSource:
+    with _opened(files[0]) as first:
+        schema = first.schema_arrow
+    image_column = _column(files[0], schema, config.image_column, "data.image_column", IMAGE_NAMES, _holds_images)
+    label_column = _column(files[0], schema, config.label_column, "data.label_column", LABEL_NAMES, pa.types.is_integer)
+    labels = [_read_labels(file, image_column, label_column) for file in files]
+    starts = np.cumsum([0, *(len(of_file) for of_file in labels)])
+    where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    return ParquetSource(
+        where=f"{where}, column {label_column!r}",
+        labels_N=np.concatenate(labels),
+        class_names=_class_names(schema, label_column) or train_names,
+        files=files,
+        starts=tuple(int(start) for start in starts),
+        image_column=image_column,
+    )
+
+
+def _opened(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a readable Parquet file ({error})") from error
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        position = kind.get_field_index("bytes")
+        return position >= 0 and _holds_images(kind.field(position).type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+
+
+def _column(
+    file: Path,
+    schema: pa.Schema,
+    given: str | None,
+    field: str,
+    usual: Sequence[str],
+    fits: Callable[[pa.DataType], bool],
+) -> str:
+    """The column ``given``; else the first of the ``usual`` names whose type fits; else the only one that fits."""
+    fitting = [name for name in schema.names if fits(schema.field(name).type)]
+    columns = ", ".join(f"{entry.name} ({entry.type})" for entry in schema)
+    if given is not None:
+        if given in fitting:
+            return given
+        problem = f"column {given!r} has another type" if given in schema.names else f"there is no column {given!r}"
+    else:
+        candidates = [name for name in usual if name in fitting] or fitting
+        if len(candidates) == 1 or (candidates and candidates[0] in usual):
+            return candidates[0]
+        problem = f"columns {', '.join(candidates)} could all be meant" if candidates else "no column fits"
+    what = "encoded images (binary, or struct with bytes)" if field.endswith("image_column") else "integer labels"
+    raise DataError(f"{field}: {file}: {problem}; valid: a column of {what}; the columns are {columns}")
+
+
+def _read_labels(file: Path, image_column: str, label_column: str) -> Labels:
+    with _opened(file) as parquet:
+        schema = parquet.schema_arrow
+        for name, fits in ((label_column, pa.types.is_integer), (image_column, _holds_images)):
+            if name not in schema.names or not fits(schema.field(name).type):
+                raise DataError(
+                    f"{file}: column {name!r} is missing or of another type than in the split's first file; "
+                    f"the columns are {', '.join(f'{entry.name} ({entry.type})' for entry in schema)}"
+                )
+        try:
+            column = parquet.read(columns=[label_column]).column(0)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file}: column {label_column!r} cannot be read ({error})") from error
+    if column.null_count:
+        row = pc.index(pc.is_null(column), True).as_py()
+        raise DataError(f"{file}: row {row}, column {label_column!r}: no label; valid: an integer in every row")
+    try:
+        return np.asarray(column.cast(pa.int64()).to_numpy(), dtype=np.int64)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{file}: column {label_column!r}: {error}; valid: integers 0 to K-1 with no gaps") from error
+
+
+def _wanted_rows(parquet: pq.ParquetFile, column: str, rows: Indices) -> Iterator[tuple[int, int, bytes | None]]:
+    """(k, ``rows[k]``, its content) for the sorted ``rows`` of one file."""
+    group_sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.metadata.num_row_groups)]
+    start = 0
+    for group, size in enumerate(group_sizes):
+        low, high = np.searchsorted(rows, (start, start + size))
+        batch_start = start
+        start += size
+        if low == high:
+            continue
+        is_struct = pa.types.is_struct(parquet.schema_arrow.field(column).type)
+        selected = [f"{column}.bytes"] if is_struct else [column]
+        for batch in parquet.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=selected):
+            first, last = np.searchsorted(rows, (batch_start, batch_start + len(batch)))
+            values = pc.struct_field(batch.column(0), "bytes") if is_struct else batch.column(0)
+            for k in range(first, last):
+                yield k, int(rows[k]), values[int(rows[k]) - batch_start].as_py()
+            batch_start += len(batch)
+
+
+def _class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None:
+    """From the schema's metadata: Hugging Face's ClassLabel, else the key ``classes`` with names between commas."""
+    metadata = schema.metadata or {}
+    if b"huggingface" in metadata:
+        try:
+            feature = json.loads(metadata[b"huggingface"])["info"]["features"][label_column]
+        except (ValueError, KeyError, TypeError):
+            feature = None  # a file that says nothing about its classes is as good as any
+        if isinstance(feature, dict) and isinstance(feature.get("names"), list):
+            return tuple(str(name) for name in feature["names"])
+    if b"classes" in metadata:
+        return tuple(name.strip() for name in metadata[b"classes"].decode().split(","))
+    return None

@@ -1,0 +1,61 @@
+"""A recipe's data, ready to train on: long-tailed, whitened, on the device. Every stage starts here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lad_dist.data.datasets import DataSplits, load_splits
+from lad_dist.data.prepared import PreparedSet
+from lad_dist.data.whitening import Whitening
+from lad_dist.recipe import Recipe
+from lad_dist.rundir import published
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The splits as loaded (uint8) and as trained on (whitened, on ``device``)."""
+
+    splits: DataSplits
+    whitening: Whitening
+    train: PreparedSet
+    device: torch.device
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Training images per class."""
+        return self.splits.train.counts
+
+    @property
+    def classes(self) -> int:
+        return self.splits.train.num_classes
+
+    def evaluation_set(self, split: str) -> PreparedSet:
+        """``test`` or ``validation``, whitened as the training set."""
+        images = self.splits.test if split == "test" else self.splits.validation
+        assert images is not None, "the recipe was checked to hold out validation images"
+        return PreparedSet(images.images_NCHW, images.labels_N, self.whitening, self.device)
+
+
+def prepare(
+    recipe: Recipe, whitening_path: Path, device: torch.device, on_progress: Callable[[int, int], None] | None = None
+) -> PreparedData:
+    """Load the data and their whitening; the whitening is fitted and stored at ``whitening_path`` if it is not there.
+
+    Raises:
+        DataError: the data cannot be used.
+        StorageError: the whitening cannot be stored.
+    """
+    splits = load_splits(recipe.data, on_progress)
+    images = splits.train.images_NCHW
+    if whitening_path.exists():
+        whitening = Whitening.load(whitening_path, device)
+    else:
+        whitening = Whitening.fit(images, recipe.data.whitening, recipe.data.zca_eps, device)
+        with published(whitening_path) as temporary:
+            whitening.save(temporary)
+    train = PreparedSet(images, splits.train.labels_N, whitening, device)
+    return PreparedData(splits, whitening, train, device)

@@ -1,0 +1,90 @@
+"""The initial synthetic set: real images that an expert classifies correctly, with the experts' logits as soft labels.
+
+Shapes: E experts, S images, K classes, N training images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lad_dist.seeds import rng
+
+HARD_LABEL_LOGIT = 100.0  # softmax of one such logit among zeros is one-hot in float32
+
+
+@dataclass(frozen=True)
+class InitialSet:
+    """Class-major: ``indices_S`` into the training set, ``logits_SK`` of the labels, and how they came about.
+
+    ``without_expert`` counts the images that no expert classified correctly, whose label is their class's mean logits;
+    ``repeated`` the images taken more than once because too few of their class were classified correctly.
+    """
+
+    indices_S: np.ndarray
+    logits_SK: Tensor
+    without_expert: int
+    repeated: int
+
+
+def label_logits(expert_logits_ESK: Tensor, true_S: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits (S, K), number of correct experts (S,)): the mean over the experts that classify an image correctly.
+
+    Where none does the logits are zero, a uniform label.
+    """
+    correct_ES = expert_logits_ESK.argmax(dim=2) == true_S
+    weights_ES1 = correct_ES.to(expert_logits_ESK.dtype).unsqueeze(2)
+    count_S = correct_ES.sum(dim=0)
+    mean_SK = (expert_logits_ESK * weights_ES1).sum(dim=0) / count_S.clamp_min(1).unsqueeze(1)
+    return mean_SK, count_S
+
+
+def choose_images(chooser_logits_NK: Tensor | None, labels_N: np.ndarray, ipc: int, classes: int, seed: int) -> tuple[np.ndarray, int]:
+    """(indices (classes * ipc,) class-major, how many are repeats).
+
+    Per class a random choice of the images that the chooser classifies correctly; fewer than ``ipc`` of them are repeated
+    in turn; none at all (or no chooser): random images of the class.
+    """
+    correct_N = np.ones(len(labels_N), dtype=bool)
+    if chooser_logits_NK is not None:
+        correct_N = chooser_logits_NK.argmax(dim=1).cpu().numpy() == labels_N
+    chosen, repeated = [], 0
+    for c in range(classes):
+        members = np.flatnonzero(labels_N == c)
+        usable = members[correct_N[members]]
+        usable = rng(seed, "initial", "images", c).permutation(usable if len(usable) else members)
+        chosen.append(np.resize(usable, ipc))
+        repeated += max(0, ipc - len(usable))
+    return np.concatenate(chosen), repeated
+
+
+def build(logits_of: Callable[[int, np.ndarray], Tensor], experts: int, labels_N: np.ndarray, ipc: int, classes: int, *,
+          seed: int, only_correct: bool, hard_labels: bool) -> InitialSet:
+    """The initial set. ``logits_of(expert, indices)`` gives the logits of an expert's last checkpoint on training images.
+
+    One expert, drawn at random, chooses the images; all experts label them. A label that no expert supports becomes the
+    mean logits of its class over all experts and training images of the class.
+    """
+    everything = np.arange(len(labels_N))
+    chooser = int(rng(seed, "initial", "chooser").integers(experts)) if only_correct else None
+    indices_S, repeated = choose_images(
+        None if chooser is None else logits_of(chooser, everything), labels_N, ipc, classes, seed
+    )
+    true_S = torch.from_numpy(labels_N[indices_S])
+    if hard_labels:
+        logits_SK = HARD_LABEL_LOGIT * torch.nn.functional.one_hot(true_S, classes).float()
+        return InitialSet(indices_S, logits_SK, 0, repeated)
+    logits_ESK = torch.stack([logits_of(e, indices_S) for e in range(experts)])
+    logits_SK, count_S = label_logits(logits_ESK, true_S)
+    orphans = (count_S == 0).nonzero().flatten().tolist()
+    for c in sorted({int(true_S[i]) for i in orphans}):
+        members = np.flatnonzero(labels_N == c)
+        mean_K = torch.stack([logits_of(e, members).mean(dim=0) for e in range(experts)]).mean(dim=0)
+        for i in orphans:
+            if int(true_S[i]) == c:
+                logits_SK[i] = mean_K
+    return InitialSet(indices_S, logits_SK, len(orphans), repeated)

@@ -1,0 +1,56 @@
+"""How much the graphs of the student's steps will hold, measured on one step before the run, and the path to take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lad_dist.distill.student import Batch, GradientPath, Phase, Student, SyntheticSet
+from lad_dist.recipe import Recipe
+
+FREE_FRACTION = 0.6  # of the memory that is free, unless distill.memory_gb says otherwise
+
+
+def step_bytes(student: Student, synthetic: SyntheticSet, phase: Phase, batch: Batch) -> int:
+    """Bytes that the graph of one student step keeps alive: distinct storages saved for the backward passes."""
+    storages: dict[int, int] = {}
+
+    def note(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    images_BCHH = synthetic.images_SCHH[batch.rows_B].requires_grad_()
+    labels_BK = synthetic.logits_SK[batch.rows_B].requires_grad_()
+    theta_P = phase.start_P.detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+        gradient_P, _ = student.step_gradient(theta_P, images_BCHH, labels_BK, phase.class_weights_K, create_graph=True)
+    del gradient_P
+    return sum(storages.values())
+
+
+def choose_path(recipe: Recipe, student: Student, synthetic: SyntheticSet, phase: Phase) -> tuple[GradientPath, str]:
+    """(path, why): the recipe's own choice, or for ``auto`` keep where all steps' graphs fit the memory there is."""
+    if recipe.distill.gradient != "auto":
+        return recipe.distill.gradient, f"distill.gradient is {recipe.distill.gradient}"
+    largest = max(phase.batches, key=lambda b: len(b.rows_B))
+    needed = step_bytes(student, synthetic, phase, largest) * len(phase.batches)
+    given = recipe.distill.memory_gb
+    limit = int(given * 1e9) if given is not None else int(free_bytes(synthetic.images_SCHH.device) * FREE_FRACTION)
+    path: GradientPath = "keep" if needed <= limit else "recompute"
+    return path, f"the graphs of {len(phase.batches)} steps hold {needed / 1e9:.2f} GB of {limit / 1e9:.2f} GB to plan with"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device: the GPU's own, or what the host (and its control group) still has."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    host = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
+            if len(line.split()) > 1} if Path("/proc/meminfo").exists() else {}
+    free = host.get("MemAvailable", 8 * 2**30)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(free, 0)

@@ -1,0 +1,161 @@
+"""The distilled set as an artefact: one folder with tensors in safetensors and their meaning in JSON.
+
+    tensors.safetensors     images (S, C, H, H) float32, whitened; label_logits (S, K); labels (S,) the class of each image;
+                            initial_images (S, C, H, H), where the images started
+    whitening.safetensors   see data/whitening.py
+    meta.json               class names, learning rate, training counts, how it was made, versions, checksums
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lad_dist.data.whitening import Whitening
+from lad_dist.errors import DataError, DistilledError
+from lad_dist.rundir import save_tensors
+
+FORMAT_VERSION = 1
+_TENSORS, _WHITENING, _META = "tensors.safetensors", "whitening.safetensors", "meta.json"
+
+
+@dataclass(frozen=True)
+class DistilledMeta:
+    """What a distilled set means. ``lr`` is the learned student learning rate; ``counts`` are training images per class;
+    ``selection`` says how its iteration was chosen."""
+
+    method: str
+    dataset: str
+    ipc: int
+    class_names: tuple[str, ...]
+    counts: tuple[int, ...]
+    lr: float
+    iteration: int
+    selection: str
+    recipe_hash: str
+    experts_hash: str
+    data_fingerprint: str
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    label_source: dict[str, int] = field(default_factory=dict)
+
+
+class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
+    """A distilled set. Item i is (image (C, H, H) float32 whitened, soft label (K,) of probabilities).
+
+    Unpacks as ``images_SCHH, soft_labels_SK, lr = load(folder)``.
+    """
+
+    def __init__(self, images_SCHH: Tensor, label_logits_SK: Tensor, labels_S: Tensor, meta: DistilledMeta,
+                 whitening: Whitening, initial_SCHH: Tensor | None = None) -> None:
+        self.images, self.label_logits, self.labels = images_SCHH, label_logits_SK, labels_S
+        self.meta, self.whitening = meta, whitening
+        self.initial_images = images_SCHH if initial_SCHH is None else initial_SCHH
+
+    @property
+    def soft_labels(self) -> Tensor:
+        """Label probabilities, shape (S, K)."""
+        return F.softmax(self.label_logits, dim=1)
+
+    @property
+    def lr(self) -> float:
+        """The learned learning rate for training a network on the set."""
+        return self.meta.lr
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], F.softmax(self.label_logits[index], dim=-1)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.images, self.soft_labels, self.lr))
+
+    def pictures(self) -> Tensor:
+        """The images with whitening undone, in [0, 1], shape (S, C, H, H)."""
+        return self.whitening.invert(self.images).clamp(0, 1)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """uint8 images (N, C, H, H) as the networks trained on this set expect them."""
+        return self.whitening.apply(images)
+
+    def write(self, folder: Path) -> None:
+        """Write the files into an empty folder (publishing it is the caller's)."""
+        tensors = {"images": self.images, "label_logits": self.label_logits, "labels": self.labels,
+                   "initial_images": self.initial_images.clone()}
+        save_tensors(tensors, folder / _TENSORS)
+        self.whitening.save(folder / _WHITENING)
+        sums = {name: _sha256(folder / name) for name in (_TENSORS, _WHITENING)}
+        doc = {"format_version": FORMAT_VERSION, **asdict(self.meta), "sha256": sums}
+        (folder / _META).write_text(json.dumps(doc, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> DistilledSet:
+        """Read a folder that ``write`` made.
+
+        Raises:
+            DistilledError: a file is missing or damaged, or the parts do not fit together; names the file.
+        """
+        folder = Path(path)
+        if not (folder / _META).is_file() and (folder / "distilled" / _META).is_file():
+            folder = folder / "distilled"
+        doc = _read_meta(folder / _META)
+        sums = doc.pop("sha256")
+        for name in (_TENSORS, _WHITENING):
+            if not (folder / name).is_file():
+                raise DistilledError(f"{folder / name}: is missing; a distilled set has {_TENSORS}, {_WHITENING} and {_META}")
+            if _sha256(folder / name) != sums.get(name):
+                raise DistilledError(f"{folder / name}: does not match the checksum in {_META}: it is damaged or not its own")
+        try:
+            tensors = parse_tensors((folder / _TENSORS).read_bytes())
+            whitening = Whitening.load(folder / _WHITENING)
+        except (SafetensorError, DataError) as error:
+            raise DistilledError(f"{folder}: cannot be read: {error}") from error
+        whole = cls(tensors["images"], tensors["label_logits"], tensors["labels"], DistilledMeta(**doc), whitening,
+                    tensors["initial_images"])
+        whole.validate(str(folder))
+        return whole
+
+    def validate(self, where: str) -> None:
+        """Raises DistilledError where shapes contradict each other or a value is not finite."""
+        count, classes = len(self.images), len(self.meta.class_names)
+        expected = {"label_logits": (count, classes), "labels": (count,)}
+        for name, shape in expected.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise DistilledError(f"{where}: {name} has shape {tuple(getattr(self, name).shape)}, valid: {shape}")
+        for name in ("images", "label_logits"):
+            if not bool(getattr(self, name).isfinite().all()):
+                raise DistilledError(f"{where}: {name} holds NaN or infinity")
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        doc = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise DistilledError(f"{path.parent}: is not a distilled set (no {_META}); `lad-dist distill JOB` makes one") from None
+    except ValueError as error:
+        raise DistilledError(f"{path}: is not valid JSON: {error}") from None
+    if not isinstance(doc, dict) or doc.pop("format_version", None) != FORMAT_VERSION:
+        raise DistilledError(f"{path}: is not of format version {FORMAT_VERSION}, which this lad-dist reads")
+    fields = DistilledMeta.__dataclass_fields__
+    missing = [n for n in [*fields, "sha256"] if n not in doc and n != "label_source"]
+    unknown = [n for n in doc if n not in fields and n != "sha256"]
+    if missing or unknown:
+        raise DistilledError(f"{path}: lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}")
+    doc["class_names"], doc["counts"] = tuple(doc["class_names"]), tuple(doc["counts"])
+    return doc
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

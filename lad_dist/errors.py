@@ -1,0 +1,76 @@
+"""Every error a user can meet, in one hierarchy.
+
+    LadDistError                 exit code 1; ``cli.py`` prints it as one message, without a traceback
+    |-- RecipeError              2   a recipe or profile field is unknown, mistyped or out of bounds
+    |-- DataError                3   images or labels cannot be used as they are
+    |-- RunDirError              4   the run folder cannot be written, or belongs to another recipe
+    |-- TrajectoryError          5   a trajectory part is missing, damaged or made by another recipe
+    |-- DistilledError           6   a distilled set is missing, damaged or inconsistent
+    |-- NumericalError           7   training or matching produced NaN or infinity
+    |-- StorageError             8   the disk is full, or a file could not be published
+    `-- Interrupted            130   Ctrl-C or SIGTERM; what was finished is kept
+
+Messages follow one pattern: *where* (file or field), *what* was wrong, *what* is valid or what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LadDistError(Exception):
+    """Base of all errors that are the user's to see. ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class RecipeError(LadDistError):
+    """One or more faults in a recipe or profile; ``faults`` holds one line for each."""
+
+    exit_code = 2
+
+    def __init__(self, faults: str | Sequence[str]) -> None:
+        self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class DataError(LadDistError):
+    """A data set, an image or a label cannot be used."""
+
+    exit_code = 3
+
+
+class RunDirError(LadDistError):
+    """The run folder cannot be used."""
+
+    exit_code = 4
+
+
+class TrajectoryError(LadDistError):
+    """The trajectory buffer cannot be used."""
+
+    exit_code = 5
+
+
+class DistilledError(LadDistError):
+    """A distilled set cannot be used."""
+
+    exit_code = 6
+
+
+class NumericalError(LadDistError):
+    """A computation left the finite numbers."""
+
+    exit_code = 7
+
+
+class StorageError(LadDistError):
+    """The file system refused a write."""
+
+    exit_code = 8
+
+
+class Interrupted(LadDistError):
+    """The user or the scheduler asked to stop."""
+
+    exit_code = 130

@@ -1,0 +1,46 @@
+"""Choosing among the sets that a distillation kept on its way, where ``distill.select`` is not ``last``."""
+
+from __future__ import annotations
+
+import shutil
+
+
+from lad_dist.data.prepare import PreparedData
+from lad_dist.distilled import DistilledSet
+from lad_dist.evaluate.accuracy import accuracy
+from lad_dist.evaluate.measure import ARCHITECTURE
+from lad_dist.evaluate.train import Settings, train
+from lad_dist.models.convnet import build
+from lad_dist.progress import Events, Screen
+from lad_dist.recipe import Recipe
+from lad_dist.rundir import RunDir
+
+
+def select(recipe: Recipe, data: PreparedData, run: RunDir, events: Events, screen: Screen) -> None:
+    """Publish the candidate whose network is best on the split that ``distill.select`` names.
+
+    ``validation`` measures on images held out of the training pool; ``test-as-published`` on the test set, as the published
+    protocol does: its results are optimistic, and every row and table made from them says so.
+    """
+    split = "validation" if recipe.distill.select == "validation" else "test"
+    images, e = data.evaluation_set(split), recipe.evaluate
+    shapes, best = data.splits.train, (-1.0, run.distilled)
+    folders = sorted(run.candidate(0).parent.glob("iteration-*"))
+    with screen.task(f"select on {split}", len(folders), "candidates") as task:
+        for folder in folders:
+            candidate = DistilledSet.load(folder)
+            settings = Settings(e.epochs, e.batch, candidate.lr if e.lr is None else e.lr, e.momentum, e.weight_decay, e.decay,
+                                recipe.augment)
+            network = build(shapes.channels, shapes.size, shapes.num_classes, recipe.model.width, recipe.model.depth,
+                            seed=recipe.seed, purpose=("select", ARCHITECTURE)).to(data.device)
+            pixels, p = candidate.images.to(data.device), candidate.soft_labels.to(data.device)
+            train(network, lambda rows, x=pixels, y=p: (x[rows], y[rows]), len(pixels), settings, recipe.seed,  # type: ignore[misc]
+                  ("select",), lambda: None)
+            found = accuracy(network, images, data.counts).overall
+            events.emit("candidate", iteration=candidate.meta.iteration, split=split, overall=found)
+            best = max(best, (found, folder), key=lambda pair: pair[0])
+            task.advance(1, overall=found)
+            del network, pixels, p
+    with run.publish_folder(run.distilled) as temporary:
+        shutil.copytree(best[1], temporary, dirs_exist_ok=True)
+    screen.say(f"select: {best[1].name} with {best[0]:.1%} on {split}")

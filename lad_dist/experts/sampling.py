@@ -1,0 +1,35 @@
+"""Which images an expert sees, in which order: a pure function of (seed, expert, stage, epoch)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def shuffled_order(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Representation stage: every one of ``count`` images once, shuffled."""
+    return rng.permutation(count)
+
+
+def class_aware_order(rng: np.random.Generator, labels_N: np.ndarray, draws_per_class: int) -> np.ndarray:
+    """Classifier stage: class-aware sampling (Kang et al., ICLR 2020, arXiv 1910.09217).
+
+    Classes come in shuffled cycles; each turn of a class takes ``draws_per_class`` consecutive draws from that class's own
+    shuffled cycles. The length is (size of the largest class) * K draws; the last turn may be cut short.
+    """
+    members = [np.flatnonzero(labels_N == c) for c in range(int(labels_N.max()) + 1)]
+    classes = len(members)
+    length = max(len(m) for m in members) * classes
+    turns = -(-length // draws_per_class)
+    class_of_turn = _cycles(rng, np.arange(classes), turns)
+    drawn = np.empty(turns * draws_per_class, dtype=np.int64)
+    by_turn = drawn.reshape(turns, draws_per_class)
+    for c, positions in enumerate(members):
+        mine = np.flatnonzero(class_of_turn == c)
+        by_turn[mine] = _cycles(rng, positions, len(mine) * draws_per_class).reshape(len(mine), draws_per_class)
+    return drawn[:length]
+
+
+def _cycles(rng: np.random.Generator, items: np.ndarray, length: int) -> np.ndarray:
+    """``items`` shuffled anew for every pass over them, cut to ``length``."""
+    passes = -(-length // len(items))
+    return np.concatenate([rng.permutation(items) for _ in range(passes)])[:length] if passes else items[:0]

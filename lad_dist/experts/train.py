@@ -1,0 +1,200 @@
+"""One expert, both stages: a function of (recipe, expert id) that writes its checkpoints to the buffer. No Ray here.
+
+Whoever trains expert 7 writes the same rows: its initialisation, image order and augmentation are drawn from counters
+(``seeds.py``), and plain SGD has no state but the weights. So an expert continues from its last published checkpoint,
+bit for bit on a CPU with the same number of threads, and training it twice does no harm.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lad_dist import __version__
+from lad_dist.data import augment
+from lad_dist.data.prepare import PreparedData
+from lad_dist.errors import NumericalError
+from lad_dist.experts.gsam import LossOf, gsam_gradient, sgd_step
+from lad_dist.experts.sampling import class_aware_order, shuffled_order
+from lad_dist.models import functional
+from lad_dist.models.convnet import build, flat_parameters
+from lad_dist.models.layout import Layout
+from lad_dist.recipe import Recipe
+from lad_dist.seeds import rng
+from lad_dist.trajectories.reader import Buffer
+from lad_dist.trajectories.schema import BufferMeta, Stage
+from lad_dist.trajectories.writer import PartWriter
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch of an expert came to: mean training loss, training accuracy (fraction), images per second."""
+
+    expert: int
+    stage: Stage
+    epoch: int
+    loss: float
+    accuracy: float
+    images_per_second: float
+
+
+OnEpoch = Callable[[Epoch], None]
+
+
+def network_loss(module: nn.Module, layout: Layout, images_BCHH: Tensor, labels_B: Tensor) -> LossOf:
+    """Cross-entropy of the whole network on one batch, as a function of all weights (P,)."""
+
+    def loss_of(weights_P: Tensor) -> tuple[Tensor, Tensor]:
+        logits_BK = functional.logits(module, layout.views(weights_P), images_BCHH)
+        return F.cross_entropy(logits_BK, labels_B), logits_BK
+
+    return loss_of
+
+
+def classifier_loss(module: nn.Module, layout: Layout, weights_P: Tensor, images_BCHH: Tensor, labels_B: Tensor) -> LossOf:
+    """Cross-entropy on one batch as a function of the classifier's weights alone.
+
+    The backbone is frozen at ``weights_P``: its features are computed once, without a graph, and shared by GSAM's passes.
+    """
+    views = layout.views(weights_P)
+    with torch.no_grad():
+        features_BD = functional.features(module, views, images_BCHH)
+    names = layout.classifier
+    shapes = [views[n].shape for n in names]
+    sizes = [s.numel() for s in shapes]
+
+    def loss_of(classifier_P: Tensor) -> tuple[Tensor, Tensor]:
+        weight_KD, bias_K = (p.view(s) for p, s in zip(classifier_P.split(sizes), shapes, strict=True))
+        logits_BK = F.linear(features_BD, weight_KD, bias_K)
+        return F.cross_entropy(logits_BK, labels_B), logits_BK
+
+    return loss_of
+
+
+class ExpertTrainer:
+    """Trains experts of one recipe into one buffer folder.
+
+    Args:
+        recipe: determines every row.
+        data: the recipe's data on the device to train on.
+        folder: the buffer.
+    """
+
+    def __init__(self, recipe: Recipe, data: PreparedData, folder: Path) -> None:
+        self.recipe, self.data, self.folder = recipe, data, folder
+        images = data.splits.train
+        self.module = build(images.channels, images.size, images.num_classes, recipe.model.width, recipe.model.depth,
+                            seed=0, purpose=("template",)).to(data.device)
+        self.layout = Layout.of(self.module)
+        self.meta = buffer_meta(recipe, data, self.layout)
+        self._labels_N = images.labels_N.numpy()
+
+    def remaining(self, experts: range) -> list[int]:
+        """The experts whose checkpoints are not all in the buffer."""
+        left = self._left(experts)
+        return [i for i in experts if left[i]]
+
+    def epochs_left(self, experts: Iterable[int]) -> int:
+        """Epochs that are still to be trained, both stages together."""
+        return sum(self._left(experts).values())
+
+    def _left(self, experts: Iterable[int]) -> dict[int, int]:
+        buffer, e = Buffer(self.folder, expected_hash=self.meta.experts_hash), self.recipe.experts
+        wanted: tuple[tuple[Stage, int], ...] = (("representation", e.epochs), ("classifier", e.classifier_epochs))
+        left = {}
+        for i in experts:
+            done = [(buffer.last_contiguous_epoch(stage, i), last) for stage, last in wanted]
+            left[i] = sum(last if at is None else last - min(at, last) for at, last in done)
+        return left
+
+    def train(self, expert: int, on_epoch: OnEpoch) -> None:
+        """Both stages of one expert, from its last published checkpoint on.
+
+        Raises:
+            NumericalError: the loss or the weights are no longer finite.
+            StorageError: a part cannot be written; what was published before is kept.
+            TrajectoryError: the buffer belongs to another recipe or is damaged where it must be read.
+        """
+        weights_P = self._train_stage("representation", expert, None, on_epoch)
+        self._train_stage("classifier", expert, weights_P, on_epoch)
+
+    def _train_stage(self, stage: Stage, expert: int, start_P: Tensor | None, on_epoch: OnEpoch) -> Tensor:
+        e = self.recipe.experts
+        last = e.epochs if stage == "representation" else e.classifier_epochs
+        buffer = Buffer(self.folder, expected_hash=self.meta.experts_hash)
+        done = buffer.last_contiguous_epoch(stage, expert)
+        weights_P = self._initial(expert) if start_P is None else start_P.clone()
+        trained = self.layout.span("all" if stage == "representation" else "classifier")
+        if done is not None:
+            weights_P[trained] = torch.from_numpy(buffer.read(stage, expert, min(done, last))).to(self.data.device)
+        if done is not None and done >= last:
+            return weights_P
+        with PartWriter(self.folder, self.meta, stage, expert, e.epochs_per_part) as writer:
+            if done is None:
+                writer.append(0, weights_P[trained].cpu().numpy())
+            for epoch in range(1 if done is None else done + 1, last + 1):
+                began = time.perf_counter()
+                loss, accuracy, images = self._epoch(stage, expert, epoch, weights_P)
+                seconds = time.perf_counter() - began
+                if not (np.isfinite(loss) and bool(weights_P.isfinite().all())):
+                    raise NumericalError(
+                        f"expert {expert}, {stage} stage, epoch {epoch}: the loss is {loss}; the checkpoints before it are "
+                        "kept; a smaller experts.lr usually cures it"
+                    )
+                writer.append(epoch, weights_P[trained].cpu().numpy(), loss, accuracy, seconds)
+                on_epoch(Epoch(expert, stage, epoch, loss, accuracy, images / seconds))
+        return weights_P
+
+    def _initial(self, expert: int) -> Tensor:
+        m, images = self.recipe.model, self.data.splits.train
+        network = build(images.channels, images.size, images.num_classes, m.width, m.depth,
+                        seed=self.recipe.experts.seed, purpose=("expert", expert))
+        return flat_parameters(network).to(self.data.device)
+
+    def _epoch(self, stage: Stage, expert: int, epoch: int, weights_P: Tensor) -> tuple[float, float, int]:
+        """One epoch, in place on ``weights_P``: (mean loss, accuracy, images seen). No synchronisation until its end."""
+        e, counters = self.recipe.experts, ("expert", expert, stage, epoch)
+        representation = stage == "representation"
+        order_rng = rng(e.seed, *counters, "order")
+        order = (shuffled_order(order_rng, len(self._labels_N)) if representation
+                 else class_aware_order(order_rng, self._labels_N, e.draws_per_class))
+        lr, decay = (e.lr, e.weight_decay) if representation else (e.classifier_lr, e.classifier_weight_decay)
+        trained = self.layout.span("all" if representation else "classifier")
+        loss_sum = torch.zeros((), device=self.data.device)
+        correct = torch.zeros((), device=self.data.device)
+        for step, begin in enumerate(range(0, len(order), e.batch)):
+            rows_B = torch.from_numpy(order[begin : begin + e.batch])
+            images_BCHH, labels_B = self.data.train.batch(rows_B)
+            drawn = augment.draw(rng(e.seed, *counters, "augment", step), self.recipe.augment, len(rows_B), images_BCHH.shape[2])
+            views_BCHH = augment.apply(images_BCHH, drawn)
+            loss_of = (network_loss(self.module, self.layout, views_BCHH, labels_B) if representation
+                       else classifier_loss(self.module, self.layout, weights_P, views_BCHH, labels_B))
+            gsam = gsam_gradient(loss_of, weights_P[trained], e.gsam_rho, e.gsam_alpha)
+            weights_P[trained] = sgd_step(weights_P[trained], gsam.gradient_P, lr, decay)
+            loss_sum += gsam.loss * len(rows_B)
+            correct += (gsam.logits_BK.argmax(dim=1) == labels_B).sum()
+        return float(loss_sum) / len(order), float(correct) / len(order), len(order)
+
+
+def buffer_meta(recipe: Recipe, data: PreparedData, layout: Layout) -> BufferMeta:
+    """What every part of the recipe's buffer says about itself."""
+    import pyarrow
+
+    return BufferMeta(
+        experts_hash=recipe.experts_hash(),
+        data_fingerprint=data.splits.train.fingerprint(),
+        class_counts=data.counts,
+        parameters=tuple(zip(layout.names, layout.shapes, strict=True)),
+        classifier_parameters=layout.classifier,
+        recipe=recipe.experts_document(),
+        versions={"lad_dist": __version__, "torch": torch.__version__, "numpy": np.__version__,
+                  "pyarrow": pyarrow.__version__, "python": platform.python_version()},
+    )

@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM as one exception, and short stretches that must not be torn apart by it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from lad_dist.errors import Interrupted
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def as_exceptions() -> Iterator[None]:
+    """Inside the block Ctrl-C and SIGTERM raise ``Interrupted`` in the main thread, so that ``finally`` blocks run."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for s in _SIGNALS:  # a second Ctrl-C must not tear apart what the first one saves
+            signal.signal(s, signal.SIG_IGN)
+        raise Interrupted(f"interrupted by {signal.Signals(number).name}; what is finished is kept, and the same command continues")
+
+    previous = {s: signal.signal(s, stop) for s in _SIGNALS}
+    try:
+        yield
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the block ends: for updates in place that must be whole or not at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are only ever delivered to the main thread
+        return
+    arrived: list[tuple[int, FrameType | None]] = []
+    previous = {s: signal.signal(s, lambda number, frame: arrived.append((number, frame))) for s in _SIGNALS}
+    try:
+        yield
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+        for number, frame in arrived[:1]:
+            handler = previous[signal.Signals(number)]
+            if callable(handler):
+                handler(number, frame)

@@ -1,0 +1,68 @@
+"""The ConvNet of the dataset-distillation literature (Gidaris 2018; used by DC, MTT, DATM and LAD).
+
+Shapes: B images of a batch, C channels, H side in pixels, W width, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lad_dist.errors import DataError
+
+
+def feature_side(size: int, channels: int, depth: int) -> int:
+    """Side of the last feature map. Grey images are padded by 3 in the first block, which adds 4 pixels a side."""
+    return (size + 4 if channels == 1 else size) >> depth
+
+
+class ConvNet(nn.Module):
+    """``depth`` blocks of 3x3 convolution, instance norm, ReLU and 2x2 average pooling, then one linear classifier.
+
+    Instance norm is GroupNorm with one group per channel, with learned scale and shift. The parameters of
+    ``classifier`` are the classifier in the sense of the method; all others are the backbone.
+
+    Raises:
+        DataError: the images are too small for ``depth`` blocks.
+    """
+
+    classifier_name = "classifier"
+
+    def __init__(self, channels: int, size: int, classes: int, width: int = 128, depth: int = 3) -> None:
+        super().__init__()
+        side = feature_side(size, channels, depth)
+        if side < 1:
+            raise DataError(f"model.depth: {depth} blocks halve {size}x{size} images to nothing; use fewer blocks")
+        blocks: list[nn.Module] = []
+        for block in range(depth):
+            first = block == 0
+            padding = 3 if first and channels == 1 else 1
+            blocks += [
+                nn.Conv2d(channels if first else width, width, kernel_size=3, padding=padding),
+                nn.GroupNorm(width, width),
+                nn.ReLU(),
+                nn.AvgPool2d(2),
+            ]
+        self.features = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(width * side * side, classes)
+
+    def backbone(self, images_BCHH: Tensor) -> Tensor:
+        """Features, shape (B, W * side * side)."""
+        return self.features(images_BCHH).flatten(1)
+
+    def forward(self, images_BCHH: Tensor) -> Tensor:
+        """Logits, shape (B, K)."""
+        return self.classifier(self.backbone(images_BCHH))
+
+
+def build(channels: int, size: int, classes: int, width: int, depth: int, *, seed: int, purpose: tuple[int | str, ...]) -> ConvNet:
+    """A ConvNet whose initialisation (torch's default) is a pure function of ``seed`` and ``purpose``."""
+    from lad_dist.seeds import torch_seeded
+
+    with torch_seeded(seed, "init", *purpose):
+        return ConvNet(channels, size, classes, width, depth)
+
+
+def flat_parameters(module: nn.Module) -> Tensor:
+    """All parameters in module order as one vector, shape (P,), detached from the module."""
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])

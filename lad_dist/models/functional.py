@@ -1,0 +1,28 @@
+"""A network's computation with weights that are passed in, so that they can be a graph's leaves or an expert's checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def logits(module: nn.Module, views: dict[str, Tensor], images_BCHH: Tensor) -> Tensor:
+    """Logits (B, K) of ``module`` with the weights ``views`` (see ``Layout.views``)."""
+    out_BK: Tensor = torch.func.functional_call(module, views, (images_BCHH,))
+    return out_BK
+
+
+def features(module: nn.Module, views: dict[str, Tensor], images_BCHH: Tensor) -> Tensor:
+    """Features (B, D): what ``module.backbone`` gives the classifier, with the weights ``views``."""
+    renamed = {f"network.{name}": view for name, view in views.items()}
+    out_BD: Tensor = torch.func.functional_call(_Backbone(module), renamed, (images_BCHH,))
+    return out_BD
+
+
+class _Backbone(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images_BCHH: Tensor) -> Tensor:
+        return self.network.backbone(images_BCHH)  # type: ignore[operator, no-any-return]

@@ -1,0 +1,148 @@
+"""The stages in order. Read this page first.
+
+    data set -> long-tailed subset -> whitening -> experts -> trajectory buffer -> distillation -> distilled set -> evaluation -> report
+
+Stages do not know each other: they meet through files in the run folder (``rundir.py``). Each finds out from those files
+what is done and does the rest, so any of them can be killed, resumed, or run on another machine.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lad_dist.progress import Events, Screen
+from lad_dist.recipe import Recipe
+from lad_dist.rundir import RunDir
+
+if TYPE_CHECKING:
+    import torch
+
+    from lad_dist.data.prepare import PreparedData
+
+STAGES = ("experts", "distill", "evaluate", "report")
+
+
+@dataclass
+class Pipeline:
+    """The stages of one recipe in one run folder on one device."""
+
+    recipe: Recipe
+    run: RunDir
+    device: torch.device
+    screen: Screen
+    events: Events
+    _data: PreparedData | None = None
+
+    def all(self) -> None:
+        """Everything that is not done yet."""
+        self.experts()
+        self.distill()
+        self.evaluate("distilled")
+        for baseline in self.recipe.evaluate.baselines:
+            self.evaluate(baseline)
+        self.report()
+
+    def experts(self) -> None:
+        """Train the experts into the buffer."""
+        from lad_dist.experts.train import Epoch, ExpertTrainer
+
+        e = self.recipe.experts
+        trainer = ExpertTrainer(self.recipe, self.data, self.run.trajectories)
+        todo = trainer.remaining(range(e.count))
+        if not todo:
+            return self._already("experts", f"{e.count} experts are in {self.run.trajectories}")
+        with self._stage("experts", remaining=len(todo)):
+            total = e.count * (e.epochs + e.classifier_epochs)
+            with self.screen.task("experts", total, "epochs", done=total - trainer.epochs_left(todo)) as task:
+
+                def on_epoch(epoch: Epoch) -> None:
+                    self.events.emit("expert-epoch", **vars(epoch))
+                    task.advance(1, expert=epoch.expert, stage=epoch.stage, loss=epoch.loss, accuracy=epoch.accuracy,
+                                 images_per_second=epoch.images_per_second)
+
+                for expert in todo:
+                    trainer.train(expert, on_epoch)
+                    self.events.emit("expert-finished", expert=expert)
+
+    def distill(self) -> None:
+        """Match the experts with a synthetic set, and choose the iteration that is kept."""
+        from lad_dist.distill.loop import distill
+        from lad_dist.distilled import DistilledSet
+
+        if self.run.distilled.exists():
+            made = DistilledSet.load(self.run.distilled).meta
+            return self._already("distill", f"{self.run.distilled} is there (iteration {made.iteration})")
+        with self._stage("distill"):
+            distill(self.recipe, self.data, self.run, self.events, self.screen)
+            if self.recipe.distill.select != "last":
+                from lad_dist.evaluate.select import select
+
+                select(self.recipe, self.data, self.run, self.events, self.screen)
+
+    def evaluate(self, source: str) -> None:
+        """Measure what a network learns from ``distilled``, ``random`` or ``full``."""
+        from lad_dist.evaluate.measure import evaluate, remaining
+
+        left = remaining(self.recipe, self.data, self.run, source)  # type: ignore[arg-type]
+        if not left:
+            return self._already(f"evaluate {source}", f"{self.recipe.evaluate.seeds} networks are in {self.run.results}")
+        with self._stage(f"evaluate {source}", networks=left):
+            evaluate(self.recipe, self.data, self.run, source, self.events, self.screen)  # type: ignore[arg-type]
+
+    def report(self) -> None:
+        """Tables, pictures and the page."""
+        from lad_dist.report.page import write_report
+
+        with self._stage("report"):
+            write_report(self.recipe, self.run, self.screen)
+
+    @property
+    def data(self) -> PreparedData:
+        """The recipe's data, loaded when a stage first needs them."""
+        if self._data is None:
+            from lad_dist.data.prepare import prepare
+
+            began = time.perf_counter()
+            self._data = prepare(self.recipe, self.run.whitening, self.device)
+            images = self._data.splits.train
+            self.events.emit("data", name=images.name, fingerprint=images.fingerprint(), counts=list(images.counts),
+                             test=len(self._data.splits.test), seconds=round(time.perf_counter() - began, 3))
+            self.screen.say(f"data: {images.name}, {len(images)} training images ({max(images.counts)} to {min(images.counts)} per "
+                            f"class), {len(self._data.splits.test)} test images, {images.channels}x{images.size}x{images.size}")
+        return self._data
+
+    def _already(self, stage: str, what: str) -> None:
+        self.screen.say(f"{stage}: done, {what}")
+
+    def _stage(self, name: str, **fields: int) -> _Stage:
+        return _Stage(self.events, name, fields)
+
+
+class _Stage:
+    """Records when a stage began and how it ended."""
+
+    def __init__(self, events: Events, name: str, fields: dict[str, int]) -> None:
+        self.events, self.name, self.fields = events, name, fields
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+        self.events.emit("stage-started", stage=self.name, **self.fields)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        from lad_dist.progress import peak_memory_bytes
+
+        seconds = round(time.perf_counter() - self.began, 3)
+        ended = "stage-finished" if kind is None else "stage-stopped"
+        self.events.emit(ended, stage=self.name, seconds=seconds, peak_memory_bytes=peak_memory_bytes(),
+                         **({"error": f"{kind.__name__}: {error}"} if kind else {}))
+
+
+def open_pipeline(recipe: Recipe, out: Path, buffers: Path | None, device: torch.device, screen: Screen) -> Pipeline:
+    """The pipeline of a recipe in the run folder ``out``, which is made if need be."""
+    run = RunDir.open(out, recipe, buffers)
+    return Pipeline(recipe, run, device, screen, Events(run.events))
+
+

@@ -1,0 +1,272 @@
+"""The typed recipe: every field of an experiment, with its default, unit and bounds. Defaults live here and nowhere else.
+
+A recipe says *what* to compute; a cluster profile (``profile.py``) says *where*. ``load`` reads YAML, applies ``--set``
+overrides and reports every fault at once. ``Recipe.experts_hash`` names the trajectory buffer that a recipe needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Int = Annotated[int, Field(strict=True)]
+Bool = Annotated[bool, Field(strict=True)]
+Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Text = Annotated[str, Field(strict=True, min_length=1)]
+OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
+Method = Literal["lad", "datm", "mtt", "lad-without-wma", "lad-without-adm"]
+
+# What each method means, as fields of `distill`. A recipe may still set any of them itself.
+METHODS: dict[str, dict[str, Any]] = {
+    "lad": {"matching": "decoupled", "weighted_loss": True, "labels": "soft"},
+    "lad-without-wma": {"matching": "decoupled", "weighted_loss": False, "labels": "soft"},
+    "lad-without-adm": {"matching": "joint", "weighted_loss": True, "labels": "soft"},
+    "datm": {"matching": "joint", "weighted_loss": False, "labels": "soft"},
+    "mtt": {"matching": "joint", "weighted_loss": False, "labels": "hard"},
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DataConfig(_Section):
+    """Which images, how long their tail is, and how they are whitened."""
+
+    dataset: Literal[
+        "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "list", "parquet"
+    ] = Field("cifar10", description="the source of the images")
+    root: Text | None = Field(None, description="data folder; default: $LAD_DIST_DATA, else ./data")
+    train: Text | None = Field(None, description="training split: file, folder or pattern under root")
+    test: Text | None = Field(None, description="test split: file, folder or pattern under root")
+    image_column: Text | None = Field(None, description="Parquet column of encoded images; default: found by type and name")
+    label_column: Text | None = Field(None, description="Parquet column of labels; default: found by name")
+    image_size: Annotated[Int, Field(ge=4, le=1024)] | None = Field(None, description="resize to this many pixels a side")
+    channels: Literal[1, 3] | None = Field(None, description="convert to grey (1) or colour (3); default: as the images are")
+    fit: Literal["refuse", "center-crop"] = Field("refuse", description="what to do with an image that is not square")
+    imbalance: Literal["exponential", "natural"] = Field(
+        "exponential", description="exponential: n_c = trunc(n_max * factor^(-c/(K-1))); natural: the data as it is"
+    )
+    imbalance_factor: Annotated[Float, Field(ge=1, le=1000)] = Field(100.0, description="largest over smallest class")
+    n_max: Annotated[Int, Field(ge=1)] | None = Field(
+        None, description="images of the largest class; default: size of the smallest class of the training pool"
+    )
+    validation_per_class: Annotated[Int, Field(ge=0)] = Field(
+        0, description="images per class held out of the training pool, to choose settings on"
+    )
+    download: Bool = Field(True, description="let torchvision download a missing data set")
+    whitening: Literal["zca", "standardize", "none"] = Field("zca", description="fitted on the training set, applied to all")
+    zca_eps: Annotated[Float, Field(gt=0)] = Field(0.1, description="added to the eigenvalues of the covariance")
+
+
+class ModelConfig(_Section):
+    """The network of experts and students: ``depth`` blocks of convolution, instance norm, ReLU, average pooling."""
+
+    width: Annotated[Int, Field(ge=1, le=4096)] = Field(128, description="channels of every convolution")
+    depth: Annotated[Int, Field(ge=1, le=8)] = Field(3, description="blocks; each halves the image")
+
+
+class AugmentConfig(_Section):
+    """DSA augmentation: one operation per batch, uniform among ``operations``, parameters per image."""
+
+    operations: tuple[Operation, ...] = Field(OPERATIONS, description="an empty list switches augmentation off")
+    flip: Annotated[Float, Field(ge=0, le=1)] = Field(0.5, description="probability of a horizontal flip")
+    scale: Annotated[Float, Field(ge=1, le=4)] = Field(1.2, description="scale factors lie in [1/scale, scale]")
+    rotate: Annotated[Float, Field(ge=0, le=180)] = Field(15.0, description="degrees to either side")
+    crop: Annotated[Float, Field(ge=0, le=1)] = Field(0.125, description="largest shift, as a fraction of the side")
+    cutout: Annotated[Float, Field(ge=0, le=1)] = Field(0.5, description="side of the hole, as a fraction of the side")
+    brightness: Annotated[Float, Field(ge=0)] = Field(1.0, description="width of the uniform brightness offset")
+    saturation: Annotated[Float, Field(ge=0)] = Field(2.0, description="saturation factors lie in [0, saturation]")
+    contrast: Annotated[Float, Field(ge=0, le=1)] = Field(0.5, description="contrast factors lie in 1 +- contrast")
+
+
+class ExpertsConfig(_Section):
+    """Both stages of the expert trajectories (stage 1: representation, stage 2: classifier)."""
+
+    count: Annotated[Int, Field(ge=1)] = Field(100, description="experts to train")
+    seed: Annotated[Int, Field(ge=0)] = Field(0, description="seed of all experts; not tied to the recipe's seed, so that "
+                                                             "several distillations share one buffer")
+    epochs: Annotated[Int, Field(ge=1)] = Field(100, description="epochs of the representation stage")
+    classifier_epochs: Annotated[Int, Field(ge=1)] = Field(10, description="epochs of the classifier stage")
+    batch: Annotated[Int, Field(ge=1)] = Field(256, description="images per step")
+    lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="SGD learning rate, representation stage")
+    classifier_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="SGD learning rate, classifier stage")
+    weight_decay: Annotated[Float, Field(ge=0)] = Field(5e-3, description="representation stage")
+    classifier_weight_decay: Annotated[Float, Field(ge=0)] = Field(0.0, description="classifier stage")
+    gsam_rho: Annotated[Float, Field(ge=0)] = Field(0.01, description="GSAM perturbation radius; 0 trains with plain SGD")
+    gsam_alpha: Annotated[Float, Field(ge=0)] = Field(0.3, description="GSAM weight of the orthogonal component")
+    draws_per_class: Annotated[Int, Field(ge=1)] = Field(4, description="consecutive draws per class, classifier stage")
+    epochs_per_part: Annotated[Int, Field(ge=1)] = Field(5, description="epochs in one part file: what a crash can lose")
+
+
+class DistillConfig(_Section):
+    """The synthetic set and how it is matched to the experts."""
+
+    iterations: Annotated[Int, Field(ge=1)] = Field(10_000, description="outer iterations")
+    matching: Literal["decoupled", "joint"] = Field(
+        "decoupled", description="decoupled: a representation and a classifier phase; joint: one phase over all weights "
+                                 "(set by method)"
+    )
+    weighted_loss: Bool = Field(True, description="weight mismatch avoidance in the representation phase (set by method)")
+    labels: Literal["soft", "hard"] = Field("soft", description="soft labels are learned, hard ones fixed (set by method)")
+    class_weights: Literal["published", "mean-one"] = Field(
+        "published", description="published: n_c / sum n; mean-one: the same scaled to mean 1, so that one alpha fits both "
+                                 "phases"
+    )
+    class_weight_offset: Annotated[Float, Field(ge=0)] = Field(0.0, description="f in (n_c + f) / (sum n + f)")
+    lambda_representation: Annotated[Float, Field(ge=0)] = Field(1.0, description="lambda_1")
+    lambda_classifier: Annotated[Float, Field(ge=0)] = Field(1.0, description="lambda_2")
+    student_steps: Annotated[Int, Field(ge=1)] = Field(80, description="N, representation (or joint) phase")
+    student_steps_classifier: Annotated[Int, Field(ge=1)] = Field(80, description="N, classifier phase")
+    batch: Annotated[Int, Field(ge=1)] = Field(500, description="synthetic images per student step; the whole set if smaller")
+    window_epochs: Annotated[Int, Field(ge=1)] = Field(2, description="M, epochs between theta_t and its target")
+    start_epoch_min: Annotated[Int, Field(ge=0)] = Field(0, description="first start epoch of a window")
+    start_epoch_max: Annotated[Int, Field(ge=1)] = Field(20, description="start epochs are below this")
+    start_epoch_max_first: Annotated[Int, Field(ge=1)] | None = Field(
+        None, description="the upper bound at iteration 0, if it shall grow; default: no growth"
+    )
+    start_epoch_growth: Annotated[Int, Field(ge=0)] = Field(0, description="iterations over which the upper bound grows")
+    classifier_start_epoch_max: Annotated[Int, Field(ge=1)] = Field(
+        1, description="classifier windows start below this epoch; 1: always at epoch 0"
+    )
+    lr_images: Annotated[Float, Field(ge=0)] = Field(100.0, description="SGD learning rate of the pixels")
+    momentum_images: Annotated[Float, Field(ge=0, lt=1)] = Field(0.5)
+    lr_labels: Annotated[Float, Field(ge=0)] = Field(2.0, description="SGD learning rate of the label logits")
+    momentum_labels: Annotated[Float, Field(ge=0, lt=1)] = Field(0.9)
+    lr_alpha: Annotated[Float, Field(ge=0)] = Field(1e-5, description="SGD learning rate of the student's learning rate")
+    momentum_alpha: Annotated[Float, Field(ge=0, lt=1)] = Field(0.5)
+    alpha: Annotated[Float, Field(gt=0)] = Field(0.01, description="the student's learning rate at the start")
+    gradient: Literal["auto", "keep", "recompute"] = Field(
+        "auto", description="keep the graphs of all student steps, or recompute them in constant memory; same numbers"
+    )
+    memory_gb: Annotated[Float, Field(gt=0)] | None = Field(
+        None, description="memory that auto may plan with; default: 60% of what is free on the device"
+    )
+    initial: Literal["real-correct", "real-random"] = Field(
+        "real-correct", description="real images that an expert classifies correctly, or any real images of the class"
+    )
+    select: Literal["last", "validation", "test-as-published"] = Field(
+        "last", description="which iteration's set is kept; test-as-published picks on the test set and says so"
+    )
+    select_every: Annotated[Int, Field(ge=1)] = Field(500, description="iterations between the candidates of select")
+    checkpoint_every: Annotated[Int, Field(ge=1)] = Field(100, description="iterations between checkpoints for resuming")
+
+
+class EvaluateConfig(_Section):
+    """How a network is trained on a set to measure what the set is worth."""
+
+    seeds: Annotated[Int, Field(ge=1)] = Field(5, description="networks trained per source and architecture")
+    epochs: Annotated[Int, Field(ge=1)] = Field(1000)
+    batch: Annotated[Int, Field(ge=1)] = Field(128)
+    lr: Annotated[Float, Field(gt=0)] | None = Field(
+        None, description="learning rate on distilled and random sets; default: the learned alpha (random: distill.alpha)"
+    )
+    momentum: Annotated[Float, Field(ge=0, lt=1)] = Field(0.9)
+    weight_decay: Annotated[Float, Field(ge=0)] = Field(5e-4)
+    decay: Annotated[Float, Field(gt=0, le=1)] = Field(0.1, description="factor on the learning rate at half of the epochs")
+    full_epochs: Annotated[Int, Field(ge=1)] = Field(200, description="epochs on the whole long-tailed set")
+    full_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="learning rate on the whole long-tailed set")
+    full_batch: Annotated[Int, Field(ge=1)] = Field(256)
+    baselines: tuple[Literal["random", "full"], ...] = Field(
+        ("random", "full"), description="what `run` measures beside the distilled set"
+    )
+    split: Literal["test", "validation"] = Field("test", description="what accuracy is measured on")
+
+
+class Recipe(_Section):
+    """One experiment. ``seed`` drives distillation and evaluation; ``experts.seed`` drives the experts."""
+
+    name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field("unnamed", description="default run folder")
+    method: Method = Field("lad", description="a preset of distill.matching, distill.weighted_loss and distill.labels")
+    ipc: Annotated[Int, Field(ge=1)] = Field(10, description="synthetic images per class")
+    seed: Annotated[Int, Field(ge=0)] = Field(0, description="of distillation and evaluation")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    distill: DistillConfig = DistillConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_method(cls, doc: Any) -> Any:
+        if not isinstance(doc, dict) or not isinstance(doc.get("distill", {}), dict | None | DistillConfig):
+            return doc
+        if isinstance(doc.get("distill"), DistillConfig):
+            return doc
+        method = doc.get("method", cls.model_fields["method"].default)
+        preset = METHODS.get(method, {}) if isinstance(method, str) else {}
+        own = {k: v for k, v in (doc.get("distill") or {}).items() if not (k in preset and v is None)}
+        return {**doc, "distill": {**preset, **own}}
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Recipe:
+        faults = list(_cross_faults(self))
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    @property
+    def uses_classifier_experts(self) -> bool:
+        """Whether distillation needs the classifier stage of the experts."""
+        return self.distill.matching == "decoupled"
+
+    def experts_document(self) -> dict[str, Any]:
+        """The part of the recipe that determines the experts' rows, apart from the data's own fingerprint."""
+        doc = self.model_dump(mode="json")
+        data = {k: v for k, v in doc["data"].items() if k not in ("root", "download")}
+        experts = {k: v for k, v in doc["experts"].items() if k not in ("count", "epochs_per_part")}
+        return {"data": data, "model": doc["model"], "augment": doc["augment"], "experts": experts}
+
+    def experts_hash(self) -> str:
+        """SHA-256 (hex) of ``experts_document``: equal hashes mean interchangeable experts."""
+        return _digest(self.experts_document())
+
+    def recipe_hash(self) -> str:
+        """SHA-256 (hex) of the whole recipe except where the data lies."""
+        doc = self.model_dump(mode="json")
+        doc["data"] = {k: v for k, v in doc["data"].items() if k not in ("root", "download")}
+        return _digest(doc)
+
+
+def _digest(doc: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(doc, sort_keys=True).encode()).hexdigest()
+
+
+def _cross_faults(recipe: Recipe) -> list[str]:
+    """Faults that concern several fields, each as ``field: what is wrong; what is valid``."""
+    d, e, faults = recipe.distill, recipe.experts, []
+    if d.start_epoch_max <= d.start_epoch_min:
+        faults.append(f"distill.start_epoch_max: {d.start_epoch_max} is not above distill.start_epoch_min {d.start_epoch_min}")
+    last = d.start_epoch_max - 1 + d.window_epochs
+    if last > e.epochs:
+        faults.append(
+            f"distill.start_epoch_max: a window from epoch {d.start_epoch_max - 1} over {d.window_epochs} epochs ends at {last}, "
+            f"past experts.epochs {e.epochs}; at most {e.epochs - d.window_epochs + 1} is valid"
+        )
+    if d.start_epoch_max_first is not None and not d.start_epoch_min < d.start_epoch_max_first <= d.start_epoch_max:
+        faults.append(
+            f"distill.start_epoch_max_first: {d.start_epoch_max_first} must lie above distill.start_epoch_min "
+            f"{d.start_epoch_min} and not above distill.start_epoch_max {d.start_epoch_max}"
+        )
+    last = d.classifier_start_epoch_max - 1 + d.window_epochs
+    if recipe.uses_classifier_experts and last > e.classifier_epochs:
+        faults.append(
+            f"distill.classifier_start_epoch_max: a window ends at epoch {last}, past experts.classifier_epochs "
+            f"{e.classifier_epochs}"
+        )
+    for field, value in (("evaluate.split", recipe.evaluate.split), ("distill.select", d.select)):
+        if value == "validation" and recipe.data.validation_per_class == 0:
+            faults.append(f"{field}: validation needs data.validation_per_class above 0")
+    if recipe.data.dataset in ("list", "parquet"):
+        for field, value in (("train", recipe.data.train), ("test", recipe.data.test)):
+            if value is None:
+                faults.append(f"data.{field}: must name the {field} split's file for data.dataset {recipe.data.dataset}")
+    if recipe.data.imbalance == "natural" and "imbalance_factor" in recipe.data.model_fields_set:
+        if recipe.data.imbalance_factor != DataConfig.model_fields["imbalance_factor"].default:
+            faults.append("data.imbalance_factor: has no meaning with data.imbalance natural; remove it")
+    return faults

@@ -1,0 +1,195 @@
+"""Recipes as YAML: reading with overrides, one report of all faults, and writing the resolved recipe."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from lad_dist.errors import RecipeError
+from lad_dist.recipe import METHODS, Recipe
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice and reads 1e-5 as a number (YAML 1.1 takes it for text)."""
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if not isinstance(key, str):
+            raise yaml.MarkedYAMLError(problem=f"key {key!r} is not text", problem_mark=key_node.start_mark)
+        if key in seen:
+            raise yaml.MarkedYAMLError(
+                problem=f"key {key!r} is given twice (first on line {seen[key]})", problem_mark=key_node.start_mark
+            )
+        seen[key] = key_node.start_mark.line + 1
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_FLOAT = __import__("re").compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))  # type: ignore[no-untyped-call]
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """The mapping in ``text``. Raises RecipeError that names ``source``, the line and the fault."""
+    try:
+        doc = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{source}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    if doc is None:
+        return {}
+    if not isinstance(doc, dict):
+        raise RecipeError(f"{source}: holds {type(doc).__name__} where a mapping of fields is valid")
+    return doc
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises RecipeError where it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "is not UTF-8 text"
+        raise RecipeError(f"{path}: cannot be read: {reason}") from None
+    return parse_yaml(text, str(path))
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in ``path`` with ``--set`` overrides (``"a.b=c"``). Raises RecipeError with every fault at once."""
+    return from_document(read_document(path), overrides, str(path))
+
+
+def from_document(doc: dict[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
+    """A recipe from a plain mapping; ``source`` names it in messages."""
+    doc, sources, faults = apply_overrides(doc, overrides)
+    if "method" in sources:
+        _forget_preset(doc, sources)
+    return validated(Recipe, doc, source, sources, faults)
+
+
+def _forget_preset(doc: dict[str, Any], sources: dict[str, str]) -> None:
+    """A resolved recipe spells its method's fields out; another method must not inherit them."""
+    section = doc.get("distill")
+    if isinstance(section, dict):
+        for field in next(iter(METHODS.values())):
+            if f"distill.{field}" not in sources:
+                section.pop(field, None)
+
+
+def apply_overrides(
+    doc: dict[str, Any], overrides: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """A copy of ``doc`` with ``a.b=c`` set; which fields came from which option; and the faults of the options."""
+    doc = _copied(doc)
+    sources: dict[str, str] = {}
+    faults: list[str] = []
+    for item in overrides:
+        field, equals, text = item.partition("=")
+        field = field.strip()
+        if not equals or not all(field.split(".")):
+            faults.append(f"--set {item}: is not of the form field=value, for example distill.iterations=500")
+            continue
+        try:
+            value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+        except yaml.YAMLError:
+            faults.append(f"--set {item}: the value is not valid YAML")
+            continue
+        *parents, leaf = field.split(".")
+        node = doc
+        for name in parents:
+            if not isinstance(node.get(name), dict):
+                node[name] = {}
+            node = node[name]
+        node[leaf] = value
+        sources[field] = f"--set {item}"
+    return doc, sources, faults
+
+
+def _copied(doc: dict[str, Any]) -> dict[str, Any]:
+    return {k: _copied(v) if isinstance(v, dict) else v for k, v in doc.items()}
+
+
+def validated(
+    model: type[M], doc: dict[str, Any], source: str, sources: dict[str, str] | None = None, faults: Sequence[str] = ()
+) -> M:
+    """``model`` filled from ``doc``. Raises RecipeError with one line per fault: source, field, what is wrong, what is valid."""
+    lines = list(faults)
+    built: M | None = None
+    try:
+        built = model.model_validate({k: v for k, v in doc.items() if v is not None})
+    except ValidationError as error:
+        for detail in error.errors():
+            lines.extend(_fault_lines(model, detail, source, sources or {}))
+    if lines or built is None:
+        raise RecipeError(lines)
+    return built
+
+
+def _fault_lines(model: type[BaseModel], detail: ErrorDetails, source: str, sources: dict[str, str]) -> Iterator[str]:
+    field = ".".join(str(part) for part in detail["loc"] if not (isinstance(part, str) and "[" in part))
+    where = next((sources[f] for f in sources if field == f or field.startswith(f + ".")), f"{source}: {field}")
+    if detail["type"] == "extra_forbidden":
+        yield f"{where}: unknown key; {_suggestion(model, field)}"
+    elif detail["type"] == "value_error" and not field:
+        for line in str(detail["ctx"]["error"]).split("\n"):
+            owner = sources.get(line.partition(":")[0])
+            yield f"{owner}: {line.partition(': ')[2]}" if owner else f"{source}: {line}"
+    else:
+        message = detail["msg"][0].lower() + detail["msg"][1:]
+        yield f"{where}: {detail['input']!r}: {message.replace('input should', 'should')}"
+
+
+def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted field of a typed document with its pydantic field, depth first."""
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from fields_of(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info
+
+
+def _suggestion(model: type[BaseModel], field: str) -> str:
+    known = dict(fields_of(model))
+    sections = {name.rpartition(".")[0] for name in known} - {""}
+    if "." not in field:
+        known.update(dict.fromkeys(sections))
+    section, _, leaf = field.rpartition(".")
+
+    def likeness(candidate: str) -> float:
+        other_section, _, other = candidate.rpartition(".")
+        ratio = difflib.SequenceMatcher(None, leaf, other).ratio()
+        within = 0.6 if leaf in other or other in leaf else 0.0
+        return max(ratio, within) + (0.2 if section == other_section else 0.0)
+
+    best = max(known, key=likeness)
+    info = known[best]
+    if info is None:
+        return f"did you mean {best}?"
+    default = info.get_default(call_default_factory=True)
+    return f"did you mean {best} (default {_shown(default)})?"
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def dump(recipe: BaseModel, header: str = "") -> str:
+    """The resolved recipe as YAML, every field spelled out; ``header`` becomes comment lines."""
+    doc = recipe.model_dump(mode="json")
+    comment = "".join(f"# {line}\n" for line in header.splitlines())
+    return comment + yaml.safe_dump(doc, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,228 @@
+"""The run folder: the only place where a path inside a run is composed, and where files are published by rename.
+
+    recipe.yaml                the resolved recipe
+    events.jsonl               what happened, one JSON object a line
+    trajectories/              the experts' buffer (a link when several runs share one), and the whitening they saw
+    candidates/                sets to choose from, where distill.select is not last
+    checkpoints/distill.safetensors
+    distilled/                 the artefact (see distilled.py)
+    evaluation/results.json    one row per (source, architecture, seed)
+    report/                    index.html, synthetic.png
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lad_dist.errors import LadDistError, RunDirError, StorageError
+from lad_dist.recipe import Recipe
+
+# Fields that may differ between a run's saved recipe and the one it is continued with: they say where data lie, how
+# often to save, or how to measure (results carry their own settings), and change no distilled pixel.
+_FREE = ("data.root", "data.download", "experts.epochs_per_part", "distill.memory_gb", "distill.gradient",
+         "distill.checkpoint_every", "evaluate.", "name")
+
+
+class RunDir:
+    """One run's folder. ``open`` creates it or checks that it belongs to the same recipe."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def trajectories(self) -> Path:
+        return self.root / "trajectories"
+
+    @property
+    def whitening(self) -> Path:
+        return self.trajectories / "whitening.safetensors"
+
+    def candidate(self, iteration: int) -> Path:
+        return self.root / "candidates" / f"iteration-{iteration:06d}"
+
+    @property
+    def distill_checkpoint(self) -> Path:
+        return self.root / "checkpoints" / "distill.safetensors"
+
+    @property
+    def distilled(self) -> Path:
+        return self.root / "distilled"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "evaluation" / "results.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    @classmethod
+    def open(cls, root: Path, recipe: Recipe, buffers: Path | None = None) -> RunDir:
+        """The folder of ``recipe``'s run, made if need be.
+
+        Raises RunDirError where the folder cannot be written, or holds another recipe's run (naming the fields that
+        differ). With ``buffers``, ``trajectories`` becomes a link to that store's buffer for this recipe's experts.
+        """
+        from lad_dist import recipe_file
+
+        run = cls(root)
+        with _storage(root, RunDirError, "choose another folder with --out"):
+            root.mkdir(parents=True, exist_ok=True)
+            for leftover in root.glob(".tmp-*"):
+                _remove(leftover)
+            if run.recipe.exists():
+                saved = recipe_file.load(run.recipe)
+                changed = _differences(saved.model_dump(mode="json"), recipe.model_dump(mode="json"))
+                if changed:
+                    raise RunDirError(
+                        f"{root}: belongs to a run of another recipe ({'; '.join(changed)}); "
+                        "choose another folder with --out, or remove this one"
+                    )
+            elif any(p for p in root.iterdir() if p.name != "events.jsonl"):
+                raise RunDirError(f"{root}: is not empty and not a run folder (no recipe.yaml); choose another with --out")
+            text = recipe_file.dump(recipe, header="The resolved recipe of this run, every field spelled out.")
+            if not run.recipe.exists() or run.recipe.read_text(encoding="utf-8") != text:
+                with run.publish(run.recipe) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+            run._place_buffer(recipe, buffers)
+        return run
+
+    @classmethod
+    def existing(cls, root: Path) -> RunDir:
+        """The run folder at ``root``. Raises RunDirError where there is none."""
+        if not (root / "recipe.yaml").is_file():
+            raise RunDirError(f"{root}: is not a run folder (no recipe.yaml in it); `lad-dist run JOB --out {root}` makes one")
+        return cls(root)
+
+    def _place_buffer(self, recipe: Recipe, buffers: Path | None) -> None:
+        if buffers is None:
+            self.trajectories.mkdir(exist_ok=True)
+            return
+        shared = (buffers / recipe.experts_hash()[:16]).resolve()
+        shared.mkdir(parents=True, exist_ok=True)
+        if self.trajectories.is_symlink() and self.trajectories.resolve() == shared:
+            return
+        if self.trajectories.exists() or self.trajectories.is_symlink():
+            if self.trajectories.is_symlink() or any(self.trajectories.iterdir()):
+                raise RunDirError(f"{self.trajectories}: already holds a buffer, so the run cannot use {shared}; keep the "
+                                  "run's own buffer (no --buffers), or choose another --out")
+            self.trajectories.rmdir()
+        self.trajectories.symlink_to(shared, target_is_directory=True)
+
+    @contextmanager
+    def publish(self, final: Path) -> Iterator[Path]:
+        """``with run.publish(path) as temporary``: write there; on success it is synced and renamed to ``path``.
+
+        Nothing appears under the final name unless the block ended normally. Raises StorageError where the file
+        system refuses (disk full, no permission), and removes the temporary file.
+        """
+        with published(final) as temporary:
+            yield temporary
+
+    @contextmanager
+    def publish_folder(self, final: Path) -> Iterator[Path]:
+        """As ``publish``, for a whole folder; an older folder of that name is replaced."""
+        with _storage(final, StorageError):
+            temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.root))
+            try:
+                yield temporary
+                for file in temporary.rglob("*"):
+                    if file.is_file():
+                        _sync(file)
+                temporary.chmod(0o755)
+                final.parent.mkdir(parents=True, exist_ok=True)
+                if final.exists():
+                    aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.root))
+                    os.rename(final, aside / "old")
+                    os.rename(temporary, final)
+                    shutil.rmtree(aside)
+                else:
+                    os.rename(temporary, final)
+                _sync(self.root)
+            finally:
+                _remove(temporary)
+
+
+@contextmanager
+def published(final: Path) -> Iterator[Path]:
+    """The publish-by-rename used by every stage; see ``RunDir.publish``."""
+    with _storage(final, StorageError):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=final.suffix, dir=final.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            _sync(temporary)
+            os.replace(temporary, final)
+            _sync(final.parent)
+        finally:
+            _remove(temporary)
+
+
+def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """``safetensors.torch.save_file`` whose write failures are OSErrors, so that a full disk is reported as one."""
+    from safetensors.torch import save
+
+    path.write_bytes(save({k: t.contiguous().cpu() for k, t in tensors.items()}, metadata))
+
+
+@contextmanager
+def _storage(where: Path, kind: type[LadDistError], advice: str = "free some space or choose another folder; what was "
+             "finished before is kept, and the same command continues") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space; what was finished before is kept, and the same command continues" if full else advice
+        raise kind(f"{error.filename or where}: cannot be written: {reason}; {advice}") from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+    changed = []
+    for name, value in asked.items():
+        field = prefix + name
+        other = saved.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            changed += _differences(other, value, field + ".")
+        elif value != other and not any(field == f or (f.endswith(".") and field.startswith(f)) for f in _FREE):
+            changed.append(f"{field} is {_shown(other)} there, {_shown(value)} here")
+    return changed
+
+
+def _shown(value: Any) -> str:
+    return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("\n...\n").strip()

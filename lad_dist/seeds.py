@@ -1,0 +1,39 @@
+"""Counter-based randomness: every draw is a pure function of (seed, what it is for, which one).
+
+Any epoch of any expert and any iteration of a distillation can therefore be redone alone, in any order and on any number
+of processes, with the same draws. The counters are hashed (SHA-256) into the 128-bit key of NumPy's Philox generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+Counter = int | str
+
+
+def key(seed: int, *counters: Counter) -> int:
+    """A 128-bit key for (seed, counters). Different counters give unrelated keys; ``1`` and ``"1"`` differ."""
+    text = repr((int(seed), *counters)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:16], "little")
+
+
+def rng(seed: int, *counters: Counter) -> np.random.Generator:
+    """A NumPy generator for (seed, counters), for example ``rng(seed, "expert", 7, "epoch", 3)``."""
+    return np.random.Generator(np.random.Philox(key=key(seed, *counters)))
+
+
+@contextmanager
+def torch_seeded(seed: int, *counters: Counter) -> Iterator[None]:
+    """Run a block (the construction of a network) under torch's CPU generator seeded from (seed, counters).
+
+    The state of the global generator is restored afterwards, so nothing outside the block notices.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, *counters) % 2**63)
+        yield

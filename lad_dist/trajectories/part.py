@@ -1,0 +1,267 @@
+"""One part file: how it is written, sealed, opened and read.
+
+A part carries two SHA-256 sums in its Parquet footer: one of all bytes before the footer, one of the footer itself
+(with the digits of that sum set to zero). The footer's is checked whenever a part is opened, so damaged sizes and
+offsets never reach the Parquet decoder; the data's is checked by ``verify``, so that no flipped byte anywhere in the
+file goes unnoticed. In between, page checksums guard every single read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from lad_dist.errors import TrajectoryError
+from lad_dist.trajectories import files
+from lad_dist.trajectories.schema import (
+    KEY_COLUMNS,
+    VECTOR_COLUMN,
+    VECTOR_LEAF,
+    WRITER_OPTIONS,
+    BufferMeta,
+    Checkpoint,
+    PartName,
+    arrow_schema,
+)
+
+_DATA_SUM, _FOOTER_SUM = b"lad_dist_data_sha256", b"lad_dist_footer_sha256"
+_NO_SUM = b"0" * 64
+# In Thrift's compact protocol a key and the 64-character value that follows it are joined by 0x18 (next field, binary)
+# and 0x40 (length 64). JSON escapes control characters, so the metadata cannot contain this by chance.
+_SUMS = {key: re.compile(re.escape(key) + b"\x18\x40([0-9a-f]{64})") for key in (_DATA_SUM, _FOOTER_SUM)}
+
+_MAGIC = b"PAR1"
+_TAIL = 8  # length of the footer (4 bytes, little-endian), then the magic
+_LARGEST_FOOTER = 2**26
+_SLACK = 2**16  # bytes for the page header and the levels of one vector
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Footer:
+    """A part's footer after all checks that need no data. Immutable, so threads may share it."""
+
+    name: PartName
+    path: str
+    stamp: files.Stamp
+    meta: BufferMeta
+    parquet: pq.FileMetaData
+    data_sum: str
+    data_end: int  # where the footer starts, in bytes
+
+    def row_group(self, epoch: int) -> int:
+        """Index of the row group that holds ``epoch``."""
+        return epoch - self.name.first
+
+
+def damaged(path: str, what: str) -> TrajectoryError:
+    """The error for a part whose content cannot be trusted."""
+    return TrajectoryError(
+        f"{path}: the part is damaged: {what}; delete it and run `lad-dist experts` again, which redoes its epochs"
+    )
+
+
+@contextmanager
+def damage_named(path: str) -> Iterator[None]:
+    """Turn whatever a file system or the Parquet decoder raises into a ``TrajectoryError`` that names the part."""
+    try:
+        yield
+    except FileNotFoundError as cause:
+        raise TrajectoryError(
+            f"{path}: the part has gone since it was listed; run `lad-dist experts` again, which redoes its epochs"
+        ) from cause
+    except OSError as cause:
+        if cause.errno is None:  # Arrow's own errors about the content are OSErrors without a number
+            raise damaged(path, _first_line(cause)) from cause
+        raise TrajectoryError(f"{path}: cannot be read: {cause.strerror}; valid: a readable file") from cause
+    except (pa.ArrowException, ValueError, OverflowError, MemoryError) as cause:
+        raise damaged(path, _first_line(cause)) from cause
+
+
+def _first_line(cause: BaseException) -> str:
+    return (str(cause).splitlines() or [repr(cause)])[0]
+
+
+def write_part(file: BinaryIO, meta: BufferMeta, rows: Sequence[Checkpoint]) -> None:
+    """Write ``rows`` (consecutive epochs of one expert and stage) and seal the file. Raises OSError."""
+    schema = arrow_schema(meta)
+    with pq.ParquetWriter(file, schema, **WRITER_OPTIONS) as writer:
+        for row in rows:
+            weights = pa.ListArray.from_arrays(
+                pa.array([0, row.weights.size], pa.int32()),
+                pa.array(row.weights),
+                type=schema.field(VECTOR_COLUMN).type,
+            )
+            columns = [
+                weights if field.name == VECTOR_COLUMN else pa.array([getattr(row, field.name)], field.type)
+                for field in schema
+            ]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=1)
+        # Without an embedded Arrow schema the writer drops the schema's metadata: it goes into the footer by itself.
+        writer.add_key_value_metadata({**schema.metadata, _DATA_SUM: _NO_SUM, _FOOTER_SUM: _NO_SUM})
+    _seal(file)
+
+
+def _seal(file: BinaryIO) -> None:
+    """Put the two sums where ``write_part`` left zeros."""
+    file.flush()
+    size = file.seek(0, 2)
+    file.seek(size - _TAIL)
+    data_end = size - _TAIL - int.from_bytes(file.read(4), "little")
+    file.seek(0)
+    data, left = hashlib.sha256(), data_end
+    while left:
+        chunk = file.read(min(_CHUNK, left))
+        assert chunk, "the file that was just written is shorter than it says"
+        data.update(chunk)
+        left -= len(chunk)
+    footer = file.read()
+    footer = _with_sum(footer, _DATA_SUM, data.hexdigest().encode())
+    footer = _with_sum(footer, _FOOTER_SUM, hashlib.sha256(footer).hexdigest().encode())
+    file.seek(data_end)
+    file.write(footer)
+
+
+def _find_sum(footer: bytes, key: bytes) -> re.Match[bytes] | None:
+    found = list(_SUMS[key].finditer(footer))
+    return found[0] if len(found) == 1 else None
+
+
+def _with_sum(footer: bytes, key: bytes, digits: bytes) -> bytes:
+    found = _find_sum(footer, key)
+    assert found is not None, f"the Parquet writer did not store {key!r} as Thrift's compact protocol does"
+    return footer[: found.start(1)] + digits + footer[found.end(1) :]
+
+
+def load_footer(filesystem: fs.FileSystem, path: str, name: PartName) -> Footer:
+    """Read and check the footer of the part at ``path``, which should hold ``name``.
+
+    Checks the footer's sum, the format version, the columns, that the rows are the ones ``name`` says, and that every
+    size and offset fits into the file, so that no read can allocate more than a checkpoint needs. Raises
+    ``TrajectoryError``.
+    """
+    with damage_named(path):
+        stamp = files.stamp(filesystem, path)
+        if stamp is None:
+            raise FileNotFoundError(path)
+        with files.open_for_reading(filesystem, path) as source:
+            footer, data_end = _read_footer(source, path)
+        found = {key: _find_sum(footer, key) for key in _SUMS}
+        data_sum, footer_sum = found[_DATA_SUM], found[_FOOTER_SUM]
+        if data_sum is None or footer_sum is None:
+            raise damaged(path, "its footer has no checksums, so lad-dist did not write it in this form")
+        if hashlib.sha256(_with_sum(footer, _FOOTER_SUM, _NO_SUM)).hexdigest().encode() != footer_sum[1]:
+            raise damaged(path, "its footer does not match its checksum")
+        limit = len(footer)  # no string or list in it can be longer than the whole
+        parquet = pq.ParquetFile(
+            pa.BufferReader(_MAGIC + footer), thrift_string_size_limit=limit, thrift_container_size_limit=limit
+        ).metadata
+        meta = BufferMeta.from_metadata(parquet.metadata, path)
+        result = Footer(name, path, stamp, meta, parquet, data_sum[1].decode(), data_end)
+        _check_rows(result)
+    return result
+
+
+def _read_footer(source: pa.NativeFile, path: str) -> tuple[bytes, int]:
+    """The bytes from the start of the footer to the end of the file, and where they start."""
+    size = source.size()
+    if size < len(_MAGIC) + _TAIL:
+        raise damaged(path, f"it is {size} bytes long, too short for a Parquet file")
+    tail = source.read_at(_TAIL, size - _TAIL)
+    if tail[4:] != _MAGIC or source.read_at(4, 0) != _MAGIC:
+        raise damaged(path, "it does not begin and end as a Parquet file does, so it was cut short or overwritten")
+    length = int.from_bytes(tail[:4], "little")
+    if not 0 < length <= min(size - _TAIL - len(_MAGIC), _LARGEST_FOOTER):
+        raise damaged(path, f"its footer claims {length:,} bytes in a file of {size:,}")
+    data_end = size - _TAIL - length
+    return source.read_at(length + _TAIL, data_end), data_end
+
+
+def _check_rows(footer: Footer) -> None:
+    """Hold the footer against the name of the part and the length of the file, without reading data."""
+    parquet, name, path = footer.parquet, footer.name, footer.path
+    rows = name.last - name.first + 1
+    expected = arrow_schema(footer.meta).remove_metadata()
+    if not parquet.schema.to_arrow_schema().remove_metadata().equals(expected):
+        raise damaged(path, f"its columns are not those of a trajectory part; valid: {', '.join(expected.names)}")
+    if parquet.num_rows != rows or parquet.num_row_groups != rows:
+        raise damaged(
+            path, f"it holds {parquet.num_rows} rows in {parquet.num_row_groups} row groups where its name says {rows}"
+        )
+    length = footer.meta.vector_length(name.stage)
+    for epoch in range(name.first, name.last + 1):
+        group = parquet.row_group(footer.row_group(epoch))
+        columns = [group.column(i) for i in range(group.num_columns)]
+        for column in columns:
+            values = length if column.path_in_schema == VECTOR_LEAF else 1
+            start, size = column.data_page_offset, column.total_compressed_size
+            within = len(_MAGIC) <= start and size >= 0 and start + size <= footer.data_end
+            if (
+                column.num_values != values
+                or not within
+                or not 0 <= column.total_uncompressed_size <= 8 * values + _SLACK
+            ):
+                raise damaged(path, f"epoch {epoch}: column {column.path_in_schema} has impossible sizes or offsets")
+        key = [column.statistics for column in columns if column.path_in_schema in KEY_COLUMNS]
+        if any(s is None or not s.has_min_max or s.min != s.max for s in key):
+            raise damaged(path, f"epoch {epoch}: its key is not in the footer")
+        if tuple(s.min for s in key) != (name.stage, name.expert, epoch):
+            raise damaged(
+                path,
+                f"it holds {[s.min for s in key]} where its name says {[name.stage, name.expert, epoch]}; "
+                "was it renamed?",
+            )
+
+
+def read_row(filesystem: fs.FileSystem, footer: Footer, epoch: int, columns: Sequence[str]) -> pa.Table:
+    """Columns of one row, decoded from that row's bytes only, page checksums verified. Raises ``TrajectoryError``."""
+    with damage_named(footer.path), files.open_for_reading(filesystem, footer.path) as source:
+        opened = pq.ParquetFile(source, metadata=footer.parquet, pre_buffer=False, page_checksum_verification=True)
+        table = opened.read_row_group(footer.row_group(epoch), columns=list(columns), use_threads=False)
+        if table.num_rows != 1:
+            raise damaged(footer.path, f"epoch {epoch}: {table.num_rows} rows in its row group")
+        return table
+
+
+def vector(footer: Footer, table: pa.Table) -> npt.NDArray[np.float32]:
+    """The weights in a table of one row: float32, shape (vector_length,), a copy that may be written to."""
+    values: npt.NDArray[np.float32] = table.column(VECTOR_COLUMN).chunk(0).flatten().to_numpy()
+    length = footer.meta.vector_length(footer.name.stage)
+    if values.shape != (length,):
+        raise damaged(footer.path, f"a vector of {values.size} weights where the layout has {length}")
+    return values.copy()
+
+
+def checkpoint(filesystem: fs.FileSystem, footer: Footer, epoch: int) -> Checkpoint:
+    """One whole row. Raises ``TrajectoryError``."""
+    table = read_row(filesystem, footer, epoch, footer.parquet.schema.to_arrow_schema().names)
+    row = {name: table.column(name)[0].as_py() for name in table.column_names if name != VECTOR_COLUMN}
+    key = (row["stage"], row["expert"], row["epoch"])
+    if key != (footer.name.stage, footer.name.expert, epoch):
+        raise damaged(
+            footer.path, f"it holds {list(key)} where its name says {[footer.name.stage, footer.name.expert, epoch]}"
+        )
+    return Checkpoint(weights=vector(footer, table), **row)
+
+
+def data_sum(filesystem: fs.FileSystem, footer: Footer) -> str:
+    """SHA-256 of all bytes before the footer; undamaged if equal to ``footer.data_sum``. Raises ``TrajectoryError``."""
+    total, position = hashlib.sha256(), 0
+    with damage_named(footer.path), files.open_for_reading(filesystem, footer.path) as source:
+        while position < footer.data_end:
+            chunk = source.read_at(min(_CHUNK, footer.data_end - position), position)
+            if not chunk:
+                raise damaged(footer.path, "it became shorter while it was read")
+            total.update(chunk)
+            position += len(chunk)
+    return total.hexdigest()

@@ -1,0 +1,231 @@
+"""Finds and reads the checkpoints of a trajectory buffer."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from lad_dist.errors import TrajectoryError
+from lad_dist.trajectories import files, part
+from lad_dist.trajectories.schema import (
+    STAGES,
+    VECTOR_COLUMN,
+    BufferMeta,
+    Checkpoint,
+    PartName,
+    Stage,
+    parse_part_path,
+)
+
+_Result = TypeVar("_Result")
+
+# A footer takes about 80 KiB in memory for ten epochs and half a millisecond to read: every rank keeps at most 40 MiB
+# of them.
+KEPT_FOOTERS = 512
+
+
+class Buffer:
+    """The checkpoints in a folder. Opening lists names only; a part's footer is read when first needed, and then kept.
+
+    What exists is answered from the names of the parts as of the last ``refresh``; files whose names are not those of
+    parts are ignored. A checkpoint found in several parts is the same in all of them by design, and is read from the
+    first in order. Reads hold one checkpoint in memory, not a file.
+
+    Threads may share a buffer: every read opens its own file, footers are immutable, and ``refresh`` exchanges the
+    index in one assignment. A part that is replaced by an equal one while it is read is read again.
+
+    ``expected_hash``: refuse parts whose ``experts_hash`` is another; without it the first part that is opened decides.
+    """
+
+    def __init__(self, folder: Path, expected_hash: str | None = None) -> None:
+        self.folder = folder
+        self.expected_hash = expected_hash
+        self.filesystem, self.root = files.local(folder)
+        self._entries: dict[PartName, files.Stamp] = {}
+        self._index: dict[tuple[Stage, int], tuple[PartName, ...]] = {}
+        self._footers: dict[PartName, part.Footer] = {}
+        self._footers_lock = threading.Lock()
+        self._reference: part.Footer | None = None
+        self.refresh()
+
+    def refresh(self) -> int:
+        """List the folder again; return how many parts are new. Raises ``TrajectoryError`` if it cannot be listed."""
+        entries: dict[PartName, files.Stamp] = {}
+        for entry in files.list_files(self.filesystem, self.root):
+            name = parse_part_path(entry.path)
+            if name is not None:
+                entries[name] = entry.stamp
+        index: dict[tuple[Stage, int], list[PartName]] = {}
+        for name in sorted(entries):
+            index.setdefault((name.stage, name.expert), []).append(name)
+        new = len(entries.keys() - self._entries.keys())
+        self._entries, self._index = entries, {key: tuple(names) for key, names in index.items()}
+        return new
+
+    @property
+    def parts(self) -> tuple[PartName, ...]:
+        """The parts as of the last ``refresh``, in the order in which they are preferred."""
+        return tuple(sorted(self._entries))
+
+    @property
+    def meta(self) -> BufferMeta:
+        """The metadata of the first part. Raises ``TrajectoryError`` if there is none, or it cannot be used."""
+        parts = self.parts
+        if not parts:
+            raise TrajectoryError(f"{self.folder}: holds no trajectory parts; make them with `lad-dist experts JOB`")
+        return self.footer(parts[0]).meta
+
+    def experts(self, stage: Stage) -> tuple[int, ...]:
+        """The experts that have at least one checkpoint of ``stage``, ascending."""
+        return tuple(sorted(expert for each, expert in self._index if each == stage))
+
+    def epochs(self, stage: Stage, expert: int) -> tuple[int, ...]:
+        """The epochs present, ascending; empty if there are none."""
+        names = self._index.get((stage, expert), ())
+        return tuple(sorted({epoch for name in names for epoch in range(name.first, name.last + 1)}))
+
+    def has(self, stage: Stage, expert: int, epoch: int) -> bool:
+        """Whether a part lists this checkpoint."""
+        return self._find(stage, expert, epoch) is not None
+
+    def last_contiguous_epoch(self, stage: Stage, expert: int) -> int | None:
+        """The largest E such that all of 0..E are present, which is where to resume; None if epoch 0 is missing."""
+        last = -1
+        for epoch in self.epochs(stage, expert):
+            if epoch != last + 1:
+                break
+            last = epoch
+        return last if last >= 0 else None
+
+    def read(self, stage: Stage, expert: int, epoch: int) -> npt.NDArray[np.float32]:
+        """The weights of one checkpoint: float32, shape (vector_length(stage),), the caller's to keep and change.
+
+        Raises ``TrajectoryError`` if the checkpoint is missing or its part damaged or made by another recipe.
+        """
+        name = self._require(stage, expert, epoch)
+        return self._retried(name, lambda footer: part.vector(footer, self._row(footer, epoch, [VECTOR_COLUMN])))
+
+    def read_checkpoint(self, stage: Stage, expert: int, epoch: int) -> Checkpoint:
+        """One checkpoint with its metrics. Raises as ``read`` does."""
+        name = self._require(stage, expert, epoch)
+        return self._retried(name, lambda footer: part.checkpoint(self.filesystem, footer, epoch))
+
+    def digest(self) -> str:
+        """SHA-256 over (stage, expert, epoch, weights as little-endian float32) of all checkpoints, in key order.
+
+        Does not depend on how epochs are cut into parts, on duplicates, or on the metrics. Reads every checkpoint.
+        """
+        total = hashlib.sha256()
+        for stage in STAGES:
+            for expert in self.experts(stage):
+                for epoch in self.epochs(stage, expert):
+                    total.update(f"{stage}/{expert}/{epoch}\n".encode())
+                    total.update(self.read(stage, expert, epoch).astype("<f4", copy=False).tobytes())
+        return total.hexdigest()
+
+    def inspect(self, digest: bool = True) -> dict[str, Any]:
+        """What the buffer holds, as plain values for JSON. ``digest=False`` skips what needs all data to be read."""
+        stages: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
+        for (stage, expert), names in sorted(self._index.items()):
+            stages[stage][str(expert)] = {
+                "epochs": list(self.epochs(stage, expert)),
+                "parts": [str(name) for name in names],
+                "bytes": sum(self._entries[name].size for name in names),
+            }
+        meta = asdict(self.meta)
+        meta["parameters"] = [[name, list(shape)] for name, shape in self.meta.parameters]
+        meta["class_counts"] = list(self.meta.class_counts)
+        meta["classifier_parameters"] = list(self.meta.classifier_parameters)
+        meta["vector_lengths"] = {stage: self.meta.vector_length(stage) for stage in STAGES}
+        found = {
+            "folder": str(self.folder),
+            "parts": len(self._entries),
+            "bytes": sum(stamp.size for stamp in self._entries.values()),
+            "rows": sum(name.last - name.first + 1 for name in self._entries),
+            "checkpoints": sum(len(self.epochs(*key)) for key in self._index),
+            "stages": stages,
+            "meta": meta,
+        }
+        return found | {"digest": self.digest()} if digest else found
+
+    def verify(self, report: Callable[[str], None] | None = None) -> list[str]:
+        """Read everything and return the problems found; see ``lad_dist.trajectories.verify``."""
+        from lad_dist.trajectories.verify import verify  # verify needs Buffer
+
+        return verify(self, report)
+
+    def footer(self, name: PartName, fresh: bool = False) -> part.Footer:
+        """A part's checked footer, from memory unless ``fresh`` or the file has changed. Raises ``TrajectoryError``."""
+        path = f"{self.root}/{name}"
+        known = self._footers.get(name)
+        with part.damage_named(path):
+            if known is not None and not fresh and known.stamp == files.stamp(self.filesystem, path):
+                return known
+        loaded = part.load_footer(self.filesystem, path, name)
+        self._check_origin(loaded)
+        with self._footers_lock:
+            self._footers.pop(name, None)
+            self._footers[name] = loaded
+            while len(self._footers) > KEPT_FOOTERS:
+                self._footers.pop(next(iter(self._footers)))  # the oldest
+        return loaded
+
+    def _check_origin(self, footer: part.Footer) -> None:
+        """Refuse a part made by another recipe than the expected one, or than the first part that was opened."""
+        reference = self._reference
+        expected = self.expected_hash or (reference.meta.experts_hash if reference else footer.meta.experts_hash)
+        if footer.meta.experts_hash != expected:
+            source = "is expected here" if self.expected_hash or not reference else f"is in {reference.path}"
+            raise TrajectoryError(
+                f"{footer.path}: made by another recipe: its experts_hash is {footer.meta.experts_hash}, "
+                f"and {expected} {source}; move it to a folder of its own, or choose another buffer folder"
+            )
+        if reference is None:
+            self._reference = footer
+            return
+        different = reference.meta.differences(footer.meta)
+        if different:
+            raise TrajectoryError(
+                f"{footer.path}: has the same experts_hash as {reference.path} but another {', '.join(different)}; "
+                "delete the wrong one and run `lad-dist experts` again"
+            )
+
+    def _find(self, stage: Stage, expert: int, epoch: int) -> PartName | None:
+        return next((n for n in self._index.get((stage, expert), ()) if n.first <= epoch <= n.last), None)
+
+    def _require(self, stage: Stage, expert: int, epoch: int) -> PartName:
+        name = self._find(stage, expert, epoch)
+        if name is None:
+            present = self.epochs(stage, expert)
+            have = f"epochs {present[0]} to {present[-1]} of it" if present else f"experts {self._known(stage)}"
+            raise TrajectoryError(
+                f"{self.folder}: {stage} expert {expert} epoch {epoch} is missing; of that stage there are {have}; "
+                "make the rest with `lad-dist experts JOB`"
+            )
+        return name
+
+    def _known(self, stage: Stage) -> str:
+        experts = self.experts(stage)
+        return f"{experts[0]} to {experts[-1]} ({len(experts)} of them)" if experts else "none"
+
+    def _row(self, footer: part.Footer, epoch: int, columns: Sequence[str]) -> pa.Table:
+        return part.read_row(self.filesystem, footer, epoch, columns)
+
+    def _retried(self, name: PartName, read: Callable[[part.Footer], _Result]) -> _Result:
+        """Read with the part's footer; once more with a fresh one if the part was replaced by another in between."""
+        footer = self.footer(name)
+        try:
+            return read(footer)
+        except TrajectoryError:
+            fresh = self.footer(name, fresh=True)
+            if fresh.stamp == footer.stamp:
+                raise
+            return read(fresh)

@@ -1,0 +1,129 @@
+"""Writes the trajectory of one expert in one stage, a part at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from lad_dist.errors import NumericalError, StorageError, TrajectoryError
+from lad_dist.trajectories import files
+from lad_dist.trajectories.part import write_part
+from lad_dist.trajectories.schema import STAGES, BufferMeta, Checkpoint, Stage, expert_folder, part_path
+
+
+class PartWriter:
+    """Collects the checkpoints of one expert in one stage and publishes them as parts of ``epochs_per_part`` rows.
+
+    Any number of writers, in any number of processes, may write the same expert: each part appears whole under its
+    final name, and work units are deterministic, so two parts with the same checkpoints are equal. One writer belongs
+    to one thread.
+
+    As a context manager it publishes what is pending on *every* way out of the block: each pending row is a whole
+    checkpoint that was checked when it was appended, whatever went wrong afterwards, so a resumed expert need not redo
+    it. The one exception is a ``StorageError`` from the block: the same write would only fail again.
+
+    Raises ``TrajectoryError`` if an argument is out of bounds.
+    """
+
+    def __init__(self, folder: Path, meta: BufferMeta, stage: Stage, expert: int, epochs_per_part: int = 10) -> None:
+        if stage not in STAGES:
+            raise TrajectoryError(f"trajectory stage {stage!r} is unknown; valid: {', '.join(STAGES)}")
+        if not 0 <= expert < 10**9:
+            raise TrajectoryError(f"trajectory expert {expert} is out of bounds; valid: 0 to 999,999,999")
+        if epochs_per_part < 1:
+            raise TrajectoryError(f"epochs_per_part is {epochs_per_part}; valid: 1 or more")
+        self.meta = meta
+        self.stage = stage
+        self.expert = expert
+        self.epochs_per_part = epochs_per_part
+        self._filesystem, self._root = files.local(folder)
+        self._length = meta.vector_length(stage)
+        self._pending: list[Checkpoint] = []
+        self._next_epoch: int | None = None
+        clean_temporary(folder, stage, expert)
+
+    def append(
+        self,
+        epoch: int,
+        weights: npt.NDArray[np.float32],
+        loss: float | None = None,
+        accuracy: float | None = None,
+        seconds: float | None = None,
+    ) -> bool:
+        """Add the checkpoint taken after ``epoch`` epochs (0 is the initialisation); True if a part was just published.
+
+        ``weights``: float32, shape (vector_length(stage),); copied, so the caller may go on changing it.
+        ``loss``: mean over the epoch; ``accuracy``: fraction; ``seconds``: duration; None where there is none, as at
+        epoch 0.
+        Raises ``TrajectoryError`` for an epoch out of order or a vector of the wrong kind, ``NumericalError`` for NaN
+        or infinity, ``StorageError`` if a part could not be published (its rows stay pending and ``flush`` may be
+        tried again).
+        """
+        row = Checkpoint(self.stage, self.expert, int(epoch), np.array(weights, copy=True), loss, accuracy, seconds)
+        self._check(row)
+        self._pending.append(row)
+        self._next_epoch = row.epoch + 1
+        return len(self._pending) >= self.epochs_per_part and self.flush()
+
+    def flush(self) -> bool:
+        """Publish what is pending as a part; True if there was anything. Raises ``StorageError``."""
+        if not self._pending:
+            return False
+        rows = tuple(self._pending)
+        name = part_path(self.stage, self.expert, rows[0].epoch, rows[-1].epoch)
+        files.publish(self._filesystem, f"{self._root}/{name}", partial(write_part, meta=self.meta, rows=rows))
+        self._pending.clear()
+        return True
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, StorageError):
+            return
+        try:
+            self.flush()
+        except StorageError as refused:
+            if error is None:
+                raise
+            error.add_note(str(refused))  # the first error explains the second, so it is the one to report
+
+    def _check(self, row: Checkpoint) -> None:
+        where = f"{row.stage} expert {row.expert} epoch {row.epoch}"
+        if row.epoch < 0 or row.epoch >= 10**9 or (self._next_epoch is not None and row.epoch != self._next_epoch):
+            valid = "0 or more" if self._next_epoch is None else f"{self._next_epoch}, as epochs are appended in order"
+            raise TrajectoryError(f"{where}: the epoch is out of order; valid: {valid}")
+        if row.weights.dtype != np.float32 or row.weights.shape != (self._length,):
+            raise TrajectoryError(
+                f"{where}: the weights are {row.weights.dtype} of shape {row.weights.shape}; "
+                f"valid: float32 of shape ({self._length},)"
+            )
+        finite = np.isfinite(row.weights)
+        if not finite.all():
+            name = self.meta.parameter_at(row.stage, int(np.argmin(finite)))
+            raise NumericalError(
+                f"{where}: {int((~finite).sum())} of {self._length} weights are NaN or infinite, first in {name}; "
+                "a smaller learning rate is the usual cure"
+            )
+        metrics: Mapping[str, float | None] = {"loss": row.loss, "accuracy": row.accuracy, "seconds": row.seconds}
+        for metric, value in metrics.items():
+            if value is not None and not math.isfinite(value):
+                raise NumericalError(f"{where}: {metric} is {value}; valid: a finite number, or None")
+
+
+def clean_temporary(folder: Path, stage: Stage, expert: int) -> list[Path]:
+    """Remove the temporary files that killed writers of this expert left behind; return those removed.
+
+    Files of writers that may still be at work are left alone (``files.clean_temporary_files``). Raises
+    ``StorageError``.
+    """
+    filesystem, root = files.local(folder)
+    return [Path(path) for path in files.clean_temporary_files(filesystem, f"{root}/{expert_folder(stage, expert)}")]
