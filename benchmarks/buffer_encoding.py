@@ -287,8 +287,9 @@ def table(trajectory: Trajectory, network: nn.Sequential, source: str, reads: in
             "fsync and rename.",
             "- `split` is BYTE_STREAM_SPLIT; in a fixed binary it cannot see the floats and gains nothing. `fixed "
             "binary` is the only type that other readers do not show as floats.",
-            "- Tried by hand on parts as built: DuckDB 2.0.0 and polars 2.1.0 show lists of floats; fastparquet 2026.9.0 "
-            "lacks BYTE_STREAM_SPLIT and refuses the column, but nothing below 0.9 of the raw size does without it.",
+            "- Tried by hand on parts as built: DuckDB 2.0.0 and polars 2.1.0 show lists of floats; fastparquet "
+            "2026.9.0 lacks BYTE_STREAM_SPLIT and refuses the column, but nothing below 0.9 of the raw size does "
+            "without it.",
             "",
             *lines,
             "",

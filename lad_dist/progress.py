@@ -78,7 +78,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """One line for the reader, above any progress bars."""
-        self.console.print(text, soft_wrap=True)
+        self.console.print(text, soft_wrap=True, markup=False, emoji=False)
 
     @contextmanager
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:

@@ -85,8 +85,9 @@ class RunDir:
         run = cls(root)
         with _storage(root, RunDirError, "choose another folder with --out"):
             root.mkdir(parents=True, exist_ok=True)
-            for leftover in root.glob(".tmp-*"):
-                _remove(leftover)
+            for leftover in (*root.glob(".tmp-*"), *root.glob("[a-z]*/.tmp-*")):  # of a killed process
+                if not leftover.parent.is_symlink():  # in a shared buffer another run may be at work
+                    _remove(leftover)
             if run.recipe.exists():
                 saved = recipe_file.load(run.recipe)
                 changed = _differences(saved.model_dump(mode="json"), recipe.model_dump(mode="json"))

@@ -28,6 +28,7 @@ LABEL_NAMES = ("label", "labels", "fine_label", "target", "cls")
 _DEFAULT_PATTERNS = ("{}.parquet", "{}", "{}-*.parquet", "data/{}.parquet", "data/{}-*.parquet")
 _DEFAULT_TEST_SPLITS = ("test", "validation", "val", "valid")
 _ROWS_AT_ONCE = 256  # encoded images in memory
+_READ_BUFFER = 2**20  # bytes; without it, or with pre_buffer, a whole row group of images would be held in memory
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _source(files: tuple[Path, ...], config: DataConfig, train_names: tuple[str,
 
 def _opened(file: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(file, buffer_size=_READ_BUFFER, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a readable Parquet file ({error})") from error
 

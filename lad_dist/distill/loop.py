@@ -23,7 +23,7 @@ from lad_dist.distill.state import State
 from lad_dist.distill.student import Batch, GradientPath, Phase, PhaseResult, Student
 from lad_dist.distill.windows import Window, Windows
 from lad_dist.distilled import DistilledMeta, DistilledSet
-from lad_dist.errors import Interrupted, NumericalError
+from lad_dist.errors import Interrupted, NumericalError, TrajectoryError
 from lad_dist.interrupts import deferred
 from lad_dist.models import functional
 from lad_dist.models.convnet import build
@@ -88,6 +88,9 @@ class Distillation:
                        seed=0, purpose=("template",)).to(data.device)
         self.student = Student(module)
         buffer = Buffer(run.trajectories, expected_hash=recipe.experts_hash())
+        if buffer.meta.data_fingerprint != images.fingerprint():
+            raise TrajectoryError(f"{run.trajectories}: these trajectories are of other training images (data_fingerprint "
+                                  "differs); choose another run folder, or remove this one to train the experts again")
         self.windows = Windows(buffer, self.student.layout, recipe, data.device)
         d = recipe.distill
         weights_K = class_weights(data.counts, d.class_weights, d.class_weight_offset)

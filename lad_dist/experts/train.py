@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from lad_dist import __version__
 from lad_dist.data import augment
 from lad_dist.data.prepare import PreparedData
-from lad_dist.errors import NumericalError
+from lad_dist.errors import NumericalError, TrajectoryError
 from lad_dist.experts.gsam import LossOf, gsam_gradient, sgd_step
 from lad_dist.experts.sampling import class_aware_order, shuffled_order
 from lad_dist.models import functional
@@ -107,13 +108,24 @@ class ExpertTrainer:
         return sum(self._left(experts).values())
 
     def _left(self, experts: Iterable[int]) -> dict[int, int]:
-        buffer, e = Buffer(self.folder, expected_hash=self.meta.experts_hash), self.recipe.experts
+        buffer, e = self._buffer(), self.recipe.experts
         wanted: tuple[tuple[Stage, int], ...] = (("representation", e.epochs), ("classifier", e.classifier_epochs))
         left = {}
         for i in experts:
             done = [(buffer.last_contiguous_epoch(stage, i), last) for stage, last in wanted]
             left[i] = sum(last if at is None else last - min(at, last) for at, last in done)
         return left
+
+    def _buffer(self) -> Buffer:
+        """The buffer as it is now. Raises TrajectoryError where it is another recipe's, or of images that have changed."""
+        buffer = Buffer(self.folder, expected_hash=self.meta.experts_hash)
+        changed = self.meta.differences(buffer.meta) if buffer.parts else []
+        if changed:
+            raise TrajectoryError(
+                f"{self.folder}: these trajectories are of other training images or another network ({', '.join(changed)} "
+                "differ); choose another run or buffer folder, or remove this one to train the experts again"
+            )
+        return buffer
 
     def train(self, expert: int, on_epoch: OnEpoch) -> None:
         """Both stages of one expert, from its last published checkpoint on.
@@ -129,7 +141,7 @@ class ExpertTrainer:
     def _train_stage(self, stage: Stage, expert: int, start_P: Tensor | None, on_epoch: OnEpoch) -> Tensor:
         e = self.recipe.experts
         last = e.epochs if stage == "representation" else e.classifier_epochs
-        buffer = Buffer(self.folder, expected_hash=self.meta.experts_hash)
+        buffer = self._buffer()
         done = buffer.last_contiguous_epoch(stage, expert)
         weights_P = self._initial(expert) if start_P is None else start_P.clone()
         trained = self.layout.span("all" if stage == "representation" else "classifier")
@@ -186,8 +198,6 @@ class ExpertTrainer:
 
 def buffer_meta(recipe: Recipe, data: PreparedData, layout: Layout) -> BufferMeta:
     """What every part of the recipe's buffer says about itself."""
-    import pyarrow
-
     return BufferMeta(
         experts_hash=recipe.experts_hash(),
         data_fingerprint=data.splits.train.fingerprint(),
@@ -196,5 +206,5 @@ def buffer_meta(recipe: Recipe, data: PreparedData, layout: Layout) -> BufferMet
         classifier_parameters=layout.classifier,
         recipe=recipe.experts_document(),
         versions={"lad_dist": __version__, "torch": torch.__version__, "numpy": np.__version__,
-                  "pyarrow": pyarrow.__version__, "python": platform.python_version()},
+                  "pyarrow": version("pyarrow"), "python": platform.python_version()},
     )

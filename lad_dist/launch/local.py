@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,14 +28,14 @@ def run(recipe: Recipe, out: Path, profile: Profile, buffers: Path | None, scree
     with as_exceptions():
         device = prepare_device(profile)
         store = buffers or (Path(profile.buffers).expanduser() if profile.buffers else None)
-        pipeline = open_pipeline(recipe, out, store, device, screen)
         try:
-            for stage in stages:
-                stage(pipeline)
+            pipeline = open_pipeline(recipe, out, store, device, screen)
+            with closing(pipeline.events):  # closing writes too, and may find the disk full
+                for stage in stages:
+                    stage(pipeline)
         except OSError as error:
-            raise StorageError(f"{error.filename or out}: {error.strerror or error}; what was finished before is kept") from error
-        finally:
-            pipeline.events.close()
+            raise StorageError(f"{error.filename or out}: {error.strerror or error}; what was finished before is kept, and "
+                               "the same command continues") from error
     return pipeline
 
 

@@ -5,10 +5,14 @@ Shapes: B images of a batch, C channels, H side in pixels, W width, K classes.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
 from lad_dist.errors import DataError
+from lad_dist.models.block import NormReluPool
+from lad_dist.seeds import torch_seeded
 
 
 def feature_side(size: int, channels: int, depth: int) -> int:
@@ -20,7 +24,8 @@ class ConvNet(nn.Module):
     """``depth`` blocks of 3x3 convolution, instance norm, ReLU and 2x2 average pooling, then one linear classifier.
 
     Instance norm is GroupNorm with one group per channel, with learned scale and shift. The parameters of
-    ``classifier`` are the classifier in the sense of the method; all others are the backbone.
+    ``classifier`` are the classifier in the sense of the method; all others are the backbone. ``fused`` False takes torch's
+    own operations instead of ``block.py``.
 
     Raises:
         DataError: the images are too small for ``depth`` blocks.
@@ -28,22 +33,19 @@ class ConvNet(nn.Module):
 
     classifier_name = "classifier"
 
-    def __init__(self, channels: int, size: int, classes: int, width: int = 128, depth: int = 3) -> None:
+    def __init__(self, channels: int, size: int, classes: int, width: int = 128, depth: int = 3,
+                 fused: bool = True) -> None:
         super().__init__()
         side = feature_side(size, channels, depth)
         if side < 1:
             raise DataError(f"model.depth: {depth} blocks halve {size}x{size} images to nothing; use fewer blocks")
-        blocks: list[nn.Module] = []
+        layers: dict[str, nn.Module] = {}  # named as the positions of convolution, norm, ReLU, pooling in published code
         for block in range(depth):
             first = block == 0
             padding = 3 if first and channels == 1 else 1
-            blocks += [
-                nn.Conv2d(channels if first else width, width, kernel_size=3, padding=padding),
-                nn.GroupNorm(width, width),
-                nn.ReLU(),
-                nn.AvgPool2d(2),
-            ]
-        self.features = nn.Sequential(*blocks)
+            layers[str(4 * block)] = nn.Conv2d(channels if first else width, width, kernel_size=3, padding=padding)
+            layers[str(4 * block + 1)] = NormReluPool(width, fused=fused)
+        self.features = nn.Sequential(OrderedDict(layers))
         self.classifier = nn.Linear(width * side * side, classes)
 
     def backbone(self, images_BCHH: Tensor) -> Tensor:
@@ -57,8 +59,6 @@ class ConvNet(nn.Module):
 
 def build(channels: int, size: int, classes: int, width: int, depth: int, *, seed: int, purpose: tuple[int | str, ...]) -> ConvNet:
     """A ConvNet whose initialisation (torch's default) is a pure function of ``seed`` and ``purpose``."""
-    from lad_dist.seeds import torch_seeded
-
     with torch_seeded(seed, "init", *purpose):
         return ConvNet(channels, size, classes, width, depth)
 

@@ -178,8 +178,8 @@ def _read_footer(source: pa.NativeFile, path: str) -> tuple[bytes, int]:
     if size < len(_MAGIC) + _TAIL:
         raise damaged(path, f"it is {size} bytes long, too short for a Parquet file")
     tail = source.read_at(_TAIL, size - _TAIL)
-    if tail[4:] != _MAGIC or source.read_at(4, 0) != _MAGIC:
-        raise damaged(path, "it does not begin and end as a Parquet file does, so it was cut short or overwritten")
+    if tail[4:] != _MAGIC:
+        raise damaged(path, "it does not end as a Parquet file does, so it was cut short or overwritten")
     length = int.from_bytes(tail[:4], "little")
     if not 0 < length <= min(size - _TAIL - len(_MAGIC), _LARGEST_FOOTER):
         raise damaged(path, f"its footer claims {length:,} bytes in a file of {size:,}")
@@ -202,6 +202,15 @@ def _check_rows(footer: Footer) -> None:
     for epoch in range(name.first, name.last + 1):
         group = parquet.row_group(footer.row_group(epoch))
         columns = [group.column(i) for i in range(group.num_columns)]
+        key = [column.statistics for column in columns if column.path_in_schema in KEY_COLUMNS]
+        if any(s is None or not s.has_min_max or s.min != s.max for s in key):
+            raise damaged(path, f"epoch {epoch}: its key is not in the footer")
+        if tuple(s.min for s in key) != (name.stage, name.expert, epoch):
+            raise damaged(
+                path,
+                f"it holds {[s.min for s in key]} where its name says {[name.stage, name.expert, epoch]}; "
+                "was it renamed?",
+            )
         for column in columns:
             values = length if column.path_in_schema == VECTOR_LEAF else 1
             start, size = column.data_page_offset, column.total_compressed_size
@@ -212,15 +221,6 @@ def _check_rows(footer: Footer) -> None:
                 or not 0 <= column.total_uncompressed_size <= 8 * values + _SLACK
             ):
                 raise damaged(path, f"epoch {epoch}: column {column.path_in_schema} has impossible sizes or offsets")
-        key = [column.statistics for column in columns if column.path_in_schema in KEY_COLUMNS]
-        if any(s is None or not s.has_min_max or s.min != s.max for s in key):
-            raise damaged(path, f"epoch {epoch}: its key is not in the footer")
-        if tuple(s.min for s in key) != (name.stage, name.expert, epoch):
-            raise damaged(
-                path,
-                f"it holds {[s.min for s in key]} where its name says {[name.stage, name.expert, epoch]}; "
-                "was it renamed?",
-            )
 
 
 def read_row(filesystem: fs.FileSystem, footer: Footer, epoch: int, columns: Sequence[str]) -> pa.Table:

@@ -37,8 +37,8 @@ KEY_COLUMNS = ("stage", "expert", "epoch")
 # bytes of trained floats hardly repeat; only after BYTE_STREAM_SPLIT has gathered the exponents does anything
 # compress, and more than zstd 1 gains nothing. A dictionary makes the vector half as large again. Statistics are kept
 # for the key columns: they let the reader check the key of every row from the footer, and let other tools skip rows.
-# Format 2.6 with version 1 data pages and no embedded Arrow schema is what most other readers take (DuckDB and polars do;
-# fastparquet lacks BYTE_STREAM_SPLIT). A vector is always one page: a page holds whole rows.
+# Format 2.6 with version 1 data pages and no embedded Arrow schema is what most other readers take (DuckDB and polars
+# do; fastparquet lacks BYTE_STREAM_SPLIT). A vector is always one page: a page holds whole rows.
 WRITER_OPTIONS: dict[str, Any] = {
     "version": "2.6",
     "compression": "zstd",

@@ -44,6 +44,7 @@ class PartWriter:
         self.epochs_per_part = epochs_per_part
         self._filesystem, self._root = files.local(folder)
         self._length = meta.vector_length(stage)
+        meta.to_metadata()  # raises now rather than after the first epochs
         self._pending: list[Checkpoint] = []
         self._next_epoch: int | None = None
         clean_temporary(folder, stage, expert)

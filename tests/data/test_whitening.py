@@ -94,34 +94,34 @@ def test_saved_whitening_loads_bit_for_bit(kind, tmp_path):
 
 def test_damaged_missing_or_foreign_file_is_refused(tmp_path):
     file = tmp_path / "whitening.safetensors"
-    with pytest.raises(DataError, match="whitening.safetensors"):
+    with pytest.raises(DataError, match=r"whitening.safetensors"):
         Whitening.load(file)
     Whitening.fit(images(), "zca").save(file)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(DataError, match="not a readable whitening"):
+    with pytest.raises(DataError, match=r"not a readable whitening"):
         Whitening.load(file)
     from safetensors.torch import save_file
 
     save_file({"mean": torch.zeros(1)}, file)
-    with pytest.raises(DataError, match="format None; valid: 'lad-dist whitening 1'"):
+    with pytest.raises(DataError, match=r"format None; valid: 'lad-dist whitening 1'"):
         Whitening.load(file)
 
 
 def test_saving_where_no_folder_is_says_so(tmp_path):
-    with pytest.raises(StorageError, match="could not be written"):
+    with pytest.raises(StorageError, match=r"could not be written"):
         Whitening.fit(images(), "none").save(tmp_path / "absent" / "whitening.safetensors")
 
 
 def test_what_cannot_be_whitened_is_refused():
-    with pytest.raises(DataError, match="1 images have no covariance"):
+    with pytest.raises(DataError, match=r"1 images have no covariance"):
         Whitening.fit(images(1), "zca")
     flat = images()
     flat[:, 1] = 7
-    with pytest.raises(DataError, match="channel 1 has one value throughout"):
+    with pytest.raises(DataError, match=r"channel 1 has one value throughout"):
         Whitening.fit(flat, "standardize")
-    with pytest.raises(DataError, match="data.zca_eps: 0"):
+    with pytest.raises(DataError, match=r"data.zca_eps: 0"):
         Whitening.fit(torch.full((5, 1, 4, 4), 9, dtype=torch.uint8), "zca", 0.0)
-    with pytest.raises(DataError, match="do not go with a whitening fitted to"):
+    with pytest.raises(DataError, match=r"do not go with a whitening fitted to"):
         Whitening.fit(images(), "zca").apply(images(shape=(1, 6, 6)))
 
 

@@ -1,0 +1,155 @@
+"""Instance norm, ReLU and 2x2 average pooling as one operation with its own first and second derivative.
+
+Between two convolutions the network is memory-bound, and autograd's second derivative of GroupNorm decomposes into dozens of
+passes over the largest tensors. Here each derivative is written out, and evaluated for a few images at a time so that its
+intermediate results stay in the processor's cache. ``plain`` is the same operation from torch's own pieces.
+
+Derivation, for one image and channel with N = H*H pixels, m() the mean over them, s = (var + eps)^(-1/2), z = (x - m(x)) s:
+
+    forward     y = gamma z + beta,  r = max(y, 0),  p = pool(r)
+    backward    from u = dL/dp:  g = unpool(u) [y > 0]  (unpool spreads a quarter of u over each 2x2 window)
+                dbeta = sum g,  dgamma = sum g z,  dx = gamma s (g - m(g) - z m(g z))
+    second      from the cotangents a of dx, c of dgamma, e of dbeta, the scalar
+                phi = N gamma s (m(a g) - m(a) m(g) - m(a z) m(g z)) + N c m(g z) + N e m(g)
+                has the derivatives
+                by g      h = gamma s (a - m(a) - z m(a z)) + c z + e,   so by u: pool(h [y > 0])
+                by gamma  N s (m(a g) - m(a) m(g) - m(a z) m(g z))
+                by z      q = -gamma s (m(g z) a + m(a z) g) + c g
+                by s      k = N gamma (m(a g) - m(a) m(g) - m(a z) m(g z)),  where ds/dx = -s^2 z / N
+                by x      s (q - m(q) - z m(q z)) - k s^2 z / N
+    The ReLU's own second derivative is zero wherever it exists, as in torch.
+
+Shapes: B images, C channels, H side before pooling, h = H // 2 after it; an odd last row or column is dropped by the pooling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CACHE_VALUES = 2**18  # values of one tensor worked on at a time on a CPU; 1 MiB in float32
+_aten = torch.ops.aten
+
+
+class NormReluPool(nn.Module):
+    """Instance norm with learned scale and shift, ReLU, and 2x2 average pooling: (B, C, H, H) to (B, C, H // 2, H // 2).
+
+    ``fused`` False computes ``plain``: the same numbers to rounding, for comparison.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, fused: bool = True) -> None:
+        super().__init__()
+        self.eps, self.fused = eps, fused
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x_BCHH: Tensor) -> Tensor:
+        if not self.fused:
+            return plain(x_BCHH, self.weight, self.bias, self.eps)
+        out: Tensor = _Forward.apply(x_BCHH, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
+        return out
+
+
+def plain(x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float = 1e-5) -> Tensor:
+    """The same from torch's own operations: what tests and benchmarks compare with."""
+    return F.avg_pool2d(F.relu(F.group_norm(x_BCHH, x_BCHH.shape[1], gamma_C, beta_C, eps)), 2)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float) -> Tensor:
+        x_BCHH = x_BCHH.contiguous()
+        batch, channels, height, width = x_BCHH.shape
+        pooled = x_BCHH.new_empty(batch, channels, height // 2, width // 2)
+        mean = x_BCHH.new_empty(batch, channels, 1, 1)
+        rstd = torch.empty_like(mean)
+        for rows in _chunks(x_BCHH):
+            y, mean[rows], rstd[rows] = _group_norm(x_BCHH[rows], gamma_C, beta_C, eps)
+            pooled[rows] = F.avg_pool2d(y.relu_(), 2)
+        ctx.save_for_backward(x_BCHH, gamma_C, beta_C, mean, rstd)
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, u_BChh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dx, dgamma, dbeta = _Backward.apply(u_BChh, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return dx, dgamma, dbeta, None
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u_BChh: Tensor, x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, mean: Tensor, rstd: Tensor
+                ) -> tuple[Tensor, Tensor, Tensor]:
+        u_BChh = u_BChh.contiguous()
+        dx = torch.empty_like(x_BCHH)
+        dgamma, dbeta = torch.zeros_like(gamma_C), torch.zeros_like(beta_C)
+        channels, pixels = x_BCHH.shape[1], x_BCHH.shape[2] * x_BCHH.shape[3]
+        for rows in _chunks(x_BCHH):
+            x, s = x_BCHH[rows], rstd[rows]
+            scale = s * gamma_C.view(1, -1, 1, 1)
+            y = torch.addcmul(beta_C.view(1, -1, 1, 1) - mean[rows] * scale, x, scale)
+            g = _masked(u_BChh[rows], y)
+            dx[rows], dgamma_part, dbeta_part = _aten.native_group_norm_backward(
+                g, x, mean[rows].flatten(1), s.flatten(1), gamma_C, len(x), channels, pixels, channels, [True, True, True])
+            dgamma += dgamma_part
+            dbeta += dbeta_part
+        ctx.save_for_backward(u_BChh, x_BCHH, gamma_C, beta_C, mean, rstd)
+        return dx, dgamma, dbeta
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, a_BCHH: Tensor, c_C: Tensor, e_C: Tensor) -> tuple[Tensor | None, ...]:
+        u_BChh, x_BCHH, gamma_C, beta_C, mean, rstd = ctx.saved_tensors
+        a_BCHH = a_BCHH.contiguous()
+        count = x_BCHH.shape[2] * x_BCHH.shape[3]
+        by_u, by_x = torch.empty_like(u_BChh), torch.empty_like(x_BCHH)
+        by_gamma = torch.zeros_like(gamma_C) if ctx.needs_input_grad[2] else None
+        c, e, gamma = c_C.view(1, -1, 1, 1), e_C.view(1, -1, 1, 1), gamma_C.view(1, -1, 1, 1)
+        for rows in _chunks(x_BCHH):
+            a, s = a_BCHH[rows], rstd[rows]
+            z = torch.addcmul(-mean[rows] * s, x_BCHH[rows], s)
+            y = torch.addcmul(beta_C.view(1, -1, 1, 1), z, gamma)
+            g = _masked(u_BChh[rows], y)
+            m_a, m_g = a.mean(dim=(2, 3), keepdim=True), g.mean(dim=(2, 3), keepdim=True)
+            m_az, m_ag, m_gz = _dot(a, z) / count, _dot(a, g) / count, _dot(g, z) / count
+            scale = gamma * s
+            h = torch.addcmul(e - scale * m_a, z, c - scale * m_az).addcmul_(a, scale)
+            by_u[rows] = F.avg_pool2d(_aten.threshold_backward(h, y, 0), 2)
+            inner = m_ag - m_a * m_g - m_az * m_gz  # k = N gamma inner
+            q_a, q_g = -scale * m_gz, c - scale * m_az  # q = q_a a + q_g g
+            m_q, m_qz = q_a * m_a + q_g * m_g, q_a * m_az + q_g * m_gz
+            out = torch.addcmul(-s * m_q, z, -s * m_qz - gamma * inner * s.square(), out=by_x[rows])
+            out.addcmul_(a, s * q_a).addcmul_(g, s * q_g)
+            if by_gamma is not None:
+                by_gamma += (s * inner).sum(dim=(0, 2, 3)) * count
+        return by_u, by_x, by_gamma, None, None, None
+
+
+def _chunks(x_BCHH: Tensor) -> list[slice]:
+    """Slices of the batch: all of it on a GPU, cache-sized pieces on a CPU."""
+    batch = len(x_BCHH)
+    step = batch if x_BCHH.is_cuda else max(1, CACHE_VALUES // max(1, x_BCHH[0].numel())) if batch else 1
+    return [slice(i, min(i + step, batch)) for i in range(0, batch, max(step, 1))]
+
+
+def _group_norm(x: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Instance norm of a chunk: (y, mean, 1 / standard deviation), the last two of shape (B, C, 1, 1)."""
+    batch, channels, height, width = x.shape
+    y, mean, rstd = torch.native_group_norm(x, gamma_C, beta_C, batch, channels, height * width, channels, eps)
+    return y, mean.view(batch, channels, 1, 1), rstd.view(batch, channels, 1, 1)
+
+
+def _masked(u: Tensor, y: Tensor) -> Tensor:
+    """g = unpool(u) [y > 0] of a chunk."""
+    spread = _aten.avg_pool2d_backward(u, y, [2, 2], [2, 2], [0, 0], False, True, None)
+    return _aten.threshold_backward(spread, y, 0)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum over pixels of a * b, keeping dimensions."""
+    batch, channels = a.shape[:2]
+    rows = (batch * channels, 1, -1)
+    return torch.bmm(a.reshape(rows), b.reshape(rows).mT).view(batch, channels, 1, 1)

@@ -1,0 +1,55 @@
+"""What a run folder holds, read once for the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lad_dist.distilled import DistilledSet
+from lad_dist.evaluate import results
+from lad_dist.progress import read_events
+from lad_dist.recipe import Recipe
+from lad_dist.report import tables
+from lad_dist.report.history import History, read_history
+from lad_dist.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a run folder holds, read once."""
+
+    recipe: Recipe
+    distilled: DistilledSet | None
+    rows: list[results.Row]
+    history: History
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Training images by class; empty where nothing tells them yet."""
+        if self.distilled is not None:
+            return self.distilled.meta.counts
+        if self.rows:
+            return tuple(self.rows[0]["counts"])
+        return tuple(self.history.data["counts"]) if self.history.data else ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label; the labels themselves where no distilled set tells the names."""
+        return self.distilled.meta.class_names if self.distilled else tuple(str(c) for c in range(len(self.counts)))
+
+    @property
+    def title(self) -> str:
+        """Data set, imbalance, images per class, method and seed."""
+        r = self.recipe
+        tail = (
+            f", imbalance factor {r.data.imbalance_factor:g}"
+            if r.data.imbalance == "exponential"
+            else ", natural imbalance"
+        )
+        images = f"{r.ipc} image{'s' if r.ipc > 1 else ''} per class"
+        return f"{tables.DATASETS[r.data.dataset]}{tail}: {images}, {tables.METHODS[r.method]}, seed {r.seed}"
+
+
+def read(recipe: Recipe, run: RunDir) -> Contents:
+    """Read a run folder. Raises DistilledError or RunDirError where the set or the results file is damaged."""
+    distilled = DistilledSet.load(run.distilled) if run.distilled.exists() else None
+    return Contents(recipe, distilled, results.read(run.results), read_history(read_events(run.events)))

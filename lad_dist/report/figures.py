@@ -1,0 +1,160 @@
+"""The page's charts: which curves and bars they show, and how to read them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from lad_dist.data.longtail import head_medium_tail
+from lad_dist.report import charts, tables
+from lad_dist.report.charts import ClassSeries, Line
+from lad_dist.report.contents import Contents
+
+COLOURS = {"distilled": "s1", "random": "s2", "full": "s3"}
+WIDE, NARROW = 1060, 420  # widths of the chart by class, for large and small screens
+
+
+def _by_source(found: Contents) -> dict[str, list[list[float]]]:
+    """Per-class accuracies of every network on the first architecture, by source in the order of the legend."""
+    if not found.rows:
+        return {}
+    architecture = found.rows[0]["architecture"]
+    all_of = {
+        key: [row["per_class"] for row in found.rows if (row["source"], row["architecture"]) == (key, architecture)]
+        for key in tables.SOURCES
+    }
+    return {key: of for key, of in all_of.items() if of}
+
+
+def class_charts(found: Contents) -> list[tuple[str, Markup]]:
+    """Accuracy by class over training images: (CSS class, chart) for large and for small screens."""
+    by_source = _by_source(found)
+    if not by_source:
+        return []
+    order = sorted(range(len(found.counts)), key=lambda c: -found.counts[c])
+    series = [
+        ClassSeries(
+            tables.SOURCES[key],
+            COLOURS[key],
+            [statistics.mean(run[c] for run in of) for c in order],
+            [statistics.stdev(run[c] for run in of) for c in order] if len(of) > 1 else None,
+        )
+        for key, of in by_source.items()
+    ]
+    thirds = head_medium_tail(found.counts)["by_thirds"]
+    bands = [(name, len(thirds[name])) for name in ("head", "medium", "tail")]
+    names, counts = [found.class_names[c] for c in order], [found.counts[c] for c in order]
+    return [
+        (css, charts.class_chart("Accuracy by class over training images", names, counts, series, bands, width))
+        for css, width in (("wide", WIDE), ("narrow", NARROW))
+    ]
+
+
+def class_table(found: Contents) -> dict[str, Any] | None:
+    by_source = _by_source(found)
+    if not by_source:
+        return None
+    group_of = {c: name for name, of in head_medium_tail(found.counts)["by_thirds"].items() for c in of}
+    rows = [
+        (
+            found.class_names[c],
+            f"{found.counts[c]:,}",
+            group_of[c],
+            [tables.spread([run[c] for run in of]) for of in by_source.values()],
+        )
+        for c in sorted(range(len(found.counts)), key=lambda c: -found.counts[c])
+    ]
+    return {"sources": [tables.SOURCES[key] for key in by_source], "rows": rows}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its title and a sentence on how to read it."""
+
+    title: str
+    chart: Markup
+    note: str
+
+
+def distill_charts(found: Contents) -> list[Figure]:
+    joint = found.recipe.distill.matching == "joint"
+    phases = (
+        ("representation", "all weights (joint)" if joint else "representation", "s1"),
+        ("classifier", "classifier", "s2"),
+    )
+    history = found.history
+
+    def by_phase(figure: str) -> list[Line]:
+        return [Line(name, colour, history.curve(f"{figure}_{phase}")) for phase, name, colour in phases]
+
+    def chart(title: str, lines: list[Line], y_title: str, note: str, **options: Any) -> Figure:
+        return Figure(title, charts.line_chart(title, lines, "iteration", y_title, **options), note)
+
+    thirds = head_medium_tail(found.counts)["by_thirds"] if found.counts else {}
+    gradient = [
+        Line(name, colour, history.class_curve("pixel_gradient_norm", thirds[name]))
+        for name, colour in zip(("head", "medium", "tail"), ("s1", "s2", "s3"), strict=True)
+        if name in thirds
+    ]
+    figures = [
+        chart(
+            "Matching loss",
+            by_phase("loss"),
+            "relative squared distance",
+            "Squared distance from student to expert, relative to how far the expert moved: 1 is a student that stays "
+            "where it started, 0 one that arrives. Every iteration draws another window, hence the scatter; thick: "
+            "running mean.",
+            reference=(1.0, "no progress"),
+        ),
+        chart(
+            "Direction of the student",
+            by_phase("cosine"),
+            "cosine",
+            "Cosine between the displacements of student and expert: 1 is the expert's direction.",
+        ),
+        chart(
+            "Learning rate of the student, alpha",
+            [Line("alpha", "s1", history.curve("alpha"), smooth=False)],
+            "alpha",
+            "Learned with the images; networks train on the distilled set with it unless evaluate.lr is set.",
+        ),
+        chart(
+            "Gradient of the pixels",
+            gradient,
+            "norm, mean over classes",
+            "How strongly the images of head, medium and tail classes are pulled.",
+        ),
+    ]
+    return [f for f in figures if f.chart]
+
+
+def expert_charts(found: Contents) -> list[Figure]:
+    offset, history = found.recipe.experts.epochs, found.history
+
+    def lines(figure: str) -> list[Line]:
+        out = []
+        for stage, colour, shift in (("representation", "s1", 0), ("classifier", "s2", offset)):
+            mean, band = history.expert_curve(stage, figure, shift)
+            out.append(Line(f"{stage} stage", colour, mean, smooth=False, band=band))
+        return out
+
+    draw: Callable[..., Markup] = charts.line_chart
+    figures = [
+        Figure(
+            "Training loss of the experts",
+            draw("Training loss of the experts", lines("loss"), "epoch", "cross-entropy"),
+            f"Mean over experts; shaded: smallest to largest. The classifier stage follows at epoch {offset} with "
+            "frozen features and class-balanced draws, so its loss is not on the same images.",
+        ),
+        Figure(
+            "Training accuracy of the experts",
+            draw("Training accuracy of the experts", lines("accuracy"), "epoch", "accuracy (%)", scale=100.0),
+            "On the augmented images as drawn: long-tailed in the representation stage, class-balanced in the "
+            "classifier stage.",
+        ),
+    ]
+    return [f for f in figures if f.chart]

@@ -1,0 +1,249 @@
+"""The report of a run: ``report/index.html``, one page that needs nothing else, and the synthetic images as PNG files.
+
+Everything comes from the run folder's files. What a run has not got yet is left out, and the page says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from lad_dist import __version__, recipe_file
+from lad_dist.data.longtail import FEW_SHOT_BELOW, MANY_SHOT_ABOVE, head_medium_tail
+from lad_dist.evaluate import results
+from lad_dist.progress import Screen
+from lad_dist.recipe import Recipe
+from lad_dist.report import contents, figures, pictures, tables
+from lad_dist.report.contents import Contents
+from lad_dist.rundir import RunDir
+
+INDEX, SYNTHETIC, INITIAL = "index.html", "synthetic.png", "initial.png"
+
+
+def write_report(recipe: Recipe, run: RunDir, screen: Screen) -> None:
+    """Publish ``report/index.html`` and, where there is a distilled set, ``report/synthetic.png`` and ``initial.png``.
+
+    Raises:
+        DistilledError: the distilled set is damaged.
+        RunDirError: the results file is damaged.
+        StorageError: a file cannot be written.
+    """
+    found = contents.read(recipe, run)
+    shown = pictures.gallery(found.distilled) if found.distilled else None
+    if shown:
+        for name, title, images in (
+            (SYNTHETIC, "synthetic images", shown.synthetic_GMHHC),
+            (INITIAL, "the real images they started from", shown.initial_GMHHC),
+        ):
+            with run.publish(run.report / name) as temporary:
+                temporary.write_bytes(pictures.png_grid(shown, f"{recipe.name}: {title}", images))
+    with run.publish(run.report / INDEX) as temporary:
+        temporary.write_text(render(found, shown), encoding="utf-8")
+    screen.say(f"report: {run.report / INDEX}")
+
+
+def render(found: Contents, shown: pictures.Gallery | None) -> str:
+    """The page as HTML text."""
+    environment = Environment(
+        loader=PackageLoader("lad_dist.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(
+        run=found,
+        recipe=found.recipe,
+        lead=_lead(found),
+        missing=_missing(found),
+        results=_results(found),
+        groups=_groups(found),
+        class_charts=figures.class_charts(found),
+        class_table=figures.class_table(found),
+        distill_charts=figures.distill_charts(found),
+        expert_charts=figures.expert_charts(found),
+        experts_seen=found.history.experts_seen,
+        gallery=_gallery(shown),
+        costs=_costs(found),
+        facts=_facts(found),
+        version=__version__,
+        recipe_text=recipe_file.dump(found.recipe),
+        synthetic_file=SYNTHETIC,
+        initial_file=INITIAL,
+    )
+
+
+def _lead(found: Contents) -> list[tuple[str, str]]:
+    """The figures at the top: label, value."""
+    accuracy = {line.key: line.figures[0] for line in tables.result_lines(results.summary(found.rows))}
+    lead = [(tables.SOURCES[key], f"{accuracy[key]} %") for key in tables.SOURCES if key in accuracy]
+    if found.counts:
+        total, made = sum(found.counts), found.recipe.ipc * len(found.counts)
+        lead.append(("Training images", f"{total:,} → {made:,}"))
+    return lead
+
+
+def _missing(found: Contents) -> list[str]:
+    """What this run has not got yet, a sentence each."""
+    notes = []
+    if found.distilled is None:
+        done, total = max(found.history.iterations, default=0), found.recipe.distill.iterations
+        notes.append(f"There is no distilled set yet ({done:,} of {total:,} iterations are recorded).")
+    wanted = ("distilled", *found.recipe.evaluate.baselines)
+    for source in wanted:
+        have = sum(row["source"] == source for row in found.rows)
+        if have < found.recipe.evaluate.seeds:
+            notes.append(f"{tables.SOURCES[source]}: {have} of {found.recipe.evaluate.seeds} networks are measured.")
+    return notes
+
+
+def _results(found: Contents) -> dict[str, Any] | None:
+    if not found.rows:
+        return None
+    groups, by_count = tables.count_group_lines(found.rows)
+    trained = {row["source"]: row.get("train_images") for row in found.rows}
+    mixed = [
+        source
+        for source in trained
+        if len(
+            {
+                json.dumps([r["settings"], r["set_id"], r["split"]], sort_keys=True)
+                for r in found.rows
+                if r["source"] == source
+            }
+        )
+        > 1
+    ]
+    selection = next((row["selection"] for row in found.rows if row["source"] == "distilled"), None)
+    lines = tables.result_lines(results.summary(found.rows))
+    kinds = {(line.seeds, line.architecture) for line in lines}
+    return {
+        "headings": tables.headings(),
+        "lines": lines,
+        "uniform": "{} {} networks with different seeds each".format(*kinds.pop()) if len(kinds) == 1 else "",
+        "count_headings": tables.headings(groups),
+        "count_lines": by_count if groups else [],
+        "trained": [(tables.SOURCES.get(s, s), n) for s, n in trained.items() if n is not None],
+        "selection": tables.SELECTION.get(selection, selection) if selection else None,
+        "optimistic": selection == "test-as-published",
+        "split": " and ".join(sorted({row["split"] for row in found.rows})),
+        "mixed": [tables.SOURCES.get(s, s) for s in mixed],
+    }
+
+
+def _groups(found: Contents) -> list[dict[str, Any]]:
+    """Both groupings of the classes, with their class counts and ranges of training images."""
+    if not found.counts:
+        return []
+    rules = {"many": f"more than {MANY_SHOT_ABOVE} training images", "few": f"fewer than {FEW_SHOT_BELOW}"}
+    out = []
+    for grouping, heading in (
+        ("by_thirds", "by thirds of the classes, ordered by training images"),
+        ("by_count", "by number of training images, as the long-tail literature does"),
+    ):
+        members = head_medium_tail(found.counts)[grouping]
+        rows = [
+            (name, len(of), _range([found.counts[c] for c in of]), _listed([found.class_names[c] for c in of]))
+            for name, of in members.items()
+            if of
+        ]
+        note = {
+            "by_count": f"many: {rules['many']}; medium: {FEW_SHOT_BELOW} to {MANY_SHOT_ABOVE}; few: {rules['few']}"
+        }
+        out.append({"heading": heading, "rows": rows, "note": note.get(grouping, "")})
+    return out
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{high:,}" if low == high else f"{high:,} to {low:,}"
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _gallery(shown: pictures.Gallery | None) -> dict[str, Any] | None:
+    if shown is None:
+        return None
+    rows = [
+        {
+            "name": name,
+            "count": f"{count:,}",
+            "synthetic": pictures.data_uris(synthetic, shown.lossless),
+            "initial": pictures.data_uris(initial, shown.lossless),
+        }
+        for name, count, synthetic, initial in zip(
+            shown.names, shown.counts, shown.synthetic_GMHHC, shown.initial_GMHHC, strict=True
+        )
+    ]
+    images = int(shown.synthetic_GMHHC.shape[1])
+    return {
+        "rows": rows,
+        "limited": shown.limited,
+        "lossless": shown.lossless,
+        "images": images,
+        "cell": max(40, min(72, 440 // images)),
+    }
+
+
+def _costs(found: Contents) -> dict[str, Any]:
+    stages = list(found.history.costs.values())
+    rows = [
+        (
+            c.stage,
+            tables.duration(c.seconds),
+            str(c.attempts),
+            tables.gigabytes(c.host_bytes),
+            tables.gigabytes(c.device_bytes),
+            c.last_error or "",
+        )
+        for c in stages
+    ]
+    rates = [
+        (name, f"{value:.3g}" if value < 100 else f"{value:,.0f}")
+        for name, value in found.history.median_rate().items()
+    ]
+    started = found.history.distill_started
+    return {
+        "rows": rows,
+        "rates": rates,
+        "total": tables.duration(sum(c.seconds for c in stages)) if stages else None,
+        "device": any(c.device_bytes is not None for c in stages),
+        "stopped": [c for c in stages if c.last_error],
+        "shared": found.distilled is not None and not found.history.expert_epochs,
+        "path": f"Gradient path {started['gradient']}: {started['why']}." if started else None,
+    }
+
+
+def _facts(found: Contents) -> list[tuple[str, str]]:
+    """Provenance: label, value."""
+    r, meta, data = found.recipe, found.distilled.meta if found.distilled else None, found.history.data
+    versions = dict(meta.versions if meta else {})
+    measured = {f"{name} {version}" for row in found.rows for name, version in (row.get("versions") or {}).items()}
+    facts = [
+        ("Job", r.name),
+        ("Recipe hash", r.recipe_hash()),
+        ("Experts hash", r.experts_hash()),
+        ("Data fingerprint", meta.data_fingerprint if meta else data["fingerprint"] if data else ""),
+        ("Seeds", f"{r.seed} (distillation and evaluation), {r.experts.seed} (experts)"),
+        ("Iteration of the set", f"{meta.iteration:,} of {r.distill.iterations:,}" if meta else ""),
+        ("Learned alpha", f"{meta.lr:.6g}" if meta else ""),
+        ("Initial set", "; ".join(f"{k.replace('_', ' ')}: {v}" for k, v in meta.label_source.items()) if meta else ""),
+        ("Made with", ", ".join(f"{k} {v}" for k, v in versions.items())),
+        ("Measured with", ", ".join(sorted(measured))),
+        (
+            "Host and device",
+            ", ".join(sorted({f"{row['host']} ({row['device']})" for row in found.rows if row.get("host")})),
+        ),
+        ("Recorded", " to ".join(_when(t) for t in (found.history.began, found.history.ended) if t is not None)),
+    ]
+    return [(label, value) for label, value in facts if value]
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

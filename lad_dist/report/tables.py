@@ -1,0 +1,132 @@
+"""How figures are written, in the terminal and on the page alike. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+
+MISSING = "–"
+FIGURES = ("overall", "head", "medium", "tail")
+COUNT_GROUPS = ("many", "medium", "few")
+SOURCES = {"distilled": "Distilled", "random": "Random real", "full": "Whole long-tailed set"}
+METHODS = {
+    "lad": "LAD",
+    "datm": "DATM",
+    "mtt": "MTT",
+    "lad-without-wma": "LAD without weight mismatch avoidance",
+    "lad-without-adm": "LAD without decoupled matching",
+}
+DATASETS = {
+    "digits": "Digits-LT",
+    "fashion-mnist": "Fashion-MNIST-LT",
+    "cifar10": "CIFAR-10-LT",
+    "cifar100": "CIFAR-100-LT",
+    "tiny-imagenet": "Tiny-ImageNet-LT",
+    "image-folder": "Image folder",
+    "list": "Image list",
+    "parquet": "Images in Parquet",
+}
+SELECTION = {
+    "last": "The set of the last iteration is reported: no accuracy was looked at to choose it.",
+    "validation": "The iteration was chosen by accuracy on images held out of the training data, not on test images.",
+    "test-as-published": "The iteration was chosen by accuracy on the test set, as the published protocol does. "
+    "The figures of the distilled set are therefore optimistic.",
+}
+
+
+@dataclass(frozen=True)
+class ResultLine:
+    """One line of a result table, every cell as text; accuracies in percent, mean ± deviation over seeds."""
+
+    key: str  # distilled, random or full
+    source: str
+    architecture: str
+    seeds: str
+    figures: tuple[str, ...]
+
+    def cells(self) -> tuple[str, ...]:
+        """The cells in the order of the table's headings."""
+        return (self.source, self.architecture, self.seeds, *self.figures)
+
+
+def headings(figures: Sequence[str] = FIGURES) -> tuple[str, ...]:
+    """The headings that go with ``ResultLine.cells``."""
+    return ("source", "architecture", "seeds", *figures)
+
+
+def result_lines(summaries: Iterable[Row]) -> list[ResultLine]:
+    """The result table from ``evaluate.results.summary``: one line per (source, architecture)."""
+    return [
+        ResultLine(
+            row["source"],
+            source_title(row),
+            str(row["architecture"]),
+            str(row["seeds"]),
+            tuple(plus_minus(row.get(f), row.get(f"{f}_std")) for f in FIGURES),
+        )
+        for row in summaries
+    ]
+
+
+def count_group_lines(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[ResultLine]]:
+    """From the rows of results.json: which of many, medium and few hold any class, and a table of their accuracies."""
+    members: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        members.setdefault((row["source"], row["architecture"]), []).append(row)
+
+    def values(group: str, of: Sequence[Row]) -> list[float]:
+        return [row["by_count"][group] for row in of if (row.get("by_count") or {}).get(group) is not None]
+
+    groups = tuple(g for g in COUNT_GROUPS if any(values(g, of) for of in members.values()))
+    lines = [
+        ResultLine(
+            source, source_title(of[0]), architecture, str(len(of)), tuple(spread(values(g, of)) for g in groups)
+        )
+        for (source, architecture), of in members.items()
+    ]
+    return groups, lines
+
+
+def source_title(row: Row) -> str:
+    """What a row's networks were trained on, for people: ``Distilled (LAD)``, ``Random real``, ..."""
+    title = SOURCES.get(row["source"], str(row["source"]))
+    method = row.get("method")
+    return f"{title} ({METHODS.get(method, method)})" if row["source"] == "distilled" and method else title
+
+
+def spread(fractions: Sequence[float]) -> str:
+    """Mean and sample standard deviation of some accuracies, as ``plus_minus`` writes them."""
+    mean = statistics.mean(fractions) if fractions else None
+    return plus_minus(mean, statistics.stdev(fractions) if len(fractions) > 1 else None)
+
+
+def percent(fraction: float | None) -> str:
+    """``0.8438`` as ``84.4``; an en dash where there is no figure."""
+    return MISSING if fraction is None else f"{100 * fraction:.1f}"
+
+
+def plus_minus(mean: float | None, std: float | None) -> str:
+    """``84.4 ± 1.7``; only the mean where one seed leaves no deviation."""
+    return percent(mean) if mean is None or std is None else f"{percent(mean)} ± {percent(std)}"
+
+
+def duration(seconds: float | None) -> str:
+    """``47.2 s``, ``12 min 05 s``, ``8 h 43 min``."""
+    if seconds is None:
+        return MISSING
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def gigabytes(count: int | None) -> str:
+    """Bytes as ``0.53 GB`` (10^9)."""
+    return MISSING if count is None else f"{count / 1e9:.2f} GB"

@@ -1,0 +1,117 @@
+"""Ctrl-C, SIGTERM and SIGKILL in every stage: the same command continues, and ends with the same numbers bit for bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from lad_dist.trajectories import Buffer
+
+# Long enough (a second or two per stage) to be hit in the middle.
+LONGER = {
+    "experts": {"count": 2, "epochs": 40, "classifier_epochs": 10, "batch": 32, "epochs_per_part": 3},
+    "distill": {"iterations": 60, "student_steps": 2, "student_steps_classifier": 2, "batch": 5, "window_epochs": 1,
+                "start_epoch_max": 9, "class_weights": "mean-one", "lr_images": 1.0, "lr_alpha": 1e-7,
+                "checkpoint_every": 7},
+    "evaluate": {"seeds": 2, "epochs": 150, "full_epochs": 50},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, look):
+    """A run of the longer recipe from beginning to end: its buffer's digest and its distilled tensors."""
+    import yaml
+
+    from lad_dist import cli
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    job = folder / "job.yaml"
+    tiny = {"name": "longer", "ipc": 1, "data": {"dataset": "digits", "imbalance_factor": 5, "n_max": 20},
+            "model": {"width": 4, "depth": 1}, "augment": {"operations": ["crop", "scale"]}, **LONGER}  # fmt: skip
+    job.write_text(yaml.safe_dump(tiny))
+    with pytest.raises(SystemExit) as ended:
+        cli.app(["run", str(job), "--out", str(folder / "run"), "--threads", "1", "--device", "cpu"])
+    assert ended.value.code == 0
+    return job, Buffer(folder / "run" / "trajectories").digest(), look.distilled_bytes(folder / "run")
+
+
+def same_as(undisturbed, run: Path, look) -> None:
+    _, digest, distilled = undisturbed
+    assert Buffer(run / "trajectories").digest() == digest
+    assert look.distilled_bytes(run) == distilled
+    assert look.leftovers(run) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_in_every_stage(lad, undisturbed, look, number):
+    command, run = ("run", undisturbed[0], "--out", "run"), Path("run")
+    for stage in ("experts", "distill", "evaluate distilled"):
+        seen = len(look.events(run))
+        process = lad.start(*command)
+        started = {"kind": "stage-started", "stage": stage}
+        assert look.wait_for(run, process, lambda all_, s=started, n=seen: any(s.items() <= e.items() for e in all_[n:]))
+        process.send_signal(number)
+        ended = lad.ended(process)
+        ended.fails(130, f"interrupted by {number.name}", "the same command continues")
+        assert look.leftovers(run) == []
+        stopped = [e for e in look.events(run)[seen:] if e["kind"] == "stage-stopped"]
+        assert [e["stage"] for e in stopped] == [stage]
+        shown = lad("status", run).succeeds().out
+        assert f"last error: {stage}: Interrupted" in shown
+        assert (run / "distilled").exists() == (stage == "evaluate distilled")
+    lad(*command).succeeds()
+    same_as(undisturbed, run, look)
+    assert len(list(Path("run/report").glob("index.html"))) == 1
+
+
+@pytest.mark.parametrize("stage", ["experts", "distill", "evaluate", "report"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_in_the_middle_of_a_computation(lad, job, finished, look, monkeypatch, stage, number):
+    """The signal arrives at one exact place of each stage, within this process."""
+    inside = {"experts": "lad_dist.experts.train.gsam_gradient", "distill": "lad_dist.distill.loop.Student.run",
+              "evaluate": "lad_dist.evaluate.measure.accuracy", "report": "lad_dist.report.page.render"}  # fmt: skip
+    command = ("run", job(), "--out", "run")
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patched:
+        patched.setattr(inside[stage], interrupt)
+        lad(*command).fails(130, f"interrupted by {number.name}")
+    assert signal.getsignal(number) is before
+    assert look.leftovers(Path("run")) == []
+    assert not Path("run/report/index.html").exists()
+    lad(*command).succeeds()
+    assert look.distilled_bytes(Path("run")) == look.distilled_bytes(finished)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_random_moments(lad, undisturbed, look, seed):
+    command, run, draws = ("run", undisturbed[0], "--out", "run"), Path("run"), random.Random(seed)
+    for _ in range(4):
+        goal = len(look.events(run)) + draws.randint(2, 70)
+        process = lad.start(*command)
+        alive = look.wait_for(run, process, lambda all_, goal=goal: len(all_) >= goal)
+        process.kill()
+        process.communicate()
+        lad("status", run).succeeds()
+        if not alive:
+            break
+    lad(*command).succeeds()
+    same_as(undisturbed, run, look)
+
+
+def test_continuing_does_nothing_twice(lad, job, look):
+    command, run = ("run", job(), "--out", "run"), Path("run")
+    lad(*command).succeeds()
+    before, seen = look.contents(run), len(look.events(run))
+    again = lad(*command).succeeds()
+    assert {e["kind"] for e in look.events(run)[seen:]} == {"data", "stage-started", "stage-finished"}
+    assert {e.get("stage") for e in look.events(run)[seen:]} == {None, "report"}
+    changed = {name for name, digest in look.contents(run).items() if before[name] != digest}
+    assert changed <= {"events.jsonl", "report/index.html"}
+    assert "experts: done" in again.out and "distill: done" in again.out
