@@ -45,26 +45,28 @@ def same_as(undisturbed, run: Path, look) -> None:
     assert look.leftovers(run) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_in_every_stage(lad, undisturbed, look, number):
+@pytest.mark.parametrize(("number", "steps"), [(signal.SIGINT, 10), (signal.SIGTERM, 0)])
+def test_interrupted_in_every_stage(lad, undisturbed, look, number, steps):
+    """A process of its own gets the signal when a stage begins, or after some epochs or iterations of it."""
     command, run = ("run", undisturbed[0], "--out", "run"), Path("run")
-    for stage in ("experts", "distill", "evaluate distilled"):
+    for stage, step in (("experts", "expert-epoch"), ("distill", "iteration"), ("evaluate distilled", "evaluated")):
         seen = len(look.events(run))
+
+        def reached(found, stage=stage, step=step, seen=seen):
+            began = any(e["kind"] == "stage-started" and e["stage"] == stage for e in found[seen:])
+            return began and sum(e["kind"] == step for e in found[seen:]) >= (min(steps, 1) if step == "evaluated" else steps)
+
         process = lad.start(*command)
-        started = {"kind": "stage-started", "stage": stage}
-        assert look.wait_for(run, process, lambda all_, s=started, n=seen: any(s.items() <= e.items() for e in all_[n:]))
+        assert look.wait_for(run, process, reached)
         process.send_signal(number)
-        ended = lad.ended(process)
-        ended.fails(130, f"interrupted by {number.name}", "the same command continues")
+        lad.ended(process).fails(130, f"interrupted by {number.name}", "the same command continues")
         assert look.leftovers(run) == []
-        stopped = [e for e in look.events(run)[seen:] if e["kind"] == "stage-stopped"]
-        assert [e["stage"] for e in stopped] == [stage]
-        shown = lad("status", run).succeeds().out
-        assert f"last error: {stage}: Interrupted" in shown
+        assert [e["stage"] for e in look.events(run)[seen:] if e["kind"] == "stage-stopped"] == [stage]
+        assert f"last error: {stage}: Interrupted" in lad("status", run).succeeds().out
         assert (run / "distilled").exists() == (stage == "evaluate distilled")
     lad(*command).succeeds()
     same_as(undisturbed, run, look)
-    assert len(list(Path("run/report").glob("index.html"))) == 1
+    assert (run / "report" / "index.html").exists()
 
 
 @pytest.mark.parametrize("stage", ["experts", "distill", "evaluate", "report"])

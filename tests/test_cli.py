@@ -1,0 +1,194 @@
+"""The command line apart from the stages: help, catalogue, names, messages, terminals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import lad_dist
+from lad_dist import catalog, cli, recipe_file
+from lad_dist.profile import Profile
+from lad_dist.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def process(*args: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-m", "lad_dist.cli", *args], capture_output=True, env=variables, timeout=60)
+
+
+def lad(*args: str):
+    return CliRunner().invoke(cli.app, list(args), prog_name="lad-dist")
+
+
+def test_help_answers_at_once():
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        assert process("--help").returncode == 0
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.5
+
+
+def test_help_imports_nothing_heavy():
+    code = ("import sys, lad_dist.cli as c\n"
+            "try: c.app(['--help'])\n"
+            "except SystemExit: pass\n"
+            "heavy = {'torch', 'torchvision', 'ray', 'pyarrow', 'pydantic', 'sklearn', 'yaml', 'numpy'} & set(sys.modules)\n"
+            "assert not heavy, heavy\n")
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+def test_help_names_every_command():
+    shown = lad("--help").output
+    for command in ("run", "experts", "distill", "evaluate", "report", "status", "jobs", "clusters", "buffer"):
+        assert f" {command} " in shown
+
+
+def test_version():
+    assert lad("--version").output == f"lad-dist {lad_dist.__version__}\n"
+
+
+def test_jobs_lists_every_shipped_recipe(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    shown = lad("jobs").output
+    assert catalog.jobs() and "digits-lt" in catalog.jobs()
+    for name, file in catalog.jobs().items():
+        assert name in shown and catalog.purpose(file) in shown
+
+
+def test_clusters_lists_every_shipped_profile():
+    shown = lad("clusters").output
+    assert "local" in catalog.profiles()
+    for name in catalog.profiles():
+        assert name in shown
+
+
+# Mirrors "every recipe is loaded by a test, recursively, and the test fails if it found none".
+RECIPES = sorted((ROOT / "jobs").rglob("*.yaml"))
+PROFILES = sorted((ROOT / "cluster").glob("*.yaml"))
+
+
+def test_recipes_and_profiles_are_found():
+    assert RECIPES and PROFILES
+    assert sorted(catalog.jobs().values()) == RECIPES, "two recipes of one name hide each other"
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
+def test_every_recipe_loads(file):
+    assert recipe_file.load(file).name == file.stem
+    assert catalog.purpose(file), f"{file}: its header has no '# Purpose:' line"
+
+
+@pytest.mark.parametrize("file", PROFILES, ids=lambda f: f.stem)
+def test_every_profile_loads(file):
+    profile = recipe_file.validated(Profile, recipe_file.read_document(file), str(file))
+    assert profile.name == file.stem
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_job_names_the_nearest():
+    ended = lad("run", "digit-lt")
+    assert ended.exit_code == 2 and "did you mean digits-lt" in ended.stderr and "lad-dist jobs" in ended.stderr
+
+
+def test_unknown_job_file():
+    ended = lad("run", "mine/digits-lt.yaml")
+    assert ended.exit_code == 2 and "mine/digits-lt.yaml: no such file" in ended.stderr
+
+
+def test_unknown_profile_names_the_nearest():
+    ended = lad("run", "digits-lt", "--on", "locl")
+    assert ended.exit_code == 2 and "did you mean local" in ended.stderr
+
+
+def test_folder_that_is_no_run_as_a_job(tmp_path):
+    ended = lad("run", str(tmp_path))
+    assert ended.exit_code == 2 and "folder without recipe.yaml" in ended.stderr
+
+
+def test_a_shipped_name_wins_over_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits-lt").mkdir()
+    (tmp_path / "digits-lt" / "recipe.yaml").touch()
+    assert catalog.find_job("digits-lt").run is None
+    assert catalog.find_job("./digits-lt").run == Path("digits-lt")
+
+
+def test_default_run_folder():
+    job, recipe = catalog.Job(Path("x.yaml")), Recipe(name="x")
+
+    def out(*sets):
+        return str(cli.default_out(job, recipe, sets))
+
+    assert out() == "runs/x"
+    assert out("ipc=3") == "runs/x+ipc=3"
+    assert out("seed=1", "ipc=3") == out("ipc=3", "seed=1") == "runs/x+ipc=3+seed=1"
+    assert out("ipc=3", "ipc=4") == "runs/x+ipc=4", "the last one holds"
+    assert out("name=x") == "runs/x", "the name is there already"
+    odd = {out("data.root=/a/b"), out("data.root=/a b"), out("data.root=/a:b"), out("data.root=" + "x" * 400)}
+    assert len(odd) == 4 and all("/" not in o.removeprefix("runs/") and len(o) < 200 for o in odd)
+    assert cli.default_out(catalog.Job(Path("r/recipe.yaml"), run=Path("r")), recipe, ["ipc=3"]) == Path("r")
+
+
+# --- messages and terminals -------------------------------------------------------------------------------------------
+
+
+def test_device_and_threads_are_checked():
+    assert lad("run", "digits-lt", "--device", "tpu").exit_code == 2
+    assert lad("run", "digits-lt", "--threads", "0").exit_code == 2
+
+
+def test_cuda_where_there_is_none(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    ended = lad("run", "digits-lt", "--device", "cuda", "--out", str(tmp_path / "x"))
+    assert ended.exit_code == 2 and "no CUDA GPU here" in ended.stderr and not (tmp_path / "x").exists()
+
+
+def test_ctrl_c_outside_a_stage(monkeypatch):
+    def interrupted(text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(catalog, "find_job", interrupted)
+    ended = lad("run", "digits-lt")
+    assert ended.exit_code == 130 and len(ended.stderr.splitlines()) == 1 and "interrupted" in ended.stderr
+
+
+def test_a_bug_keeps_its_traceback_without_locals(tmp_path):
+    code = ("from lad_dist import catalog, cli\n"
+            "def bug(text):\n"
+            "    local_secret = 'x' * 3\n"
+            "    raise ZeroDivisionError('a bug')\n"
+            "catalog.find_job = bug\n"
+            "cli.main()\n")
+    ended = subprocess.run([sys.executable, "-c", code, "run", "digits-lt"], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr and "ZeroDivisionError: a bug" in ended.stderr and "xxx" not in ended.stderr
+
+
+@pytest.mark.parametrize("command", [["jobs"], ["clusters"], ["--help"], ["buffer", "--help"]])
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {"COLUMNS": "12"},
+                                         {"COLUMNS": "1"}, {"TERM": "dumb"}, {"NO_COLOR": "1"}])  # fmt: skip
+def test_any_terminal_will_do(command, environment):
+    ended = process(*command, **environment)
+    assert ended.returncode == 0, ended.stderr.decode(errors="replace")
+    assert b"Traceback" not in ended.stderr
+
+
+def test_broken_pipe():
+    shell = f"{sys.executable} -m lad_dist.cli jobs | true; echo ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=ROOT)
+    assert "Traceback" not in ended.stderr and "BrokenPipe" not in ended.stderr
+    assert ended.stdout.strip() in ("0", "1")

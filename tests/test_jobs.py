@@ -1,0 +1,80 @@
+"""The recipes that ship: all load, are named as their files, and say what they are for."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lad_dist import recipe_file
+from lad_dist.data.longtail import exponential_counts
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "jobs").rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_jobs", ROOT / "benchmarks" / "make_jobs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules["make_jobs"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_cell_of_the_published_tables_has_a_recipe() -> None:
+    names = {file.stem for file in FILES}
+    wanted = {f"cifar10-lt-f{f}-ipc{i}" for f in (10, 50, 100, 200) for i in (10, 20, 50)}
+    wanted |= {f"cifar100-lt-f{f}-ipc{i}" for f in (10, 20, 50) for i in (10, 20, 50)}
+    wanted |= {f"tiny-imagenet-lt-f{f}-ipc{i}" for f in (10, 20, 100) for i in (10, 20)}
+    wanted |= {"digits-lt", "cifar10-jpeg-lt-f100-ipc10", "imagenet-lt-f256-ipc10"}
+    assert wanted <= names
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_recipe_loads_and_says_what_it_is_for(file: Path) -> None:
+    recipe = recipe_file.load(file)
+    assert recipe.name == file.stem
+    comments = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+    assert any(line.startswith("# Purpose:") for line in comments)
+    assert any(line.startswith(f"# Command:   lad-dist run {file.stem}") for line in comments)
+
+
+def test_the_generator_writes_exactly_the_committed_files(generator: ModuleType) -> None:
+    for name, text in generator.jobs().items():
+        assert (ROOT / "jobs" / f"{name}.yaml").read_text(encoding="utf-8") == text, (
+            f"{name}: run benchmarks/make_jobs.py"
+        )
+
+
+def test_every_generated_line_is_short(generator: ModuleType) -> None:
+    assert [line for text in generator.jobs().values() for line in text.splitlines() if len(line) > 120] == []
+
+
+def test_published_cells_keep_the_published_protocol(generator: ModuleType) -> None:
+    for name in generator.jobs():
+        recipe = recipe_file.load(ROOT / "jobs" / f"{name}.yaml")
+        assert recipe.evaluate.lr is None and recipe.evaluate.epochs == 1000 and recipe.distill.iterations == 10_000
+        assert (
+            recipe.distill.weighted_loss and recipe.distill.matching == "decoupled" and recipe.distill.labels == "soft"
+        )
+        assert recipe.distill.class_weights == "published" and recipe.distill.select == "last"
+        assert recipe.distill.window_epochs == 2 and recipe.distill.classifier_start_epoch_max == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "n_max", "classes", "tail"),
+    [
+        ("cifar10-lt-f200-ipc50", 5000, 10, 25),
+        ("cifar100-lt-f50-ipc10", 500, 100, 10),
+        ("tiny-imagenet-lt-f100-ipc20", 500, 200, 5),
+    ],
+)
+def test_the_factors_leave_images_in_every_class(name: str, n_max: int, classes: int, tail: int) -> None:
+    recipe = recipe_file.load(ROOT / "jobs" / f"{name}.yaml")
+    assert exponential_counts(n_max, classes, recipe.data.imbalance_factor)[-1] == tail
