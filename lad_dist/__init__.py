@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lad_dist.distilled import DistilledSet
 
 __version__ = "0.1.0"
-__all__ = ["load", "__version__"]
+__all__ = ["__version__", "load"]
 
 
 def load(path: str | Path) -> DistilledSet:

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 PLAIN_SECONDS = 10.0  # between two plain lines of one task
 
@@ -85,14 +86,23 @@ class Screen:
         """A task of ``total`` steps (``done`` of them before this process) shown until the block ends."""
         if self.console.is_terminal:
             columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-                       TextColumn(unit), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
-                       TextColumn("{task.fields[shown]}"))
-            with Progress(*columns, console=self.console) as live:
+                       TextColumn(unit), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+            with _Live(*columns, console=self.console) as live:
                 yield _RichTask(live, title, total, done)
         else:
             plain = _PlainTask(self, title, total, unit, done)
             yield plain
             plain.finish()
+
+
+class _Live(Progress):
+    """Progress bars with each task's figures on a line below, where a narrow terminal cuts them and nothing else."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            if task.fields["shown"]:
+                yield Text(f"  {task.fields['shown']}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class _RichTask:

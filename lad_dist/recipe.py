@@ -16,8 +16,8 @@ Int = Annotated[int, Field(strict=True)]
 Bool = Annotated[bool, Field(strict=True)]
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
-OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
+OPERATIONS: tuple[Operation, ...] = ("color", "crop", "cutout", "flip", "scale", "rotate")
 Method = Literal["lad", "datm", "mtt", "lad-without-wma", "lad-without-adm"]
 
 # What each method means, as fields of `distill`. A recipe may still set any of them itself.
@@ -263,10 +263,10 @@ def _cross_faults(recipe: Recipe) -> list[str]:
         if value == "validation" and recipe.data.validation_per_class == 0:
             faults.append(f"{field}: validation needs data.validation_per_class above 0")
     if recipe.data.dataset in ("list", "parquet"):
-        for field, value in (("train", recipe.data.train), ("test", recipe.data.test)):
-            if value is None:
+        for field, file in (("train", recipe.data.train), ("test", recipe.data.test)):
+            if file is None:
                 faults.append(f"data.{field}: must name the {field} split's file for data.dataset {recipe.data.dataset}")
-    if recipe.data.imbalance == "natural" and "imbalance_factor" in recipe.data.model_fields_set:
-        if recipe.data.imbalance_factor != DataConfig.model_fields["imbalance_factor"].default:
-            faults.append("data.imbalance_factor: has no meaning with data.imbalance natural; remove it")
+    default = DataConfig.model_fields["imbalance_factor"].default  # a saved recipe spells it out
+    if recipe.data.imbalance == "natural" and recipe.data.imbalance_factor != default:
+        faults.append("data.imbalance_factor: has no meaning with data.imbalance natural; remove it")
     return faults

@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             raise yaml.MarkedYAMLError(problem=f"key {key!r} is not text", problem_mark=key_node.start_mark)
         if key in seen:
@@ -39,7 +39,7 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _FLOAT = __import__("re").compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
@@ -143,6 +143,7 @@ def _fault_lines(model: type[BaseModel], detail: ErrorDetails, source: str, sour
     field = ".".join(str(part) for part in detail["loc"] if not (isinstance(part, str) and "[" in part))
     where = next((sources[f] for f in sources if field == f or field.startswith(f + ".")), f"{source}: {field}")
     if detail["type"] == "extra_forbidden":
+        where = next((sources[f] for f in sources if f.startswith(field + ".")), where)  # an unknown section
         yield f"{where}: unknown key; {_suggestion(model, field)}"
     elif detail["type"] == "value_error" and not field:
         for line in str(detail["ctx"]["error"]).split("\n"):

@@ -127,7 +127,7 @@ def cutout(x_BCHH: Tensor, values_B3: Tensor) -> Tensor:
 
     A hole that leaves the image is clamped to the border row or column, as in the official implementation.
     """
-    batch, _, height, width = x_BCHH.shape
+    height, width = x_BCHH.shape[2:]
     side = values_B3[:, 2:3]
     row_hole = _hole(values_B3[:, :1], side, height)
     column_hole = _hole(values_B3[:, 1:2], side, width)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 
-
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distilled import DistilledSet
 from lad_dist.evaluate.accuracy import accuracy

@@ -24,6 +24,7 @@ Shapes: B images, C channels, H side before pooling, h = H // 2 after it; an odd
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -69,12 +70,12 @@ class _Forward(torch.autograd.Function):
         rstd = torch.empty_like(mean)
         for rows in _chunks(x_BCHH):
             y, mean[rows], rstd[rows] = _group_norm(x_BCHH[rows], gamma_C, beta_C, eps)
-            pooled[rows] = F.avg_pool2d(y.relu_(), 2)
+            pooled[rows] = _pool(y.relu_())
         ctx.save_for_backward(x_BCHH, gamma_C, beta_C, mean, rstd)
         return pooled
 
     @staticmethod
-    def backward(ctx: Any, u_BChh: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, u_BChh: Tensor) -> tuple[Tensor | None, ...]:
         dx, dgamma, dbeta = _Backward.apply(u_BChh, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
         return dx, dgamma, dbeta, None
 
@@ -100,7 +101,7 @@ class _Backward(torch.autograd.Function):
         return dx, dgamma, dbeta
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, a_BCHH: Tensor, c_C: Tensor, e_C: Tensor) -> tuple[Tensor | None, ...]:
         u_BChh, x_BCHH, gamma_C, beta_C, mean, rstd = ctx.saved_tensors
         a_BCHH = a_BCHH.contiguous()
@@ -117,7 +118,7 @@ class _Backward(torch.autograd.Function):
             m_az, m_ag, m_gz = _dot(a, z) / count, _dot(a, g) / count, _dot(g, z) / count
             scale = gamma * s
             h = torch.addcmul(e - scale * m_a, z, c - scale * m_az).addcmul_(a, scale)
-            by_u[rows] = F.avg_pool2d(_aten.threshold_backward(h, y, 0), 2)
+            by_u[rows] = _pool(_aten.threshold_backward(h, y, 0))
             inner = m_ag - m_a * m_g - m_az * m_gz  # k = N gamma inner
             q_a, q_g = -scale * m_gz, c - scale * m_az  # q = q_a a + q_g g
             m_q, m_qz = q_a * m_a + q_g * m_g, q_a * m_az + q_g * m_gz
@@ -142,10 +143,35 @@ def _group_norm(x: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float) -> tuple
     return y, mean.view(batch, channels, 1, 1), rstd.view(batch, channels, 1, 1)
 
 
-def _masked(u: Tensor, y: Tensor) -> Tensor:
+def _pool(y_BCHW: Tensor) -> Tensor:
+    """2x2 average pooling: rows are added, columns go through a matrix product, which is vectorised where avg_pool2d is not."""
+    half = y_BCHW.shape[2] // 2
+    rows_BChW = y_BCHW[:, :, 0 : 2 * half : 2] + y_BCHW[:, :, 1 : 2 * half : 2]
+    return rows_BChW @ _columns(y_BCHW.shape[3], y_BCHW.dtype, y_BCHW.device)
+
+
+def _masked(u_BChw: Tensor, y_BCHW: Tensor) -> Tensor:
     """g = unpool(u) [y > 0] of a chunk."""
-    spread = _aten.avg_pool2d_backward(u, y, [2, 2], [2, 2], [0, 0], False, True, None)
-    return _aten.threshold_backward(spread, y, 0)
+    batch, channels, height, width = y_BCHW.shape
+    half = height // 2
+    spread_BChW = u_BChw @ _columns(width, y_BCHW.dtype, y_BCHW.device).T
+    g_BCHW = torch.empty_like(y_BCHW)
+    if height % 2:
+        g_BCHW[:, :, -1] = 0
+    pairs = (batch, channels, half, 2, width)
+    _aten.threshold_backward(spread_BChW.unsqueeze(3).expand(pairs), y_BCHW[:, :, : 2 * half].unflatten(2, (half, 2)), 0,
+                             grad_input=g_BCHW[:, :, : 2 * half].unflatten(2, (half, 2)))
+    return g_BCHW
+
+
+@functools.lru_cache(maxsize=64)
+def _columns(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrix (W, w) with a quarter where column j of W belongs to column j // 2 of w; an odd last column to none."""
+    half = width // 2
+    matrix = torch.zeros(width, half, dtype=dtype, device=device)
+    columns = torch.arange(2 * half, device=device)
+    matrix[columns, columns // 2] = 0.25
+    return matrix
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

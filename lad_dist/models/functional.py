@@ -25,4 +25,4 @@ class _Backbone(nn.Module):
         self.network = network
 
     def forward(self, images_BCHH: Tensor) -> Tensor:
-        return self.network.backbone(images_BCHH)  # type: ignore[operator, no-any-return]
+        return self.network.backbone(images_BCHH)  # type: ignore[operator]

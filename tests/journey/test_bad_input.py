@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import shutil
 import subprocess
@@ -216,6 +217,18 @@ def test_really_full_disk(lad, job, small_disk, look):
     ballast.unlink()
     lad("run", run).succeeds()
     assert look.leftovers(run) == []
+
+
+@pytest.mark.parametrize("call", ["emit", "close"])
+def test_full_disk_while_an_event_is_written(lad, job, finished, monkeypatch, look, call):
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"lad_dist.progress.Events.{call}", full)
+        lad("run", job(), "--out", "run").fails(8, "run: No space left on device", "the same command continues")
+    lad("run", job(), "--out", "run").succeeds()
+    assert look.distilled_bytes(Path("run")) == look.distilled_bytes(finished)
 
 
 def test_run_folder_below_a_file(lad, job, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -93,16 +94,22 @@ def test_interrupted_in_the_middle_of_a_computation(lad, job, finished, look, mo
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_random_moments(lad, undisturbed, look, seed):
+    """Once while experts train, twice while it distils (each time past a checkpoint), the last time wherever it is then."""
     command, run, draws = ("run", undisturbed[0], "--out", "run"), Path("run"), random.Random(seed)
-    for _ in range(4):
-        goal = len(look.events(run)) + draws.randint(2, 70)
-        process = lad.start(*command)
-        alive = look.wait_for(run, process, lambda all_, goal=goal: len(all_) >= goal)
+    moments = [("expert-epoch", "epoch", draws.randint(2, 40)), ("iteration", "iteration", draws.randint(8, 30)),
+               ("iteration", "iteration", draws.randint(38, 57))]  # fmt: skip
+    for kind, count, least in moments:
+        seen, process = len(look.events(run)), lad.start(*command)
+
+        def reached(found, kind=kind, count=count, least=least, seen=seen):
+            return any(e["kind"] == kind and e[count] >= least for e in found[seen:])
+
+        assert look.wait_for(run, process, reached)
+        time.sleep(draws.random() * 0.02)
         process.kill()
         process.communicate()
         lad("status", run).succeeds()
-        if not alive:
-            break
+    assert len(list((run / "checkpoints").iterdir())) >= 1
     lad(*command).succeeds()
     same_as(undisturbed, run, look)
 

@@ -1,0 +1,37 @@
+# make demo   install into .venv, then distil digits-LT and show what the result is worth
+# make test   install into .venv, then every check
+# PYTHON names the interpreter that .venv is made with (3.11 or newer).
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p))))
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+
+.PHONY: demo test lint types unit install clean
+
+demo: install
+	@$(BIN)/python benchmarks/demo.py --out $(DEMO)
+
+test: lint types unit
+
+lint: install
+	$(BIN)/ruff check lad_dist tests benchmarks
+
+types: install
+	$(BIN)/mypy
+
+unit: install
+	$(BIN)/python -m pytest
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "lad-dist needs Python 3.11 or newer; try: make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (torch and ray are large: a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

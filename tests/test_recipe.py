@@ -1,0 +1,173 @@
+"""Recipes: every fault at once, overrides, method presets, hashes, and saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lad_dist import recipe_file
+from lad_dist.errors import RecipeError
+from lad_dist.recipe import METHODS, Recipe
+
+
+def faults(doc: dict, *sets: str) -> tuple[str, ...]:
+    with pytest.raises(RecipeError) as refused:
+        recipe_file.from_document(doc, sets, "x.yaml")
+    return refused.value.faults
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_fault_is_reported_at_once():
+    found = faults({"ipc": 0, "data": {"dataset": "mnist"}, "experts": {"rho": 0.1, "lr": "fast"}}, "seed=-1", "nonsense")
+    text = "\n".join(found)
+    for part in ("x.yaml: ipc: 0", "x.yaml: data.dataset: 'mnist'", "x.yaml: experts.rho: unknown key",
+                 "x.yaml: experts.lr: 'fast'", "--set seed=-1", "--set nonsense"):  # fmt: skip
+        assert part in text
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize(("field", "near"), [
+    ("experts.rho", "experts.gsam_rho (default 0.01)"), ("distill.iteration", "distill.iterations (default 10000)"),
+    ("iterations", "distill.iterations"), ("ipcs", "ipc (default 10)"), ("model.widht", "model.width (default 128)"),
+    ("evaluate.seed", "evaluate.seeds (default 5)"), ("distil.iterations", "distill"),
+])  # fmt: skip
+def test_an_unknown_key_names_the_nearest(field, near):
+    (fault,) = faults({}, f"{field}=1")
+    assert fault.startswith(f"--set {field}=1: unknown key; did you mean") and near in fault
+
+
+@pytest.mark.parametrize("doc", [
+    {"ipc": "3"}, {"ipc": 3.5}, {"ipc": True}, {"data": {"imbalance_factor": "100"}}, {"distill": {"weighted_loss": "yes"}},
+    {"data": {"download": 0}}, {"distill": {"alpha": float("nan")}}, {"distill": {"alpha": float("inf")}},
+    {"data": {"imbalance_factor": 1001}}, {"augment": {"operations": ["blur"]}}, {"name": "a/b"}, {"name": ".."},
+    {"data": []}, {"distill": 3}, {"method": "LAD"}, {"method": ["lad"]},
+])  # fmt: skip
+def test_a_wrong_type_or_bound_is_one_fault(doc):
+    assert len(faults(doc)) == 1
+
+
+@pytest.mark.parametrize(("doc", "field"), [
+    ({"experts": {"epochs": 5}}, "distill.start_epoch_max"),
+    ({"distill": {"start_epoch_min": 20}}, "distill.start_epoch_max"),
+    ({"distill": {"start_epoch_max_first": 30}}, "distill.start_epoch_max_first"),
+    ({"distill": {"classifier_start_epoch_max": 10}}, "distill.classifier_start_epoch_max"),
+    ({"evaluate": {"split": "validation"}}, "evaluate.split"),
+    ({"distill": {"select": "validation"}}, "distill.select"),
+    ({"data": {"dataset": "list", "train": "a.txt"}}, "data.test"),
+    ({"data": {"imbalance": "natural", "imbalance_factor": 10}}, "data.imbalance_factor"),
+])  # fmt: skip
+def test_fields_must_fit_together(doc, field):
+    (fault,) = faults(doc)
+    assert fault.startswith(f"x.yaml: {field}: ")
+
+
+def test_a_fault_of_several_fields_names_the_option_that_caused_it():
+    (fault,) = faults({}, "experts.epochs=500", "distill.start_epoch_max=500")
+    assert fault.startswith("--set distill.start_epoch_max=500: ")
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("ipc: 1\nipc: 2\n", ":2: not valid YAML: key 'ipc' is given twice (first on line 1)"), ("- 1\n", "holds list"),
+    ("ipc: [", "not valid YAML"), ("1: 2\n", "key 1 is not text"), ("ipc: !!python/object:os.system x", "not valid YAML"),
+])  # fmt: skip
+def test_yaml_that_cannot_be_a_recipe(tmp_path, text, said):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"r\.yaml") as refused:
+        recipe_file.load(tmp_path / "r.yaml")
+    assert said in str(refused.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(RecipeError, match="No such file"):
+        recipe_file.load(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00name")
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        recipe_file.load(tmp_path / "r.yaml")
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_win_and_the_last_one_holds():
+    recipe = recipe_file.from_document({"ipc": 5, "data": {"n_max": 7}}, ["ipc=6", "ipc=8", "data.imbalance_factor=3"])
+    assert (recipe.ipc, recipe.data.n_max, recipe.data.imbalance_factor) == (8, 7, 3.0)
+
+
+def test_numbers_as_people_write_them():
+    for text in ("1e-5", "1.0e-05", "0.00001", "1E-5"):
+        assert recipe_file.from_document({}, [f"distill.lr_alpha={text}"]).distill.lr_alpha == 1e-5
+
+
+def test_null_means_the_default():
+    assert recipe_file.from_document({"ipc": None}).ipc == 10
+    assert recipe_file.from_document({"data": {"n_max": 5}}, ["data.n_max=null"]).data.n_max is None
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().ipc = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_expands_to_explicit_fields(method):
+    recipe = recipe_file.from_document({"method": method})
+    for field, value in METHODS[method].items():
+        assert getattr(recipe.distill, field) == value
+        assert f"  {field}: {str(value).lower() if isinstance(value, bool) else value}" in recipe_file.dump(recipe)
+
+
+def test_methods_differ():
+    assert len({tuple(fields.items()) for fields in METHODS.values()}) == len(METHODS)
+
+
+def test_a_recipe_may_set_a_field_of_its_method():
+    recipe = recipe_file.from_document({"method": "datm", "distill": {"labels": "hard"}})
+    assert (recipe.distill.labels, recipe.distill.matching) == ("hard", "joint")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_method_replaces_what_a_saved_recipe_spelled_out(tmp_path, method):
+    (tmp_path / "r.yaml").write_text(recipe_file.dump(Recipe()))
+    changed = recipe_file.load(tmp_path / "r.yaml", [f"method={method}"])
+    assert {f: getattr(changed.distill, f) for f in METHODS[method]} == METHODS[method]
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "jobs").rglob("*.yaml")), ids=lambda f: f.stem)
+def test_a_saved_recipe_reloads_equal(tmp_path, file):
+    recipe = recipe_file.load(file)
+    (tmp_path / "r.yaml").write_text(recipe_file.dump(recipe, header="one\ntwo"))
+    again = recipe_file.load(tmp_path / "r.yaml")
+    assert again == recipe and again.recipe_hash() == recipe.recipe_hash()
+    assert recipe_file.dump(again, header="one\ntwo") == (tmp_path / "r.yaml").read_text()
+
+
+def test_every_field_with_a_unit_or_bound_says_what_it_is():
+    fields = dict(recipe_file.fields_of(Recipe))
+    assert len(fields) > 60
+    described = [name for name, info in fields.items() if info.description]
+    assert len(described) > 0.8 * len(fields)
+
+
+# --- hashes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("same", ["ipc=1", "seed=3", "distill.iterations=5", "evaluate.epochs=3", "experts.count=7", "method=mtt",
+                                  "experts.epochs_per_part=2", "data.root=/x", "data.download=false", "name=y"])  # fmt: skip
+def test_jobs_that_need_the_same_experts_share_a_buffer(same):
+    assert recipe_file.from_document({}, [same]).experts_hash() == Recipe().experts_hash()
+
+
+@pytest.mark.parametrize("other", ["experts.lr=0.02", "experts.seed=1", "experts.epochs=99", "model.width=64", "data.n_max=9",
+                                   "data.imbalance_factor=9", "augment.flip=0", "data.whitening=none",
+                                   "data.validation_per_class=5", "experts.gsam_rho=0"])  # fmt: skip
+def test_jobs_that_need_other_experts_do_not(other):
+    assert recipe_file.from_document({}, [other]).experts_hash() != Recipe().experts_hash()
+
+
+def test_the_recipe_hash_forgets_only_where_the_data_lie():
+    base = Recipe().recipe_hash()
+    assert recipe_file.from_document({}, ["data.root=/x", "data.download=false"]).recipe_hash() == base
+    assert recipe_file.from_document({}, ["seed=1"]).recipe_hash() != base

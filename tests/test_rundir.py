@@ -1,0 +1,155 @@
+"""The run folder: publish by rename, leftovers, other recipes, shared buffers."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from lad_dist import recipe_file
+from lad_dist.errors import RunDirError, StorageError
+from lad_dist.recipe import Recipe
+from lad_dist.rundir import RunDir, published
+
+
+def changed(*sets: str) -> Recipe:
+    return recipe_file.from_document({}, sets)
+
+
+def names(folder) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+# --- publishing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_published_file_appears_whole(tmp_path):
+    final = tmp_path / "a" / "b.txt"
+    with published(final) as temporary:
+        temporary.write_text("half")
+        assert not final.exists() and temporary.parent == final.parent and temporary.suffix == ".txt"
+    assert final.read_text() == "half" and names(final.parent) == ["b.txt"]
+    assert final.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_block_that_fails_leaves_the_old_file(tmp_path, error):
+    final = tmp_path / "b.txt"
+    final.write_text("old")
+    with pytest.raises(StorageError if isinstance(error, OSError) else type(error)), published(final) as temporary:
+        temporary.write_text("new")
+        raise error
+    assert final.read_text() == "old" and names(tmp_path) == ["b.txt"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_when_publishing(tmp_path, monkeypatch, call):
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "b.txt"))
+
+    (tmp_path / "b.txt").write_text("old")
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(StorageError, match="No space left on device; free some space"), published(tmp_path / "b.txt") as t:
+        t.write_text("new")
+    assert (tmp_path / "b.txt").read_text() == "old" and names(tmp_path) == ["b.txt"]
+
+
+def test_a_published_folder_replaces_the_old_one(tmp_path):
+    run = RunDir.open(tmp_path / "run", Recipe())
+    for content in ("one", "two"):
+        with run.publish_folder(run.distilled) as temporary:
+            (temporary / f"{content}.txt").write_text(content)
+    assert names(run.distilled) == ["two.txt"]
+    assert names(run.root) == ["distilled", "recipe.yaml", "trajectories"]
+    with pytest.raises(ValueError, match="x"), run.publish_folder(run.distilled) as temporary:
+        (temporary / "three.txt").write_text("three")
+        raise ValueError("x")
+    assert names(run.distilled) == ["two.txt"]
+    assert names(run.root) == ["distilled", "recipe.yaml", "trajectories"]
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+def test_opening_writes_the_resolved_recipe(tmp_path):
+    recipe = changed("ipc=3", "method=datm")
+    run = RunDir.open(tmp_path / "a" / "run", recipe)
+    assert recipe_file.load(run.recipe) == recipe
+    assert "matching: joint" in run.recipe.read_text()
+    before = run.recipe.stat().st_mtime_ns
+    RunDir.open(run.root, recipe)
+    assert run.recipe.stat().st_mtime_ns == before
+
+
+def test_another_recipe_is_refused_with_what_differs(tmp_path):
+    run = RunDir.open(tmp_path / "run", changed("ipc=3"))
+    text = run.recipe.read_text()
+    with pytest.raises(RunDirError) as refused:
+        RunDir.open(run.root, changed("ipc=4", "distill.lr_images=7", "data.n_max=5"))
+    for part in ("ipc is 3 there, 4 here", "distill.lr_images is 100.0 there, 7.0 here", "data.n_max is null there, 5 here"):
+        assert part in str(refused.value)
+    assert run.recipe.read_text() == text
+
+
+@pytest.mark.parametrize("free", ["data.root=/x", "distill.checkpoint_every=3", "evaluate.seeds=9", "distill.gradient=keep",
+                                  "experts.epochs_per_part=3", "name=other"])  # fmt: skip
+def test_what_changes_no_pixel_may_change(tmp_path, free):
+    run = RunDir.open(tmp_path / "run", Recipe())
+    RunDir.open(run.root, changed(free))
+    assert recipe_file.load(run.recipe) == changed(free)
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    run = RunDir.open(tmp_path / "run", Recipe())
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (run.root / ".tmp-abc").mkdir()
+    for folder in (run.root / "checkpoints", run.root / "evaluation", run.trajectories, shared):
+        folder.mkdir(exist_ok=True)
+        (folder / ".tmp-xyz").write_text("half")
+    (run.root / "linked").symlink_to(shared)
+    RunDir.open(run.root, Recipe())
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob(".tmp-*")) == ["shared/.tmp-xyz"]
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(RunDirError, match="not empty and not a run folder"):
+        RunDir.open(tmp_path, Recipe())
+    assert names(tmp_path) == ["thesis.tex"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirError, match="Not a directory; choose another folder with --out"):
+        RunDir.open(tmp_path / "file" / "run", Recipe())
+
+
+def test_existing_wants_a_run_folder(tmp_path):
+    with pytest.raises(RunDirError, match="not a run folder"):
+        RunDir.existing(tmp_path)
+    assert RunDir.existing(RunDir.open(tmp_path / "run", Recipe()).root).root == tmp_path / "run"
+
+
+# --- shared buffers ---------------------------------------------------------------------------------------------------
+
+
+def test_jobs_with_the_same_experts_share_a_buffer(tmp_path):
+    store = tmp_path / "buffers"
+    one = RunDir.open(tmp_path / "one", changed("ipc=1"), store)
+    two = RunDir.open(tmp_path / "two", changed("ipc=2"), store)
+    other = RunDir.open(tmp_path / "other", changed("experts.lr=0.02"), store)
+    assert one.trajectories.resolve() == two.trajectories.resolve() != other.trajectories.resolve()
+    assert names(store) == sorted([changed("ipc=1").experts_hash()[:16], changed("experts.lr=0.02").experts_hash()[:16]])
+    RunDir.open(tmp_path / "one", changed("ipc=1"), store)
+    RunDir.open(tmp_path / "one", changed("ipc=1"))  # without --buffers it keeps what it has
+    assert one.trajectories.is_symlink()
+
+
+def test_a_run_with_a_buffer_of_its_own_keeps_it(tmp_path):
+    run = RunDir.open(tmp_path / "run", Recipe())
+    (run.trajectories / "something").touch()
+    with pytest.raises(RunDirError, match="already holds a buffer"):
+        RunDir.open(run.root, Recipe(), tmp_path / "buffers")
+    assert names(run.trajectories) == ["something"]
