@@ -131,7 +131,7 @@ def main() -> None:
     from lad_dist import recipe_file
     from lad_dist.catalog import find_job
 
-    recipe = recipe_file.load(find_job(args.job))
+    recipe = recipe_file.load(find_job(args.job).recipe)
     args.ipc = args.ipc or [recipe.ipc]
     args.out = args.out or Path("runs/methods") / recipe.name
     args.out.mkdir(parents=True, exist_ok=True)

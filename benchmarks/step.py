@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -193,8 +194,14 @@ def machine(args: argparse.Namespace) -> str:
     """What it was measured on."""
     if args.device == "cuda":
         return torch.cuda.get_device_name()
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] or [platform.processor()]
-    return f"{names[0]}, {args.threads} threads"
+    return f"{processor()}, {args.threads} threads"
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

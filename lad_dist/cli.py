@@ -72,8 +72,8 @@ app.add_typer(buffer_app, name="buffer")
 JobOption = Annotated[str, typer.Argument(metavar="JOB", help="A shipped job's name, a file, or a run folder.")]
 Out = Annotated[Path | None, typer.Option(help="The run folder; default: runs/NAME, with --set's options in its name.")]
 On = Annotated[str, typer.Option(metavar="PROFILE", help="Where to run: a shipped profile's name, or a file.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe, for "
-                                                "example distill.iterations=500.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe, "
+                                                "for example distill.iterations=500.")]
 Buffers = Annotated[Path | None, typer.Option(help="Folder of trajectory buffers; jobs with the same experts share.")]
 DeviceOption = Annotated[Device | None, typer.Option(help="Overrides the profile's device.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; overrides the profile's.")]
@@ -184,7 +184,7 @@ def default_out(job: Job, recipe: Recipe, sets: Sequence[str]) -> Path:
 
 
 def _print_results(pipeline: Pipeline) -> None:
-    from lad_dist.evaluate import results
+    from lad_dist import results
 
     _print_rows(results.read(pipeline.run.results))
     _say_where(pipeline)
@@ -218,6 +218,14 @@ def status(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run fol
     for line in status_lines(found):
         _stdout().print(line, soft_wrap=True)
     _print_rows(found.rows)
+
+
+@app.command()
+def compare(folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]) -> None:
+    """The results of several runs in one table."""
+    from lad_dist.status import compare_table
+
+    _stdout().print(compare_table(folders))
 
 
 @app.command()

@@ -15,11 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lad_dist import recipe_file
-from lad_dist.evaluate import results
+from lad_dist import recipe_file, results
+from lad_dist.errors import RunDirError
 from lad_dist.progress import read_events
 from lad_dist.recipe import Recipe
 from lad_dist.report import tables
@@ -227,3 +228,29 @@ def results_notes(rows: Sequence[results.Row]) -> Iterator[str]:
     for selection in sorted({row["selection"] for row in rows if row["source"] == "distilled"}):
         published = "selected on the test set, as published. " if selection == "test-as-published" else ""
         yield published + tables.SELECTION.get(selection, f"selection: {selection}")
+
+
+def compare_table(runs: Sequence[Path]) -> Table:
+    """The results of several runs in one table; a baseline that runs share (the same images, trained alike) is shown once.
+
+    Raises:
+        RunDirError: a folder is not a run, or holds no results yet.
+    """
+    table = Table("run", "set", box=box.SIMPLE, padding=(0, 1, 0, 0), title="accuracy in percent")
+    for heading in (*tables.FIGURES, "IPC", "seeds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    shown: list[tuple[object, ...]] = []
+    for folder in runs:
+        rows = results.read(RunDir.existing(folder).results)
+        if not rows:
+            raise RunDirError(f"{folder}: holds no results yet; `lad-dist evaluate {folder}` makes them")
+        for entry, line in zip(results.summary(rows), tables.result_lines(results.summary(rows)), strict=True):
+            members = [r for r in rows if (r["source"], r["architecture"]) == (entry["source"], entry["architecture"])]
+            what = (entry["source"], entry["architecture"], members[0]["set_id"], members[0]["settings"], len(members))
+            if what in shown:
+                continue
+            shown.append(what)
+            ipc = "" if members[0]["ipc"] is None else str(members[0]["ipc"])
+            label = tables.METHODS.get(entry["method"], entry["source"])
+            table.add_row(folder.name, label, *line.figures, ipc, line.seeds)
+    return table

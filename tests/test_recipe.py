@@ -21,7 +21,8 @@ def faults(doc: dict, *sets: str) -> tuple[str, ...]:
 
 
 def test_every_fault_is_reported_at_once():
-    found = faults({"ipc": 0, "data": {"dataset": "mnist"}, "experts": {"rho": 0.1, "lr": "fast"}}, "seed=-1", "nonsense")
+    doc = {"ipc": 0, "data": {"dataset": "mnist"}, "experts": {"rho": 0.1, "lr": "fast"}}
+    found = faults(doc, "seed=-1", "nonsense")
     text = "\n".join(found)
     for part in ("x.yaml: ipc: 0", "x.yaml: data.dataset: 'mnist'", "x.yaml: experts.rho: unknown key",
                  "x.yaml: experts.lr: 'fast'", "--set seed=-1", "--set nonsense"):  # fmt: skip
@@ -40,8 +41,9 @@ def test_an_unknown_key_names_the_nearest(field, near):
 
 
 @pytest.mark.parametrize("doc", [
-    {"ipc": "3"}, {"ipc": 3.5}, {"ipc": True}, {"data": {"imbalance_factor": "100"}}, {"distill": {"weighted_loss": "yes"}},
-    {"data": {"download": 0}}, {"distill": {"alpha": float("nan")}}, {"distill": {"alpha": float("inf")}},
+    {"ipc": "3"}, {"ipc": 3.5}, {"ipc": True}, {"data": {"imbalance_factor": "100"}},
+    {"distill": {"weighted_loss": "yes"}}, {"data": {"download": 0}}, {"distill": {"alpha": float("nan")}},
+    {"distill": {"alpha": float("inf")}},
     {"data": {"imbalance_factor": 1001}}, {"augment": {"operations": ["blur"]}}, {"name": "a/b"}, {"name": ".."},
     {"data": []}, {"distill": 3}, {"method": "LAD"}, {"method": ["lad"]},
 ])  # fmt: skip
@@ -71,7 +73,8 @@ def test_a_fault_of_several_fields_names_the_option_that_caused_it():
 
 @pytest.mark.parametrize(("text", "said"), [
     ("ipc: 1\nipc: 2\n", ":2: not valid YAML: key 'ipc' is given twice (first on line 1)"), ("- 1\n", "holds list"),
-    ("ipc: [", "not valid YAML"), ("1: 2\n", "key 1 is not text"), ("ipc: !!python/object:os.system x", "not valid YAML"),
+    ("ipc: [", "not valid YAML"), ("1: 2\n", "key 1 is not text"),
+    ("ipc: !!python/object:os.system x", "not valid YAML"),
 ])  # fmt: skip
 def test_yaml_that_cannot_be_a_recipe(tmp_path, text, said):
     (tmp_path / "r.yaml").write_text(text)
@@ -154,15 +157,18 @@ def test_every_field_with_a_unit_or_bound_says_what_it_is():
 # --- hashes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("same", ["ipc=1", "seed=3", "distill.iterations=5", "evaluate.epochs=3", "experts.count=7", "method=mtt",
-                                  "experts.epochs_per_part=2", "data.root=/x", "data.download=false", "name=y"])  # fmt: skip
+@pytest.mark.parametrize("same", [
+    "ipc=1", "seed=3", "distill.iterations=5", "evaluate.epochs=3", "experts.count=7", "method=mtt",
+    "experts.epochs_per_part=2", "data.root=/x", "data.download=false", "name=y",
+])  # fmt: skip
 def test_jobs_that_need_the_same_experts_share_a_buffer(same):
     assert recipe_file.from_document({}, [same]).experts_hash() == Recipe().experts_hash()
 
 
-@pytest.mark.parametrize("other", ["experts.lr=0.02", "experts.seed=1", "experts.epochs=99", "model.width=64", "data.n_max=9",
-                                   "data.imbalance_factor=9", "augment.flip=0", "data.whitening=none",
-                                   "data.validation_per_class=5", "experts.gsam_rho=0"])  # fmt: skip
+@pytest.mark.parametrize("other", [
+    "experts.lr=0.02", "experts.seed=1", "experts.epochs=99", "model.width=64", "data.n_max=9", "augment.flip=0",
+    "data.imbalance_factor=9", "data.whitening=none", "data.validation_per_class=5", "experts.gsam_rho=0",
+])  # fmt: skip
 def test_jobs_that_need_other_experts_do_not(other):
     assert recipe_file.from_document({}, [other]).experts_hash() != Recipe().experts_hash()
 

@@ -149,7 +149,7 @@ class Whitening:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise DataError(f"{path}: format {metadata.get('format')!r}; valid: {_FORMAT!r}")
-                tensors = [file.get_tensor(name).to(device) for name in ("mean", "matrix", "inverse")]
+                tensors = [file.get_tensor(name).to(device).clone() for name in ("mean", "matrix", "inverse")]
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: not a readable whitening ({error})") from error
         channels, height, width = (int(size) for size in metadata["shape"].split(","))

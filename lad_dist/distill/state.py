@@ -55,7 +55,8 @@ class State:
         """What ``save`` wrote. Raises DistilledError where it is damaged or of another recipe."""
         try:
             raw = path.read_bytes()
-            tensors = {k: t.to(device) for k, t in parse_tensors(raw).items()}
+            # clones: tensors parsed in place lie where the file put them, and alignment changes the last bits of some sums
+            tensors = {k: t.to(device).clone() for k, t in parse_tensors(raw).items()}
             metadata = _metadata(raw)
             state = cls(
                 recipe, tensors["images"], tensors["label_logits"], tensors["initial_images"],

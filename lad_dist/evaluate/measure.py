@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lad_dist import __version__
+from lad_dist import __version__, results
 from lad_dist.data.prepare import PreparedData
 from lad_dist.data.prepared import PreparedSet
 from lad_dist.distilled import DistilledSet
 from lad_dist.errors import DistilledError
-from lad_dist.evaluate import results
 from lad_dist.evaluate.accuracy import accuracy
 from lad_dist.evaluate.train import BatchOf, Settings, train
 from lad_dist.models.convnet import build

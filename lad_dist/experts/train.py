@@ -122,8 +122,8 @@ class ExpertTrainer:
         changed = self.meta.differences(buffer.meta) if buffer.parts else []
         if changed:
             raise TrajectoryError(
-                f"{self.folder}: these trajectories are of other training images or another network ({', '.join(changed)} "
-                "differ); choose another run or buffer folder, or remove this one to train the experts again"
+                f"{self.folder}: these trajectories are of other training images or another network "
+                f"({', '.join(changed)} differ); choose another run or buffer folder, or remove this one to train the experts again"
             )
         return buffer
 

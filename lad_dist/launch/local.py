@@ -34,8 +34,8 @@ def run(recipe: Recipe, out: Path, profile: Profile, buffers: Path | None, scree
                 for stage in stages:
                     stage(pipeline)
         except OSError as error:
-            raise StorageError(f"{error.filename or out}: {error.strerror or error}; what was finished before is kept, and "
-                               "the same command continues") from error
+            raise StorageError(f"{error.filename or out}: {error.strerror or error}; what was finished before is kept, "
+                               "and the same command continues") from error
     return pipeline
 
 

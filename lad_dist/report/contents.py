@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lad_dist import results
 from lad_dist.distilled import DistilledSet
-from lad_dist.evaluate import results
 from lad_dist.progress import read_events
 from lad_dist.recipe import Recipe
 from lad_dist.report import tables

@@ -12,9 +12,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lad_dist import __version__, recipe_file
+from lad_dist import __version__, recipe_file, results
 from lad_dist.data.longtail import FEW_SHOT_BELOW, MANY_SHOT_ABOVE, head_medium_tail
-from lad_dist.evaluate import results
 from lad_dist.progress import Screen
 from lad_dist.recipe import Recipe
 from lad_dist.report import contents, figures, pictures, tables

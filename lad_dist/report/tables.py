@@ -59,7 +59,7 @@ def headings(figures: Sequence[str] = FIGURES) -> tuple[str, ...]:
 
 
 def result_lines(summaries: Iterable[Row]) -> list[ResultLine]:
-    """The result table from ``evaluate.results.summary``: one line per (source, architecture)."""
+    """The result table from ``results.summary``: one line per (source, architecture)."""
     return [
         ResultLine(
             row["source"],

@@ -28,7 +28,8 @@ TINY: dict[str, Any] = {
     "augment": {"operations": ["crop", "scale"]},
     "experts": {"count": 2, "epochs": 3, "classifier_epochs": 2, "batch": 32, "epochs_per_part": 2},
     "distill": {"iterations": 3, "student_steps": 2, "student_steps_classifier": 2, "batch": 5, "window_epochs": 1,
-                "start_epoch_max": 2, "class_weights": "mean-one", "lr_images": 1.0, "lr_alpha": 1e-7, "checkpoint_every": 2},
+                "start_epoch_max": 2, "class_weights": "mean-one", "lr_images": 1.0, "lr_alpha": 1e-7,
+                "checkpoint_every": 2},
     "evaluate": {"seeds": 1, "epochs": 2, "full_epochs": 1},
 }  # fmt: skip
 

@@ -88,8 +88,9 @@ def test_class_without_images_then_with(lad, job, folders, look):
     lad(*command).succeeds()
 
 
-@pytest.mark.parametrize(("labels", "said"), [((1, 2, 3), "labels 0 do not occur"), ((0, 2, 2), "labels 1 do not occur"),
-                                              ((-1, 0, 1), "labels -1 are not valid")])  # fmt: skip
+@pytest.mark.parametrize(("labels", "said"), [
+    ((1, 2, 3), "labels 0 do not occur"), ((0, 2, 2), "labels 1 do not occur"), ((-1, 0, 1), "labels -1 are not valid"),
+])  # fmt: skip
 def test_labels_that_are_not_0_to_k_minus_1(lad, job, folders, tmp_path, labels, said):
     for split in ("train", "test"):
         lines = [f"{split}/{name}/{i}.png {label}" for name, label in zip("abc", labels, strict=True) for i in range(2)]

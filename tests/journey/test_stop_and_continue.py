@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGKILL in every stage: the same command continues, and ends with the same numbers bit for bit."""
+"""Ctrl-C, SIGTERM and SIGKILL in every stage: the same command continues, with the same numbers bit for bit."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def test_interrupted_in_every_stage(lad, undisturbed, look, number, steps):
 
         def reached(found, stage=stage, step=step, seen=seen):
             began = any(e["kind"] == "stage-started" and e["stage"] == stage for e in found[seen:])
-            return began and sum(e["kind"] == step for e in found[seen:]) >= (min(steps, 1) if step == "evaluated" else steps)
+            least = min(steps, 1) if step == "evaluated" else steps
+            return began and sum(e["kind"] == step for e in found[seen:]) >= least
 
         process = lad.start(*command)
         assert look.wait_for(run, process, reached)
@@ -94,7 +95,7 @@ def test_interrupted_in_the_middle_of_a_computation(lad, job, finished, look, mo
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_random_moments(lad, undisturbed, look, seed):
-    """Once while experts train, twice while it distils (each time past a checkpoint), the last time wherever it is then."""
+    """Once while experts train, then twice while it distils, each time past a checkpoint."""
     command, run, draws = ("run", undisturbed[0], "--out", "run"), Path("run"), random.Random(seed)
     moments = [("expert-epoch", "epoch", draws.randint(2, 40)), ("iteration", "iteration", draws.randint(8, 30)),
                ("iteration", "iteration", draws.randint(38, 57))]  # fmt: skip

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from lad_dist import recipe_file
+from lad_dist import recipe_file, results
 from lad_dist.data.longtail import exponential_counts, head_medium_tail
 from lad_dist.data.whitening import Whitening
 from lad_dist.distilled import DistilledMeta, DistilledSet
-from lad_dist.evaluate import results
 from lad_dist.progress import Events
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
