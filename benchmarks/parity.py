@@ -199,7 +199,7 @@ def same_structure(golden: Golden, draws: int = 4) -> bool:
     def anew(epochs: list[np.ndarray]) -> bool:
         return all(_in_cycles([e], draws, classes) for e in epochs)
 
-    return anew(ours) and (anew(theirs) or _in_cycles(theirs, draws, classes))  # the official cycles run on across epochs
+    return anew(ours) and (anew(theirs) or _in_cycles(theirs, draws, classes))  # official cycles run on across epochs
 
 
 def _in_cycles(epochs: list[np.ndarray], draws: int, classes: int) -> bool:

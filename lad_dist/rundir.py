@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +28,8 @@ import yaml
 
 from lad_dist.errors import LadDistError, RunDirError, StorageError
 from lad_dist.recipe import Recipe
+
+ABANDONED_AFTER = 6 * 3600.0  # seconds after which another host's temporary file counts as left behind
 
 # Fields that may differ between a run's saved recipe and the one it is continued with: they say where data lie, how
 # often to save, or how to measure (results carry their own settings), and change no distilled pixel.
@@ -85,8 +90,8 @@ class RunDir:
         run = cls(root)
         with _storage(root, RunDirError, "choose another folder with --out"):
             root.mkdir(parents=True, exist_ok=True)
-            for leftover in (*root.glob(".tmp-*"), *root.glob("[a-z]*/.tmp-*")):  # of a killed process
-                if not leftover.parent.is_symlink():  # in a shared buffer another run may be at work
+            for leftover in (*root.glob(".tmp-*"), *root.glob("[a-z]*/.tmp-*")):
+                if _abandoned(leftover):
                     _remove(leftover)
             if run.recipe.exists():
                 saved = recipe_file.load(run.recipe)
@@ -141,7 +146,7 @@ class RunDir:
     def publish_folder(self, final: Path) -> Iterator[Path]:
         """As ``publish``, for a whole folder; an older folder of that name is replaced."""
         with _storage(final, StorageError):
-            temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.root))
+            temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=self.root))
             try:
                 yield temporary
                 for file in temporary.rglob("*"):
@@ -150,7 +155,7 @@ class RunDir:
                 temporary.chmod(0o755)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 if final.exists():
-                    aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.root))
+                    aside = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=self.root))
                     os.rename(final, aside / "old")
                     os.rename(temporary, final)
                     shutil.rmtree(aside)
@@ -166,7 +171,7 @@ def published(final: Path) -> Iterator[Path]:
     """The publish-by-rename used by every stage; see ``RunDir.publish``."""
     with _storage(final, StorageError):
         final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=final.suffix, dir=final.parent)
+        handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), suffix=final.suffix, dir=final.parent)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -196,6 +201,37 @@ def _storage(where: Path, kind: type[LadDistError], advice: str = "free some spa
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space; what was finished before is kept, and the same command continues" if full else advice
         raise kind(f"{error.filename or where}: cannot be written: {reason}; {advice}") from error
+
+
+def host_name() -> str:
+    """This host, in letters that a file name may hold."""
+    return re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname()) or "unknown"
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of this number exists on this host."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it exists and belongs to someone else
+        return True
+    return True
+
+
+def _temporary_prefix() -> str:
+    return f".tmp-{host_name()}-{os.getpid()}-"
+
+
+def _abandoned(temporary: Path) -> bool:
+    """Whether nobody is writing a temporary any more: its process on this host is gone, or it is hours old."""
+    match = re.match(r"\.tmp-(\w+)-(\d+)-", temporary.name)
+    if match and match[1] == host_name():
+        return not process_lives(int(match[2]))
+    try:
+        return time.time() - temporary.lstat().st_mtime > ABANDONED_AFTER
+    except FileNotFoundError:
+        return False
 
 
 def _sync(path: Path) -> None:

@@ -17,7 +17,7 @@ Counter = int | str
 
 def key(seed: int, *counters: Counter) -> int:
     """A 128-bit key for (seed, counters). Different counters give unrelated keys; ``1`` and ``"1"`` differ."""
-    text = repr((int(seed), *counters)).encode()
+    text = repr((int(seed), *(c if isinstance(c, str) else int(c) for c in counters))).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:16], "little")
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
-from lad_dist import recipe_file
+from lad_dist import recipe_file, rundir
 from lad_dist.errors import RunDirError, StorageError
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir, published
@@ -104,17 +106,23 @@ def test_what_changes_no_pixel_may_change(tmp_path, free):
     assert recipe_file.load(run.recipe) == changed(free)
 
 
-def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_living_one_are_not(tmp_path):
     run = RunDir.open(tmp_path / "run", Recipe())
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    (run.root / ".tmp-abc").mkdir()
-    for folder in (run.root / "checkpoints", run.root / "evaluation", run.trajectories, shared):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = rundir.host_name()
+    (run.root / f".tmp-{host}-{ended.pid}-folder").mkdir()
+    for folder in (run.root / "checkpoints", run.root / "evaluation", run.trajectories):
         folder.mkdir(exist_ok=True)
-        (folder / ".tmp-xyz").write_text("half")
-    (run.root / "linked").symlink_to(shared)
+        (folder / f".tmp-{host}-{ended.pid}-abc").write_text("half")
+        (folder / f".tmp-{host}-{os.getpid()}-abc").write_text("being written")
+        (folder / ".tmp-elsewhere-1-abc").write_text("being written on another host")
+        old = folder / ".tmp-elsewhere-1-old"
+        old.write_text("left behind on another host")
+        os.utime(old, (0, 0))
     RunDir.open(run.root, Recipe())
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob(".tmp-*")) == ["shared/.tmp-xyz"]
+    left = sorted({p.name for p in run.root.rglob(".tmp-*")})
+    assert left == sorted([f".tmp-{host}-{os.getpid()}-abc", ".tmp-elsewhere-1-abc"])
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):

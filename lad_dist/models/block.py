@@ -51,7 +51,7 @@ class NormReluPool(nn.Module):
     def forward(self, x_BCHH: Tensor) -> Tensor:
         if not self.fused:
             return plain(x_BCHH, self.weight, self.bias, self.eps)
-        out: Tensor = _Forward.apply(x_BCHH, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
+        out: Tensor = _Forward.apply(x_BCHH.contiguous(), self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -61,9 +61,10 @@ def plain(x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float = 1e-5) ->
 
 
 class _Forward(torch.autograd.Function):
+    """Takes contiguous images: a copy made in here would be saved, and no second derivative reaches a copy."""
+
     @staticmethod
     def forward(ctx: Any, x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float) -> Tensor:
-        x_BCHH = x_BCHH.contiguous()
         batch, channels, height, width = x_BCHH.shape
         pooled = x_BCHH.new_empty(batch, channels, height // 2, width // 2)
         mean = x_BCHH.new_empty(batch, channels, 1, 1)
@@ -76,7 +77,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u_BChh: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dgamma, dbeta = _Backward.apply(u_BChh, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        dx, dgamma, dbeta = _Backward.apply(u_BChh.contiguous(), *ctx.saved_tensors)  # type: ignore[no-untyped-call]
         return dx, dgamma, dbeta, None
 
 
@@ -84,7 +85,6 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u_BChh: Tensor, x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, mean: Tensor, rstd: Tensor
                 ) -> tuple[Tensor, Tensor, Tensor]:
-        u_BChh = u_BChh.contiguous()
         dx = torch.empty_like(x_BCHH)
         dgamma, dbeta = torch.zeros_like(gamma_C), torch.zeros_like(beta_C)
         channels, pixels = x_BCHH.shape[1], x_BCHH.shape[2] * x_BCHH.shape[3]

@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import secrets
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from lad_dist.errors import StorageError, TrajectoryError
+from lad_dist.rundir import host_name, process_lives
 
 # `.epochs-0000-0009.parquet.<host>.<process>.<random>.tmp`: hidden, and never matched by `*.parquet`.
 _TEMPORARY = re.compile(r"\..+\.parquet\.(?P<host>[A-Za-z0-9_-]+)\.(?P<pid>[0-9]+)\.[0-9a-f]+\.tmp")
@@ -107,7 +107,7 @@ def publish(filesystem: fs.FileSystem, path: str, write: Callable[[BinaryIO], No
     if not isinstance(filesystem, fs.LocalFileSystem):
         raise StorageError(f"{path}: parts can be written to local folders only, not to {filesystem.type_name}")
     folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = os.path.join(folder, f".{name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     with _storage_errors(path):
         os.makedirs(folder, exist_ok=True)
         try:
@@ -154,7 +154,7 @@ def clean_temporary_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
         if match is None:
             continue
         old = time.time() - entry.stamp.changed_ns / 1e9 > ABANDONED_AFTER
-        if old or (match["host"] == _host() and not _alive(int(match["pid"]))):
+        if old or (match["host"] == host_name() and not process_lives(int(match["pid"]))):
             with _storage_errors(path):
                 try:
                     filesystem.delete_file(path)
@@ -162,17 +162,3 @@ def clean_temporary_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
                     continue  # another writer of the same expert cleaned at the same time
             removed.append(path)
     return removed
-
-
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname()) or "unknown"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it exists and belongs to someone else
-        return True
-    return True

@@ -230,7 +230,7 @@ def test_only_abandoned_temporary_files_are_removed(tmp_path, write):
     folder = write(2) / "representation/expert-0007"
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = files._host()
+    host = files.host_name()
     names = {
         "dead": f".epochs-0000-0003.parquet.{host}.{dead.pid}.aa.tmp",
         "alive": f".epochs-0000-0003.parquet.{host}.{os.getpid()}.aa.tmp",
