@@ -20,10 +20,9 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return list(json.loads(path.read_text(encoding="utf-8"))["rows"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirError(f"{path}: is not a results file ({error}); remove it to evaluate again") from error
-    return list(rows)
 
 
 def write(path: Path, rows: list[Row]) -> None:

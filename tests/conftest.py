@@ -54,7 +54,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def small_recipe() -> Callable[..., Any]:
-    """The small digits recipe (99 training images, 10 classes) with changes: ``small_recipe(ipc=1, distill={...})``."""
+    """The small digits recipe (96 training images, 10 classes) with changes: ``small_recipe(ipc=1, distill={...})``."""
     from lad_dist.recipe import Recipe
 
     def make(**changes: Any) -> Recipe:

@@ -154,34 +154,37 @@ class Student:
     # --- only the classifier trains ---------------------------------------------------------------------------------
 
     def _classifier_phase(self, synthetic: SyntheticSet, phase: Phase, path: GradientPath) -> PhaseResult:
-        views = [self._view(synthetic, phase, batch, with_graph=path == "keep") for batch in phase.batches]
         weight_shape, bias_shape = (self.layout.shapes[self.layout.names.index(n)] for n in self.layout.classifier)
-        classifier_P = phase.start_P[self._classifier]
-        sum_P, losses, thetas = torch.zeros_like(classifier_P), [], []
-        for batch, view in zip(phase.batches, views, strict=True):
-            thetas.append(classifier_P)
+        classifier_P, kept = phase.start_P[self._classifier], []
+        sum_P, losses = torch.zeros_like(classifier_P), []
+        for batch in phase.batches:
+            view = self._view(synthetic, phase, batch, with_graph=path == "keep")
             gradient_P, loss = _linear_gradient(
                 classifier_P, view.features_BD.detach(), synthetic.logits_SK[batch.rows_B], phase.class_weights_K,
                 weight_shape, bias_shape,
             )
             losses.append(loss)
             sum_P, classifier_P = sum_P + gradient_P, classifier_P - synthetic.alpha * gradient_P
+            if path == "keep":
+                kept.append(view)
         whole_sum_P, final_P = torch.zeros_like(phase.start_P), phase.start_P.clone()
         whole_sum_P[self._classifier], final_P[self._classifier] = sum_P, classifier_P
         matched = match(phase.start_P, phase.target_P, whole_sum_P, synthetic.alpha, phase.span)
         result = _empty_result(matched, synthetic, whole_sum_P, final_P, losses)
-        direction_P = matched.direction_P[self._classifier]
-        for batch, view, theta_P in zip(phase.batches, views, thetas, strict=True):
+        direction_P, classifier_P = matched.direction_P[self._classifier], phase.start_P[self._classifier]
+        views = iter(kept) if path == "keep" else (self._view(synthetic, phase, b, with_graph=True) for b in phase.batches)
+        for batch, view in zip(phase.batches, views, strict=True):
             features_BD = view.features_BD.detach().requires_grad_()
             labels_BK = synthetic.logits_SK[batch.rows_B].requires_grad_()
-            gradient_P, _ = _linear_gradient(theta_P, features_BD, labels_BK, phase.class_weights_K, weight_shape, bias_shape)
+            gradient_P, _ = _linear_gradient(
+                classifier_P, features_BD, labels_BK, phase.class_weights_K, weight_shape, bias_shape
+            )
             feature_grad, label_grad = torch.autograd.grad(
                 gradient_P, [features_BD, labels_BK], grad_outputs=direction_P
             )
-            if path == "recompute":
-                view = self._view(synthetic, phase, batch, with_graph=True)
             (image_grad,) = torch.autograd.grad(view.features_BD, view.images_BCHH, grad_outputs=feature_grad)
             view.release()
+            classifier_P = classifier_P - synthetic.alpha * gradient_P.detach()
             result.image_grad_SCHH.index_add_(0, batch.rows_B, image_grad)
             result.label_grad_SK.index_add_(0, batch.rows_B, label_grad)
         return result

@@ -44,7 +44,8 @@ class Optimizers:
         return {f"momentum_{name}": b for name, b in buffers.items() if b is not None}
 
     def load_momentum(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what ``momentum_tensors`` gave."""
+        """Put back what ``momentum_tensors`` gave, and nothing else."""
+        self._sgd.state.clear()
         for name, t in (("images", self.images_SCHH), ("labels", self.logits_SK), ("alpha", self.alpha)):
             if f"momentum_{name}" in tensors:
                 self._sgd.state[t]["momentum_buffer"] = tensors[f"momentum_{name}"].to(t.device, t.dtype).clone()

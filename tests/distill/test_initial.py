@@ -1,0 +1,111 @@
+"""The initial synthetic set: which images, and which labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lad_dist.distill.initial import HARD_LABEL_LOGIT, build, choose_images, label_logits
+
+LABELS = np.repeat([0, 1, 2], [6, 4, 3])
+CLASSES = 3
+
+
+class Experts:
+    """Two experts whose logits are chosen per training image: ``right[e]`` are the images that expert e classifies."""
+
+    def __init__(self, *right: set[int]) -> None:
+        draws = torch.Generator().manual_seed(0)
+        self.logits = torch.rand(len(right), len(LABELS), CLASSES, generator=draws)
+        for e, mine in enumerate(right):
+            for i, c in enumerate(LABELS.tolist()):
+                self.logits[e, i, c if i in mine else (c + 1) % CLASSES] += 5
+
+    def __call__(self, expert: int, indices: np.ndarray) -> torch.Tensor:
+        return self.logits[expert, torch.from_numpy(indices)]
+
+
+def made(experts: Experts, ipc: int = 2, seed: int = 0, **fields):
+    options = {"only_correct": True, "hard_labels": False} | fields
+    return build(experts, len(experts.logits), LABELS, ipc, CLASSES, seed=seed, **options)
+
+
+def test_order_is_class_major():
+    found = made(Experts(set(range(13)), set(range(13))), ipc=3)
+    assert LABELS[found.indices_S].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len(set(found.indices_S.tolist())) == 9
+    assert found.logits_SK.shape == (9, 3) and (found.without_expert, found.repeated) == (0, 0)
+
+
+def test_only_images_that_the_choosing_expert_classifies():
+    right = {0, 3, 5, 6, 9, 10, 12}
+    for seed in range(8):
+        found = made(Experts(right, right), seed=seed)
+        assert set(found.indices_S.tolist()) <= right
+    anything = [made(Experts(right, right), seed=seed, only_correct=False).indices_S.tolist() for seed in range(30)]
+    assert {i for indices in anything for i in indices} == set(range(13))
+
+
+def test_one_expert_chooses_for_all_classes():
+    first, second = {0, 1, 6, 7, 10, 11}, {2, 3, 8, 9, 12}
+    choices = [set(made(Experts(first, second), ipc=1, seed=seed).indices_S.tolist()) for seed in range(20)]
+    assert all(c <= first or c <= second for c in choices)
+    assert any(c <= first for c in choices) and any(c <= second for c in choices)
+
+
+def test_too_few_are_repeated():
+    found = made(Experts({0, 1, 2, 3, 6, 10, 11}), ipc=4)
+    by_class = found.indices_S.reshape(3, 4)
+    assert sorted(by_class[0]) == [0, 1, 2, 3]
+    assert by_class[1].tolist() == [6, 6, 6, 6]
+    assert sorted(by_class[2]) == [10, 10, 11, 11]
+    assert found.repeated == 3 + 2 and found.without_expert == 0
+
+
+def test_none_correct_takes_random_images_of_the_class_and_its_mean_logits():
+    experts = Experts({0, 1, 2, 6, 7}, {0, 1, 2, 6, 7})  # nobody classifies class 2
+    found = made(experts, ipc=2)
+    assert set(found.indices_S[4:].tolist()) <= {10, 11, 12} and len(set(found.indices_S[4:].tolist())) == 2
+    mean = experts.logits[:, 10:13].mean(dim=(0, 1))
+    torch.testing.assert_close(found.logits_SK[4], mean)
+    torch.testing.assert_close(found.logits_SK[5], mean)
+    assert found.without_expert == 2 and found.repeated == 0
+
+
+def test_labels_are_the_mean_over_the_experts_that_are_right():
+    experts = Experts({0, 1, 6, 10}, {1, 6, 10}, {10})
+    logits = experts.logits[:, [0, 1, 10, 12]]
+    mean, count = label_logits(logits, torch.from_numpy(LABELS[[0, 1, 10, 12]]))
+    assert count.tolist() == [1, 2, 3, 0]
+    torch.testing.assert_close(mean[0], logits[0, 0])
+    torch.testing.assert_close(mean[1], logits[:2, 1].mean(0))
+    torch.testing.assert_close(mean[2], logits[:, 2].mean(0))
+    assert mean[3].tolist() == [0, 0, 0]
+
+
+def test_hard_labels_are_one_hot():
+    found = made(Experts({0, 1, 6, 7, 10, 11}), hard_labels=True)
+    one_hot = torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1, 2, 2]), 3).float()
+    assert torch.equal(found.logits_SK, HARD_LABEL_LOGIT * one_hot)
+    torch.testing.assert_close(found.logits_SK.softmax(1), one_hot, rtol=0, atol=1e-40)
+    assert found.without_expert == 0
+
+
+def test_a_function_of_the_seed():
+    experts = Experts(set(range(13)))
+    choices = [made(experts, seed=seed).indices_S.tolist() for seed in range(6)]
+    assert choices == [made(experts, seed=seed).indices_S.tolist() for seed in range(6)]
+    assert len({tuple(c) for c in choices}) > 1
+
+
+def test_an_earlier_class_has_no_say_in_a_later_ones_choice():
+    whole, _ = choose_images(None, LABELS, 2, 3, seed=1)
+    fewer, _ = choose_images(None, np.where(np.arange(13) < 2, 1, LABELS), 2, 3, seed=1)
+    assert whole[4:].tolist() == fewer[4:].tolist()
+
+
+@pytest.mark.parametrize("ipc", [1, 7])
+def test_counts(ipc):
+    indices, repeated = choose_images(None, LABELS, ipc, 3, seed=0)
+    assert len(indices) == 3 * ipc and repeated == sum(max(0, ipc - n) for n in (6, 4, 3))

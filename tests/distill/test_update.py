@@ -1,0 +1,103 @@
+"""The outer step: SGD with momentum on pixels, labels and the learning rate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from textbook import Momentum
+
+from lad_dist.distill.matching import Match
+from lad_dist.distill.student import PhaseResult
+from lad_dist.distill.update import Optimizers
+
+LR, MOMENTUM, LAMBDAS = (3.0, 0.5, 0.01), (0.5, 0.9, 0.3), (0.7, 1.3)
+
+
+def phase_result(seed: int) -> PhaseResult:
+    draws = torch.Generator().manual_seed(seed)
+    zero = torch.zeros(())
+    match = Match(zero, zero, torch.randn((), generator=draws), zero, zero)
+    return PhaseResult(match, torch.randn(4, 1, 3, 3, generator=draws), torch.randn(4, 2, generator=draws), zero, zero)
+
+
+def optimizers(seed: int = 0, **fields) -> Optimizers:
+    draws = torch.Generator().manual_seed(seed)
+    tensors = torch.randn(4, 1, 3, 3, generator=draws), torch.randn(4, 2, generator=draws), torch.tensor(0.05)
+    return Optimizers(*tensors, lr=LR, momentum=MOMENTUM, **fields)
+
+
+def phases(step: int) -> list[tuple[float, PhaseResult]]:
+    return [(lam, phase_result(10 * step + i)) for i, lam in enumerate(LAMBDAS)]
+
+
+def values(o: Optimizers) -> list[torch.Tensor]:
+    return [o.images_SCHH.clone(), o.logits_SK.clone(), o.alpha.clone()]
+
+
+def test_steps_equal_a_hand_loop():
+    ours = optimizers()
+    by_hand, rules = values(ours), [Momentum(lr, m) for lr, m in zip(LR, MOMENTUM, strict=True)]
+    for step in range(4):
+        both = phases(step)
+        ours.step(both)
+        totals = [sum(lam * r.image_grad_SCHH for lam, r in both), sum(lam * r.label_grad_SK for lam, r in both),
+                  sum(lam * r.match.alpha_gradient for lam, r in both)]  # fmt: skip
+        by_hand = [rule.step(x, g) for rule, x, g in zip(rules, by_hand, totals, strict=True)]
+        for a, b in zip(values(ours), by_hand, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_momentum_survives_saving():
+    straight, first = optimizers(), optimizers()
+    for o in (straight, first):
+        o.step(phases(0))
+        o.step(phases(1))
+    second = optimizers(seed=5)
+    for tensor, value in zip((second.images_SCHH, second.logits_SK, second.alpha), values(first), strict=True):
+        tensor.copy_(value)
+    second.load_momentum({k: t.clone() for k, t in first.momentum_tensors().items()})
+    straight.step(phases(2))
+    second.step(phases(2))
+    assert all(torch.equal(a, b) for a, b in zip(values(straight), values(second), strict=True))
+    assert set(second.momentum_tensors()) == {"momentum_images", "momentum_labels", "momentum_alpha"}
+
+
+def test_loading_no_momentum_forgets_what_there_was():
+    o, fresh = optimizers(), optimizers()
+    start = values(o)
+    o.step(phases(0))
+    for tensor, value in zip((o.images_SCHH, o.logits_SK, o.alpha), start, strict=True):
+        tensor.copy_(value)
+    o.load_momentum({})
+    assert o.momentum_tensors() == {}
+    o.step(phases(1))
+    fresh.step(phases(1))
+    assert all(torch.equal(a, b) for a, b in zip(values(o), values(fresh), strict=True))
+
+
+def test_hard_labels_never_change():
+    o = optimizers(learn_labels=False)
+    before = o.logits_SK.clone()
+    for step in range(3):
+        o.step(phases(step))
+    assert torch.equal(o.logits_SK, before)
+    assert set(o.momentum_tensors()) == {"momentum_images", "momentum_alpha"}
+
+
+def test_the_synthetic_set_is_the_tensors_themselves():
+    o = optimizers()
+    synthetic = o.synthetic_set()
+    o.step(phases(0))
+    assert torch.equal(synthetic.images_SCHH, o.images_SCHH) and torch.equal(synthetic.alpha, o.alpha)
+    assert not o.images_SCHH.requires_grad
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_each_rate_is_its_own(which):
+    rates = [0.0, 0.0, 0.0]
+    rates[which] = 1.0
+    draws = optimizers()
+    o = Optimizers(draws.images_SCHH, draws.logits_SK, draws.alpha, lr=tuple(rates), momentum=(0, 0, 0))
+    before = values(o)
+    o.step(phases(0))
+    assert [not torch.equal(a, b) for a, b in zip(values(o), before, strict=True)] == [i == which for i in range(3)]
