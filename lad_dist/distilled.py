@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from torch import Tensor
@@ -109,8 +110,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         folder = Path(path)
         if not (folder / _META).is_file() and (folder / "distilled" / _META).is_file():
             folder = folder / "distilled"
-        doc = _read_meta(folder / _META)
-        sums = doc.pop("sha256")
+        meta, sums = _read_meta(folder / _META)
         for name in (_TENSORS, _WHITENING):
             if not (folder / name).is_file():
                 raise DistilledError(f"{folder / name}: is missing; a distilled set has {_TENSORS}, {_WHITENING} and {_META}")
@@ -121,7 +121,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             whitening = Whitening.load(folder / _WHITENING)
         except (SafetensorError, DataError) as error:
             raise DistilledError(f"{folder}: cannot be read: {error}") from error
-        whole = cls(tensors["images"], tensors["label_logits"], tensors["labels"], DistilledMeta(**doc), whitening,
+        whole = cls(tensors["images"], tensors["label_logits"], tensors["labels"], meta, whitening,
                     tensors["initial_images"])
         whole.validate(str(folder))
         return whole
@@ -138,7 +138,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
                 raise DistilledError(f"{where}: {name} holds NaN or infinity")
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def _read_meta(path: Path) -> tuple[DistilledMeta, dict[str, str]]:
+    """What the file says, and the checksums of the others."""
     try:
         doc = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
@@ -152,8 +153,12 @@ def _read_meta(path: Path) -> dict[str, Any]:
     unknown = [n for n in doc if n not in fields and n != "sha256"]
     if missing or unknown:
         raise DistilledError(f"{path}: lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}")
-    doc["class_names"], doc["counts"] = tuple(doc["class_names"]), tuple(doc["counts"])
-    return doc
+    try:
+        sums = TypeAdapter(dict[str, str]).validate_python(doc.pop("sha256"))
+        return TypeAdapter(DistilledMeta).validate_python(doc), sums
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'sha256'}: {e['msg']}" for e in error.errors())
+        raise DistilledError(f"{path}: {faults}") from None
 
 
 def _sha256(path: Path) -> str:

@@ -170,6 +170,10 @@ def peak_memory_bytes() -> dict[str, int]:
     import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux, ru_maxrss begins with what the parent had when it started this process
+        lines = (line.split() for line in status.read_text().splitlines())
+        peak = next((int(line[1]) * 1024 for line in lines if line and line[0] == "VmHWM:"), peak)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return {"host": peak, "device": int(torch.cuda.max_memory_allocated())}

@@ -20,8 +20,8 @@ FILES = ("tensors.safetensors", "whitening.safetensors", "meta.json")
 
 
 def meta(**fields) -> DistilledMeta:
-    values = dict(method="lad", dataset="digits/train", ipc=2, class_names=("cat", "dog", "Ünal"), counts=(50, 9, 2), lr=0.0123,
-                  iteration=250, selection="last", recipe_hash="ab", experts_hash="cd", data_fingerprint="ef",
+    values = dict(method="lad", dataset="digits/train", ipc=2, class_names=("cat", "dog", "Ünal"), counts=(50, 9, 2),
+                  lr=0.0123, iteration=250, selection="last", recipe_hash="ab", experts_hash="cd", data_fingerprint="e",
                   recipe={"ipc": 2}, versions={"torch": "2"}, label_source={"images_repeated": 1})  # fmt: skip
     return DistilledMeta(**values | fields)
 
@@ -123,7 +123,8 @@ def test_without_initial_images_it_starts_as_it_is(tmp_path):
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
-    with pytest.raises(DistilledError, match="not a distilled set" if name == "meta.json" else name.replace(".", r"\.")):
+    said = "not a distilled set" if name == "meta.json" else rf"{name}: is missing"
+    with pytest.raises(DistilledError, match=said):
         lad_dist.load(folder)
 
 
@@ -171,10 +172,12 @@ def test_a_damaged_meta_file_is_refused_or_reads(folder):
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"format_version": 2}, "format version 1"), ({"format_version": None}, "format version 1"),
-    ({"lr": ...}, r"lacks \['lr'\]"), ({"sha256": ...}, r"lacks \['sha256'\]"), ({"colour": 3}, r"unknown \['colour'\]"),
+    ({"lr": ...}, r"lacks \['lr'\]"), ({"sha256": ...}, r"lacks \['sha256'\]"),
+    ({"colour": 3}, r"unknown \['colour'\]"),
     ({"class_names": ["cat", "dog"]}, r"label_logits has shape \(6, 3\), valid: \(6, 2\)"),
-    ({"sha256": {}}, "checksum"), ({"sha256": "x"}, r"meta\.json"), ({"class_names": None}, r"meta\.json"),
-    ({"counts": 3}, r"meta\.json"), ({"lr": "fast"}, r"meta\.json"), ({"lr": None}, r"meta\.json"),
+    ({"sha256": {}}, "checksum"), ({"sha256": "x"}, r"meta\.json: sha256"), ({"lr": "fast"}, r"meta\.json: lr"),
+    ({"class_names": None}, r"meta\.json: class_names"), ({"counts": 3}, r"meta\.json: counts"),
+    ({"lr": None, "ipc": "many"}, r"meta\.json: ipc: .*; lr: "),
 ])  # fmt: skip
 def test_a_meta_file_that_is_not_right(folder, change, said):
     doc = json.loads((folder / "meta.json").read_text()) | change
