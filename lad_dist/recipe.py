@@ -146,8 +146,9 @@ class DistillConfig(_Section):
     memory_gb: Annotated[Float, Field(gt=0)] | None = Field(
         None, description="memory that auto may plan with; default: 60% of what is free on the device"
     )
-    initial: Literal["real-correct", "real-random"] = Field(
-        "real-correct", description="real images that an expert classifies correctly, or any real images of the class"
+    initial: Literal["real-correct", "real-herded", "real-random"] = Field(
+        "real-correct", description="real images that an expert classifies correctly, at random or by herding on its features; "
+                                    "or any real images of the class"
     )
     select: Literal["last", "validation", "test-as-published"] = Field(
         "last", description="which iteration's set is kept; test-as-published picks on the test set and says so"

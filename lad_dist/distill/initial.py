@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lad_dist.data.herding import herd
 from lad_dist.seeds import rng
 
-HARD_LABEL_LOGIT = 100.0  # softmax of one such logit among zeros is one-hot in float32
+HARD_LABEL_LOGIT = 200.0  # softmax of one such logit among zeros is one-hot in float32
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,13 @@ def label_logits(expert_logits_ESK: Tensor, true_S: Tensor) -> tuple[Tensor, Ten
     return mean_SK, count_S
 
 
-def choose_images(chooser_logits_NK: Tensor | None, labels_N: np.ndarray, ipc: int, classes: int, seed: int) -> tuple[np.ndarray, int]:
+def choose_images(
+    chooser_logits_NK: Tensor | None, labels_N: np.ndarray, ipc: int, classes: int, seed: int, features_ND: Tensor | None = None
+) -> tuple[np.ndarray, int]:
     """(indices (classes * ipc,) class-major, how many are repeats).
 
-    Per class a random choice of the images that the chooser classifies correctly; fewer than ``ipc`` of them are repeated
-    in turn; none at all (or no chooser): random images of the class.
+    Per class a random choice of the images that the chooser classifies correctly, or with ``features_ND`` the choice among
+    them by herding; fewer than ``ipc`` of them are repeated in turn; none at all (or no chooser): random images of the class.
     """
     correct_N = np.ones(len(labels_N), dtype=bool)
     if chooser_logits_NK is not None:
@@ -56,23 +59,29 @@ def choose_images(chooser_logits_NK: Tensor | None, labels_N: np.ndarray, ipc: i
     for c in range(classes):
         members = np.flatnonzero(labels_N == c)
         usable = members[correct_N[members]]
-        usable = rng(seed, "initial", "images", c).permutation(usable if len(usable) else members)
+        if features_ND is not None and len(usable):
+            usable = usable[herd(features_ND[torch.from_numpy(usable)], ipc)]
+        else:
+            usable = rng(seed, "initial", "images", c).permutation(usable if len(usable) else members)
         chosen.append(np.resize(usable, ipc))
         repeated += max(0, ipc - len(usable))
     return np.concatenate(chosen), repeated
 
 
 def build(logits_of: Callable[[int, np.ndarray], Tensor], experts: int, labels_N: np.ndarray, ipc: int, classes: int, *,
-          seed: int, only_correct: bool, hard_labels: bool) -> InitialSet:
+          seed: int, only_correct: bool, hard_labels: bool,
+          features_of: Callable[[int], Tensor] | None = None) -> InitialSet:
     """The initial set. ``logits_of(expert, indices)`` gives the logits of an expert's last checkpoint on training images.
 
+    ``features_of(expert)``, if given, gives that expert's features (N, D) of all training images, to choose by herding.
     One expert, drawn at random, chooses the images; all experts label them. A label that no expert supports becomes the
     mean logits of its class over all experts and training images of the class.
     """
     everything = np.arange(len(labels_N))
     chooser = int(rng(seed, "initial", "chooser").integers(experts)) if only_correct else None
     indices_S, repeated = choose_images(
-        None if chooser is None else logits_of(chooser, everything), labels_N, ipc, classes, seed
+        None if chooser is None else logits_of(chooser, everything), labels_N, ipc, classes, seed,
+        None if chooser is None or features_of is None else features_of(chooser),
     )
     true_S = torch.from_numpy(labels_N[indices_S])
     if hard_labels:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lad_dist import __version__
 from lad_dist.data import augment
@@ -110,20 +111,21 @@ class Distillation:
     def start(self, screen: Screen, events: Events) -> State:
         """The initial synthetic set: real images with the experts' logits as labels."""
         stage: Stage = "classifier" if self.recipe.uses_classifier_experts else "representation"
-        cache: dict[int, Tensor] = {}
+        how, cache = self.recipe.distill.initial, dict[int, Tensor]()
 
         def logits_of(expert: int, indices: np.ndarray) -> Tensor:
             if len(indices) <= len(cache.get(expert, ())):
                 return cache[expert][torch.from_numpy(indices)]
-            logits = self._expert_logits(stage, expert, indices)
+            logits = self._expert_outputs(functional.logits, stage, expert, indices)
             if len(indices) == len(self.data.train):
                 cache[expert] = logits
             return logits
 
         first = initial.build(
             logits_of, self.recipe.experts.count, self.data.train.labels_N.cpu().numpy(), self.recipe.ipc, self.classes,
-            seed=self.recipe.seed, only_correct=self.recipe.distill.initial == "real-correct",
+            seed=self.recipe.seed, only_correct=how != "real-random",
             hard_labels=self.recipe.distill.labels == "hard",
+            features_of=(lambda e: self._expert_outputs(functional.features, stage, e)) if how == "real-herded" else None,
         )
         images_SCHH, _ = self.data.train.batch(torch.from_numpy(first.indices_S))
         source = {"images_no_expert_classified": first.without_expert, "images_repeated": first.repeated}
@@ -133,10 +135,13 @@ class Distillation:
         return State(self.recipe, images_SCHH.clone(), first.logits_SK.to(self.data.device), images_SCHH.clone(), source)
 
     @torch.no_grad()
-    def _expert_logits(self, stage: Stage, expert: int, indices: np.ndarray) -> Tensor:
+    def _expert_outputs(self, function: Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor], stage: Stage, expert: int,
+                        indices: np.ndarray | None = None) -> Tensor:
+        """What an expert's last checkpoint makes of training images (all of them by default), on the host."""
         views = self.student.layout.views(self.windows.last(stage, expert))
-        rows = torch.from_numpy(indices).split(1024)
-        return torch.cat([functional.logits(self.student.module, views, self.data.train.batch(r)[0]) for r in rows]).cpu()
+        rows = torch.arange(len(self.data.train)) if indices is None else torch.from_numpy(indices)
+        batches = rows.split(1024)
+        return torch.cat([function(self.student.module, views, self.data.train.batch(r)[0]) for r in batches]).cpu()
 
     # --- one iteration ----------------------------------------------------------------------------------------------
 

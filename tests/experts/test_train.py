@@ -139,6 +139,21 @@ def test_experts_differ_and_do_not_depend_on_each_other(trainer):
     assert not np.array_equal(together["classifier", 0, 3], together["classifier", 1, 3])
 
 
+def test_no_two_draws_share_their_randomness(trainer, monkeypatch):
+    """Every expert, stage and epoch has an order of its own, and every step of them an augmentation of its own."""
+    keys = []
+
+    def recorded(seed, *counters, original=train_module.rng):
+        keys.append((seed, *counters))
+        return original(seed, *counters)
+
+    monkeypatch.setattr(train_module, "rng", recorded)
+    t = trainer()
+    for expert in (0, 1):
+        t.train(expert, quiet)
+    assert len(keys) == len(set(keys)) == 2 * (4 * (1 + 3) + 3 * (1 + 7))  # 96 images and 200 draws in batches of 32
+
+
 def test_another_seed_gives_other_experts(trainer):
     one, two = trainer("one"), trainer("two", seed=1)
     one.train(0, quiet)
