@@ -1,6 +1,6 @@
 """The demo: LAD on digits-LT, IPC 2, beside DATM, random real images and the whole long-tailed set, from one buffer of experts.
 
-    python benchmarks/demo.py [--out runs/demo]
+python benchmarks/demo.py [--out runs/demo]
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ def main() -> int:
     shared = ["--buffers", str(out / "buffers")]
     commands = [
         ["run", "digits-lt", "--out", str(out / "lad"), *shared],
-        ["run", "digits-lt", "--out", str(out / "datm"), *shared, "--set", "method=datm", "--set", "evaluate.baselines=[]"],
+        [
+            "run",
+            "digits-lt",
+            "--out",
+            str(out / "datm"),
+            *shared,
+            "--set",
+            "method=datm",
+            "--set",
+            "evaluate.baselines=[]",
+        ],
         ["compare", str(out / "lad"), str(out / "datm")],
     ]
     for command in commands:

@@ -44,8 +44,20 @@ def command(args: argparse.Namespace, verb: str, run: Run) -> list[str]:
     sets = [f"method={run.method}", f"ipc={run.ipc}", f"seed={run.seed}", *args.set]
     sets += [] if run.baselines else ["evaluate.baselines=[]"]
     options = [part for s in sets for part in ("--set", s)]
-    return [sys.executable, "-m", "lad_dist.cli", verb, args.job, "--out", str(run.folder(args.out)), "--buffers",
-            str(args.out / "buffers"), "--threads", "1", *options]
+    return [
+        sys.executable,
+        "-m",
+        "lad_dist.cli",
+        verb,
+        args.job,
+        "--out",
+        str(run.folder(args.out)),
+        "--buffers",
+        str(args.out / "buffers"),
+        "--threads",
+        "1",
+        *options,
+    ]
 
 
 def execute(args: argparse.Namespace, verb: str, run: Run) -> float:
@@ -80,7 +92,11 @@ def line(name: str, ipc: str, groups: list[list[dict[str, float]]]) -> str:
 
 
 def cpu() -> str:
-    names = [text.split(":")[1].strip() for text in Path("/proc/cpuinfo").read_text().splitlines() if text.startswith("model name")]
+    names = [
+        text.split(":")[1].strip()
+        for text in Path("/proc/cpuinfo").read_text().splitlines()
+        if text.startswith("model name")
+    ]
     return f"{names[0] if names else platform.processor()}, {len(names)} cores"
 
 
@@ -98,7 +114,13 @@ def table(args: argparse.Namespace, runs: list[Run]) -> str:
     lines = ["| method | IPC | overall | head | medium | tail | seeds x networks |", "|---|---|---|---|---|---|---|"]
     for ipc in args.ipc:
         for method in args.methods:
-            lines.append(line(method, str(ipc), rows_of(args, [r for r in runs if (r.method, r.ipc) == (method, ipc)], "distilled")))
+            lines.append(
+                line(
+                    method,
+                    str(ipc),
+                    rows_of(args, [r for r in runs if (r.method, r.ipc) == (method, ipc)], "distilled"),
+                )
+            )
         lines.append(line("random real", str(ipc), rows_of(args, [r for r in runs if r.ipc == ipc], "random")))
     full = rows_of(args, [r for r in runs if r.ipc == args.ipc[0]], "full")
     lines.append(line("the whole long-tailed set", "", full))
@@ -111,7 +133,9 @@ def cost(args: argparse.Namespace, runs: list[Run]) -> str:
     for ipc in args.ipc:
         for method in args.methods:
             spent = [seconds_of(args, r) for r in runs if (r.method, r.ipc) == (method, ipc)]
-            medians = [f"{statistics.median(s[stage] for s in spent):.0f}" for stage in ("distill", "evaluate distilled")]
+            medians = [
+                f"{statistics.median(s[stage] for s in spent):.0f}" for stage in ("distill", "evaluate distilled")
+            ]
             lines.append(f"| {method} | {ipc} | {' | '.join(medians)} |")
     return "\n".join(lines)
 
@@ -135,18 +159,24 @@ def main() -> None:
     args.ipc = args.ipc or [recipe.ipc]
     args.out = args.out or Path("runs/methods") / recipe.name
     args.out.mkdir(parents=True, exist_ok=True)
-    runs = [Run(method, ipc, seed, method == args.methods[0])
-            for ipc in args.ipc for seed in args.seeds for method in args.methods]
+    runs = [
+        Run(method, ipc, seed, method == args.methods[0])
+        for ipc in args.ipc
+        for seed in args.seeds
+        for method in args.methods
+    ]
     execute(args, "experts", runs[0])
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(lambda run: execute(args, "run", run), runs))
     expert_seconds = seconds_of(args, runs[0]).get("experts", 0.0)
     shown = " ".join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != "--write")])
-    text = (f"# {recipe.name}: methods compared\n\n{date.today().isoformat()}, {cpu()}, {args.workers} processes of one thread; "
-            f"command: `python benchmarks/{shown}`.\nPercent; mean over distillation seeds (each the mean of its networks) ± the "
-            f"standard deviation over distillation seeds.\nHead, medium and tail are thirds of the classes by training count. The last "
-            f"iteration is measured, on the test set.\n\n{table(args, runs)}\n\nOne thread; all experts together took {expert_seconds:.0f} s, shared by all "
-            f"runs.\n\n{cost(args, runs)}\n")
+    text = (
+        f"# {recipe.name}: methods compared\n\n{date.today().isoformat()}, {cpu()}, {args.workers} processes of one thread; "
+        f"command: `python benchmarks/{shown}`.\nPercent; mean over distillation seeds (each the mean of its networks) ± the "
+        f"standard deviation over distillation seeds.\nHead, medium and tail are thirds of the classes by training count. The last "
+        f"iteration is measured, on the test set.\n\n{table(args, runs)}\n\nOne thread; all experts together took "
+        f"{expert_seconds:.0f} s, shared by all runs.\n\n{cost(args, runs)}\n"
+    )
     print(text)
     if args.write:
         RESULTS.mkdir(exist_ok=True)

@@ -71,9 +71,12 @@ def batches_of(golden: Golden, perms: np.ndarray) -> list[Batch]:
 def phase_of(golden: Golden, student: Student, which: str, batches: list[Batch]) -> Phase:
     second = which == "second"
     return Phase(
-        start_P=tensor(golden, "start_params"), target_P=tensor(golden, f"{which}/target_params"), batches=batches,
+        start_P=tensor(golden, "start_params"),
+        target_P=tensor(golden, f"{which}/target_params"),
+        batches=batches,
         span=student.layout.span("all" if second else "backbone"),
-        class_weights_K=None if second else tensor(golden, "class_weights"), classifier_only=second,
+        class_weights_K=None if second else tensor(golden, "class_weights"),
+        classifier_only=second,
     )
 
 
@@ -81,8 +84,12 @@ def phases(golden: Golden, student: Student) -> Rows:
     """first/* and second/*, by both gradient paths; the larger of the two errors is printed."""
     with torch.no_grad():
         views = student.layout.views(tensor(golden, "start_params"))
-        yield "forward/logits", relative_error(
-            torch.func.functional_call(student.module, views, (tensor(golden, "images"),)), golden["forward/logits"])
+        yield (
+            "forward/logits",
+            relative_error(
+                torch.func.functional_call(student.module, views, (tensor(golden, "images"),)), golden["forward/logits"]
+            ),
+        )
     span = student.layout.span("classifier")
     yield "num_params", relative_error(student.layout.size, golden["num_params"])
     yield "classifier_start", relative_error(span.start, golden["classifier_start"])
@@ -105,9 +112,13 @@ def phases(golden: Golden, student: Student) -> Rows:
 
 def _quantities(result: PhaseResult, phase: Phase) -> dict[str, Any]:
     return {
-        "image_grad": result.image_grad_SCHH, "label_grad": result.label_grad_SK, "grand_loss": result.match.loss,
-        "lr_grad": result.match.alpha_gradient, "gradient_sum": result.gradient_sum_P,
-        "final_student_params": result.final_P, "inner_losses": torch.stack(result.inner_losses),
+        "image_grad": result.image_grad_SCHH,
+        "label_grad": result.label_grad_SK,
+        "grand_loss": result.match.loss,
+        "lr_grad": result.match.alpha_gradient,
+        "gradient_sum": result.gradient_sum_P,
+        "final_student_params": result.final_P,
+        "inner_losses": torch.stack(result.inner_losses),
         "param_dist": (phase.target_P - phase.start_P)[phase.span].square().sum(),
     }
 
@@ -117,8 +128,13 @@ def end_to_end(golden: Golden, student: Student) -> Rows:
     images, logits, alpha = (tensor(golden, n).clone() for n in ("images", "label_logits", "syn_lr"))
     lr_images, lr_alpha, lr_labels = golden["e2e/lr_img_lr_lr_y"].tolist()
     momentum_images, momentum_alpha, momentum_labels = golden["e2e/momentum_img_lr_y"].tolist()
-    optimizers = Optimizers(images, logits, alpha, lr=(lr_images, lr_labels, lr_alpha),
-                            momentum=(momentum_images, momentum_labels, momentum_alpha))
+    optimizers = Optimizers(
+        images,
+        logits,
+        alpha,
+        lr=(lr_images, lr_labels, lr_alpha),
+        momentum=(momentum_images, momentum_labels, momentum_alpha),
+    )
     lambdas = golden["e2e/lambda_first_second"].tolist()
     losses = []
     for perms in golden["e2e/perms"]:

@@ -41,13 +41,17 @@ class Problem:
             sys.exit(f"--shape {args.shape}: images must be square, as in 3x32x32")
         torch.manual_seed(0)
         self.device, self.args = torch.device(args.device), args
-        module = build(channels, height, args.classes, args.width, args.depth, seed=0, purpose=("benchmark",)).to(self.device)
+        module = build(channels, height, args.classes, args.width, args.depth, seed=0, purpose=("benchmark",)).to(
+            self.device
+        )
         self.student, self.module = Student(module), module
         self.plain = ConvNet(channels, height, args.classes, args.width, args.depth, fused=False).to(self.device)
         start = flat_parameters(module)
-        self.synthetic = SyntheticSet(torch.randn(args.batch, channels, height, height, device=self.device),
-                                      torch.randn(args.batch, args.classes, device=self.device),
-                                      torch.tensor(0.01, device=self.device))
+        self.synthetic = SyntheticSet(
+            torch.randn(args.batch, channels, height, height, device=self.device),
+            torch.randn(args.batch, args.classes, device=self.device),
+            torch.tensor(0.01, device=self.device),
+        )
         batches = [Batch(torch.randperm(args.batch, device=self.device)) for _ in range(args.steps)]
         layout = self.student.layout
         target, tail = start + 0.01 * torch.randn_like(start), start.clone()
@@ -102,11 +106,13 @@ class Problem:
                 out[f"{name}/{path}"] = lambda phase=phase, path=path: self.student.run(self.synthetic, phase, path)
         layout, trained = self.student.layout, self.student.layout.span("classifier")
         out["gsam/representation"] = lambda: gsam_gradient(
-            network_loss(self.module, layout, self.images, self.labels), self.start, 0.01, 0.3)
+            network_loss(self.module, layout, self.images, self.labels), self.start, 0.01, 0.3
+        )
         out["gsam/representation-plain-loop"] = self.plain_gsam
         out["gsam/one-forward-and-backward"] = self.forward_backward
         out["gsam/classifier"] = lambda: gsam_gradient(
-            classifier_loss(self.module, layout, self.start, self.images, self.labels), self.start[trained], 0.01, 0.3)
+            classifier_loss(self.module, layout, self.start, self.images, self.labels), self.start[trained], 0.01, 0.3
+        )
         return out
 
     def forward_backward(self) -> None:
@@ -169,13 +175,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     seconds = measure(args)
     ratios = {n: s / seconds[base] for n, s in seconds.items() if (base := f"{n.split('/')[0]}/textbook") in seconds}
-    ratios |= {n: s / seconds["gsam/one-forward-and-backward"] for n, s in seconds.items()
-               if n.startswith("gsam") and "gsam/one-forward-and-backward" in seconds}
+    ratios |= {
+        n: s / seconds["gsam/one-forward-and-backward"]
+        for n, s in seconds.items()
+        if n.startswith("gsam") and "gsam/one-forward-and-backward" in seconds
+    }
     report = {
-        "date": date.today().isoformat(), "machine": machine(args), "torch": torch.__version__,
-        "settings": {k: getattr(args, k) for k in ("width", "depth", "shape", "classes", "batch", "expert_batch", "steps", "threads",
-                                                   "repeats")},
-        "seconds": seconds, "ratio": ratios,
+        "date": date.today().isoformat(),
+        "machine": machine(args),
+        "torch": torch.__version__,
+        "settings": {
+            k: getattr(args, k)
+            for k in ("width", "depth", "shape", "classes", "batch", "expert_batch", "steps", "threads", "repeats")
+        },
+        "seconds": seconds,
+        "ratio": ratios,
         "peak_memory_bytes": {n: peak_memory(args, n) for n in seconds} if args.memory else {},
         "peak_memory_bytes_of_process": peak_memory_bytes(),
     }
@@ -187,7 +201,9 @@ def main() -> None:
     for name, s in seconds.items():
         memory = f"{report['peak_memory_bytes'][name] / 1e6:9.0f}" if args.memory else ""
         print(f"{name:<34}{s:>10.4f}{ratios.get(name, float('nan')):>8.2f}{memory}")
-    print("seconds: per student step (phases) or per step (gsam); ratio: to the textbook loop, or to one forward and backward")
+    print(
+        "seconds: per student step (phases) or per step (gsam); ratio: to the textbook loop, or to one forward and backward"
+    )
 
 
 def machine(args: argparse.Namespace) -> str:

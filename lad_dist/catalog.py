@@ -53,8 +53,10 @@ def find_job(text: str) -> Job:
         return Job(shipped[text])
     if path.is_dir():
         if not (path / "recipe.yaml").is_file():
-            raise RecipeError(f"{text}: is a folder without recipe.yaml; valid as JOB: a recipe file, a run folder, or "
-                              "a name that `lad-dist jobs` lists")
+            raise RecipeError(
+                f"{text}: is a folder without recipe.yaml; valid as JOB: a recipe file, a run folder, or "
+                "a name that `lad-dist jobs` lists"
+            )
         return Job(path / "recipe.yaml", run=path)
     if path.is_file():
         return Job(path)

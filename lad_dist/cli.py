@@ -64,16 +64,25 @@ class Baseline(StrEnum):
     full = "full"
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False,
-                  context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 buffer_app = typer.Typer(no_args_is_help=True, help="Look into a trajectory buffer.")
 app.add_typer(buffer_app, name="buffer")
 
 JobOption = Annotated[str, typer.Argument(metavar="JOB", help="A shipped job's name, a file, or a run folder.")]
 Out = Annotated[Path | None, typer.Option(help="The run folder; default: runs/NAME, with --set's options in its name.")]
 On = Annotated[str, typer.Option(metavar="PROFILE", help="Where to run: a shipped profile's name, or a file.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe, "
-                                                "for example distill.iterations=500.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="Override a field of the recipe, for example distill.iterations=500."
+    ),
+]
 Buffers = Annotated[Path | None, typer.Option(help="Folder of trajectory buffers; jobs with the same experts share.")]
 DeviceOption = Annotated[Device | None, typer.Option(help="Overrides the profile's device.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; overrides the profile's.")]
@@ -95,8 +104,11 @@ def _show_version(asked: bool) -> None:
 
 
 @app.callback()
-def lad_dist(version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True,
-                                                   help="Show the version.")] = False) -> None:
+def lad_dist(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Distil a long-tailed image data set into a few synthetic images per class."""
 
 
@@ -104,32 +116,61 @@ def lad_dist(version: Annotated[bool, typer.Option("--version", callback=_show_v
 
 
 @app.command()
-def run(job: JobOption, out: Out = None, on: On = "local", sets: Sets = None, buffers: Buffers = None,
-        device: DeviceOption = None, threads: Threads = None) -> None:
+def run(
+    job: JobOption,
+    out: Out = None,
+    on: On = "local",
+    sets: Sets = None,
+    buffers: Buffers = None,
+    device: DeviceOption = None,
+    threads: Threads = None,
+) -> None:
     """Everything that is not done yet: experts, distillation, evaluation, report. Resumes."""
     pipeline = _execute(job, out, on, sets, buffers, device, threads, [lambda p: p.all()])
     _print_results(pipeline)
 
 
 @app.command()
-def experts(job: JobOption, out: Out = None, on: On = "local", sets: Sets = None, buffers: Buffers = None,
-            device: DeviceOption = None, threads: Threads = None) -> None:
+def experts(
+    job: JobOption,
+    out: Out = None,
+    on: On = "local",
+    sets: Sets = None,
+    buffers: Buffers = None,
+    device: DeviceOption = None,
+    threads: Threads = None,
+) -> None:
     """Train the experts into the trajectory buffer."""
     _execute(job, out, on, sets, buffers, device, threads, [lambda p: p.experts()])
 
 
 @app.command()
-def distill(job: JobOption, out: Out = None, on: On = "local", sets: Sets = None, buffers: Buffers = None,
-            device: DeviceOption = None, threads: Threads = None) -> None:
+def distill(
+    job: JobOption,
+    out: Out = None,
+    on: On = "local",
+    sets: Sets = None,
+    buffers: Buffers = None,
+    device: DeviceOption = None,
+    threads: Threads = None,
+) -> None:
     """Match the experts' trajectories with a synthetic set."""
     _execute(job, out, on, sets, buffers, device, threads, [lambda p: p.distill()])
 
 
 @app.command()
-def evaluate(job: JobOption, out: Out = None, on: On = "local", sets: Sets = None, buffers: Buffers = None,
-             device: DeviceOption = None, threads: Threads = None,
-             baseline: Annotated[list[Baseline] | None, typer.Option(
-                 help="Measure this instead of the distilled set; may be given twice.")] = None) -> None:
+def evaluate(
+    job: JobOption,
+    out: Out = None,
+    on: On = "local",
+    sets: Sets = None,
+    buffers: Buffers = None,
+    device: DeviceOption = None,
+    threads: Threads = None,
+    baseline: Annotated[
+        list[Baseline] | None, typer.Option(help="Measure this instead of the distilled set; may be given twice.")
+    ] = None,
+) -> None:
     """Measure what networks learn from the distilled set, random real images, or the whole training set."""
     sources = [b.value for b in baseline] if baseline else ["distilled"]
     stages = [_evaluation(source) for source in dict.fromkeys(sources)]
@@ -141,14 +182,29 @@ def _evaluation(source: str) -> Callable[[Pipeline], None]:
 
 
 @app.command()
-def report(job: JobOption, out: Out = None, on: On = "local", sets: Sets = None, buffers: Buffers = None,
-           device: DeviceOption = None, threads: Threads = None) -> None:
+def report(
+    job: JobOption,
+    out: Out = None,
+    on: On = "local",
+    sets: Sets = None,
+    buffers: Buffers = None,
+    device: DeviceOption = None,
+    threads: Threads = None,
+) -> None:
     """Write the tables, pictures and the page of a run."""
     _execute(job, out, on, sets, buffers, device, threads, [lambda p: p.report()])
 
 
-def _execute(text: str, out: Path | None, on: str, sets: Sequence[str] | None, buffers: Path | None,
-             device: Device | None, threads: int | None, stages: Sequence[Callable[[Pipeline], None]]) -> Pipeline:
+def _execute(
+    text: str,
+    out: Path | None,
+    on: str,
+    sets: Sequence[str] | None,
+    buffers: Path | None,
+    device: Device | None,
+    threads: int | None,
+    stages: Sequence[Callable[[Pipeline], None]],
+) -> Pipeline:
     """Run stages of the job as the profile says."""
     from lad_dist import catalog, recipe_file
     from lad_dist.launch import local
@@ -259,8 +315,9 @@ def clusters() -> None:
 
 
 @buffer_app.command()
-def inspect(folder: RunOrBuffer,
-            as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
+def inspect(
+    folder: RunOrBuffer, as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False
+) -> None:
     """Per stage and expert the epochs present, sizes, and a digest of all weights (reads every checkpoint)."""
     found = _buffer(folder).inspect()
     if as_json:
@@ -276,8 +333,11 @@ def inspect(folder: RunOrBuffer,
             table.add_row(stage, expert, _ranges(has["epochs"]), str(len(has["parts"])), f"{has['bytes'] / 1e6:.2f}")
     _stdout().print(table)
     size = f"{found['bytes'] / 1e6:.2f} MB"
-    _stdout().print(f"{found['folder']}: {found['parts']} parts, {found['checkpoints']} checkpoints, {size}\n"
-                    f"experts: {found['meta']['experts_hash']}\ndigest:  {found['digest']}", soft_wrap=True)
+    _stdout().print(
+        f"{found['folder']}: {found['parts']} parts, {found['checkpoints']} checkpoints, {size}\n"
+        f"experts: {found['meta']['experts_hash']}\ndigest:  {found['digest']}",
+        soft_wrap=True,
+    )
 
 
 @buffer_app.command()
@@ -306,8 +366,10 @@ def _buffer(folder: Path) -> Buffer:
     else:
         buffer = Buffer(folder)
     if not buffer.parts and not any(folder.rglob("*.parquet")):
-        raise TrajectoryError(f"{folder}: holds no trajectory parts; valid: a run folder or a buffer folder, which "
-                              "`lad-dist experts JOB` makes")
+        raise TrajectoryError(
+            f"{folder}: holds no trajectory parts; valid: a run folder or a buffer folder, which "
+            "`lad-dist experts JOB` makes"
+        )
     return buffer
 
 

@@ -1,9 +1,9 @@
 """The distilled set as an artefact: one folder with tensors in safetensors and their meaning in JSON.
 
-    tensors.safetensors     images (S, C, H, H) float32, whitened; label_logits (S, K); labels (S,) the class of each image;
-                            initial_images (S, C, H, H), where the images started
-    whitening.safetensors   see data/whitening.py
-    meta.json               class names, learning rate, training counts, how it was made, versions, checksums
+tensors.safetensors     images (S, C, H, H) float32, whitened; label_logits (S, K); labels (S,) the class of each image;
+                        initial_images (S, C, H, H), where the images started
+whitening.safetensors   see data/whitening.py
+meta.json               class names, learning rate, training counts, how it was made, versions, checksums
 """
 
 from __future__ import annotations
@@ -57,8 +57,15 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
     Unpacks as ``images_SCHH, soft_labels_SK, lr = load(folder)``.
     """
 
-    def __init__(self, images_SCHH: Tensor, label_logits_SK: Tensor, labels_S: Tensor, meta: DistilledMeta,
-                 whitening: Whitening, initial_SCHH: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        images_SCHH: Tensor,
+        label_logits_SK: Tensor,
+        labels_S: Tensor,
+        meta: DistilledMeta,
+        whitening: Whitening,
+        initial_SCHH: Tensor | None = None,
+    ) -> None:
         self.images, self.label_logits, self.labels = images_SCHH, label_logits_SK, labels_S
         self.meta, self.whitening = meta, whitening
         self.initial_images = images_SCHH if initial_SCHH is None else initial_SCHH
@@ -92,8 +99,12 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
 
     def write(self, folder: Path) -> None:
         """Write the files into an empty folder (publishing it is the caller's)."""
-        tensors = {"images": self.images, "label_logits": self.label_logits, "labels": self.labels,
-                   "initial_images": self.initial_images.clone()}
+        tensors = {
+            "images": self.images,
+            "label_logits": self.label_logits,
+            "labels": self.labels,
+            "initial_images": self.initial_images.clone(),
+        }
         save_tensors(tensors, folder / _TENSORS)
         self.whitening.save(folder / _WHITENING)
         sums = {name: _sha256(folder / name) for name in (_TENSORS, _WHITENING)}
@@ -113,16 +124,21 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         meta, sums = _read_meta(folder / _META)
         for name in (_TENSORS, _WHITENING):
             if not (folder / name).is_file():
-                raise DistilledError(f"{folder / name}: is missing; a distilled set has {_TENSORS}, {_WHITENING} and {_META}")
+                raise DistilledError(
+                    f"{folder / name}: is missing; a distilled set has {_TENSORS}, {_WHITENING} and {_META}"
+                )
             if _sha256(folder / name) != sums.get(name):
-                raise DistilledError(f"{folder / name}: does not match the checksum in {_META}: it is damaged or not its own")
+                raise DistilledError(
+                    f"{folder / name}: does not match the checksum in {_META}: it is damaged or not its own"
+                )
         try:
             tensors = parse_tensors((folder / _TENSORS).read_bytes())
             whitening = Whitening.load(folder / _WHITENING)
         except (SafetensorError, DataError) as error:
             raise DistilledError(f"{folder}: cannot be read: {error}") from error
-        whole = cls(tensors["images"], tensors["label_logits"], tensors["labels"], meta, whitening,
-                    tensors["initial_images"])
+        whole = cls(
+            tensors["images"], tensors["label_logits"], tensors["labels"], meta, whitening, tensors["initial_images"]
+        )
         whole.validate(str(folder))
         return whole
 
@@ -143,7 +159,9 @@ def _read_meta(path: Path) -> tuple[DistilledMeta, dict[str, str]]:
     try:
         doc = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise DistilledError(f"{path.parent}: is not a distilled set (no {_META}); `lad-dist distill JOB` makes one") from None
+        raise DistilledError(
+            f"{path.parent}: is not a distilled set (no {_META}); `lad-dist distill JOB` makes one"
+        ) from None
     except ValueError as error:
         raise DistilledError(f"{path}: is not valid JSON: {error}") from None
     if not isinstance(doc, dict) or doc.pop("format_version", None) != FORMAT_VERSION:

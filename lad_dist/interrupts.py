@@ -20,7 +20,9 @@ def as_exceptions() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         for s in _SIGNALS:  # a second Ctrl-C must not tear apart what the first one saves
             signal.signal(s, signal.SIG_IGN)
-        raise Interrupted(f"interrupted by {signal.Signals(number).name}; what is finished is kept, and the same command continues")
+        raise Interrupted(
+            f"interrupted by {signal.Signals(number).name}; what is finished is kept, and the same command continues"
+        )
 
     previous = {s: signal.signal(s, stop) for s in _SIGNALS}
     try:

@@ -1,6 +1,7 @@
 """The stages in order. Read this page first.
 
-    data set -> long-tailed subset -> whitening -> experts -> trajectory buffer -> distillation -> distilled set -> evaluation -> report
+    data set -> long-tailed subset -> whitening -> experts -> trajectory buffer
+        -> distillation -> distilled set -> evaluation -> report
 
 Stages do not know each other: they meet through files in the run folder (``rundir.py``). Each finds out from those files
 what is done and does the rest, so any of them can be killed, resumed, or run on another machine.
@@ -60,8 +61,14 @@ class Pipeline:
 
                 def on_epoch(epoch: Epoch) -> None:
                     self.events.emit("expert-epoch", **vars(epoch))
-                    task.advance(1, expert=epoch.expert, stage=epoch.stage, loss=epoch.loss, accuracy=epoch.accuracy,
-                                 images_per_second=epoch.images_per_second)
+                    task.advance(
+                        1,
+                        expert=epoch.expert,
+                        stage=epoch.stage,
+                        loss=epoch.loss,
+                        accuracy=epoch.accuracy,
+                        images_per_second=epoch.images_per_second,
+                    )
 
                 for expert in todo:
                     trainer.train(expert, on_epoch)
@@ -88,7 +95,9 @@ class Pipeline:
 
         left = remaining(self.recipe, self.data, self.run, source)  # type: ignore[arg-type]
         if not left:
-            return self._already(f"evaluate {source}", f"{self.recipe.evaluate.seeds} networks are in {self.run.results}")
+            return self._already(
+                f"evaluate {source}", f"{self.recipe.evaluate.seeds} networks are in {self.run.results}"
+            )
         with self._stage(f"evaluate {source}", networks=left):
             evaluate(self.recipe, self.data, self.run, source, self.events, self.screen)  # type: ignore[arg-type]
 
@@ -108,10 +117,18 @@ class Pipeline:
             began = time.perf_counter()
             self._data = prepare(self.recipe, self.run.whitening, self.device)
             images = self._data.splits.train
-            self.events.emit("data", name=images.name, fingerprint=images.fingerprint(), counts=list(images.counts),
-                             test=len(self._data.splits.test), seconds=round(time.perf_counter() - began, 3))
-            self.screen.say(f"data: {images.name}, {len(images)} training images ({max(images.counts)} to {min(images.counts)} per "
-                            f"class), {len(self._data.splits.test)} test images, {images.channels}x{images.size}x{images.size}")
+            self.events.emit(
+                "data",
+                name=images.name,
+                fingerprint=images.fingerprint(),
+                counts=list(images.counts),
+                test=len(self._data.splits.test),
+                seconds=round(time.perf_counter() - began, 3),
+            )
+            self.screen.say(
+                f"data: {images.name}, {len(images)} training images ({max(images.counts)} to {min(images.counts)} per "
+                f"class), {len(self._data.splits.test)} test images, {images.channels}x{images.size}x{images.size}"
+            )
         return self._data
 
     def _already(self, stage: str, what: str) -> None:
@@ -136,13 +153,16 @@ class _Stage:
 
         seconds = round(time.perf_counter() - self.began, 3)
         ended = "stage-finished" if kind is None else "stage-stopped"
-        self.events.emit(ended, stage=self.name, seconds=seconds, peak_memory_bytes=peak_memory_bytes(),
-                         **({"error": f"{kind.__name__}: {error}"} if kind else {}))
+        self.events.emit(
+            ended,
+            stage=self.name,
+            seconds=seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+            **({"error": f"{kind.__name__}: {error}"} if kind else {}),
+        )
 
 
 def open_pipeline(recipe: Recipe, out: Path, buffers: Path | None, device: torch.device, screen: Screen) -> Pipeline:
     """The pipeline of a recipe in the run folder ``out``, which is made if need be."""
     run = RunDir.open(out, recipe, buffers)
     return Pipeline(recipe, run, device, screen, Events(run.events))
-
-

@@ -17,7 +17,9 @@ class Profile(BaseModel):
     name: Text = Field("local", description="how the profile is called")
     launcher: Literal["local"] = Field("local", description="local: in this process on this machine")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU if there is one, else the CPU")
-    threads: Annotated[Int, Field(ge=1)] | None = Field(None, description="CPU threads; default: as many as there are cores")
+    threads: Annotated[Int, Field(ge=1)] | None = Field(
+        None, description="CPU threads; default: as many as there are cores"
+    )
     buffers: Text | None = Field(
         None, description="folder of shared trajectory buffers, each under its recipe's hash; default: inside the run"
     )

@@ -85,8 +85,15 @@ class Screen:
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
         """A task of ``total`` steps (``done`` of them before this process) shown until the block ends."""
         if self.console.is_terminal:
-            columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-                       TextColumn(unit), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+            columns = (
+                SpinnerColumn(),
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+            )
             with _Live(*columns, console=self.console) as live:
                 yield _RichTask(live, title, total, done)
         else:
@@ -126,12 +133,16 @@ class _PlainTask:
         if time.monotonic() - self._last >= PLAIN_SECONDS and self._rate.done < self._total:
             self._last = time.monotonic()
             left = self._rate.seconds_left(self._total)
-            self._screen.say(f"{self._title}: {self._rate.done}/{self._total} {self._unit}, {self._rate.text()}, "
-                             f"{_clock(left)} left  {self._shown}".rstrip())
+            self._screen.say(
+                f"{self._title}: {self._rate.done}/{self._total} {self._unit}, {self._rate.text()}, "
+                f"{_clock(left)} left  {self._shown}".rstrip()
+            )
 
     def finish(self) -> None:
-        self._screen.say(f"{self._title}: {self._rate.done}/{self._total} {self._unit} done in "
-                         f"{_clock(self._rate.elapsed())}  {self._shown}".rstrip())
+        self._screen.say(
+            f"{self._title}: {self._rate.done}/{self._total} {self._unit} done in "
+            f"{_clock(self._rate.elapsed())}  {self._shown}".rstrip()
+        )
 
 
 class _Rate:
@@ -154,8 +165,10 @@ class _Rate:
 
 
 def _figures(shown: dict[str, Any]) -> str:
-    return "  ".join(f"{k.replace('_', ' ')} {v:.4g}" if isinstance(v, float) else f"{k.replace('_', ' ')} {v}"
-                     for k, v in shown.items())
+    return "  ".join(
+        f"{k.replace('_', ' ')} {v:.4g}" if isinstance(v, float) else f"{k.replace('_', ' ')} {v}"
+        for k, v in shown.items()
+    )
 
 
 def _clock(seconds: float) -> str:

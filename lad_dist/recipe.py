@@ -43,10 +43,16 @@ class DataConfig(_Section):
     root: Text | None = Field(None, description="data folder; default: $LAD_DIST_DATA, else ./data")
     train: Text | None = Field(None, description="training split: file, folder or pattern under root")
     test: Text | None = Field(None, description="test split: file, folder or pattern under root")
-    image_column: Text | None = Field(None, description="Parquet column of encoded images; default: found by type and name")
+    image_column: Text | None = Field(
+        None, description="Parquet column of encoded images; default: found by type and name"
+    )
     label_column: Text | None = Field(None, description="Parquet column of labels; default: found by name")
-    image_size: Annotated[Int, Field(ge=4, le=1024)] | None = Field(None, description="resize to this many pixels a side")
-    channels: Literal[1, 3] | None = Field(None, description="convert to grey (1) or colour (3); default: as the images are")
+    image_size: Annotated[Int, Field(ge=4, le=1024)] | None = Field(
+        None, description="resize to this many pixels a side"
+    )
+    channels: Literal[1, 3] | None = Field(
+        None, description="convert to grey (1) or colour (3); default: as the images are"
+    )
     fit: Literal["refuse", "center-crop"] = Field("refuse", description="what to do with an image that is not square")
     imbalance: Literal["exponential", "natural"] = Field(
         "exponential", description="exponential: n_c = trunc(n_max * factor^(-c/(K-1))); natural: the data as it is"
@@ -59,7 +65,9 @@ class DataConfig(_Section):
         0, description="images per class held out of the training pool, to choose settings on"
     )
     download: Bool = Field(True, description="let torchvision download a missing data set")
-    whitening: Literal["zca", "standardize", "none"] = Field("zca", description="fitted on the training set, applied to all")
+    whitening: Literal["zca", "standardize", "none"] = Field(
+        "zca", description="fitted on the training set, applied to all"
+    )
     zca_eps: Annotated[Float, Field(gt=0)] = Field(0.1, description="added to the eigenvalues of the covariance")
 
 
@@ -88,8 +96,11 @@ class ExpertsConfig(_Section):
     """Both stages of the expert trajectories (stage 1: representation, stage 2: classifier)."""
 
     count: Annotated[Int, Field(ge=1)] = Field(100, description="experts to train")
-    seed: Annotated[Int, Field(ge=0)] = Field(0, description="seed of all experts; not tied to the recipe's seed, so that "
-                                                             "several distillations share one buffer")
+    seed: Annotated[Int, Field(ge=0)] = Field(
+        0,
+        description="seed of all experts; not tied to the recipe's seed, so that "
+        "several distillations share one buffer",
+    )
     epochs: Annotated[Int, Field(ge=1)] = Field(100, description="epochs of the representation stage")
     classifier_epochs: Annotated[Int, Field(ge=1)] = Field(10, description="epochs of the classifier stage")
     batch: Annotated[Int, Field(ge=1)] = Field(256, description="images per step")
@@ -97,10 +108,14 @@ class ExpertsConfig(_Section):
     classifier_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="SGD learning rate, classifier stage")
     weight_decay: Annotated[Float, Field(ge=0)] = Field(5e-3, description="representation stage")
     classifier_weight_decay: Annotated[Float, Field(ge=0)] = Field(0.0, description="classifier stage")
-    gsam_rho: Annotated[Float, Field(ge=0)] = Field(0.01, description="GSAM perturbation radius; 0 trains with plain SGD")
+    gsam_rho: Annotated[Float, Field(ge=0)] = Field(
+        0.01, description="GSAM perturbation radius; 0 trains with plain SGD"
+    )
     gsam_alpha: Annotated[Float, Field(ge=0)] = Field(0.3, description="GSAM weight of the orthogonal component")
     draws_per_class: Annotated[Int, Field(ge=1)] = Field(4, description="consecutive draws per class, classifier stage")
-    epochs_per_part: Annotated[Int, Field(ge=1)] = Field(5, description="epochs in one part file: what a crash can lose")
+    epochs_per_part: Annotated[Int, Field(ge=1)] = Field(
+        5, description="epochs in one part file: what a crash can lose"
+    )
 
 
 class DistillConfig(_Section):
@@ -108,28 +123,37 @@ class DistillConfig(_Section):
 
     iterations: Annotated[Int, Field(ge=1)] = Field(10_000, description="outer iterations")
     matching: Literal["decoupled", "joint"] = Field(
-        "decoupled", description="decoupled: a representation and a classifier phase; joint: one phase over all weights "
-                                 "(set by method)"
+        "decoupled",
+        description="decoupled: a representation and a classifier phase; joint: one phase over all weights "
+        "(set by method)",
     )
-    weighted_loss: Bool = Field(True, description="weight mismatch avoidance in the representation phase (set by method)")
-    labels: Literal["soft", "hard"] = Field("soft", description="soft labels are learned, hard ones fixed (set by method)")
+    weighted_loss: Bool = Field(
+        True, description="weight mismatch avoidance in the representation phase (set by method)"
+    )
+    labels: Literal["soft", "hard"] = Field(
+        "soft", description="soft labels are learned, hard ones fixed (set by method)"
+    )
     class_weights: Literal["published", "mean-one"] = Field(
-        "published", description="published: n_c / sum n; mean-one: the same scaled to mean 1, so that one alpha fits both "
-                                 "phases"
+        "published",
+        description="published: n_c / sum n; mean-one: the same scaled to mean 1, so that one alpha fits both phases",
     )
     class_weight_offset: Annotated[Float, Field(ge=0)] = Field(0.0, description="f in (n_c + f) / (sum n + f)")
     lambda_representation: Annotated[Float, Field(ge=0)] = Field(1.0, description="lambda_1")
     lambda_classifier: Annotated[Float, Field(ge=0)] = Field(1.0, description="lambda_2")
     student_steps: Annotated[Int, Field(ge=1)] = Field(80, description="N, representation (or joint) phase")
     student_steps_classifier: Annotated[Int, Field(ge=1)] = Field(80, description="N, classifier phase")
-    batch: Annotated[Int, Field(ge=1)] = Field(500, description="synthetic images per student step; the whole set if smaller")
+    batch: Annotated[Int, Field(ge=1)] = Field(
+        500, description="synthetic images per student step; the whole set if smaller"
+    )
     window_epochs: Annotated[Int, Field(ge=1)] = Field(2, description="M, epochs between theta_t and its target")
     start_epoch_min: Annotated[Int, Field(ge=0)] = Field(0, description="first start epoch of a window")
     start_epoch_max: Annotated[Int, Field(ge=1)] = Field(20, description="start epochs are below this")
     start_epoch_max_first: Annotated[Int, Field(ge=1)] | None = Field(
         None, description="the upper bound at iteration 0, if it shall grow; default: no growth"
     )
-    start_epoch_growth: Annotated[Int, Field(ge=0)] = Field(0, description="iterations over which the upper bound grows")
+    start_epoch_growth: Annotated[Int, Field(ge=0)] = Field(
+        0, description="iterations over which the upper bound grows"
+    )
     classifier_start_epoch_max: Annotated[Int, Field(ge=1)] = Field(
         1, description="classifier windows start below this epoch; 1: always at epoch 0"
     )
@@ -137,7 +161,9 @@ class DistillConfig(_Section):
     momentum_images: Annotated[Float, Field(ge=0, lt=1)] = Field(0.5)
     lr_labels: Annotated[Float, Field(ge=0)] = Field(2.0, description="SGD learning rate of the label logits")
     momentum_labels: Annotated[Float, Field(ge=0, lt=1)] = Field(0.9)
-    lr_alpha: Annotated[Float, Field(ge=0)] = Field(1e-5, description="SGD learning rate of the student's learning rate")
+    lr_alpha: Annotated[Float, Field(ge=0)] = Field(
+        1e-5, description="SGD learning rate of the student's learning rate"
+    )
     momentum_alpha: Annotated[Float, Field(ge=0, lt=1)] = Field(0.5)
     alpha: Annotated[Float, Field(gt=0)] = Field(0.01, description="the student's learning rate at the start")
     gradient: Literal["auto", "keep", "recompute"] = Field(
@@ -147,14 +173,17 @@ class DistillConfig(_Section):
         None, description="memory that auto may plan with; default: 60% of what is free on the device"
     )
     initial: Literal["real-correct", "real-herded", "real-random"] = Field(
-        "real-correct", description="real images that an expert classifies correctly, at random or by herding on its features; "
-                                    "or any real images of the class"
+        "real-correct",
+        description="real images that an expert classifies correctly, at random or by herding on its features; "
+        "or any real images of the class",
     )
     select: Literal["last", "validation", "test-as-published"] = Field(
         "last", description="which iteration's set is kept; test-as-published picks on the test set and says so"
     )
     select_every: Annotated[Int, Field(ge=1)] = Field(500, description="iterations between the candidates of select")
-    checkpoint_every: Annotated[Int, Field(ge=1)] = Field(100, description="iterations between checkpoints for resuming")
+    checkpoint_every: Annotated[Int, Field(ge=1)] = Field(
+        100, description="iterations between checkpoints for resuming"
+    )
 
 
 class EvaluateConfig(_Section):
@@ -164,11 +193,14 @@ class EvaluateConfig(_Section):
     epochs: Annotated[Int, Field(ge=1)] = Field(1000)
     batch: Annotated[Int, Field(ge=1)] = Field(128)
     lr: Annotated[Float, Field(gt=0)] | None = Field(
-        None, description="learning rate on distilled and random sets; default: the learned alpha (random: distill.alpha)"
+        None,
+        description="learning rate on distilled and random sets; default: the learned alpha (random: distill.alpha)",
     )
     momentum: Annotated[Float, Field(ge=0, lt=1)] = Field(0.9)
     weight_decay: Annotated[Float, Field(ge=0)] = Field(5e-4)
-    decay: Annotated[Float, Field(gt=0, le=1)] = Field(0.1, description="factor on the learning rate at half of the epochs")
+    decay: Annotated[Float, Field(gt=0, le=1)] = Field(
+        0.1, description="factor on the learning rate at half of the epochs"
+    )
     full_epochs: Annotated[Int, Field(ge=1)] = Field(200, description="epochs on the whole long-tailed set")
     full_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="learning rate on the whole long-tailed set")
     full_batch: Annotated[Int, Field(ge=1)] = Field(256)
@@ -181,7 +213,9 @@ class EvaluateConfig(_Section):
 class Recipe(_Section):
     """One experiment. ``seed`` drives distillation and evaluation; ``experts.seed`` drives the experts."""
 
-    name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field("unnamed", description="default run folder")
+    name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        "unnamed", description="default run folder"
+    )
     method: Method = Field("lad", description="a preset of distill.matching, distill.weighted_loss and distill.labels")
     ipc: Annotated[Int, Field(ge=1)] = Field(10, description="synthetic images per class")
     seed: Annotated[Int, Field(ge=0)] = Field(0, description="of distillation and evaluation")
@@ -242,7 +276,9 @@ def _cross_faults(recipe: Recipe) -> list[str]:
     """Faults that concern several fields, each as ``field: what is wrong; what is valid``."""
     d, e, faults = recipe.distill, recipe.experts, []
     if d.start_epoch_max <= d.start_epoch_min:
-        faults.append(f"distill.start_epoch_max: {d.start_epoch_max} is not above distill.start_epoch_min {d.start_epoch_min}")
+        faults.append(
+            f"distill.start_epoch_max: {d.start_epoch_max} is not above distill.start_epoch_min {d.start_epoch_min}"
+        )
     last = d.start_epoch_max - 1 + d.window_epochs
     if last > e.epochs:
         faults.append(
@@ -266,7 +302,9 @@ def _cross_faults(recipe: Recipe) -> list[str]:
     if recipe.data.dataset in ("list", "parquet"):
         for field, file in (("train", recipe.data.train), ("test", recipe.data.test)):
             if file is None:
-                faults.append(f"data.{field}: must name the {field} split's file for data.dataset {recipe.data.dataset}")
+                faults.append(
+                    f"data.{field}: must name the {field} split's file for data.dataset {recipe.data.dataset}"
+                )
     default = DataConfig.model_fields["imbalance_factor"].default  # a saved recipe spells it out
     if recipe.data.imbalance == "natural" and recipe.data.imbalance_factor != default:
         faults.append("data.imbalance_factor: has no meaning with data.imbalance natural; remove it")

@@ -90,9 +90,7 @@ def _forget_preset(doc: dict[str, Any], sources: dict[str, str]) -> None:
                 section.pop(field, None)
 
 
-def apply_overrides(
-    doc: dict[str, Any], overrides: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+def apply_overrides(doc: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """A copy of ``doc`` with ``a.b=c`` set; which fields came from which option; and the faults of the options."""
     doc = _copied(doc)
     sources: dict[str, str] = {}

@@ -49,8 +49,14 @@ def summary(rows: Iterable[Row]) -> list[Row]:
         groups.setdefault((row["source"], row["architecture"]), []).append(row)
     out = []
     for (source, architecture), members in groups.items():
-        entry: Row = {"source": source, "architecture": architecture, "seeds": len(members), "split": members[0]["split"],
-                      "selection": members[0]["selection"], "method": members[0]["method"]}
+        entry: Row = {
+            "source": source,
+            "architecture": architecture,
+            "seeds": len(members),
+            "split": members[0]["split"],
+            "selection": members[0]["selection"],
+            "method": members[0]["method"],
+        }
         for figure in FIGURES:
             values = [m[figure] for m in members if m[figure] is not None]
             entry[figure] = statistics.mean(values) if values else None

@@ -1,13 +1,13 @@
 """The run folder: the only place where a path inside a run is composed, and where files are published by rename.
 
-    recipe.yaml                the resolved recipe
-    events.jsonl               what happened, one JSON object a line
-    trajectories/              the experts' buffer (a link when several runs share one), and the whitening they saw
-    candidates/                sets to choose from, where distill.select is not last
-    checkpoints/distill.safetensors
-    distilled/                 the artefact (see distilled.py)
-    evaluation/results.json    one row per (source, architecture, seed)
-    report/                    index.html, synthetic.png
+recipe.yaml                the resolved recipe
+events.jsonl               what happened, one JSON object a line
+trajectories/              the experts' buffer (a link when several runs share one), and the whitening they saw
+candidates/                sets to choose from, where distill.select is not last
+checkpoints/distill.safetensors
+distilled/                 the artefact (see distilled.py)
+evaluation/results.json    one row per (source, architecture, seed)
+report/                    index.html, synthetic.png
 """
 
 from __future__ import annotations
@@ -33,8 +33,16 @@ ABANDONED_AFTER = 6 * 3600.0  # seconds after which another host's temporary fil
 
 # Fields that may differ between a run's saved recipe and the one it is continued with: they say where data lie, how
 # often to save, or how to measure (results carry their own settings), and change no distilled pixel.
-_FREE = ("data.root", "data.download", "experts.epochs_per_part", "distill.memory_gb", "distill.gradient",
-         "distill.checkpoint_every", "evaluate.", "name")
+_FREE = (
+    "data.root",
+    "data.download",
+    "experts.epochs_per_part",
+    "distill.memory_gb",
+    "distill.gradient",
+    "distill.checkpoint_every",
+    "evaluate.",
+    "name",
+)
 
 
 class RunDir:
@@ -102,7 +110,9 @@ class RunDir:
                         "choose another folder with --out, or remove this one"
                     )
             elif any(p for p in root.iterdir() if p.name != "events.jsonl"):
-                raise RunDirError(f"{root}: is not empty and not a run folder (no recipe.yaml); choose another with --out")
+                raise RunDirError(
+                    f"{root}: is not empty and not a run folder (no recipe.yaml); choose another with --out"
+                )
             text = recipe_file.dump(recipe, header="The resolved recipe of this run, every field spelled out.")
             if not run.recipe.exists() or run.recipe.read_text(encoding="utf-8") != text:
                 with run.publish(run.recipe) as temporary:
@@ -114,7 +124,9 @@ class RunDir:
     def existing(cls, root: Path) -> RunDir:
         """The run folder at ``root``. Raises RunDirError where there is none."""
         if not (root / "recipe.yaml").is_file():
-            raise RunDirError(f"{root}: is not a run folder (no recipe.yaml in it); `lad-dist run JOB --out {root}` makes one")
+            raise RunDirError(
+                f"{root}: is not a run folder (no recipe.yaml in it); `lad-dist run JOB --out {root}` makes one"
+            )
         return cls(root)
 
     def _place_buffer(self, recipe: Recipe, buffers: Path | None) -> None:
@@ -127,8 +139,10 @@ class RunDir:
             return
         if self.trajectories.exists() or self.trajectories.is_symlink():
             if self.trajectories.is_symlink() or any(self.trajectories.iterdir()):
-                raise RunDirError(f"{self.trajectories}: already holds a buffer, so the run cannot use {shared}; keep the "
-                                  "run's own buffer (no --buffers), or choose another --out")
+                raise RunDirError(
+                    f"{self.trajectories}: already holds a buffer, so the run cannot use {shared}; keep the "
+                    "run's own buffer (no --buffers), or choose another --out"
+                )
             self.trajectories.rmdir()
         self.trajectories.symlink_to(shared, target_is_directory=True)
 
@@ -192,8 +206,12 @@ def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str] |
 
 
 @contextmanager
-def _storage(where: Path, kind: type[LadDistError], advice: str = "free some space or choose another folder; what was "
-             "finished before is kept, and the same command continues") -> Iterator[None]:
+def _storage(
+    where: Path,
+    kind: type[LadDistError],
+    advice: str = "free some space or choose another folder; what was "
+    "finished before is kept, and the same command continues",
+) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -34,7 +34,11 @@ State = Literal["done", "running", "stopped", "not finished", "not started"]
 SILENT_SECONDS = 300.0  # a stage without an event for so long may have been killed; one epoch or iteration is shorter
 _RECENT = 50  # events that the time left is estimated from
 _STYLES: dict[State, str] = {
-    "done": "green", "running": "cyan", "stopped": "red", "not finished": "yellow", "not started": "dim",
+    "done": "green",
+    "running": "cyan",
+    "stopped": "red",
+    "not finished": "yellow",
+    "not started": "dim",
 }
 
 
@@ -87,8 +91,13 @@ def read_status(folder: Path, now: float | None = None) -> RunStatus:
         state = _state(logs.get(name), done >= recipe.evaluate.seeds, done > 0, now, last)
         stages.append(StageStatus(name, state, "" if state == "not started" else detail))
     written = (run.report / "index.html").exists()
-    stages.append(StageStatus("report", _state(logs.get("report"), written, False, now, last),
-                              str(run.report / "index.html") if written else ""))
+    stages.append(
+        StageStatus(
+            "report",
+            _state(logs.get("report"), written, False, now, last),
+            str(run.report / "index.html") if written else "",
+        )
+    )
     return RunStatus(folder, recipe, tuple(stages), error, tuple(rows))
 
 

@@ -91,8 +91,9 @@ def small_experts(tmp_path_factory: pytest.TempPathFactory, small_recipe: Callab
 
 
 @pytest.fixture
-def pipeline_of(tmp_path: Path, small_experts: Path, small_recipe: Callable[..., Any], silent: Any
-                ) -> Callable[..., Any]:
+def pipeline_of(
+    tmp_path: Path, small_experts: Path, small_recipe: Callable[..., Any], silent: Any
+) -> Callable[..., Any]:
     """A pipeline in a folder of its own with trained experts: ``pipeline_of("name", method="mtt", distill={...})``."""
     import torch
 

@@ -21,7 +21,8 @@ LEVEL = {
 STAGES = ("experts", "distill", "evaluate", "report")
 SAME_LEVEL = {  # within a level, only these
     ("distilled", "data"), ("launch", "status"), ("recipe_file", "recipe"), ("recipe_file", "errors"),
-    ("profile", "recipe"), ("rundir", "recipe"), ("rundir", "recipe_file"), ("rundir", "errors"), ("results", "errors"), ("results", "rundir"), ("catalog", "errors"),
+    ("profile", "recipe"), ("rundir", "recipe"), ("rundir", "recipe_file"), ("rundir", "errors"),
+    ("results", "errors"), ("results", "rundir"), ("catalog", "errors"),
     ("interrupts", "errors"), ("data", "recipe"),
 }  # fmt: skip
 

@@ -38,12 +38,14 @@ def test_help_answers_at_once():
 
 
 def test_help_imports_nothing_heavy():
-    code = ("import sys, lad_dist.cli as c\n"
-            "try: c.app(['--help'])\n"
-            "except SystemExit: pass\n"
-            "slow = {'torch', 'torchvision', 'ray', 'pyarrow', 'pydantic', 'sklearn', 'yaml', 'numpy'}\n"
-            "heavy = slow & set(sys.modules)\n"
-            "assert not heavy, heavy\n")
+    code = (
+        "import sys, lad_dist.cli as c\n"
+        "try: c.app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "slow = {'torch', 'torchvision', 'ray', 'pyarrow', 'pydantic', 'sklearn', 'yaml', 'numpy'}\n"
+        "heavy = slow & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
 
 
@@ -168,12 +170,14 @@ def test_ctrl_c_outside_a_stage(monkeypatch):
 
 
 def test_a_bug_keeps_its_traceback_without_locals(tmp_path):
-    code = ("from lad_dist import catalog, cli\n"
-            "def bug(text):\n"
-            "    local_secret = 'x' * 3\n"
-            "    raise ZeroDivisionError('a bug')\n"
-            "catalog.find_job = bug\n"
-            "cli.main()\n")
+    code = (
+        "from lad_dist import catalog, cli\n"
+        "def bug(text):\n"
+        "    local_secret = 'x' * 3\n"
+        "    raise ZeroDivisionError('a bug')\n"
+        "catalog.find_job = bug\n"
+        "cli.main()\n"
+    )
     ended = subprocess.run([sys.executable, "-c", code, "run", "digits-lt"], capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 1
     assert "Traceback" in ended.stderr and "ZeroDivisionError: a bug" in ended.stderr and "xxx" not in ended.stderr

@@ -55,8 +55,19 @@ def test_files_of_other_sizes(parity, tmp_path, sizes):
     check(tmp_path / "other.npz", parity.parity(tmp_path / "other.npz"))
 
 
-@pytest.mark.parametrize("name", ["first/image_grad", "second/lr_grad", "e2e/images_after2", "gsam_full/losses",
-                                  "zca/matrix", "dsa/crop_c1", "longtail/cifar10_0.1", "labelinit/out"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "first/image_grad",
+        "second/lr_grad",
+        "e2e/images_after2",
+        "gsam_full/losses",
+        "zca/matrix",
+        "dsa/crop_c1",
+        "longtail/cifar10_0.1",
+        "labelinit/out",
+    ],
+)
 def test_a_wrong_number_shows(parity, tmp_path, name):
     golden = dict(np.load(GOLDEN))
     changed = golden[name].astype(np.float64)

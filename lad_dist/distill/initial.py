@@ -45,7 +45,12 @@ def label_logits(expert_logits_ESK: Tensor, true_S: Tensor) -> tuple[Tensor, Ten
 
 
 def choose_images(
-    chooser_logits_NK: Tensor | None, labels_N: np.ndarray, ipc: int, classes: int, seed: int, features_ND: Tensor | None = None
+    chooser_logits_NK: Tensor | None,
+    labels_N: np.ndarray,
+    ipc: int,
+    classes: int,
+    seed: int,
+    features_ND: Tensor | None = None,
 ) -> tuple[np.ndarray, int]:
     """(indices (classes * ipc,) class-major, how many are repeats).
 
@@ -68,9 +73,18 @@ def choose_images(
     return np.concatenate(chosen), repeated
 
 
-def build(logits_of: Callable[[int, np.ndarray], Tensor], experts: int, labels_N: np.ndarray, ipc: int, classes: int, *,
-          seed: int, only_correct: bool, hard_labels: bool,
-          features_of: Callable[[int], Tensor] | None = None) -> InitialSet:
+def build(
+    logits_of: Callable[[int, np.ndarray], Tensor],
+    experts: int,
+    labels_N: np.ndarray,
+    ipc: int,
+    classes: int,
+    *,
+    seed: int,
+    only_correct: bool,
+    hard_labels: bool,
+    features_of: Callable[[int], Tensor] | None = None,
+) -> InitialSet:
     """The initial set. ``logits_of(expert, indices)`` gives the logits of an expert's last checkpoint on training images.
 
     ``features_of(expert)``, if given, gives that expert's features (N, D) of all training images, to choose by herding.
@@ -80,7 +94,11 @@ def build(logits_of: Callable[[int, np.ndarray], Tensor], experts: int, labels_N
     everything = np.arange(len(labels_N))
     chooser = int(rng(seed, "initial", "chooser").integers(experts)) if only_correct else None
     indices_S, repeated = choose_images(
-        None if chooser is None else logits_of(chooser, everything), labels_N, ipc, classes, seed,
+        None if chooser is None else logits_of(chooser, everything),
+        labels_N,
+        ipc,
+        classes,
+        seed,
         None if chooser is None or features_of is None else features_of(chooser),
     )
     true_S = torch.from_numpy(labels_N[indices_S])

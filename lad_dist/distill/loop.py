@@ -85,13 +85,22 @@ class Distillation:
         self.recipe, self.data, self.run = recipe, data, run
         images = data.splits.train
         self.size, self.classes = images.size, images.num_classes
-        module = build(images.channels, images.size, images.num_classes, recipe.model.width, recipe.model.depth,
-                       seed=0, purpose=("template",)).to(data.device)
+        module = build(
+            images.channels,
+            images.size,
+            images.num_classes,
+            recipe.model.width,
+            recipe.model.depth,
+            seed=0,
+            purpose=("template",),
+        ).to(data.device)
         self.student = Student(module)
         buffer = Buffer(run.trajectories, expected_hash=recipe.experts_hash())
         if buffer.meta.data_fingerprint != images.fingerprint():
-            raise TrajectoryError(f"{run.trajectories}: these trajectories are of other training images (data_fingerprint "
-                                  "differs); choose another run folder, or remove this one to train the experts again")
+            raise TrajectoryError(
+                f"{run.trajectories}: these trajectories are of other training images (data_fingerprint "
+                "differs); choose another run folder, or remove this one to train the experts again"
+            )
         self.windows = Windows(buffer, self.student.layout, recipe, data.device)
         d = recipe.distill
         weights_K = class_weights(data.counts, d.class_weights, d.class_weight_offset)
@@ -122,21 +131,37 @@ class Distillation:
             return logits
 
         first = initial.build(
-            logits_of, self.recipe.experts.count, self.data.train.labels_N.cpu().numpy(), self.recipe.ipc, self.classes,
-            seed=self.recipe.seed, only_correct=how != "real-random",
+            logits_of,
+            self.recipe.experts.count,
+            self.data.train.labels_N.cpu().numpy(),
+            self.recipe.ipc,
+            self.classes,
+            seed=self.recipe.seed,
+            only_correct=how != "real-random",
             hard_labels=self.recipe.distill.labels == "hard",
-            features_of=(lambda e: self._expert_outputs(functional.features, stage, e)) if how == "real-herded" else None,
+            features_of=(lambda e: self._expert_outputs(functional.features, stage, e))
+            if how == "real-herded"
+            else None,
         )
         images_SCHH, _ = self.data.train.batch(torch.from_numpy(first.indices_S))
         source = {"images_no_expert_classified": first.without_expert, "images_repeated": first.repeated}
         events.emit("initial-set", indices=first.indices_S.tolist(), **source)
-        screen.say(f"distill: {len(images_SCHH)} initial images; {first.without_expert} labelled by their class's mean logits, "
-                   f"{first.repeated} repeated")
-        return State(self.recipe, images_SCHH.clone(), first.logits_SK.to(self.data.device), images_SCHH.clone(), source)
+        screen.say(
+            f"distill: {len(images_SCHH)} initial images; {first.without_expert} labelled by their class's mean logits, "
+            f"{first.repeated} repeated"
+        )
+        return State(
+            self.recipe, images_SCHH.clone(), first.logits_SK.to(self.data.device), images_SCHH.clone(), source
+        )
 
     @torch.no_grad()
-    def _expert_outputs(self, function: Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor], stage: Stage, expert: int,
-                        indices: np.ndarray | None = None) -> Tensor:
+    def _expert_outputs(
+        self,
+        function: Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor],
+        stage: Stage,
+        expert: int,
+        indices: np.ndarray | None = None,
+    ) -> Tensor:
         """What an expert's last checkpoint makes of training images (all of them by default), on the host."""
         views = self.student.layout.views(self.windows.last(stage, expert))
         rows = torch.arange(len(self.data.train)) if indices is None else torch.from_numpy(indices)
@@ -165,8 +190,12 @@ class Distillation:
                 )
         figures = self._figures(results)
         events.emit(
-            "iteration", iteration=state.iteration, alpha=float(state.alpha), seconds=round(time.perf_counter() - began, 4),
-            windows=[[p.stage, p.window.expert, p.window.epoch] for p in phases], **figures,
+            "iteration",
+            iteration=state.iteration,
+            alpha=float(state.alpha),
+            seconds=round(time.perf_counter() - began, 4),
+            windows=[[p.stage, p.window.expert, p.window.epoch] for p in phases],
+            **figures,
             pixel_gradient_norm=self._pixel_gradient_norm(results),
         )
         shown = {f"loss {stage}": value for stage, value in ((p.stage, figures[f"loss_{p.stage}"]) for p in phases)}
@@ -178,7 +207,9 @@ class Distillation:
         decoupled = d.matching == "decoupled"
         window = self.windows.draw("representation", iteration)
         batches = self._batches("representation", iteration, d.student_steps)
-        first = Phase(window.start_P, window.target_P, batches, layout.span("backbone" if decoupled else "all"), self._weights_K)
+        first = Phase(
+            window.start_P, window.target_P, batches, layout.span("backbone" if decoupled else "all"), self._weights_K
+        )
         phases = [NamedPhase("representation", d.lambda_representation, window, first)]
         if decoupled:
             window = self.windows.draw("classifier", iteration)
@@ -197,12 +228,16 @@ class Distillation:
             chunks += np.split(generator.permutation(count), range(size, count, size))
         batches = []
         for step, rows in enumerate(chunks[:steps]):
-            drawn = augment.draw(rng(seed, "distill", iteration, "augment", stage, step), self.recipe.augment, len(rows), self.size)
+            drawn = augment.draw(
+                rng(seed, "distill", iteration, "augment", stage, step), self.recipe.augment, len(rows), self.size
+            )
             batches.append(Batch(torch.from_numpy(rows).to(self.data.device), drawn))
         return batches
 
     def _check_finite(self, state: State, named: NamedPhase, result: PhaseResult) -> None:
-        sums = torch.stack([result.match.loss, result.match.alpha_gradient, result.image_grad_SCHH.sum(), result.label_grad_SK.sum()])
+        sums = torch.stack(
+            [result.match.loss, result.match.alpha_gradient, result.image_grad_SCHH.sum(), result.label_grad_SK.sum()]
+        )
         if not bool(sums.isfinite().all()):
             raise NumericalError(
                 f"iteration {state.iteration}: the {named.stage} phase left the finite numbers (matching loss "
@@ -249,14 +284,29 @@ class Distillation:
         o, recipe, images = state.optimizers, self.recipe, self.data.splits.train
         labels_S = torch.arange(self.classes).repeat_interleave(recipe.ipc)
         meta = DistilledMeta(
-            method=recipe.method, dataset=images.name, ipc=recipe.ipc, class_names=images.class_names, counts=images.counts,
-            lr=float(o.alpha), iteration=state.iteration, selection=recipe.distill.select, recipe_hash=recipe.recipe_hash(),
-            experts_hash=recipe.experts_hash(), data_fingerprint=images.fingerprint(), recipe=recipe.model_dump(mode="json"),
+            method=recipe.method,
+            dataset=images.name,
+            ipc=recipe.ipc,
+            class_names=images.class_names,
+            counts=images.counts,
+            lr=float(o.alpha),
+            iteration=state.iteration,
+            selection=recipe.distill.select,
+            recipe_hash=recipe.recipe_hash(),
+            experts_hash=recipe.experts_hash(),
+            data_fingerprint=images.fingerprint(),
+            recipe=recipe.model_dump(mode="json"),
             versions={"lad_dist": __version__, "torch": torch.__version__, "python": platform.python_version()},
             label_source=state.label_source,
         )
-        whole = DistilledSet(o.images_SCHH.cpu(), o.logits_SK.cpu(), labels_S, meta, self.data.whitening.to("cpu"),
-                             state.initial_SCHH.cpu())
+        whole = DistilledSet(
+            o.images_SCHH.cpu(),
+            o.logits_SK.cpu(),
+            labels_S,
+            meta,
+            self.data.whitening.to("cpu"),
+            state.initial_SCHH.cpu(),
+        )
         with self.run.publish_folder(folder) as temporary:
             whole.write(temporary)
 

@@ -34,7 +34,8 @@ def match(start_P: Tensor, target_P: Tensor, gradient_sum_P: Tensor, alpha: Tens
 
     The gradient is TESLA's (Cui et al., ICML 2023, arXiv 2211.10586): every g_i is differentiated at fixed theta_i, which is
     why it needs no graph through the whole unroll, and differs from the fully unrolled gradient by 5 to 10%:
-    v = 2 (alpha (theta* - theta_t) + alpha^2 G) / ||theta_t - theta*||^2, dL/dalpha = -2 (theta_t - alpha G - theta*) . G / ||.||^2.
+    v = 2 (alpha (theta* - theta_t) + alpha^2 G) / ||theta_t - theta*||^2,
+    dL/dalpha = -2 (theta_t - alpha G - theta*) . G / ||.||^2.
 
     Raises:
         NumericalError: start and target are equal over the span, so that the loss is not defined.
@@ -43,7 +44,9 @@ def match(start_P: Tensor, target_P: Tensor, gradient_sum_P: Tensor, alpha: Tens
     summed = gradient_sum_P[span]
     distance = expert.square().sum()
     if float(distance) == 0:
-        raise NumericalError("the expert did not move between the two checkpoints of a window, so there is nothing to match")
+        raise NumericalError(
+            "the expert did not move between the two checkpoints of a window, so there is nothing to match"
+        )
     residual = -expert - alpha * summed
     direction_P = torch.zeros_like(start_P)
     direction_P[span] = 2 * (alpha * expert + alpha**2 * summed) / distance
@@ -52,6 +55,8 @@ def match(start_P: Tensor, target_P: Tensor, gradient_sum_P: Tensor, alpha: Tens
         loss=residual.square().sum() / distance,
         direction_P=direction_P,
         alpha_gradient=-2 * torch.dot(residual, summed) / distance,
-        cosine=-alpha * torch.dot(summed, expert) / (student_norm * expert_norm).clamp_min(torch.finfo(expert.dtype).tiny),
+        cosine=-alpha
+        * torch.dot(summed, expert)
+        / (student_norm * expert_norm).clamp_min(torch.finfo(expert.dtype).tiny),
         norm_ratio=student_norm / expert_norm,
     )

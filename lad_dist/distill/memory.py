@@ -40,15 +40,25 @@ def choose_path(recipe: Recipe, student: Student, synthetic: SyntheticSet, phase
     given = recipe.distill.memory_gb
     limit = int(given * 1e9) if given is not None else int(free_bytes(synthetic.images_SCHH.device) * FREE_FRACTION)
     path: GradientPath = "keep" if needed <= limit else "recompute"
-    return path, f"the graphs of {len(phase.batches)} steps hold {needed / 1e9:.2f} GB of {limit / 1e9:.2f} GB to plan with"
+    return (
+        path,
+        f"the graphs of {len(phase.batches)} steps hold {needed / 1e9:.2f} GB of {limit / 1e9:.2f} GB to plan with",
+    )
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on the device: the GPU's own, or what the host (and its control group) still has."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    host = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
-            if len(line.split()) > 1} if Path("/proc/meminfo").exists() else {}
+    host = (
+        {
+            line.split(":")[0]: int(line.split()[1]) * 1024
+            for line in Path("/proc/meminfo").read_text().splitlines()
+            if len(line.split()) > 1
+        }
+        if Path("/proc/meminfo").exists()
+        else {}
+    )
     free = host.get("MemAvailable", 8 * 2**30)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():

@@ -21,14 +21,26 @@ class State:
     ``initial_SCHH`` are the images it started from; ``label_source`` counts how the labels came about.
     """
 
-    def __init__(self, recipe: Recipe, images_SCHH: Tensor, logits_SK: Tensor, initial_SCHH: Tensor,
-                 label_source: dict[str, int], alpha: Tensor | None = None, iteration: int = 0) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        images_SCHH: Tensor,
+        logits_SK: Tensor,
+        initial_SCHH: Tensor,
+        label_source: dict[str, int],
+        alpha: Tensor | None = None,
+        iteration: int = 0,
+    ) -> None:
         d = recipe.distill
         alpha = torch.tensor(d.alpha, dtype=torch.float32, device=images_SCHH.device) if alpha is None else alpha
         self.iteration, self.initial_SCHH, self.label_source = iteration, initial_SCHH, label_source
         self.optimizers = Optimizers(
-            images_SCHH, logits_SK, alpha, lr=(d.lr_images, d.lr_labels, d.lr_alpha),
-            momentum=(d.momentum_images, d.momentum_labels, d.momentum_alpha), learn_labels=d.labels == "soft",
+            images_SCHH,
+            logits_SK,
+            alpha,
+            lr=(d.lr_images, d.lr_labels, d.lr_alpha),
+            momentum=(d.momentum_images, d.momentum_labels, d.momentum_alpha),
+            learn_labels=d.labels == "soft",
         )
 
     @property
@@ -43,10 +55,18 @@ class State:
     def save(self, path: Path, recipe: Recipe) -> None:
         """Publish the checkpoint. Raises StorageError where it cannot be written (the previous one stays)."""
         o = self.optimizers
-        tensors = {"images": o.images_SCHH, "label_logits": o.logits_SK, "alpha": o.alpha, "initial_images": self.initial_SCHH,
-                   **o.momentum_tensors()}
-        metadata = {"iteration": str(self.iteration), "recipe_hash": _trajectory_hash(recipe),
-                    **{f"label_source.{k}": str(v) for k, v in self.label_source.items()}}
+        tensors = {
+            "images": o.images_SCHH,
+            "label_logits": o.logits_SK,
+            "alpha": o.alpha,
+            "initial_images": self.initial_SCHH,
+            **o.momentum_tensors(),
+        }
+        metadata = {
+            "iteration": str(self.iteration),
+            "recipe_hash": _trajectory_hash(recipe),
+            **{f"label_source.{k}": str(v) for k, v in self.label_source.items()},
+        }
         with published(path) as temporary:
             save_tensors({k: t.clone() for k, t in tensors.items()}, temporary, metadata)
 
@@ -59,12 +79,18 @@ class State:
             tensors = {k: t.to(device).clone() for k, t in parse_tensors(raw).items()}
             metadata = _metadata(raw)
             state = cls(
-                recipe, tensors["images"], tensors["label_logits"], tensors["initial_images"],
+                recipe,
+                tensors["images"],
+                tensors["label_logits"],
+                tensors["initial_images"],
                 {k.removeprefix("label_source."): int(v) for k, v in metadata.items() if k.startswith("label_source.")},
-                tensors["alpha"], int(metadata["iteration"]),
+                tensors["alpha"],
+                int(metadata["iteration"]),
             )
         except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise DistilledError(f"{path}: is not a readable checkpoint ({error}); remove it to distill from the start") from error
+            raise DistilledError(
+                f"{path}: is not a readable checkpoint ({error}); remove it to distill from the start"
+            ) from error
         if metadata["recipe_hash"] != _trajectory_hash(recipe):
             raise DistilledError(f"{path}: was made by another recipe; remove it to distill from the start")
         state.optimizers.load_momentum(tensors)

@@ -105,8 +105,14 @@ class Student:
 
     # --- all weights train ------------------------------------------------------------------------------------------
 
-    def step_gradient(self, theta_P: Tensor, images_BCHH: Tensor, label_logits_BK: Tensor, class_weights_K: Tensor | None,
-                      create_graph: bool) -> tuple[Tensor, Tensor]:
+    def step_gradient(
+        self,
+        theta_P: Tensor,
+        images_BCHH: Tensor,
+        label_logits_BK: Tensor,
+        class_weights_K: Tensor | None,
+        create_graph: bool,
+    ) -> tuple[Tensor, Tensor]:
         """(g, loss) of one student step: the flat gradient (P,) of the loss at theta, with its own graph on demand."""
         logits_BK = functional.logits(self.module, self.layout.views(theta_P), images_BCHH)
         loss = soft_cross_entropy(logits_BK, label_logits_BK, class_weights_K)
@@ -143,7 +149,9 @@ class Student:
             theta_P = theta_P - synthetic.alpha * step.gradient_P.detach()
             yield step
 
-    def _step(self, synthetic: SyntheticSet, phase: Phase, batch: Batch, theta_P: Tensor, create_graph: bool) -> _KeptStep:
+    def _step(
+        self, synthetic: SyntheticSet, phase: Phase, batch: Batch, theta_P: Tensor, create_graph: bool
+    ) -> _KeptStep:
         images_BCHH = synthetic.images_SCHH[batch.rows_B].requires_grad_(create_graph)
         labels_BK = synthetic.logits_SK[batch.rows_B].requires_grad_(create_graph)
         theta_P = theta_P.detach().requires_grad_()
@@ -160,8 +168,12 @@ class Student:
         for batch in phase.batches:
             view = self._view(synthetic, phase, batch, with_graph=path == "keep")
             gradient_P, loss = _linear_gradient(
-                classifier_P, view.features_BD.detach(), synthetic.logits_SK[batch.rows_B], phase.class_weights_K,
-                weight_shape, bias_shape,
+                classifier_P,
+                view.features_BD.detach(),
+                synthetic.logits_SK[batch.rows_B],
+                phase.class_weights_K,
+                weight_shape,
+                bias_shape,
             )
             losses.append(loss)
             sum_P, classifier_P = sum_P + gradient_P, classifier_P - synthetic.alpha * gradient_P
@@ -172,7 +184,9 @@ class Student:
         matched = match(phase.start_P, phase.target_P, whole_sum_P, synthetic.alpha, phase.span)
         result = _empty_result(matched, synthetic, whole_sum_P, final_P, losses)
         direction_P, classifier_P = matched.direction_P[self._classifier], phase.start_P[self._classifier]
-        views = iter(kept) if path == "keep" else (self._view(synthetic, phase, b, with_graph=True) for b in phase.batches)
+        views = (
+            iter(kept) if path == "keep" else (self._view(synthetic, phase, b, with_graph=True) for b in phase.batches)
+        )
         for batch, view in zip(phase.batches, views, strict=True):
             features_BD = view.features_BD.detach().requires_grad_()
             labels_BK = synthetic.logits_SK[batch.rows_B].requires_grad_()
@@ -219,8 +233,14 @@ class _View:
         del self.features_BD
 
 
-def _linear_gradient(classifier_P: Tensor, features_BD: Tensor, label_logits_BK: Tensor, class_weights_K: Tensor | None,
-                     weight_shape: tuple[int, ...], bias_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _linear_gradient(
+    classifier_P: Tensor,
+    features_BD: Tensor,
+    label_logits_BK: Tensor,
+    class_weights_K: Tensor | None,
+    weight_shape: tuple[int, ...],
+    bias_shape: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
     """(g, loss): the classifier's gradient in closed form, so that differentiating it again costs one small graph.
 
     With r_bc = w_c p_bc, dl/dlogits_b = (sum_c r_bc) q_b - r_b, over B; the linear layer then gives dW = dlogits^T F.
@@ -236,7 +256,9 @@ def _linear_gradient(classifier_P: Tensor, features_BD: Tensor, label_logits_BK:
     return gradient_P, -(r_BK * logq_BK).sum().detach() / len(features_BD)
 
 
-def _empty_result(matched: Match, synthetic: SyntheticSet, sum_P: Tensor, final_P: Tensor, losses: list[Tensor]) -> PhaseResult:
+def _empty_result(
+    matched: Match, synthetic: SyntheticSet, sum_P: Tensor, final_P: Tensor, losses: list[Tensor]
+) -> PhaseResult:
     return PhaseResult(
         match=matched,
         image_grad_SCHH=torch.zeros_like(synthetic.images_SCHH),

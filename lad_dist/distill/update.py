@@ -16,8 +16,16 @@ class Optimizers:
     ``lr`` and ``momentum`` are (images, labels, alpha). ``learn_labels`` False leaves the labels as they are.
     """
 
-    def __init__(self, images_SCHH: Tensor, logits_SK: Tensor, alpha: Tensor, *, lr: tuple[float, float, float],
-                 momentum: tuple[float, float, float], learn_labels: bool = True) -> None:
+    def __init__(
+        self,
+        images_SCHH: Tensor,
+        logits_SK: Tensor,
+        alpha: Tensor,
+        *,
+        lr: tuple[float, float, float],
+        momentum: tuple[float, float, float],
+        learn_labels: bool = True,
+    ) -> None:
         self.images_SCHH, self.logits_SK, self.alpha = images_SCHH, logits_SK, alpha
         self.learn_labels = learn_labels
         tensors = (images_SCHH, logits_SK, alpha)

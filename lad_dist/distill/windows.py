@@ -47,10 +47,19 @@ class Windows:
         """The window of one phase of one iteration: expert and start epoch uniform, a function of (seed, iteration)."""
         d, generator = self._recipe.distill, rng(self._recipe.seed, "distill", iteration, "window", stage)
         expert = int(generator.integers(self._recipe.experts.count))
-        low, high = (d.start_epoch_min, self.start_bound(iteration)) if stage == "representation" else (
-            0, d.classifier_start_epoch_max)
+        low, high = (
+            (d.start_epoch_min, self.start_bound(iteration))
+            if stage == "representation"
+            else (0, d.classifier_start_epoch_max)
+        )
         epoch = int(generator.integers(low, high))
-        return Window(stage, expert, epoch, self.weights(stage, expert, epoch), self.weights(stage, expert, epoch + d.window_epochs))
+        return Window(
+            stage,
+            expert,
+            epoch,
+            self.weights(stage, expert, epoch),
+            self.weights(stage, expert, epoch + d.window_epochs),
+        )
 
     def weights(self, stage: Stage, expert: int, epoch: int) -> Tensor:
         """All weights (P,) of a checkpoint on the device; a classifier expert's backbone is its last representation epoch.

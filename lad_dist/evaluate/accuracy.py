@@ -27,7 +27,9 @@ class Accuracy:
 
 
 @torch.no_grad()
-def accuracy(logits_of: Callable[[Tensor], Tensor], images: PreparedSet, counts: Sequence[int], batch: int = 512) -> Accuracy:
+def accuracy(
+    logits_of: Callable[[Tensor], Tensor], images: PreparedSet, counts: Sequence[int], batch: int = 512
+) -> Accuracy:
     """Top-1 accuracy of ``logits_of`` on a set; ``counts`` are the training images of each class."""
     classes = len(counts)
     right_K, total_K = torch.zeros(classes), torch.zeros(classes)
@@ -44,7 +46,10 @@ def accuracy(logits_of: Callable[[Tensor], Tensor], images: PreparedSet, counts:
 
     thirds = {name: mean(members) for name, members in groups["by_thirds"].items()}
     return Accuracy(
-        overall=float(right_K.sum() / total_K.sum()), per_class=tuple(per_class),
-        head=thirds["head"], medium=thirds["medium"], tail=thirds["tail"],
+        overall=float(right_K.sum() / total_K.sum()),
+        per_class=tuple(per_class),
+        head=thirds["head"],
+        medium=thirds["medium"],
+        tail=thirds["tail"],
         by_count={name: mean(members) for name, members in groups["by_count"].items()},
     )

@@ -18,7 +18,7 @@ from lad_dist.data.prepared import PreparedSet
 from lad_dist.distilled import DistilledSet
 from lad_dist.errors import DistilledError
 from lad_dist.evaluate.accuracy import accuracy
-from lad_dist.evaluate.train import BatchOf, Settings, train
+from lad_dist.evaluate.train import BatchOf, Settings, rows_of, train
 from lad_dist.models.convnet import build
 from lad_dist.progress import Events, Screen, Task
 from lad_dist.recipe import Recipe
@@ -62,13 +62,20 @@ def planned_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
     """One row per seed, complete but for what is measured."""
     settings = settings_of(recipe, data, run, source)
     common = {
-        "source": source, "architecture": ARCHITECTURE, "split": recipe.evaluate.split,
+        "source": source,
+        "architecture": ARCHITECTURE,
+        "split": recipe.evaluate.split,
         "selection": load_distilled(recipe, data, run).meta.selection if source == "distilled" else "none",
-        "method": recipe.method if source == "distilled" else source, "ipc": None if source == "full" else recipe.ipc,
-        "set_id": _set_id(recipe, run, source), "settings": asdict(settings) | {"augment": settings.augment.model_dump(mode="json")},
-        "model": recipe.model.model_dump(), "dataset": data.splits.train.name, "counts": list(data.counts),
+        "method": recipe.method if source == "distilled" else source,
+        "ipc": None if source == "full" else recipe.ipc,
+        "set_id": _set_id(recipe, run, source),
+        "settings": asdict(settings) | {"augment": settings.augment.model_dump(mode="json")},
+        "model": recipe.model.model_dump(),
+        "dataset": data.splits.train.name,
+        "counts": list(data.counts),
         "imbalance_factor": recipe.data.imbalance_factor if recipe.data.imbalance == "exponential" else None,
-        "recipe_hash": recipe.recipe_hash(), "recipe_seed": recipe.seed,
+        "recipe_hash": recipe.recipe_hash(),
+        "recipe_seed": recipe.seed,
     }
     return [{**common, "seed": seed} for seed in range(recipe.evaluate.seeds)]
 
@@ -76,7 +83,12 @@ def planned_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
 def settings_of(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> Settings:
     """How networks are trained on a source. Random real images have no learned rate: ``evaluate.lr`` or ``distill.alpha``."""
     e = recipe.evaluate
-    common: dict[str, Any] = {"momentum": e.momentum, "weight_decay": e.weight_decay, "decay": e.decay, "augment": recipe.augment}
+    common: dict[str, Any] = {
+        "momentum": e.momentum,
+        "weight_decay": e.weight_decay,
+        "decay": e.decay,
+        "augment": recipe.augment,
+    }
     if source == "full":
         return Settings(epochs=e.full_epochs, batch=e.full_batch, lr=e.full_lr, **common)
     learned = load_distilled(recipe, data, run).lr if source == "distilled" else recipe.distill.alpha
@@ -87,7 +99,9 @@ def load_distilled(recipe: Recipe, data: PreparedData, run: RunDir) -> Distilled
     """The run's distilled set, checked to be one of the recipe's data."""
     distilled = DistilledSet.load(run.distilled)
     if distilled.meta.data_fingerprint != data.splits.train.fingerprint():
-        raise DistilledError(f"{run.distilled}: was made from other training images than this recipe's; distill again with --out")
+        raise DistilledError(
+            f"{run.distilled}: was made from other training images than this recipe's; distill again with --out"
+        )
     return distilled
 
 
@@ -100,17 +114,31 @@ def _set_id(recipe: Recipe, run: RunDir, source: Source) -> str:
     return f"{source}, seed {recipe.seed}, {recipe.experts_hash()[:16]}"
 
 
-def _measure(recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int, test: PreparedSet, task: Task) -> results.Row:
+def _measure(
+    recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int, test: PreparedSet, task: Task
+) -> results.Row:
     began, settings = time.perf_counter(), settings_of(recipe, data, run, source)
     images, counters = data.splits.train, (source, ARCHITECTURE, seed)
-    network = build(images.channels, images.size, images.num_classes, recipe.model.width, recipe.model.depth,
-                    seed=recipe.seed, purpose=("evaluate", *counters)).to(data.device)
+    network = build(
+        images.channels,
+        images.size,
+        images.num_classes,
+        recipe.model.width,
+        recipe.model.depth,
+        seed=recipe.seed,
+        purpose=("evaluate", *counters),
+    ).to(data.device)
     batch_of, count = _training_set(recipe, data, run, source, seed)
     loss = train(network, batch_of, count, settings, recipe.seed, counters, lambda: task.advance(1, seed=seed))
     measured = accuracy(network, test, data.counts)
     return {
-        **asdict(measured), "per_class": list(measured.per_class), "train_loss": loss, "train_images": count,
-        "seconds": round(time.perf_counter() - began, 3), "device": str(data.device), "host": platform.node(),
+        **asdict(measured),
+        "per_class": list(measured.per_class),
+        "train_loss": loss,
+        "train_images": count,
+        "seconds": round(time.perf_counter() - began, 3),
+        "device": str(data.device),
+        "host": platform.node(),
         "versions": {"lad_dist": __version__, "torch": torch.__version__},
     }
 
@@ -119,7 +147,7 @@ def _training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Sourc
     if source == "distilled":
         distilled = load_distilled(recipe, data, run)
         images_SCHH, p_SK = distilled.images.to(data.device), distilled.soft_labels.to(data.device)
-        return (lambda rows: (images_SCHH[rows], p_SK[rows])), len(images_SCHH)
+        return rows_of(images_SCHH, p_SK), len(images_SCHH)
     if source == "random":
         chosen = torch.from_numpy(random_real(recipe, data, seed))
         return (lambda rows: _with_hard_labels(data, chosen[rows])), len(chosen)

@@ -8,7 +8,7 @@ from lad_dist.data.prepare import PreparedData
 from lad_dist.distilled import DistilledSet
 from lad_dist.evaluate.accuracy import accuracy
 from lad_dist.evaluate.measure import ARCHITECTURE
-from lad_dist.evaluate.train import Settings, train
+from lad_dist.evaluate.train import Settings, rows_of, train
 from lad_dist.models.convnet import build
 from lad_dist.progress import Events, Screen
 from lad_dist.recipe import Recipe
@@ -28,18 +28,38 @@ def select(recipe: Recipe, data: PreparedData, run: RunDir, events: Events, scre
     with screen.task(f"select on {split}", len(folders), "candidates") as task:
         for folder in folders:
             candidate = DistilledSet.load(folder)
-            settings = Settings(e.epochs, e.batch, candidate.lr if e.lr is None else e.lr, e.momentum, e.weight_decay, e.decay,
-                                recipe.augment)
-            network = build(shapes.channels, shapes.size, shapes.num_classes, recipe.model.width, recipe.model.depth,
-                            seed=recipe.seed, purpose=("select", ARCHITECTURE)).to(data.device)
+            settings = Settings(
+                e.epochs,
+                e.batch,
+                candidate.lr if e.lr is None else e.lr,
+                e.momentum,
+                e.weight_decay,
+                e.decay,
+                recipe.augment,
+            )
+            network = build(
+                shapes.channels,
+                shapes.size,
+                shapes.num_classes,
+                recipe.model.width,
+                recipe.model.depth,
+                seed=recipe.seed,
+                purpose=("select", ARCHITECTURE),
+            ).to(data.device)
             pixels, p = candidate.images.to(data.device), candidate.soft_labels.to(data.device)
-            train(network, lambda rows, x=pixels, y=p: (x[rows], y[rows]), len(pixels), settings, recipe.seed,  # type: ignore[misc]
-                  ("select",), lambda: None)
+            train(
+                network,
+                rows_of(pixels, p),
+                len(pixels),
+                settings,
+                recipe.seed,
+                ("select",),
+                lambda: None,
+            )
             found = accuracy(network, images, data.counts).overall
             events.emit("candidate", iteration=candidate.meta.iteration, split=split, overall=found)
             best = max(best, (found, folder), key=lambda pair: pair[0])
             task.advance(1, overall=found)
-            del network, pixels, p
     with run.publish_folder(run.distilled) as temporary:
         shutil.copytree(best[1], temporary, dirs_exist_ok=True)
     screen.say(f"select: {best[1].name} with {best[0]:.1%} on {split}")

@@ -21,6 +21,11 @@ BatchOf = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From row numbers (B,) to images (B, C, H, H) and label probabilities (B, K), both on the training device."""
 
 
+def rows_of(images_SCHH: Tensor, p_SK: Tensor) -> BatchOf:
+    """Batches of a set that is whole in memory."""
+    return lambda rows_B: (images_SCHH[rows_B], p_SK[rows_B])
+
+
 @dataclass(frozen=True)
 class Settings:
     """How one network is trained; everything that its row in results.json needs to be redone."""
@@ -34,8 +39,15 @@ class Settings:
     augment: AugmentConfig
 
 
-def train(network: nn.Module, batch_of: BatchOf, count: int, settings: Settings, seed: int, counters: tuple[int | str, ...],
-          on_epoch: Callable[[], None]) -> float:
+def train(
+    network: nn.Module,
+    batch_of: BatchOf,
+    count: int,
+    settings: Settings,
+    seed: int,
+    counters: tuple[int | str, ...],
+    on_epoch: Callable[[], None],
+) -> float:
     """Train ``network`` in place on ``count`` images; returns the mean loss of the last epoch.
 
     All draws are functions of (seed, counters, epoch, step).
@@ -44,7 +56,9 @@ def train(network: nn.Module, batch_of: BatchOf, count: int, settings: Settings,
         NumericalError: the loss left the finite numbers.
     """
     device = next(network.parameters()).device
-    sgd = torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    sgd = torch.optim.SGD(
+        network.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
     schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, [settings.epochs // 2 + 1], gamma=settings.decay)
     network.train()
     loss_sum = torch.zeros((), device=device)
@@ -66,5 +80,7 @@ def train(network: nn.Module, batch_of: BatchOf, count: int, settings: Settings,
     network.eval()
     mean = float(loss_sum) / count
     if not torch.isfinite(torch.tensor(mean)):
-        raise NumericalError(f"evaluation, {counters}: the training loss is {mean}; a smaller evaluate.lr usually cures it")
+        raise NumericalError(
+            f"evaluation, {counters}: the training loss is {mean}; a smaller evaluate.lr usually cures it"
+        )
     return mean

@@ -60,7 +60,9 @@ def network_loss(module: nn.Module, layout: Layout, images_BCHH: Tensor, labels_
     return loss_of
 
 
-def classifier_loss(module: nn.Module, layout: Layout, weights_P: Tensor, images_BCHH: Tensor, labels_B: Tensor) -> LossOf:
+def classifier_loss(
+    module: nn.Module, layout: Layout, weights_P: Tensor, images_BCHH: Tensor, labels_B: Tensor
+) -> LossOf:
     """Cross-entropy on one batch as a function of the classifier's weights alone.
 
     The backbone is frozen at ``weights_P``: its features are computed once, without a graph, and shared by GSAM's passes.
@@ -92,8 +94,15 @@ class ExpertTrainer:
     def __init__(self, recipe: Recipe, data: PreparedData, folder: Path) -> None:
         self.recipe, self.data, self.folder = recipe, data, folder
         images = data.splits.train
-        self.module = build(images.channels, images.size, images.num_classes, recipe.model.width, recipe.model.depth,
-                            seed=0, purpose=("template",)).to(data.device)
+        self.module = build(
+            images.channels,
+            images.size,
+            images.num_classes,
+            recipe.model.width,
+            recipe.model.depth,
+            seed=0,
+            purpose=("template",),
+        ).to(data.device)
         self.layout = Layout.of(self.module)
         self.meta = buffer_meta(recipe, data, self.layout)
         self._labels_N = images.labels_N.numpy()
@@ -167,8 +176,15 @@ class ExpertTrainer:
 
     def _initial(self, expert: int) -> Tensor:
         m, images = self.recipe.model, self.data.splits.train
-        network = build(images.channels, images.size, images.num_classes, m.width, m.depth,
-                        seed=self.recipe.experts.seed, purpose=("expert", expert))
+        network = build(
+            images.channels,
+            images.size,
+            images.num_classes,
+            m.width,
+            m.depth,
+            seed=self.recipe.experts.seed,
+            purpose=("expert", expert),
+        )
         return flat_parameters(network).to(self.data.device)
 
     def _epoch(self, stage: Stage, expert: int, epoch: int, weights_P: Tensor) -> tuple[float, float, int]:
@@ -176,8 +192,11 @@ class ExpertTrainer:
         e, counters = self.recipe.experts, ("expert", expert, stage, epoch)
         representation = stage == "representation"
         order_rng = rng(e.seed, *counters, "order")
-        order = (shuffled_order(order_rng, len(self._labels_N)) if representation
-                 else class_aware_order(order_rng, self._labels_N, e.draws_per_class))
+        order = (
+            shuffled_order(order_rng, len(self._labels_N))
+            if representation
+            else class_aware_order(order_rng, self._labels_N, e.draws_per_class)
+        )
         lr, decay = (e.lr, e.weight_decay) if representation else (e.classifier_lr, e.classifier_weight_decay)
         trained = self.layout.span("all" if representation else "classifier")
         loss_sum = torch.zeros((), device=self.data.device)
@@ -185,10 +204,15 @@ class ExpertTrainer:
         for step, begin in enumerate(range(0, len(order), e.batch)):
             rows_B = torch.from_numpy(order[begin : begin + e.batch])
             images_BCHH, labels_B = self.data.train.batch(rows_B)
-            drawn = augment.draw(rng(e.seed, *counters, "augment", step), self.recipe.augment, len(rows_B), images_BCHH.shape[2])
+            drawn = augment.draw(
+                rng(e.seed, *counters, "augment", step), self.recipe.augment, len(rows_B), images_BCHH.shape[2]
+            )
             views_BCHH = augment.apply(images_BCHH, drawn)
-            loss_of = (network_loss(self.module, self.layout, views_BCHH, labels_B) if representation
-                       else classifier_loss(self.module, self.layout, weights_P, views_BCHH, labels_B))
+            loss_of = (
+                network_loss(self.module, self.layout, views_BCHH, labels_B)
+                if representation
+                else classifier_loss(self.module, self.layout, weights_P, views_BCHH, labels_B)
+            )
             gsam = gsam_gradient(loss_of, weights_P[trained], e.gsam_rho, e.gsam_alpha)
             weights_P[trained] = sgd_step(weights_P[trained], gsam.gradient_P, lr, decay)
             loss_sum += gsam.loss * len(rows_B)
@@ -205,6 +229,11 @@ def buffer_meta(recipe: Recipe, data: PreparedData, layout: Layout) -> BufferMet
         parameters=tuple(zip(layout.names, layout.shapes, strict=True)),
         classifier_parameters=layout.classifier,
         recipe=recipe.experts_document(),
-        versions={"lad_dist": __version__, "torch": torch.__version__, "numpy": np.__version__,
-                  "pyarrow": version("pyarrow"), "python": platform.python_version()},
+        versions={
+            "lad_dist": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "pyarrow": version("pyarrow"),
+            "python": platform.python_version(),
+        },
     )

@@ -18,8 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def run(recipe: Recipe, out: Path, profile: Profile, buffers: Path | None, screen: Screen,
-        stages: Sequence[Callable[[Pipeline], None]]) -> Pipeline:
+def run(
+    recipe: Recipe,
+    out: Path,
+    profile: Profile,
+    buffers: Path | None,
+    screen: Screen,
+    stages: Sequence[Callable[[Pipeline], None]],
+) -> Pipeline:
     """Run stages of a job one after the other, as the profile says. Ctrl-C and SIGTERM raise Interrupted.
 
     Raises:
@@ -34,8 +40,10 @@ def run(recipe: Recipe, out: Path, profile: Profile, buffers: Path | None, scree
                 for stage in stages:
                     stage(pipeline)
         except OSError as error:
-            raise StorageError(f"{error.filename or out}: {error.strerror or error}; what was finished before is kept, "
-                               "and the same command continues") from error
+            raise StorageError(
+                f"{error.filename or out}: {error.strerror or error}; what was finished before is kept, "
+                "and the same command continues"
+            ) from error
     return pipeline
 
 

@@ -83,8 +83,9 @@ class _Forward(torch.autograd.Function):
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u_BChh: Tensor, x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, mean: Tensor, rstd: Tensor
-                ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, u_BChh: Tensor, x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, mean: Tensor, rstd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dx = torch.empty_like(x_BCHH)
         dgamma, dbeta = torch.zeros_like(gamma_C), torch.zeros_like(beta_C)
         channels, pixels = x_BCHH.shape[1], x_BCHH.shape[2] * x_BCHH.shape[3]
@@ -94,7 +95,17 @@ class _Backward(torch.autograd.Function):
             y = torch.addcmul(beta_C.view(1, -1, 1, 1) - mean[rows] * scale, x, scale)
             g = _masked(u_BChh[rows], y)
             dx[rows], dgamma_part, dbeta_part = _aten.native_group_norm_backward(
-                g, x, mean[rows].flatten(1), s.flatten(1), gamma_C, len(x), channels, pixels, channels, [True, True, True])
+                g,
+                x,
+                mean[rows].flatten(1),
+                s.flatten(1),
+                gamma_C,
+                len(x),
+                channels,
+                pixels,
+                channels,
+                [True, True, True],
+            )
             dgamma += dgamma_part
             dbeta += dbeta_part
         ctx.save_for_backward(u_BChh, x_BCHH, gamma_C, beta_C, mean, rstd)
@@ -159,8 +170,12 @@ def _masked(u_BChw: Tensor, y_BCHW: Tensor) -> Tensor:
     if height % 2:
         g_BCHW[:, :, -1] = 0
     pairs = (batch, channels, half, 2, width)
-    _aten.threshold_backward(spread_BChW.unsqueeze(3).expand(pairs), y_BCHW[:, :, : 2 * half].unflatten(2, (half, 2)), 0,
-                             grad_input=g_BCHW[:, :, : 2 * half].unflatten(2, (half, 2)))
+    _aten.threshold_backward(
+        spread_BChW.unsqueeze(3).expand(pairs),
+        y_BCHW[:, :, : 2 * half].unflatten(2, (half, 2)),
+        0,
+        grad_input=g_BCHW[:, :, : 2 * half].unflatten(2, (half, 2)),
+    )
     return g_BCHW
 
 

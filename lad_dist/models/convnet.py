@@ -33,13 +33,16 @@ class ConvNet(nn.Module):
 
     classifier_name = "classifier"
 
-    def __init__(self, channels: int, size: int, classes: int, width: int = 128, depth: int = 3,
-                 fused: bool = True) -> None:
+    def __init__(
+        self, channels: int, size: int, classes: int, width: int = 128, depth: int = 3, fused: bool = True
+    ) -> None:
         super().__init__()
         side = feature_side(size, channels, depth)
         if side < 1:
             raise DataError(f"model.depth: {depth} blocks halve {size}x{size} images to nothing; use fewer blocks")
-        layers: dict[str, nn.Module] = {}  # named as the positions of convolution, norm, ReLU, pooling in published code
+        layers: dict[
+            str, nn.Module
+        ] = {}  # named as the positions of convolution, norm, ReLU, pooling in published code
         for block in range(depth):
             first = block == 0
             padding = 3 if first and channels == 1 else 1
@@ -57,7 +60,9 @@ class ConvNet(nn.Module):
         return self.classifier(self.backbone(images_BCHH))
 
 
-def build(channels: int, size: int, classes: int, width: int, depth: int, *, seed: int, purpose: tuple[int | str, ...]) -> ConvNet:
+def build(
+    channels: int, size: int, classes: int, width: int, depth: int, *, seed: int, purpose: tuple[int | str, ...]
+) -> ConvNet:
     """A ConvNet whose initialisation (torch's default) is a pure function of ``seed`` and ``purpose``."""
     with torch_seeded(seed, "init", *purpose):
         return ConvNet(channels, size, classes, width, depth)

@@ -26,7 +26,7 @@ class Layout:
         names = tuple(name for name, _ in module.named_parameters())
         shapes = tuple(tuple(p.shape) for p in module.parameters())
         classifier = tuple(n for n in names if n.split(".")[0] == classifier_name)
-        assert classifier and names[-len(classifier):] == classifier, "the classifier must be the last of the network"
+        assert classifier and names[-len(classifier) :] == classifier, "the classifier must be the last of the network"
         return cls(names, shapes, classifier)
 
     @property

@@ -23,9 +23,21 @@ PATHS = ("keep", "recompute")
 class Problem:
     """Random images, labels, weights and windows; batches of three out of seven images, one of a single image."""
 
-    def __init__(self, dtype: torch.dtype, *, channels: int = 3, side: int = 10, width: int = 6, depth: int = 2,
-                 steps: int = 7, operations: tuple[str, ...] = OPERATIONS, weighted: bool = True, fused: bool = True,
-                 count: int = 7, batch: int = 3) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        *,
+        channels: int = 3,
+        side: int = 10,
+        width: int = 6,
+        depth: int = 2,
+        steps: int = 7,
+        operations: tuple[str, ...] = OPERATIONS,
+        weighted: bool = True,
+        fused: bool = True,
+        count: int = 7,
+        batch: int = 3,
+    ) -> None:
         torch.manual_seed(0)
         classes = 4
         self.textbook = TextbookNet(channels, side, width, depth, classes).to(dtype)
@@ -55,15 +67,31 @@ class Problem:
     def expected(self, phase: Phase) -> dict[str, Tensor]:
         s = self.synthetic
         views = [(lambda x, d=b.draw: x if d is None else augment.apply(x, d)) for b in phase.batches]
-        return double_loop(self.textbook, s.images_SCHH, s.logits_SK, s.alpha, phase.start_P, phase.target_P,
-                           [b.rows_B for b in phase.batches], weights=phase.class_weights_K, views=views,
-                           classifier_only=phase.classifier_only, compared=phase.span)
+        return double_loop(
+            self.textbook,
+            s.images_SCHH,
+            s.logits_SK,
+            s.alpha,
+            phase.start_P,
+            phase.target_P,
+            [b.rows_B for b in phase.batches],
+            weights=phase.class_weights_K,
+            views=views,
+            classifier_only=phase.classifier_only,
+            compared=phase.span,
+        )
 
 
 def quantities(result: PhaseResult) -> dict[str, Tensor]:
-    return {"image_grad": result.image_grad_SCHH, "label_grad": result.label_grad_SK, "grand_loss": result.match.loss,
-            "lr_grad": result.match.alpha_gradient, "gradient_sum": result.gradient_sum_P,
-            "final_student_params": result.final_P, "inner_losses": torch.stack(result.inner_losses)}
+    return {
+        "image_grad": result.image_grad_SCHH,
+        "label_grad": result.label_grad_SK,
+        "grand_loss": result.match.loss,
+        "lr_grad": result.match.alpha_gradient,
+        "gradient_sum": result.gradient_sum_P,
+        "final_student_params": result.final_P,
+        "inner_losses": torch.stack(result.inner_losses),
+    }
 
 
 def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:

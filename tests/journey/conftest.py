@@ -75,8 +75,15 @@ class LadDist:
     def start(self, *args: object, preexec_fn: Callable[[], None] | None = None) -> subprocess.Popen[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **self.environment}
         command = [sys.executable, "-m", "lad_dist.cli", *(str(a) for a in self._arguments(args))]
-        return subprocess.Popen(command, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, preexec_fn=preexec_fn)
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=preexec_fn,
+        )
 
     @staticmethod
     def ended(process: subprocess.Popen[str], timeout: float = 120) -> Ended:
@@ -143,8 +150,11 @@ def leftovers(folder: Path) -> list[str]:
 
 def contents(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder."""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def distilled_bytes(run: Path) -> bytes:

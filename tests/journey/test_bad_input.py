@@ -253,7 +253,8 @@ def test_folder_that_is_not_a_run(lad, job, tmp_path, look):
 def test_run_folder_of_another_recipe(lad, job, finished, look):
     before = look.contents(finished)
     lad("run", job(), "--out", finished, "--set", "distill.lr_images=7", "--set", "ipc=2").fails(
-        4, "ipc is 1 there, 2 here", "distill.lr_images is 1.0 there, 7.0 here", "--out")
+        4, "ipc is 1 there, 2 here", "distill.lr_images is 1.0 there, 7.0 here", "--out"
+    )
     assert look.contents(finished) == before
 
 

@@ -29,8 +29,12 @@ class TextbookNet(nn.Module):
         layers: list[nn.Module] = []
         for block in range(depth):
             padding = 3 if block == 0 and channels == 1 else 1
-            layers += [nn.Conv2d(width if block else channels, width, 3, padding=padding), nn.GroupNorm(width, width),
-                       nn.ReLU(), nn.AvgPool2d(2)]
+            layers += [
+                nn.Conv2d(width if block else channels, width, 3, padding=padding),
+                nn.GroupNorm(width, width),
+                nn.ReLU(),
+                nn.AvgPool2d(2),
+            ]
         self.features = nn.Sequential(*layers)
         with torch.no_grad():
             values = self.features(torch.zeros(1, channels, side, side)).numel()
@@ -63,9 +67,20 @@ def soft_loss(logits_BK: Tensor, label_logits_BK: Tensor, class_weights_K: Tenso
     return sum(-(weights * p[b] * q[b].log()).sum() for b in range(len(p))) / len(p)  # type: ignore[return-value]
 
 
-def double_loop(net: TextbookNet, images: Tensor, label_logits: Tensor, alpha: Tensor, start: Tensor, target: Tensor,
-                batches: Sequence[Tensor], *, weights: Tensor | None, classifier_only: bool, compared: slice,
-                views: Sequence[View] | None = None) -> dict[str, Any]:
+def double_loop(
+    net: TextbookNet,
+    images: Tensor,
+    label_logits: Tensor,
+    alpha: Tensor,
+    start: Tensor,
+    target: Tensor,
+    batches: Sequence[Tensor],
+    *,
+    weights: Tensor | None,
+    classifier_only: bool,
+    compared: slice,
+    views: Sequence[View] | None = None,
+) -> dict[str, Any]:
     """One phase: a first pass over the steps for G, and a second for the gradient of v . g_i, each with its graph.
 
     ``compared`` is the span of the matching loss; ``views`` augments each step's batch.
@@ -92,8 +107,13 @@ def double_loop(net: TextbookNet, images: Tensor, label_logits: Tensor, alpha: T
             theta = theta - alpha * whole.detach()
             out["thetas"].append(theta)
 
-    out: dict[str, Any] = {"gradient_sum": torch.zeros_like(start), "inner_losses": [], "thetas": [],
-                           "image_grad": torch.zeros_like(images), "label_grad": torch.zeros_like(label_logits)}
+    out: dict[str, Any] = {
+        "gradient_sum": torch.zeros_like(start),
+        "inner_losses": [],
+        "thetas": [],
+        "image_grad": torch.zeros_like(images),
+        "label_grad": torch.zeros_like(label_logits),
+    }
     walk(None)
     moved = (target - start)[compared]
     summed, distance = out["gradient_sum"][compared], (moved**2).sum()
@@ -129,8 +149,18 @@ def in_order_of_use(perms: np.ndarray, batch: int, steps: int) -> list[Tensor]:
     return [torch.from_numpy(c.copy()) for c in chunks[:steps]]
 
 
-def gsam_steps(net: TextbookNet, images: Tensor, labels: Tensor, before: Tensor, *, lr: float, rho: float, alpha: float,
-               weight_decay: float, frozen: bool) -> dict[str, Any]:
+def gsam_steps(
+    net: TextbookNet,
+    images: Tensor,
+    labels: Tensor,
+    before: Tensor,
+    *,
+    lr: float,
+    rho: float,
+    alpha: float,
+    weight_decay: float,
+    frozen: bool,
+) -> dict[str, Any]:
     """GSAM with two backward passes through the module itself, over the trained parameters one by one."""
     nn.utils.vector_to_parameters(before.clone(), net.parameters())
     trained = [p for n, p in net.named_parameters() if not frozen or n.startswith("classifier")]
@@ -163,8 +193,13 @@ def gsam_steps(net: TextbookNet, images: Tensor, labels: Tensor, before: Tensor,
         out["losses"].append(loss)
         after = nn.utils.parameters_to_vector(net.parameters()).detach().clone()
         if index == 0:
-            out |= {"step1_grad_clean": whole(g0), "step1_e_w": whole(e), "step1_grad_final": whole(final),
-                    "logits_step1": logits, "params_after1": after}
+            out |= {
+                "step1_grad_clean": whole(g0),
+                "step1_e_w": whole(e),
+                "step1_grad_final": whole(final),
+                "logits_step1": logits,
+                "params_after1": after,
+            }
         out["params_after_all"] = after
     out["losses"] = torch.stack(out["losses"])
     return out
@@ -216,8 +251,10 @@ def augmented(operation: str, x: Tensor, seed: int) -> Tensor:
             out.append(image)
     elif operation == "flip":
         mirrored = torch.rand(count, 1) < 0.5
-        out = [torch.stack([plane[:, torch.arange(side - 1, -1, -1)] for plane in image]) if mirrored[i] else image
-               for i, image in enumerate(x)]
+        out = [
+            torch.stack([plane[:, torch.arange(side - 1, -1, -1)] for plane in image]) if mirrored[i] else image
+            for i, image in enumerate(x)
+        ]
     else:
         if operation == "scale":
             sx, sy = (torch.rand(count) * (1.2 - 1 / 1.2) + 1 / 1.2 for _ in range(2))
@@ -231,8 +268,20 @@ def augmented(operation: str, x: Tensor, seed: int) -> Tensor:
     return torch.stack(out)
 
 
-def make_golden(path: Path, *, channels: int, side: int, width: int, depth: int, classes: int, count: int, batch: int,
-                steps: int, iterations: int, seed: int = 0) -> None:
+def make_golden(
+    path: Path,
+    *,
+    channels: int,
+    side: int,
+    width: int,
+    depth: int,
+    classes: int,
+    count: int,
+    batch: int,
+    steps: int,
+    iterations: int,
+    seed: int = 0,
+) -> None:
     """A golden file of other sizes, every output by the functions above."""
     torch.manual_seed(seed)
     draws = np.random.default_rng(seed)
@@ -248,16 +297,33 @@ def make_golden(path: Path, *, channels: int, side: int, width: int, depth: int,
     perms_needed = -(-steps // -(-count // batch))
     out: dict[str, Any] = {
         "param_names_shapes_json": json.dumps([[n, list(p.shape)] for n, p in net.named_parameters()]),
-        "num_params": len(start), "classifier_start": net.classifier_start, "start_params": start, "images": images,
-        "label_logits": label_logits, "class_counts": counts, "class_weights": weights, "syn_steps": steps,
-        "batch_syn": batch, "syn_lr": alpha, "forward/logits": net.logits(start, images),
+        "num_params": len(start),
+        "classifier_start": net.classifier_start,
+        "start_params": start,
+        "images": images,
+        "label_logits": label_logits,
+        "class_counts": counts,
+        "class_weights": weights,
+        "syn_steps": steps,
+        "batch_syn": batch,
+        "syn_lr": alpha,
+        "forward/logits": net.logits(start, images),
     }
 
     def phase(which: str, x: Tensor, y: Tensor, a: Tensor, perms: np.ndarray) -> dict[str, Any]:
         second = which == "second"
-        return double_loop(net, x, y, a, start, out[f"{which}/target_params"], in_order_of_use(perms, batch, steps),
-                           weights=None if second else weights, classifier_only=second,
-                           compared=slice(None) if second else slice(0, net.classifier_start))
+        return double_loop(
+            net,
+            x,
+            y,
+            a,
+            start,
+            out[f"{which}/target_params"],
+            in_order_of_use(perms, batch, steps),
+            weights=None if second else weights,
+            classifier_only=second,
+            compared=slice(None) if second else slice(0, net.classifier_start),
+        )
 
     def permutations() -> np.ndarray:
         return np.stack([draws.permutation(count) for _ in range(perms_needed)])
@@ -281,15 +347,26 @@ def make_golden(path: Path, *, channels: int, side: int, width: int, depth: int,
         x = torch.randn(2, 5, channels, side, side, dtype=torch.float64)
         y = torch.randint(0, classes, (2, 5))
         result = gsam_steps(net, x, y, start, frozen=frozen, **h)
-        out |= {f"{which}/images": x, f"{which}/labels": y, f"{which}/hparams": np.array(list(h.values())),
-                f"{which}/hparams_names": json.dumps(list(h)), **{f"{which}/{k}": v for k, v in result.items()}}
+        out |= {
+            f"{which}/images": x,
+            f"{which}/labels": y,
+            f"{which}/hparams": np.array(list(h.values())),
+            f"{which}/hparams_names": json.dumps(list(h)),
+            **{f"{which}/{k}": v for k, v in result.items()},
+        }
     _data(out, draws, classes, side, seed)
-    np.savez(path, **{k: v.numpy() if isinstance(v, Tensor) else np.asarray(v)
-                      for k, v in ((k, v.detach() if isinstance(v, Tensor) else v) for k, v in out.items())})
+    np.savez(
+        path,
+        **{
+            k: v.numpy() if isinstance(v, Tensor) else np.asarray(v)
+            for k, v in ((k, v.detach() if isinstance(v, Tensor) else v) for k, v in out.items())
+        },
+    )
 
 
-def _end_to_end(out: dict[str, Any], phase: Callable[..., dict[str, Any]], permutations: Callable[[], np.ndarray],
-                iterations: int) -> None:
+def _end_to_end(
+    out: dict[str, Any], phase: Callable[..., dict[str, Any]], permutations: Callable[[], np.ndarray], iterations: int
+) -> None:
     lambdas, rates, momenta = (0.3, 0.9), (20.0, 1e-4, 1.5), (0.5, 0.4, 0.8)
     x, alpha, y = out["images"], out["syn_lr"], out["label_logits"]
     by_images, by_alpha, by_labels = (Momentum(r, m) for r, m in zip(rates, momenta, strict=True))
@@ -297,16 +374,24 @@ def _end_to_end(out: dict[str, Any], phase: Callable[..., dict[str, Any]], permu
     for _ in range(iterations):
         mine = permutations(), permutations()
         results = [phase(which, x, y, alpha, p) for which, p in zip(("first", "second"), mine, strict=True)]
-        total = {k: sum(lam * r[k] for lam, r in zip(lambdas, results, strict=True))
-                 for k in ("image_grad", "label_grad", "lr_grad")}
+        total = {
+            k: sum(lam * r[k] for lam, r in zip(lambdas, results, strict=True))
+            for k in ("image_grad", "label_grad", "lr_grad")
+        }
         x, y = by_images.step(x, total["image_grad"]), by_labels.step(y, total["label_grad"])
         alpha = by_alpha.step(alpha, total["lr_grad"])
         perms.append(np.concatenate(mine))
         losses.append([lam * float(r["grand_loss"]) for lam, r in zip(lambdas, results, strict=True)])
-    out |= {"e2e/perms": np.stack(perms), "e2e/lambda_first_second": np.array(lambdas),
-            "e2e/lr_img_lr_lr_y": np.array(rates), "e2e/momentum_img_lr_y": np.array(momenta),
-            "e2e/lambda_times_grand_loss": np.array(losses), f"e2e/images_after{iterations}": x,
-            f"e2e/label_logits_after{iterations}": y, f"e2e/syn_lr_after{iterations}": alpha}
+    out |= {
+        "e2e/perms": np.stack(perms),
+        "e2e/lambda_first_second": np.array(lambdas),
+        "e2e/lr_img_lr_lr_y": np.array(rates),
+        "e2e/momentum_img_lr_y": np.array(momenta),
+        "e2e/lambda_times_grand_loss": np.array(losses),
+        f"e2e/images_after{iterations}": x,
+        f"e2e/label_logits_after{iterations}": y,
+        f"e2e/syn_lr_after{iterations}": alpha,
+    }
 
 
 def _data(out: dict[str, Any], draws: np.random.Generator, classes: int, side: int, seed: int) -> None:
@@ -314,8 +399,12 @@ def _data(out: dict[str, Any], draws: np.random.Generator, classes: int, side: i
         out[f"longtail/other_{rate}"] = np.array([int(333 * rate ** (c / (classes - 1))) for c in range(classes)])
     out["longtail/within_class_order_37"] = np.random.RandomState(42).permutation(37)
     labels, shuffler = np.repeat(np.arange(4), [9, 5, 2, 1]), random.Random(seed)
-    out |= {"sampler/labels": labels, "sampler/len": 36, "sampler/epoch1": class_aware_epoch(shuffler, labels, 4),
-            "sampler/epoch2": class_aware_epoch(shuffler, labels, 4)}
+    out |= {
+        "sampler/labels": labels,
+        "sampler/len": 36,
+        "sampler/epoch1": class_aware_epoch(shuffler, labels, 4),
+        "sampler/epoch2": class_aware_epoch(shuffler, labels, 4),
+    }
     expert_logits, true = draws.normal(size=(3, 11, classes)), draws.integers(0, classes, 11)
     label = np.zeros((11, classes))
     for s in range(11):
@@ -333,7 +422,13 @@ def _data(out: dict[str, Any], draws: np.random.Generator, classes: int, side: i
     mean = rows.mean(0)
     values, vectors = np.linalg.eigh(np.cov(rows, rowvar=False))
     matrix = vectors @ np.diag((values + eps) ** -0.5) @ vectors.T
-    out |= {"zca/train": train, "zca/test": test, "zca/eps": eps, "zca/mean": mean[None], "zca/matrix": matrix,
-            "zca/inverse": vectors @ np.diag((values + eps) ** 0.5) @ vectors.T,
-            "zca/train_out": ((rows - mean) @ matrix).reshape(train.shape),
-            "zca/test_out": ((test.reshape(5, -1) - mean) @ matrix).reshape(test.shape)}
+    out |= {
+        "zca/train": train,
+        "zca/test": test,
+        "zca/eps": eps,
+        "zca/mean": mean[None],
+        "zca/matrix": matrix,
+        "zca/inverse": vectors @ np.diag((values + eps) ** 0.5) @ vectors.T,
+        "zca/train_out": ((rows - mean) @ matrix).reshape(train.shape),
+        "zca/test_out": ((test.reshape(5, -1) - mean) @ matrix).reshape(test.shape),
+    }
