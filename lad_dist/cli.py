@@ -192,7 +192,7 @@ def report(
     threads: Threads = None,
 ) -> None:
     """Write the tables, pictures and the page of a run."""
-    _execute(job, out, on, sets, buffers, device, threads, [lambda p: p.report()])
+    _say_where(_execute(job, out, on, sets, buffers, device, threads, [lambda p: p.report()]))
 
 
 def _execute(

@@ -108,7 +108,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         save_tensors(tensors, folder / _TENSORS)
         self.whitening.save(folder / _WHITENING)
         sums = {name: _sha256(folder / name) for name in (_TENSORS, _WHITENING)}
-        doc = {"format_version": FORMAT_VERSION, **asdict(self.meta), "sha256": sums}
+        doc = {"format_version": FORMAT_VERSION, **asdict(self.meta)}
+        doc["sha256"] = {**sums, _META: _sha256_of_meta(doc)}
         (folder / _META).write_text(json.dumps(doc, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -164,19 +165,29 @@ def _read_meta(path: Path) -> tuple[DistilledMeta, dict[str, str]]:
         ) from None
     except ValueError as error:
         raise DistilledError(f"{path}: is not valid JSON: {error}") from None
-    if not isinstance(doc, dict) or doc.pop("format_version", None) != FORMAT_VERSION:
+    if not isinstance(doc, dict) or doc.get("format_version") != FORMAT_VERSION:
         raise DistilledError(f"{path}: is not of format version {FORMAT_VERSION}, which this lad-dist reads")
+    own_sum = _sha256_of_meta({k: v for k, v in doc.items() if k != "sha256"})
     fields = DistilledMeta.__dataclass_fields__
+    del doc["format_version"]
     missing = [n for n in [*fields, "sha256"] if n not in doc and n != "label_source"]
     unknown = [n for n in doc if n not in fields and n != "sha256"]
     if missing or unknown:
         raise DistilledError(f"{path}: lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}")
     try:
         sums = TypeAdapter(dict[str, str]).validate_python(doc.pop("sha256"))
-        return TypeAdapter(DistilledMeta).validate_python(doc), sums
+        meta = TypeAdapter(DistilledMeta).validate_python(doc)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'sha256'}: {e['msg']}" for e in error.errors())
         raise DistilledError(f"{path}: {faults}") from None
+    if sums.get(_META) != own_sum:
+        raise DistilledError(f"{path}: does not match its own checksum: it was changed after it was written")
+    return meta, sums
+
+
+def _sha256_of_meta(doc: dict[str, Any]) -> str:
+    """The checksum of what the file says, whatever its layout."""
+    return hashlib.sha256(json.dumps(doc, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -106,7 +106,7 @@ class Pipeline:
         from lad_dist.report.page import write_report
 
         with self._stage("report"):
-            write_report(self.recipe, self.run, self.screen)
+            write_report(self.recipe, self.run)
 
     @property
     def data(self) -> PreparedData:

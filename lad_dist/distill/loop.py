@@ -185,8 +185,8 @@ class Distillation:
             else:
                 self._restore(state, kept)
                 raise NumericalError(
-                    f"iteration {state.iteration}: the step left the finite numbers or made alpha {float(kept[2]):.3g} "
-                    "non-positive; the last good state is kept; try a smaller distill.lr_images or distill.lr_alpha"
+                    f"iteration {state.iteration + 1}: the step left the finite numbers or made alpha (it was "
+                    f"{float(kept[2]):.3g}) zero or less; the last good state is kept; try a smaller distill.lr_images or distill.lr_alpha"
                 )
         figures = self._figures(results)
         events.emit(
@@ -240,7 +240,7 @@ class Distillation:
         )
         if not bool(sums.isfinite().all()):
             raise NumericalError(
-                f"iteration {state.iteration}: the {named.stage} phase left the finite numbers (matching loss "
+                f"iteration {state.iteration + 1}: the {named.stage} phase left the finite numbers (matching loss "
                 f"{float(result.match.loss):.3g}, expert {named.window.expert}, start epoch {named.window.epoch}); the last good "
                 "state is kept; try a smaller distill.alpha or distill.lr_images"
             )

@@ -14,7 +14,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lad_dist import __version__, recipe_file, results
 from lad_dist.data.longtail import FEW_SHOT_BELOW, MANY_SHOT_ABOVE, head_medium_tail
-from lad_dist.progress import Screen
 from lad_dist.recipe import Recipe
 from lad_dist.report import contents, figures, pictures, tables
 from lad_dist.report.contents import Contents
@@ -23,7 +22,7 @@ from lad_dist.rundir import RunDir
 INDEX, SYNTHETIC, INITIAL = "index.html", "synthetic.png", "initial.png"
 
 
-def write_report(recipe: Recipe, run: RunDir, screen: Screen) -> None:
+def write_report(recipe: Recipe, run: RunDir) -> None:
     """Publish ``report/index.html`` and, where there is a distilled set, ``report/synthetic.png`` and ``initial.png``.
 
     Raises:
@@ -42,7 +41,6 @@ def write_report(recipe: Recipe, run: RunDir, screen: Screen) -> None:
                 temporary.write_bytes(pictures.png_grid(shown, f"{recipe.name}: {title}", images))
     with run.publish(run.report / INDEX) as temporary:
         temporary.write_text(render(found, shown), encoding="utf-8")
-    screen.say(f"report: {run.report / INDEX}")
 
 
 def render(found: Contents, shown: pictures.Gallery | None) -> str:

@@ -280,9 +280,9 @@ def test_damaged_distilled_set(lad, finished, tmp_path):
 
 def test_nan_in_distillation_names_the_iteration(lad, trained, look):
     for _ in range(2):  # the second time from the state that was kept
-        lad("run", trained, "--out", "nan", "--set", "distill.alpha=1.0e+30").fails(7, "iteration 0", "distill.alpha")
+        lad("run", trained, "--out", "nan", "--set", "distill.alpha=1.0e+30").fails(7, "iteration 1", "distill.alpha")
         assert not Path("nan/distilled").exists() and look.leftovers(Path("nan")) == []
-    assert "last error: distill: NumericalError: iteration 0" in lad("status", "nan").succeeds().out
+    assert "last error: distill: NumericalError: iteration 1" in lad("status", "nan").succeeds().out
 
 
 def test_nan_in_experts_names_expert_and_epoch(lad, job):

@@ -82,7 +82,7 @@ class Page(HTMLParser):
 
 
 def report(recipe: Recipe, run: RunDir) -> tuple[str, Page]:
-    write_report(recipe, run, Screen())
+    write_report(recipe, run)
     text = (run.report / "index.html").read_text(encoding="utf-8")
     return text, Page(text)
 
@@ -213,11 +213,11 @@ def test_a_damaged_run_is_an_error_that_names_the_file(make_run: MakeRun) -> Non
     tensors = run.distilled / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"\x00\x01")
     with pytest.raises(DistilledError, match=r"tensors\.safetensors"):
-        write_report(recipe, run, Screen())
+        write_report(recipe, run)
     shutil.rmtree(run.distilled)
     run.results.write_text("{")
     with pytest.raises(RunDirError, match=r"results\.json"):
-        write_report(recipe, run, Screen())
+        write_report(recipe, run)
     assert not run.report.exists()
 
 

@@ -1,0 +1,59 @@
+"""What the README shows works: its example trains a network, its recipe is a recipe, its commands exist."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from lad_dist import recipe_file
+from lad_dist.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(having: str) -> list[str]:
+    """The indented blocks that contain a text."""
+    found = re.findall(r"(?:^    .*\n(?:\n(?=    ))?)+", README, re.MULTILINE)
+    return [textwrap.dedent(b) for b in found if having in b]
+
+
+def test_the_example_trains_a_network_that_beats_chance(pipeline_of, monkeypatch):
+    pipeline = pipeline_of("readme")
+    pipeline.experts()
+    pipeline.distill()
+    (example,) = blocks("from lad_dist import load")
+    assert len([line for line in example.splitlines() if line and not line.startswith("#")]) <= 12
+    run = {"range": range}
+    exec(example.replace("runs/digits-lt/distilled", str(pipeline.run.distilled)).replace("range(300)", "range(40)"), run)
+    test = pipeline.data.splits.test
+    with torch.no_grad():
+        predicted = run["network"](run["distilled"].preprocess(test.images_NCHW)).argmax(1)
+    assert float((predicted == test.labels_N).float().mean()) > 0.25
+
+
+def test_the_recipe_is_a_recipe():
+    (text,) = blocks("dataset: image-folder")
+    recipe = recipe_file.from_document(recipe_file.parse_yaml(text, "README"))
+    assert recipe.data.imbalance == "natural"
+
+
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"^    lad-dist (.+?)(?: +#.*)?$", README, re.MULTILINE))))
+def test_commands_exist(line):
+    import typer
+
+    verb = line.split()[0]
+    group = typer.main.get_command(app)
+    assert verb in group.commands
+    for option in re.findall(r"--[a-z-]+", line):
+        command = group.commands[verb]
+        assert any(option in p.opts for p in command.params), option
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
