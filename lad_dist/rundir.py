@@ -144,7 +144,8 @@ class RunDir:
                     "run's own buffer (no --buffers), or choose another --out"
                 )
             self.trajectories.rmdir()
-        self.trajectories.symlink_to(shared, target_is_directory=True)
+        relative = os.path.relpath(shared, self.root.resolve())  # a folder of runs and buffers may be moved as a whole
+        self.trajectories.symlink_to(relative, target_is_directory=True)
 
     @contextmanager
     def publish(self, final: Path) -> Iterator[Path]:
