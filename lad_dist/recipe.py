@@ -177,6 +177,9 @@ class DistillConfig(_Section):
         description="real images that an expert classifies correctly, at random or by herding on its features; "
         "or any real images of the class",
     )
+    label_temperature: Annotated[Float, Field(gt=0)] = Field(
+        1.0, description="the experts' mean logits are divided by this before they become soft labels; above 1 is softer"
+    )
     select: Literal["last", "validation", "test-as-published"] = Field(
         "last", description="which iteration's set is kept; test-as-published picks on the test set and says so"
     )

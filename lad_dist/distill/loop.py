@@ -150,9 +150,9 @@ class Distillation:
             f"distill: {len(images_SCHH)} initial images; {first.without_expert} labelled by their class's mean logits, "
             f"{first.repeated} repeated"
         )
-        return State(
-            self.recipe, images_SCHH.clone(), first.logits_SK.to(self.data.device), images_SCHH.clone(), source
-        )
+        d = self.recipe.distill
+        logits_SK = first.logits_SK.to(self.data.device) / (d.label_temperature if d.labels == "soft" else 1.0)
+        return State(self.recipe, images_SCHH.clone(), logits_SK, images_SCHH.clone(), source)
 
     @torch.no_grad()
     def _expert_outputs(
