@@ -178,7 +178,8 @@ class DistillConfig(_Section):
         "or any real images of the class",
     )
     label_temperature: Annotated[Float, Field(gt=0)] = Field(
-        1.0, description="the experts' mean logits are divided by this before they become soft labels; above 1 is softer"
+        1.0,
+        description="the experts' mean logits are divided by this before they become soft labels; above 1 is softer",
     )
     select: Literal["last", "validation", "test-as-published"] = Field(
         "last", description="which iteration's set is kept; test-as-published picks on the test set and says so"

@@ -29,7 +29,9 @@ def test_the_example_trains_a_network_that_beats_chance(pipeline_of, monkeypatch
     (example,) = blocks("from lad_dist import load")
     assert len([line for line in example.splitlines() if line and not line.startswith("#")]) <= 12
     run = {"range": range}
-    exec(example.replace("runs/digits-lt/distilled", str(pipeline.run.distilled)).replace("range(300)", "range(40)"), run)
+    exec(
+        example.replace("runs/digits-lt/distilled", str(pipeline.run.distilled)).replace("range(300)", "range(40)"), run
+    )
     test = pipeline.data.splits.test
     with torch.no_grad():
         predicted = run["network"](run["distilled"].preprocess(test.images_NCHW)).argmax(1)

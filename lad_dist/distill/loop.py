@@ -186,7 +186,8 @@ class Distillation:
                 self._restore(state, kept)
                 raise NumericalError(
                     f"iteration {state.iteration + 1}: the step left the finite numbers or made alpha (it was "
-                    f"{float(kept[2]):.3g}) zero or less; the last good state is kept; try a smaller distill.lr_images or distill.lr_alpha"
+                    f"{float(kept[2]):.3g}) zero or less; the last good state is kept; try a smaller "
+                    "distill.lr_images or distill.lr_alpha"
                 )
         figures = self._figures(results)
         events.emit(

@@ -109,3 +109,16 @@ def test_an_earlier_class_has_no_say_in_a_later_ones_choice():
 def test_counts(ipc):
     indices, repeated = choose_images(None, LABELS, ipc, 3, seed=0)
     assert len(indices) == 3 * ipc and repeated == sum(max(0, ipc - n) for n in (6, 4, 3))
+
+
+def test_herding_chooses_among_the_correctly_classified():
+    labels = np.array([0] * 6 + [1] * 6)
+    logits = torch.zeros(12, 2)
+    logits[torch.arange(12), torch.from_numpy(labels)] = 1.0
+    logits[0] = torch.tensor([0.0, 1.0])  # misclassified, though nearest to the mean of its class
+    features = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    features[0] = torch.nn.functional.normalize(features[:6], dim=1).mean(0)
+    chosen, repeated = choose_images(logits, labels, 2, 2, seed=0, features_ND=features)
+    assert 0 not in chosen and repeated == 0 and labels[chosen].tolist() == [0, 0, 1, 1]
+    again, _ = choose_images(logits, labels, 2, 2, seed=99, features_ND=features)
+    assert again.tolist() == chosen.tolist()

@@ -162,7 +162,7 @@ def test_nan_names_the_iteration_and_leaves_the_last_good_state(pipeline_of, und
             found.image_grad_SCHH[1, 0, 2, 2] = float("nan")
         return found
 
-    said = rf"iteration {at}: the classifier phase left the finite numbers.*expert \d"
+    said = rf"iteration {at + 1}: the classifier phase left the finite numbers.*expert \d"
     with monkeypatch.context() as patch:
         patch.setattr(Student, "run", run)
         with pytest.raises(NumericalError, match=said):
@@ -334,3 +334,14 @@ def test_offset():
     torch.testing.assert_close(class_weights((60, 30, 10), "published", 20.0), torch.tensor([80.0, 50.0, 30.0]) / 120)
     weights = class_weights((60, 30, 10), "mean-one", 20.0)
     torch.testing.assert_close(weights, torch.tensor([80.0, 50.0, 30.0]) * 3 / 160)
+
+
+def test_a_label_temperature_divides_the_first_soft_labels_and_no_hard_ones(pipeline_of, silent):
+    def first_logits(name, **changes):
+        pipeline = pipeline_of(name, **changes)
+        work = Distillation(pipeline.recipe, pipeline.data, pipeline.run)
+        return work.start(silent, pipeline.events).optimizers.logits_SK
+
+    hot = {"label_temperature": 4.0}
+    assert torch.equal(first_logits("soft", distill=hot), first_logits("plain") / 4)
+    assert torch.equal(first_logits("hard", method="mtt", distill=hot), first_logits("mtt", method="mtt"))

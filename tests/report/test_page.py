@@ -20,7 +20,7 @@ from PIL import Image
 from lad_dist import results
 from lad_dist.distilled import DistilledSet
 from lad_dist.errors import DistilledError, RunDirError
-from lad_dist.progress import Events, Screen, read_events
+from lad_dist.progress import Events, read_events
 from lad_dist.recipe import Recipe
 from lad_dist.report.history import read_history
 from lad_dist.report.page import write_report
