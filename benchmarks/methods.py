@@ -169,13 +169,14 @@ def main() -> None:
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(lambda run: execute(args, "run", run), runs))
     expert_seconds = seconds_of(args, runs[0]).get("experts", 0.0)
+    experts = f"took {expert_seconds:.0f} s" if expert_seconds > 1 else "were in the buffer already"
     shown = " ".join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != "--write")])
     text = (
         f"# {recipe.name}: methods compared\n\n{date.today().isoformat()}, {cpu()}, {args.workers} processes of one thread; "
         f"command: `python benchmarks/{shown}`.\nPercent; mean over distillation seeds (each the mean of its networks) ± the "
         f"standard deviation over distillation seeds.\nHead, medium and tail are thirds of the classes by training count. The last "
-        f"iteration is measured, on the test set.\n\n{table(args, runs)}\n\nOne thread; all experts together took "
-        f"{expert_seconds:.0f} s, shared by all runs.\n\n{cost(args, runs)}\n"
+        f"iteration is measured, on the test set.\n\n{table(args, runs)}\n\nOne thread; the experts, shared by all runs, "
+        f"{experts}.\n\n{cost(args, runs)}\n"
     )
     print(text)
     if args.write:
