@@ -10,10 +10,12 @@ what is done and does the rest, so any of them can be killed, resumed, or run on
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lad_dist.profile import Profile
 from lad_dist.progress import Events, Screen
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
@@ -32,6 +34,7 @@ class Pipeline:
 
     recipe: Recipe
     run: RunDir
+    profile: Profile
     device: torch.device
     screen: Screen
     events: Events
@@ -48,7 +51,7 @@ class Pipeline:
 
     def experts(self) -> None:
         """Train the experts into the buffer."""
-        from lad_dist.experts.train import Epoch, ExpertTrainer
+        from lad_dist.experts.train import ExpertTrainer
 
         e = self.recipe.experts
         trainer = ExpertTrainer(self.recipe, self.data, self.run.trajectories)
@@ -58,20 +61,18 @@ class Pipeline:
         with self._stage("experts", remaining=len(todo)):
             total = e.count * (e.epochs + e.classifier_epochs)
             with self.screen.task("experts", total, "epochs", done=total - trainer.epochs_left(todo)) as task:
-
-                def on_epoch(epoch: Epoch) -> None:
-                    self.events.emit("expert-epoch", **vars(epoch))
-                    task.advance(
-                        1,
-                        expert=epoch.expert,
-                        stage=epoch.stage,
-                        loss=epoch.loss,
-                        accuracy=epoch.accuracy,
-                        images_per_second=epoch.images_per_second,
-                    )
-
                 for expert in todo:
-                    trainer.train(expert, on_epoch)
+                    with closing(trainer.train(expert)) as epochs:
+                        for epoch in epochs:
+                            self.events.emit("expert-epoch", **vars(epoch))
+                            task.advance(
+                                1,
+                                expert=expert,
+                                stage=epoch.stage,
+                                loss=epoch.loss,
+                                accuracy=epoch.accuracy,
+                                images_per_second=epoch.images_per_second,
+                            )
                     self.events.emit("expert-finished", expert=expert)
 
     def distill(self) -> None:
@@ -162,7 +163,9 @@ class _Stage:
         )
 
 
-def open_pipeline(recipe: Recipe, out: Path, buffers: Path | None, device: torch.device, screen: Screen) -> Pipeline:
+def open_pipeline(
+    recipe: Recipe, out: Path, profile: Profile, buffers: Path | None, device: torch.device, screen: Screen
+) -> Pipeline:
     """The pipeline of a recipe in the run folder ``out``, which is made if need be."""
     run = RunDir.open(out, recipe, buffers)
-    return Pipeline(recipe, run, device, screen, Events(run.events))
+    return Pipeline(recipe, run, profile, device, screen, Events(run.events))

@@ -6,7 +6,21 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lad_dist.recipe import Int, Text
+from lad_dist.recipe import Bool, Int, Text
+
+
+class RayConfig(BaseModel):
+    """The Ray cluster that the fleet of experts runs on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    address: Text | None = Field(
+        None, description="a running cluster's address; default: RAY_ADDRESS, else a cluster of its own on this machine"
+    )
+    dashboard: Bool = Field(True, description="serve the dashboard of a cluster of its own, on the loopback address")
+    object_store_mb: Annotated[Int, Field(ge=80)] | None = Field(
+        None, description="shared memory of a cluster of its own, MiB; default: what the training images need, at least 80"
+    )
 
 
 class Profile(BaseModel):
@@ -23,3 +37,13 @@ class Profile(BaseModel):
     buffers: Text | None = Field(
         None, description="folder of shared trajectory buffers, each under its recipe's hash; default: inside the run"
     )
+    fleet: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="on: experts are trained by Ray actors; off: in this process; auto: on where two or more fit",
+    )
+    experts_per_gpu: Annotated[Int, Field(ge=1)] = Field(1, description="experts trained at a time on one GPU")
+    threads_per_expert: Annotated[Int, Field(ge=1)] = Field(1, description="CPU threads, and cores, of one fleet expert")
+    expert_retries: Annotated[Int, Field(ge=0)] = Field(
+        3, description="how often an expert that failed, or whose process died, is tried again from its last part"
+    )
+    ray: RayConfig = RayConfig()

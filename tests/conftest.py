@@ -84,9 +84,10 @@ def small_experts(tmp_path_factory: pytest.TempPathFactory, small_recipe: Callab
     import torch
 
     from lad_dist.pipeline import open_pipeline
+    from lad_dist.profile import Profile
 
     folder = tmp_path_factory.mktemp("small") / "run"
-    open_pipeline(small_recipe(), folder, None, torch.device("cpu"), silent).experts()
+    open_pipeline(small_recipe(), folder, Profile(fleet="off"), None, torch.device("cpu"), silent).experts()
     return folder
 
 
@@ -98,10 +99,11 @@ def pipeline_of(
     import torch
 
     from lad_dist.pipeline import Pipeline, open_pipeline
+    from lad_dist.profile import Profile
 
     def make(name: str = "run", **changes: Any) -> Pipeline:
         run, recipe = tmp_path / name, small_recipe(**changes)
-        pipeline = open_pipeline(recipe, run, None, torch.device("cpu"), silent)
+        pipeline = open_pipeline(recipe, run, Profile(fleet="off"), None, torch.device("cpu"), silent)
         if recipe.experts_hash() == small_recipe().experts_hash():
             shutil.copytree(small_experts / "trajectories", pipeline.run.trajectories, dirs_exist_ok=True)
         return pipeline

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -46,8 +46,6 @@ class Epoch:
     accuracy: float
     images_per_second: float
 
-
-OnEpoch = Callable[[Epoch], None]
 
 
 def network_loss(module: nn.Module, layout: Layout, images_BCHH: Tensor, labels_B: Tensor) -> LossOf:
@@ -136,18 +134,21 @@ class ExpertTrainer:
             )
         return buffer
 
-    def train(self, expert: int, on_epoch: OnEpoch) -> None:
-        """Both stages of one expert, from its last published checkpoint on.
+    def train(self, expert: int) -> Generator[Epoch, None, None]:
+        """Both stages of one expert, from its last published checkpoint on; yields each epoch when it is trained.
+
+        Nothing is trained unless the epochs are taken. Closing the generator publishes the epochs trained so far: a caller
+        that may stop early says ``with closing(trainer.train(expert)) as epochs``.
 
         Raises:
             NumericalError: the loss or the weights are no longer finite.
             StorageError: a part cannot be written; what was published before is kept.
             TrajectoryError: the buffer belongs to another recipe or is damaged where it must be read.
         """
-        weights_P = self._train_stage("representation", expert, None, on_epoch)
-        self._train_stage("classifier", expert, weights_P, on_epoch)
+        weights_P = yield from self._train_stage("representation", expert, None)
+        yield from self._train_stage("classifier", expert, weights_P)
 
-    def _train_stage(self, stage: Stage, expert: int, start_P: Tensor | None, on_epoch: OnEpoch) -> Tensor:
+    def _train_stage(self, stage: Stage, expert: int, start_P: Tensor | None) -> Generator[Epoch, None, Tensor]:
         e = self.recipe.experts
         last = e.epochs if stage == "representation" else e.classifier_epochs
         buffer = self._buffer()
@@ -171,7 +172,7 @@ class ExpertTrainer:
                         "kept; a smaller experts.lr usually cures it"
                     )
                 writer.append(epoch, weights_P[trained].cpu().numpy(), loss, accuracy, seconds)
-                on_epoch(Epoch(expert, stage, epoch, loss, accuracy, images / seconds))
+                yield Epoch(expert, stage, epoch, loss, accuracy, images / seconds)
         return weights_P
 
     def _initial(self, expert: int) -> Tensor:

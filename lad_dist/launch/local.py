@@ -35,7 +35,7 @@ def run(
         device = prepare_device(profile)
         store = buffers or (Path(profile.buffers).expanduser() if profile.buffers else None)
         try:
-            pipeline = open_pipeline(recipe, out, store, device, screen)
+            pipeline = open_pipeline(recipe, out, profile, store, device, screen)
             with closing(pipeline.events):  # closing writes too, and may find the disk full
                 for stage in stages:
                     stage(pipeline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,11 @@ def trainer(tmp_path, small_recipe, data):
     return make
 
 
-def quiet(epoch: object) -> None:
-    pass
+def run(epochs, seen=lambda epoch: None) -> None:
+    """Train all epochs, as a caller that must not lose any does."""
+    with closing(epochs):
+        for epoch in epochs:
+            seen(epoch)
 
 
 def parts(folder: Path) -> list[Path]:
@@ -48,7 +52,7 @@ def rows(folder: Path) -> dict[tuple[str, int, int], np.ndarray]:
 
 def test_both_stages_and_what_their_rows_hold(trainer, data):
     t, seen = trainer(), []
-    t.train(0, seen.append)
+    run(t.train(0), seen.append)
     found, layout = rows(t.folder), t.layout
     assert set(found) == {*(("representation", 0, e) for e in range(5)), *(("classifier", 0, e) for e in range(4))}
     length = {"representation": layout.size, "classifier": layout.size - layout.span("classifier").start}
@@ -66,14 +70,14 @@ def test_both_stages_and_what_their_rows_hold(trainer, data):
 
 def test_training_lowers_the_loss(trainer):
     seen = []
-    trainer(epochs=25).train(0, seen.append)
+    run(trainer(epochs=25).train(0), seen.append)
     first, last = seen[0], seen[24]
     assert last.loss < 0.8 * first.loss and last.accuracy > 2 * first.accuracy
 
 
 def test_continued_from_any_published_epoch_is_bit_exact(trainer, tmp_path):
     whole = trainer("whole")
-    whole.train(0, quiet)
+    run(whole.train(0))
     digest, made = Buffer(whole.folder).digest(), parts(whole.folder)
     assert len(made) == 9
     for count in range(len(made) + 1):
@@ -86,50 +90,50 @@ def test_continued_from_any_published_epoch_is_bit_exact(trainer, tmp_path):
         seen = []
         assert again.epochs_left([0]) == 7 - max(0, count - 1 - (count > 5))
         assert again.remaining(range(1)) == ([] if count == 9 else [0])
-        again.train(0, seen.append)
+        run(again.train(0), seen.append)
         assert len(seen) == 7 - max(0, count - 1 - (count > 5))
         assert Buffer(folder).digest() == digest
 
 
 def test_a_gap_is_filled(trainer):
     t = trainer()
-    t.train(0, quiet)
+    run(t.train(0))
     digest = Buffer(t.folder).digest()
     parts(t.folder)[2].unlink()
     assert t.remaining(range(1)) == [0]
-    t.train(0, quiet)
+    run(t.train(0))
     assert Buffer(t.folder).digest() == digest
 
 
 def test_parts_may_be_cut_otherwise(trainer):
     one, three = trainer("one"), trainer("three", epochs_per_part=3)
-    one.train(0, quiet)
-    three.train(0, quiet)
+    run(one.train(0))
+    run(three.train(0))
     assert len(parts(three.folder)) < len(parts(one.folder))
     assert Buffer(one.folder).digest() == Buffer(three.folder).digest()
 
 
 def test_an_interrupted_epoch_is_done_again(trainer, monkeypatch):
     whole, broken = trainer("whole"), trainer("broken", epochs_per_part=5)
-    whole.train(0, quiet)
+    run(whole.train(0))
 
     def stop(epoch) -> None:
         if (epoch.stage, epoch.epoch) == ("representation", 2):
             raise Interrupted("stop")
 
     with pytest.raises(Interrupted):
-        broken.train(0, stop)
+        run(broken.train(0), stop)
     assert Buffer(broken.folder).last_contiguous_epoch("representation", 0) == 2  # what was finished is published
-    broken.train(0, quiet)
+    run(broken.train(0))
     assert Buffer(broken.folder).digest() == Buffer(whole.folder).digest()
 
 
 def test_experts_differ_and_do_not_depend_on_each_other(trainer):
     both, alone, many = trainer("both"), trainer("alone"), trainer("many", count=17)
-    both.train(0, quiet)
-    both.train(1, quiet)
-    alone.train(1, quiet)
-    many.train(1, quiet)
+    run(both.train(0))
+    run(both.train(1))
+    run(alone.train(1))
+    run(many.train(1))
     together, single, counted = rows(both.folder), rows(alone.folder), rows(many.folder)
     assert {k for k in together if k[1] == 1} == set(single) == set(counted)
     for key, weights in single.items():
@@ -150,24 +154,24 @@ def test_no_two_draws_share_their_randomness(trainer, monkeypatch):
     monkeypatch.setattr(train_module, "rng", recorded)
     t = trainer()
     for expert in (0, 1):
-        t.train(expert, quiet)
+        run(t.train(expert))
     assert len(keys) == len(set(keys)) == 2 * (4 * (1 + 3) + 3 * (1 + 7))  # 96 images and 200 draws in batches of 32
 
 
 def test_another_seed_gives_other_experts(trainer):
     one, two = trainer("one"), trainer("two", seed=1)
-    one.train(0, quiet)
-    two.train(0, quiet)
+    run(one.train(0))
+    run(two.train(0))
     assert not np.array_equal(rows(one.folder)["representation", 0, 2], rows(two.folder)["representation", 0, 2])
 
 
 def test_the_global_generators_have_no_say(trainer):
     one, two = trainer("one"), trainer("two")
     torch.manual_seed(1)
-    one.train(0, quiet)
+    run(one.train(0))
     torch.manual_seed(2)
     np.random.seed(3)
-    two.train(0, quiet)
+    run(two.train(0))
     assert Buffer(one.folder).digest() == Buffer(two.folder).digest()
 
 
@@ -175,7 +179,7 @@ def test_the_global_generators_have_no_say(trainer):
 def test_nan_names_expert_stage_and_epoch_and_keeps_what_was_good(trainer, field, stage):
     t = trainer(**{field: 1e30})
     with pytest.raises(NumericalError, match=rf"(expert 1, {stage} stage, epoch \d)|({stage} expert 1 epoch \d)"):
-        t.train(1, quiet)
+        run(t.train(1))
     kept = rows(t.folder)
     assert (stage, 1, 0) in kept and all(np.isfinite(w).all() for w in kept.values())
     assert ("representation", 1, 4) in kept or stage == "representation"
@@ -191,7 +195,7 @@ def test_nan_in_the_loss_alone(trainer, monkeypatch):
 
     monkeypatch.setattr(ExpertTrainer, "_epoch", epoch)
     with pytest.raises(NumericalError, match=r"expert 0, representation stage, epoch 3: the loss is nan.*experts\.lr"):
-        t.train(0, quiet)
+        run(t.train(0))
     assert Buffer(t.folder).last_contiguous_epoch("representation", 0) == 2
 
 
@@ -204,7 +208,7 @@ def test_gsam_and_augmentation_are_what_the_recipe_says(trainer, monkeypatch):
 
     monkeypatch.setattr(train_module, "gsam_gradient", gsam)
     t = trainer(epochs=4, classifier_epochs=3, gsam_rho=0.02, gsam_alpha=0.1, batch=50)
-    t.train(0, quiet)
+    run(t.train(0))
     head = t.layout.size - t.layout.span("classifier").start
     count, largest = sum(t.meta.class_counts), max(t.meta.class_counts)
     whole_steps, head_steps = -(-count // 50), -(-largest * 10 // 50)
@@ -213,7 +217,7 @@ def test_gsam_and_augmentation_are_what_the_recipe_says(trainer, monkeypatch):
 
 def test_the_classifier_stage_without_decay_or_rate_stands_still(trainer):
     t = trainer(classifier_lr=1e-30, classifier_weight_decay=0.0)
-    t.train(0, quiet)
+    run(t.train(0))
     found = rows(t.folder)
     np.testing.assert_array_equal(found["classifier", 0, 3], found["classifier", 0, 0])
 
@@ -221,23 +225,23 @@ def test_the_classifier_stage_without_decay_or_rate_stands_still(trainer):
 def test_more_epochs_continue_fewer(trainer):
     """An expert's first epochs do not depend on how many there will be, though the recipes' buffers are apart."""
     short, long = trainer("short", epochs=4), trainer("long", epochs=6)
-    short.train(0, quiet)
-    long.train(0, quiet)
+    run(short.train(0))
+    run(long.train(0))
     for epoch in range(5):
         np.testing.assert_array_equal(rows(short.folder)["representation", 0, epoch],
                                       rows(long.folder)["representation", 0, epoch])  # fmt: skip
 
 
 def test_a_buffer_of_another_recipe_is_refused(trainer):
-    trainer().train(0, quiet)
+    run(trainer().train(0))
     with pytest.raises(TrajectoryError, match="made by another recipe"):
-        trainer(lr=0.01).train(0, quiet)
+        run(trainer(lr=0.01).train(0))
     with pytest.raises(TrajectoryError, match="made by another recipe"):
         trainer(lr=0.01).remaining(range(2))
 
 
 def test_a_buffer_of_other_images_is_refused(trainer, data, monkeypatch):
-    trainer().train(0, quiet)
+    run(trainer().train(0))
     monkeypatch.setattr(type(data.splits.train), "fingerprint", lambda self: "other")
     with pytest.raises(TrajectoryError, match="data_fingerprint differ"):
-        trainer().train(0, quiet)
+        run(trainer().train(0))
