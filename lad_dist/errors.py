@@ -8,6 +8,8 @@
     |-- DistilledError           6   a distilled set is missing, damaged or inconsistent
     |-- NumericalError           7   training or matching produced NaN or infinity
     |-- StorageError             8   the disk is full, or a file could not be published
+    |-- ExpertError              9   an expert kept failing, or the Ray cluster that trains experts is gone
+    |-- RankError               10   a rank of a distributed distillation is gone, or never came
     `-- Interrupted            130   Ctrl-C or SIGTERM; what was finished is kept
 
 Messages follow one pattern: *where* (file or field), *what* was wrong, *what* is valid or what to do.
@@ -68,6 +70,18 @@ class StorageError(LadDistError):
     """The file system refused a write."""
 
     exit_code = 8
+
+
+class ExpertError(LadDistError):
+    """Experts could not be trained to their end, for a reason that is not one of the above."""
+
+    exit_code = 9
+
+
+class RankError(LadDistError):
+    """The ranks of a distributed job could not meet, or lost one of them."""
+
+    exit_code = 10
 
 
 class Interrupted(LadDistError):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as one exception, and short stretches that must not be torn apart by it."""
+"""Ctrl-C and SIGTERM as one exception or as a flag, and short stretches that must not be torn apart by them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,28 @@ def as_exceptions() -> Iterator[None]:
     previous = {s: signal.signal(s, stop) for s in _SIGNALS}
     try:
         yield
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+class StopFlag:
+    """Remembers that a signal asked to stop. ``name`` is the signal's, or None."""
+
+    name: str | None = None
+
+
+@contextmanager
+def as_flag() -> Iterator[StopFlag]:
+    """Inside the block Ctrl-C and SIGTERM are only noted: for processes that must stop together, at a point they agree on."""
+    flag = StopFlag()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        flag.name = signal.Signals(number).name
+
+    previous = {s: signal.signal(s, note) for s in _SIGNALS}
+    try:
+        yield flag
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)

@@ -9,12 +9,14 @@ what is done and does the rest, so any of them can be killed, resumed, or run on
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lad_dist.errors import RecipeError
 from lad_dist.profile import Profile
 from lad_dist.progress import Events, Screen
 from lad_dist.recipe import Recipe
@@ -50,45 +52,59 @@ class Pipeline:
         self.report()
 
     def experts(self) -> None:
-        """Train the experts into the buffer."""
+        """Train the experts into the buffer: many at a time by a fleet, or one after the other in this process."""
+        from lad_dist.experts.crew import Queue, Record, choose, train_here
         from lad_dist.experts.train import ExpertTrainer
 
-        e = self.recipe.experts
+        e, device = self.recipe.experts, self.device.type
         trainer = ExpertTrainer(self.recipe, self.data, self.run.trajectories)
-        todo = trainer.remaining(range(e.count))
+        left = trainer.left(range(e.count))
+        todo = [expert for expert, epochs in left.items() if epochs]
         if not todo:
             return self._already("experts", f"{e.count} experts are in {self.run.trajectories}")
+        choice = choose(self.profile, device == "cuda", len(todo))
+        self.screen.say(f"experts: trained {'by a fleet' if choice.fleet else 'in this process'}: {choice.why}")
+        queue, record = Queue(trainer, todo), Record(e, left, self.events, self.screen)
         with self._stage("experts", remaining=len(todo)):
-            total = e.count * (e.epochs + e.classifier_epochs)
-            with self.screen.task("experts", total, "epochs", done=total - trainer.epochs_left(todo)) as task:
-                for expert in todo:
-                    with closing(trainer.train(expert)) as epochs:
-                        for epoch in epochs:
-                            self.events.emit("expert-epoch", **vars(epoch))
-                            task.advance(
-                                1,
-                                expert=expert,
-                                stage=epoch.stage,
-                                loss=epoch.loss,
-                                accuracy=epoch.accuracy,
-                                images_per_second=epoch.images_per_second,
-                            )
-                    self.events.emit("expert-finished", expert=expert)
+            with self.screen.board("experts", record.total_epochs, "epochs", done=record.epochs_trained) as board:
+                record.show_on(board)
+                if choice.fleet:
+                    from lad_dist.experts import fleet
+
+                    fleet.train(trainer, self.profile, self.run.root.name, queue, record, self.events, self.screen)
+                else:
+                    train_here(trainer, queue, record, self.screen)
+            error = record.error(self.profile.expert_retries + 1)
+            if error is not None:
+                raise error
 
     def distill(self) -> None:
-        """Match the experts with a synthetic set, and choose the iteration that is kept."""
-        from lad_dist.distill.loop import distill
+        """Match the experts with a synthetic set, over the profile's ranks, and choose the iteration that is kept."""
         from lad_dist.distilled import DistilledSet
 
         if self.run.distilled.exists():
             made = DistilledSet.load(self.run.distilled).meta
             return self._already("distill", f"{self.run.distilled} is there (iteration {made.iteration})")
         with self._stage("distill"):
-            distill(self.recipe, self.data, self.run, self.events, self.screen)
+            self._distill()
             if self.recipe.distill.select != "last":
                 from lad_dist.evaluate.select import select
 
                 select(self.recipe, self.data, self.run, self.events, self.screen)
+
+    def _distill(self) -> None:
+        """In this process, as one of the ranks that a launcher has started, or over ranks started here."""
+        from lad_dist import ranks
+        from lad_dist.distill.loop import distill
+
+        if ranks.place() is not None:
+            distill_as_rank(self)
+        elif self.profile.world > 1:
+            self.screen.say(f"distill: {self.profile.world} ranks")
+            what = (self.recipe, self.run, self.profile, self.device.type)
+            ranks.launch(self.profile.world, distill_rank, what, self.profile.rank_restarts, self.screen.say)
+        else:
+            distill(self.recipe, self.data, self.run, self.events, self.screen, self.device)
 
     def evaluate(self, source: str) -> None:
         """Measure what a network learns from ``distilled``, ``random`` or ``full``."""
@@ -139,6 +155,46 @@ class Pipeline:
         return _Stage(self.events, name, fields)
 
 
+def distill_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str) -> None:
+    """What each process that ``Pipeline.distill`` starts on this machine does. ``kind`` of device: cpu or cuda."""
+    import torch
+
+    threads = profile.threads or max(1, (os.cpu_count() or 1) // profile.world)
+    torch.set_num_threads(threads)
+    distill_as_rank(Pipeline(recipe, run, profile, torch.device(kind), Screen(), Events(run.events)))
+
+
+def distill_as_rank(pipeline: Pipeline) -> None:
+    """Distill as the rank that the environment says this process is: only rank 0 reads images, reports and publishes.
+
+    Raises:
+        RecipeError: fewer GPUs on this host than ranks.
+        LadDistError: whatever the distillation raises.
+    """
+    import torch
+
+    from lad_dist import ranks
+    from lad_dist.distill.loop import distill
+    from lad_dist.interrupts import as_flag
+
+    where = ranks.place()
+    assert where is not None
+    device = pipeline.device
+    if device.type == "cuda":
+        if where.local_rank >= torch.cuda.device_count():
+            raise RecipeError(
+                f"profile: ranks: rank {where.rank} is number {where.local_rank} on this host, which has "
+                f"{torch.cuda.device_count()} GPUs; valid: at most one rank per GPU"
+            )
+        device = torch.device("cuda", where.local_rank)
+        torch.cuda.set_device(device)
+    p = pipeline if where.rank == 0 else dataclasses.replace(pipeline, screen=Screen.silent(), events=Events.nowhere())
+    p = dataclasses.replace(p, device=device)
+    with as_flag() as flag, ranks.joined(where, device, pipeline.profile.rank_timeout) as joined:
+        data = p.data if joined.first else None
+        distill(p.recipe, data, p.run, p.events, p.screen, device, joined, flag)
+
+
 class _Stage:
     """Records when a stage began and how it ended."""
 
@@ -164,7 +220,7 @@ class _Stage:
 
 
 def open_pipeline(
-    recipe: Recipe, out: Path, profile: Profile, buffers: Path | None, device: torch.device, screen: Screen
+    recipe: Recipe, out: Path, profile: Profile, buffers: Path | str | None, device: torch.device, screen: Screen
 ) -> Pipeline:
     """The pipeline of a recipe in the run folder ``out``, which is made if need be."""
     run = RunDir.open(out, recipe, buffers)

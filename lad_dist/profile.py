@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lad_dist.recipe import Bool, Int, Text
+from lad_dist.recipe import Bool, Float, Int, Text
 
 
 class RayConfig(BaseModel):
@@ -47,3 +47,19 @@ class Profile(BaseModel):
         3, description="how often an expert that failed, or whose process died, is tried again from its last part"
     )
     ray: RayConfig = RayConfig()
+    nodes: Annotated[Int, Field(ge=1)] = Field(1, description="hosts; more than one needs a cluster's launcher")
+    gpus_per_node: Annotated[Int, Field(ge=0)] = Field(0, description="GPUs to use of each host; 0: one, if there is one")
+    ranks: Annotated[Int, Field(ge=1)] | None = Field(
+        None, description="processes that share a distillation, one device each; default: one per GPU, else 1"
+    )
+    rank_restarts: Annotated[Int, Field(ge=0)] = Field(
+        3, description="how often the ranks start again from the last checkpoint after one of them died"
+    )
+    rank_timeout: Annotated[Float, Field(gt=0)] = Field(
+        600.0, description="seconds that a rank waits for the others before it gives up"
+    )
+
+    @property
+    def world(self) -> int:
+        """How many ranks share a distillation or an evaluation."""
+        return self.ranks if self.ranks is not None else max(1, self.nodes * self.gpus_per_node)

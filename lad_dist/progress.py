@@ -6,16 +6,22 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
+import rich.progress
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
 from rich.text import Text
 
 PLAIN_SECONDS = 10.0  # between two plain lines of one task
+MOST_ROWS = 20  # lines of workers that are shown at a time
+_SPARE_LINES = 3  # of a terminal's height: the bar, and where the prompt or a last line stands
+_LOOKED_AT_AGAIN = 256  # bytes
+
+T = TypeVar("T")
 
 
 class Events:
@@ -32,6 +38,11 @@ class Events:
             if self._file.read(1) != b"\n":
                 self._file.write(b"\n")
 
+    @classmethod
+    def nowhere(cls) -> Events:
+        """Events that are dropped: a rank's that does not speak for all."""
+        return cls(Path(os.devnull))
+
     def emit(self, kind: str, **fields: Any) -> None:
         """Record one event. Numbers that JSON cannot hold (NaN, infinity) become null."""
         record = {"time": round(time.time(), 3), "kind": kind, **{k: _plain(v) for k, v in fields.items()}}
@@ -42,18 +53,64 @@ class Events:
         self._file.close()
 
 
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
+Event = dict[str, Any]
+
+
+def read_events(path: Path) -> Iterator[Event]:
     """The events of a run, oldest first; a line that a kill cut short is skipped."""
     if not path.exists():
         return
     with path.open("rb") as lines:
         for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and "kind" in record:
+            record = _event(line)
+            if record is not None:
                 yield record
+
+
+class EventTail:
+    """Reads what was appended to ``events.jsonl`` since the last time, at the cost of what was appended.
+
+    A last line that is still being written is left for the next time. A file that was truncated, replaced or removed
+    is read from its beginning: what was read last is looked at again before going on, so that one of equal or greater
+    length is noticed too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset, self._before = 0, b""  # bytes read so far, and the last of them
+
+    def read(self) -> tuple[bool, Iterator[Event]]:
+        """(whether the file is another one than last time, its new events). Take all events before the next call."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            other, self._offset, self._before = self._offset > 0, 0, b""
+            return other, iter(())
+        file.seek(self._offset - len(self._before))
+        other = file.read(len(self._before)) != self._before
+        if other:
+            self._offset, self._before = 0, b""
+            file.seek(0)
+        return other, self._new(file)
+
+    def _new(self, file: BinaryIO) -> Iterator[Event]:
+        with file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                self._before = (self._before + line)[-_LOOKED_AT_AGAIN:]
+                record = _event(line)
+                if record is not None:
+                    yield record
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None
 
 
 def _plain(value: Any) -> Any:
@@ -71,11 +128,26 @@ class Task(Protocol):
         """``steps`` more are done; ``shown`` are the figures to show beside (loss, accuracy, ...)."""
 
 
+class Board(Protocol):
+    """A piece of work with a known length that several workers do at a time, each with a line of its own."""
+
+    def advance(self, steps: int = 1) -> None:
+        """``steps`` more are done."""
+
+    def row(self, key: str, text: str | None) -> None:
+        """What the worker ``key`` is doing; None removes its line. A new line goes below the others."""
+
+
 class Screen:
     """Shows progress: a rich live view when a person watches, else plain lines with rate and time left."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=False, highlight=False)
+
+    @classmethod
+    def silent(cls) -> Screen:
+        """A screen that shows nothing."""
+        return cls(Console(quiet=True))
 
     def say(self, text: str) -> None:
         """One line for the reader, above any progress bars."""
@@ -85,41 +157,73 @@ class Screen:
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
         """A task of ``total`` steps (``done`` of them before this process) shown until the block ends."""
         if self.console.is_terminal:
-            columns = (
-                SpinnerColumn(),
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(unit),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-            )
-            with _Live(*columns, console=self.console) as live:
+            with _live(self.console, unit) as live:
                 yield _RichTask(live, title, total, done)
         else:
             plain = _PlainTask(self, title, total, unit, done)
             yield plain
             plain.finish()
 
+    @contextmanager
+    def board(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Board]:
+        """As ``task``, with a line per worker beneath; a plain log shows them after each line of the whole.
+
+        One thread advances a board; what others ``say`` meanwhile appears above it.
+        """
+        if self.console.is_terminal:
+            with _live(self.console, unit) as live:
+                yield _RichBoard(live, title, total, done)
+        else:
+            plain = _PlainBoard(self, title, total, unit, done)
+            yield plain
+            plain.finish()
+
+
+def _live(console: Console, unit: str) -> _Live:
+    bar = SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)
+    return _Live(*bar, _RateColumn(), console=console)
+
+
+class _RateColumn(ProgressColumn):
+    """Rate and time left, as a plain log would say them."""
+
+    def render(self, task: rich.progress.Task) -> Text:
+        rate: _Rate = task.fields["rate"]
+        return Text(", ".join(rate.words(int(task.total or 0))), style="cyan", no_wrap=True)
+
 
 class _Live(Progress):
-    """Progress bars with each task's figures on a line below, where a narrow terminal cuts them and nothing else."""
+    """Progress bars with each task's ``lines`` below, where a narrow terminal cuts them and nothing else."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         for task in self.tasks:
             yield self.make_tasks_table([task])
-            if task.fields["shown"]:
-                yield Text(f"  {task.fields['shown']}", style="dim", no_wrap=True, overflow="ellipsis")
+            for line in shortened(task.fields["lines"], max(self.console.height - _SPARE_LINES, 1)):
+                yield Text(f"  {line}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class _RichTask:
     def __init__(self, live: Progress, title: str, total: int, done: int) -> None:
         self._live, self._rate = live, _Rate(done)
-        self._task = live.add_task(title, total=total, completed=done, shown="", rate="")
+        self._task = live.add_task(title, total=total, completed=done, lines=(), rate=self._rate)
 
     def advance(self, steps: int = 1, **shown: Any) -> None:
         self._rate.count(steps)
-        self._live.update(self._task, advance=steps, rate=self._rate.text(), shown=_figures(shown))
+        self._live.update(self._task, advance=steps, lines=(_figures(shown),) if shown else ())
+
+
+class _RichBoard:
+    def __init__(self, live: Progress, title: str, total: int, done: int) -> None:
+        self._live, self._rate, self._rows = live, _Rate(done), _Rows()
+        self._task = live.add_task(title, total=total, completed=done, lines=(), rate=self._rate)
+
+    def advance(self, steps: int = 1) -> None:
+        self._rate.count(steps)
+        self._live.update(self._task, advance=steps)
+
+    def row(self, key: str, text: str | None) -> None:
+        self._rows.put(key, text)
+        self._live.update(self._task, lines=self._rows.lines())  # a tuple: the thread that draws never sees it change
 
 
 class _PlainTask:
@@ -130,38 +234,86 @@ class _PlainTask:
     def advance(self, steps: int = 1, **shown: Any) -> None:
         self._rate.count(steps)
         self._shown = _figures(shown)
-        if time.monotonic() - self._last >= PLAIN_SECONDS and self._rate.done < self._total:
-            self._last = time.monotonic()
-            left = self._rate.seconds_left(self._total)
-            self._screen.say(
-                f"{self._title}: {self._rate.done}/{self._total} {self._unit}, {self._rate.text()}, "
-                f"{_clock(left)} left  {self._shown}".rstrip()
-            )
+        self._tell()
+
+    def _tell(self) -> bool:
+        """Say how far it is, if it is time to; whether it was."""
+        if time.monotonic() - self._last < PLAIN_SECONDS or self._rate.done >= self._total:
+            return False
+        self._last = time.monotonic()
+        figures = f"{self._rate.done}/{self._total} {self._unit}", *self._rate.words(self._total)
+        self._screen.say(f"{self._title}: {', '.join(figures)}  {self._shown}".rstrip())
+        return True
 
     def finish(self) -> None:
         self._screen.say(
             f"{self._title}: {self._rate.done}/{self._total} {self._unit} done in "
-            f"{_clock(self._rate.elapsed())}  {self._shown}".rstrip()
+            f"{clock(self._rate.elapsed())}  {self._shown}".rstrip()
         )
 
 
+class _PlainBoard(_PlainTask):
+    def __init__(self, screen: Screen, title: str, total: int, unit: str, done: int) -> None:
+        super().__init__(screen, title, total, unit, done)
+        self._rows = _Rows()
+
+    def row(self, key: str, text: str | None) -> None:
+        self._rows.put(key, text)
+        self._tell()
+
+    def _tell(self) -> bool:
+        told = super()._tell()
+        for line in shortened(self._rows.lines()) if told else ():
+            self._screen.say(f"  {line}")
+        return told
+
+
+class _Rows:
+    """The lines of a board's workers, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, str] = {}
+
+    def put(self, key: str, text: str | None) -> None:
+        if text is None:
+            self._texts.pop(key, None)
+        else:
+            self._texts[key] = " ".join(text.split())  # an error's text may have several lines
+
+    def lines(self) -> tuple[str, ...]:
+        return tuple(f"{key}  {text}".rstrip() for key, text in self._texts.items())
+
+
+def shortened(lines: Sequence[T], most: int = MOST_ROWS) -> list[T | str]:
+    """At most ``most`` (and never more than MOST_ROWS) lines; the last says how many more there are."""
+    most = min(most, MOST_ROWS)
+    if len(lines) <= most:
+        return list(lines)
+    return [*lines[: most - 1], f"... and {len(lines) - most + 1} more"]
+
+
 class _Rate:
+    """Steps per second of this process, up to the last step: the time left then counts down until the next."""
+
     def __init__(self, done: int) -> None:
-        self.done, self._here, self._start = done, 0, time.monotonic()
+        self.done, self._here = done, 0
+        self._start = self._last = time.monotonic()
 
     def count(self, steps: int) -> None:
         self.done += steps
         self._here += steps
+        self._last = time.monotonic()
 
     def elapsed(self) -> float:
         return time.monotonic() - self._start
 
-    def text(self) -> str:
-        rate = self._here / max(self.elapsed(), 1e-9)
-        return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each" if rate else ""
-
-    def seconds_left(self, total: int) -> float:
-        return (total - self.done) * self.elapsed() / max(self._here, 1)
+    def words(self, total: int) -> list[str]:
+        """Rate and time left; nothing before the first step."""
+        if not self._here:
+            return []
+        each = max(self._last - self._start, 1e-9) / self._here
+        left = max((total - self.done) * each - (time.monotonic() - self._last), 0.0)
+        return [f"{1 / each:.1f}/s" if each <= 1 else f"{each:.1f} s each", f"{clock(left)} left"]
 
 
 def _figures(shown: dict[str, Any]) -> str:
@@ -171,7 +323,8 @@ def _figures(shown: dict[str, Any]) -> str:
     )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """``0:05``, ``12:34``, ``1:02:03``."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -3,8 +3,9 @@
 recipe.yaml                the resolved recipe
 events.jsonl               what happened, one JSON object a line
 trajectories/              the experts' buffer (a link when several runs share one), and the whitening they saw
+trajectories.uri           instead: where the buffer lies in an object store; whitening.safetensors is then beside it
 candidates/                sets to choose from, where distill.select is not last
-checkpoints/distill.safetensors
+checkpoints/distill/iteration-N/   one shard per rank, to resume from
 distilled/                 the artefact (see distilled.py)
 evaluation/results.json    one row per (source, architecture, seed)
 report/                    index.html, synthetic.png
@@ -19,13 +20,14 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lad_dist import location
 from lad_dist.errors import LadDistError, RunDirError, StorageError
 from lad_dist.recipe import Recipe
 
@@ -60,19 +62,42 @@ class RunDir:
         return self.root / "events.jsonl"
 
     @property
-    def trajectories(self) -> Path:
+    def trajectories(self) -> Path | str:
+        """Where the experts' buffer lies: a folder of the run (or a link to one), or the URI of an object store's.
+
+        Raises RunDirError where trajectories.uri is damaged.
+        """
+        try:
+            uri = self._buffer_uri.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return self._buffer_folder
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunDirError(f"{self._buffer_uri}: cannot be read ({error}); valid: one line with a URI") from error
+        if not location.is_remote(uri) or len(uri.split()) != 1:
+            raise RunDirError(
+                f"{self._buffer_uri}: is damaged; valid: one line with the URI of this run's trajectory buffer"
+            )
+        return uri
+
+    @property
+    def _buffer_folder(self) -> Path:
         return self.root / "trajectories"
 
     @property
+    def _buffer_uri(self) -> Path:
+        return self.root / "trajectories.uri"
+
+    @property
     def whitening(self) -> Path:
-        return self.trajectories / "whitening.safetensors"
+        buffer = self.trajectories
+        return (self.root if isinstance(buffer, str) else buffer) / "whitening.safetensors"
 
     def candidate(self, iteration: int) -> Path:
         return self.root / "candidates" / f"iteration-{iteration:06d}"
 
     @property
     def distill_checkpoint(self) -> Path:
-        return self.root / "checkpoints" / "distill.safetensors"
+        return self.root / "checkpoints" / "distill"
 
     @property
     def distilled(self) -> Path:
@@ -87,20 +112,21 @@ class RunDir:
         return self.root / "report"
 
     @classmethod
-    def open(cls, root: Path, recipe: Recipe, buffers: Path | None = None) -> RunDir:
+    def open(cls, root: Path, recipe: Recipe, buffers: Path | str | None = None) -> RunDir:
         """The folder of ``recipe``'s run, made if need be.
 
         Raises RunDirError where the folder cannot be written, or holds another recipe's run (naming the fields that
-        differ). With ``buffers``, ``trajectories`` becomes a link to that store's buffer for this recipe's experts.
+        differ). With ``buffers``, the run uses that store's buffer for this recipe's experts: ``trajectories`` becomes a
+        link to it, or its URI where ``buffers`` is one. Without, a run keeps the buffer that it has.
         """
         from lad_dist import recipe_file
 
         run = cls(root)
         with _storage(root, RunDirError, "choose another folder with --out"):
             root.mkdir(parents=True, exist_ok=True)
-            for leftover in (*root.glob(".tmp-*"), *root.glob("[a-z]*/.tmp-*")):
+            for leftover in (*root.glob(".tmp-*"), *root.glob("[a-z]*/.tmp-*"), *root.glob("[a-z]*/[a-z]*/.tmp-*")):
                 if _abandoned(leftover):
-                    _remove(leftover)
+                    remove(leftover)
             if run.recipe.exists():
                 saved = recipe_file.load(run.recipe)
                 changed = _differences(saved.model_dump(mode="json"), recipe.model_dump(mode="json"))
@@ -129,23 +155,52 @@ class RunDir:
             )
         return cls(root)
 
-    def _place_buffer(self, recipe: Recipe, buffers: Path | None) -> None:
+    def _place_buffer(self, recipe: Recipe, buffers: Path | str | None) -> None:
+        present = self.trajectories
         if buffers is None:
-            self.trajectories.mkdir(exist_ok=True)
+            if isinstance(present, Path):
+                present.mkdir(exist_ok=True)
             return
-        shared = (buffers / recipe.experts_hash()[:16]).resolve()
+        if location.has_credentials(buffers):
+            raise RunDirError(
+                f"{location.shown(buffers)}: the URI holds credentials, which a run folder must not keep; "
+                "leave them out of it and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+        shared = location.joined(buffers, recipe.experts_hash()[:16])
+        if location.is_remote(shared):
+            self._point_to(str(shared), present)
+        else:
+            self._link_to(location.local_folder(shared).resolve(), present)
+
+    def _point_to(self, shared: str, present: Path | str) -> None:
+        """Write the URI ``shared`` down as this run's buffer."""
+        if present == shared:
+            return
+        self._make_way(shared, present)
+        with self.publish(self._buffer_uri) as temporary:
+            temporary.write_text(shared + "\n", encoding="utf-8")
+
+    def _link_to(self, shared: Path, present: Path | str) -> None:
+        """Make ``trajectories`` a link to the folder ``shared``."""
         shared.mkdir(parents=True, exist_ok=True)
-        if self.trajectories.is_symlink() and self.trajectories.resolve() == shared:
+        folder = self._buffer_folder
+        if present == folder and folder.is_symlink() and folder.resolve() == shared:
             return
-        if self.trajectories.exists() or self.trajectories.is_symlink():
-            if self.trajectories.is_symlink() or any(self.trajectories.iterdir()):
-                raise RunDirError(
-                    f"{self.trajectories}: already holds a buffer, so the run cannot use {shared}; keep the "
-                    "run's own buffer (no --buffers), or choose another --out"
-                )
-            self.trajectories.rmdir()
+        self._make_way(shared, present)
         relative = os.path.relpath(shared, self.root.resolve())  # a folder of runs and buffers may be moved as a whole
-        self.trajectories.symlink_to(relative, target_is_directory=True)
+        folder.symlink_to(relative, target_is_directory=True)
+
+    def _make_way(self, shared: Path | str, present: Path | str) -> None:
+        """Remove the run's own buffer folder if it is empty. Raises RunDirError where the run has a buffer."""
+        folder = self._buffer_folder
+        if isinstance(present, str) or folder.is_symlink() or (folder.exists() and any(folder.iterdir())):
+            has = f"{self._buffer_uri}: names the buffer {present}"
+            has = has if isinstance(present, str) else f"{folder}: already holds a buffer"
+            raise RunDirError(
+                f"{has}, so the run cannot use {shared}; keep the run's own buffer (no --buffers), or choose another --out"
+            )
+        if folder.exists():
+            folder.rmdir()
 
     @contextmanager
     def publish(self, final: Path) -> Iterator[Path]:
@@ -178,7 +233,7 @@ class RunDir:
                     os.rename(temporary, final)
                 _sync(self.root)
             finally:
-                _remove(temporary)
+                remove(temporary)
 
 
 @contextmanager
@@ -196,7 +251,60 @@ def published(final: Path) -> Iterator[Path]:
             os.replace(temporary, final)
             _sync(final.parent)
         finally:
-            _remove(temporary)
+            remove(temporary)
+
+
+def publish_shared_folder(
+    final: Path,
+    write: Callable[[Path], Sequence[Path]],
+    rank: int,
+    share: Callable[[Any], Any],
+    gather: Callable[[Any], list[Any]],
+) -> None:
+    """Publish a folder that several ranks write into: rank 0 makes and renames it, ``write(temporary)`` adds a
+    rank's files and returns them.
+
+    ``share`` gives all ranks rank 0's value, ``gather`` every rank's (``ranks.Ranks``). Nothing appears under the final
+    name unless every rank has written and synced its files. Raises StorageError on every rank if one of them could not.
+    """
+    temporary: Path | None = None
+
+    def attempt(step: Callable[[], None]) -> str | None:
+        try:
+            with _storage(final, StorageError):
+                step()
+        except StorageError as error:
+            return str(error)
+        return None
+
+    def begin() -> None:
+        nonlocal temporary
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=final.parent))
+        temporary.chmod(0o755)
+
+    def add(folder: Path) -> None:
+        for file in write(folder):
+            _sync(file)
+
+    def finish() -> None:
+        assert temporary is not None
+        os.rename(temporary, final)
+        _sync(final.parent)
+
+    try:
+        fault = attempt(begin) if rank == 0 else None
+        fault, folder = share((fault, temporary))
+        faults = gather(fault or attempt(lambda: add(folder)))
+        if not any(faults) and rank == 0:
+            faults = [attempt(finish)]
+        faults = share(faults)
+    finally:
+        if temporary is not None:
+            remove(temporary)
+    first = next((f for f in faults if f is not None), None)
+    if first is not None:
+        raise StorageError(first)
 
 
 def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -261,7 +369,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

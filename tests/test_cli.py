@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import lad_dist
 from lad_dist import catalog, cli, recipe_file
+from lad_dist.cli.options import JobOptions, expanded
+from lad_dist.launch import local
 from lad_dist.profile import Profile
+from lad_dist.progress import Screen
 from lad_dist.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +59,75 @@ def test_help_names_every_command():
     shown = lad("--help").output
     for command in ("run", "experts", "distill", "evaluate", "report", "status", "jobs", "clusters", "buffer"):
         assert f" {command} " in shown
+
+
+STAGE_VERBS = ("run", "experts", "distill", "evaluate", "report")
+
+
+@pytest.mark.parametrize("verb", STAGE_VERBS)
+def test_help_of_a_stage_lists_the_shared_options_and_then_its_own(verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    ended = lad(verb, "--help")
+    assert ended.exit_code == 0 and "JOB" in ended.output
+    listed = re.findall(r"^│ (--[a-z-]+)", ended.output, re.MULTILINE)
+    own = {"run": ["--fleet"], "experts": ["--fleet"], "evaluate": ["--baseline"]}
+    shared = ["--out", "--on", "--set", "--buffers", "--device", "--threads"]
+    assert listed[: len(shared)] == shared and listed[-1] == "--help"
+    assert set(own.get(verb, [])) <= set(listed)
+
+
+def test_a_stage_verb_hands_on_what_it_was_told(monkeypatch, tmp_path):
+    told = {}
+
+    def record(recipe, out, profile, buffers, screen, stages):
+        told.update(recipe=recipe, out=out, profile=profile, buffers=buffers, stages=len(stages))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(local, "run", record)
+    folder = str(tmp_path / "x")
+    lad("experts", "digits-lt", "--out", folder, "--set", "ipc=3", "--set", "seed=7", "--buffers", "s3://b/p?region=eu",
+        "--device", "cpu", "--threads", "2", "--fleet", "off")  # fmt: skip
+    assert (told["recipe"].ipc, told["recipe"].seed, told["out"], told["stages"]) == (3, 7, Path(folder), 1)
+    assert told["buffers"] == "s3://b/p?region=eu", "a path would lose a slash"
+    profile = told["profile"]
+    assert (profile.device, profile.threads, profile.fleet) == ("cpu", 2, "off")
+    lad("experts", "digits-lt")
+    assert (told["buffers"], told["profile"].fleet, told["out"]) == (None, "auto", Path("runs/digits-lt"))
+
+
+@pytest.mark.parametrize(("given", "of_profile", "used"), [
+    ("s3://b/p", None, "s3://b/p"), ("some/where", None, Path("some/where")), (Path("x"), "s3://b/p", Path("x")),
+    (None, "s3://b/p", "s3://b/p"), (None, "~/p", Path.home() / "p"), ("~/p", None, Path.home() / "p"),
+    (None, None, None),
+])  # fmt: skip
+def test_where_buffers_lie(monkeypatch, given, of_profile, used):
+    class OpenedError(Exception):
+        pass
+
+    def opened(recipe, out, profile, buffers, device, screen):
+        raise OpenedError(buffers)
+
+    monkeypatch.setattr(local, "open_pipeline", opened)
+    profile = Profile(buffers=of_profile, device="cpu")
+    with pytest.raises(OpenedError) as found:
+        local.run(Recipe(name="x"), Path("x"), profile, given, Screen(), [])
+    assert found.value.args == (used,)
+
+
+def test_a_verb_with_options_of_its_own_and_a_group_of_them():
+    """What a new verb relies on: groups of options are told apart from its own, and required ones stay required."""
+    told = []
+
+    def plan(asked: JobOptions, hours: Annotated[float, typer.Option(help="How long.")] = 1.0) -> None:
+        """Says what it would cost."""
+        told.append((asked, hours))
+
+    one = typer.Typer()
+    one.command()(expanded(plan))
+    assert CliRunner().invoke(one, ["digits-lt", "--threads", "3", "--hours", "2"]).exit_code == 0
+    assert told == [(JobOptions("digits-lt", threads=3), 2.0)]
+    assert CliRunner().invoke(one, []).exit_code == 2
+    assert "Says what it would cost" in CliRunner().invoke(one, ["--help"]).output
 
 
 def test_version():
@@ -146,9 +221,10 @@ def test_default_run_folder():
 # --- messages and terminals -------------------------------------------------------------------------------------------
 
 
-def test_device_and_threads_are_checked():
+def test_device_threads_and_fleet_are_checked():
     assert lad("run", "digits-lt", "--device", "tpu").exit_code == 2
     assert lad("run", "digits-lt", "--threads", "0").exit_code == 2
+    assert lad("run", "digits-lt", "--fleet", "yes").exit_code == 2
 
 
 def test_cuda_where_there_is_none(tmp_path):

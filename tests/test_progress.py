@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from lad_dist import progress
-from lad_dist.progress import Events, Screen, read_events
+from lad_dist.progress import Events, EventTail, Screen, read_events
 
 
 def test_events_are_read_as_they_were_written(tmp_path):
@@ -53,6 +53,72 @@ def test_lines_that_are_no_events_are_skipped(tmp_path):
     assert list(read_events(tmp_path / "none.jsonl")) == []
 
 
+# --- reading on -------------------------------------------------------------------------------------------------------
+
+
+def numbers(tail: EventTail) -> tuple[bool, list[int]]:
+    other, events = tail.read()
+    return other, [e["i"] for e in events]
+
+
+def line(i: int) -> bytes:
+    return json.dumps({"kind": "a", "i": i}).encode() + b"\n"
+
+
+def test_a_tail_reads_what_was_appended(tmp_path):
+    path = tmp_path / "e.jsonl"
+    tail = EventTail(path)
+    assert numbers(tail) == (False, [])
+    path.write_bytes(line(0) + line(1))
+    assert numbers(tail) == (False, [0, 1])
+    assert numbers(tail) == (False, [])
+    with path.open("ab") as file:
+        file.write(b"not an event\n\n" + line(2))
+    assert numbers(tail) == (False, [2])
+
+
+def test_a_tail_waits_for_the_rest_of_a_line(tmp_path):
+    path = tmp_path / "e.jsonl"
+    tail = EventTail(path)
+    written = line(0) + line(1)
+    for length in range(len(line(0)) + 1, len(written)):
+        path.write_bytes(written[:length])
+        assert numbers(tail)[1] == ([0] if length == len(line(0)) + 1 else [])
+    path.write_bytes(written)
+    assert numbers(tail) == (False, [1])
+
+
+@pytest.mark.parametrize("other", [b"", line(7), line(7) + line(8), line(7) + line(8) + line(9)],
+                         ids=["empty", "shorter", "as long", "longer"])  # fmt: skip
+def test_a_tail_notices_another_file(tmp_path, other):
+    path = tmp_path / "e.jsonl"
+    path.write_bytes(line(0) + line(1))
+    tail = EventTail(path)
+    numbers(tail)
+    path.write_bytes(other)
+    assert numbers(tail) == (True, [7, 8, 9][: other.count(b"\n")])
+    path.unlink()
+    assert numbers(tail) == (other != b"", [])
+    path.write_bytes(line(3))
+    assert numbers(tail) == (False, [3])
+
+
+def test_a_tail_reads_no_more_than_was_appended(tmp_path, monkeypatch):
+    path = tmp_path / "e.jsonl"
+    path.write_bytes(b"".join(line(i) for i in range(20_000)))
+    tail = EventTail(path)
+    numbers(tail)
+    parsed = []
+    monkeypatch.setattr(progress, "_event", lambda text: parsed.append(text))
+    with path.open("ab") as file:
+        file.write(line(1))
+    assert numbers(tail) == (False, [])
+    assert parsed == [line(1)]
+
+
+# --- what people see --------------------------------------------------------------------------------------------------
+
+
 def screen(terminal: bool, encoding: str = "utf-8", width: int = 100) -> tuple[Screen, io.BytesIO]:
     raw = io.BytesIO()
     text = io.TextIOWrapper(raw, encoding=encoding, errors="replace", write_through=True)
@@ -89,6 +155,86 @@ def test_a_narrow_live_view_cuts_the_figures_only():
         task.advance(4321, loss_representation=0.1234, loss_classifier=0.4321, alpha=0.01, images_per_second=12345.0)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw.getvalue().decode())
     assert "evaluate distilled" in text and "4321/5000 iterations" in text and "loss representation 0.1234" in text
+
+
+def test_a_plain_board_says_the_whole_and_then_its_rows(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    shown, raw = screen(terminal=False, width=30)
+    with shown.board("experts", 100, "epochs", done=50) as board:
+        board.row("expert 3", "classifier 4 of 30,\n loss 0.25")
+        for _ in range(10):
+            now[0] += 1.0
+            board.advance()
+        board.row("expert 4", "x" * 40)
+        now[0] += 10.0
+        board.row("expert 3", None)
+        now[0] += 10.0
+        board.advance(20)
+        board.advance(20)
+    assert raw.getvalue().decode().splitlines() == [
+        "experts: 60/100 epochs, 1.0/s, 0:40 left",
+        "  expert 3  classifier 4 of 30, loss 0.25",
+        "experts: 60/100 epochs, 1.0/s, 0:30 left",  # ten seconds of the 40 have passed
+        "  expert 4  " + "x" * 40,
+        "experts: 80/100 epochs, 1.0/s, 0:20 left",
+        "  expert 4  " + "x" * 40,
+        "experts: 100/100 epochs done in 0:30",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_board_shows_twenty_rows(monkeypatch, terminal):
+    now = [0.0]
+    monkeypatch.setenv("LINES", "60")
+    shown, raw = screen(terminal, width=60)
+    if not terminal:
+        monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with shown.board("experts", 100, "epochs") as board:
+        for i in range(50):
+            board.row(f"expert {i}", "at work " + "x" * 100)
+        now[0] += progress.PLAIN_SECONDS
+        board.advance(1)
+        shown.say("a line in between")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw.getvalue().decode())
+    assert "a line in between" in text and "1/100 epochs" in text
+    assert "expert 18  at work" in text and "expert 19" not in text and "... and 31 more" in text
+    if terminal:
+        assert max(len(part) for part in re.split(r"[\r\n]+", text)) <= 60
+
+
+@pytest.mark.parametrize("width", [1, 10, 100])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_live_board_needs_no_special_terminal(encoding, width):
+    shown, raw = screen(terminal=True, encoding=encoding, width=width)
+    with shown.board("experts", 3, "epochs") as board:
+        board.row("expert 0", "[/nope] Füße")
+        board.advance(2)
+        board.row("expert 0", None)
+        board.row("expert 1", None)  # never had one
+    assert raw.getvalue()
+
+
+def test_a_live_board_removes_rows():
+    shown, raw = screen(terminal=True)
+    with shown.board("experts", 3, "epochs") as board:
+        board.row("expert 0", "at work")
+        board.row("expert 0", None)
+        board.row("expert 1", "[bold]in brackets[/nope]")
+    last = raw.getvalue().decode().rsplit("experts", 1)[-1]
+    assert "[bold]in brackets[/nope]" in last and "expert 0" not in last
+
+
+def test_the_time_left_counts_down_between_slow_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    rate = progress._Rate(done=2)
+    assert rate.words(12) == []
+    now[0] = 60.0
+    rate.count(1)
+    assert rate.words(12) == ["60.0 s each", "9:00 left"]
+    now[0] = 119.0
+    assert rate.words(12) == ["60.0 s each", "8:01 left"]
 
 
 def test_what_is_said_is_never_read_as_markup():

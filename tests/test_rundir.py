@@ -165,3 +165,70 @@ def test_a_run_with_a_buffer_of_its_own_keeps_it(tmp_path):
     with pytest.raises(RunDirError, match="already holds a buffer"):
         RunDir.open(run.root, Recipe(), tmp_path / "buffers")
     assert names(run.trajectories) == ["something"]
+
+
+# --- buffers in an object store ---------------------------------------------------------------------------------------
+
+STORE = "s3://bucket/lad?endpoint_override=127.0.0.1:5000&scheme=http"
+
+
+def test_a_run_may_use_a_buffer_in_an_object_store(tmp_path):
+    run = RunDir.open(tmp_path / "run", Recipe(), STORE)
+    expected = f"s3://bucket/lad/{Recipe().experts_hash()[:16]}?endpoint_override=127.0.0.1:5000&scheme=http"
+    assert run.trajectories == expected
+    assert run.whitening == run.root / "whitening.safetensors"
+    assert names(run.root) == ["recipe.yaml", "trajectories.uri"]
+    assert (run.root / "trajectories.uri").read_text() == expected + "\n"
+    for again in (STORE, None):  # without --buffers it keeps what it has
+        assert RunDir.open(run.root, Recipe(), again).trajectories == expected
+    assert RunDir.existing(run.root).trajectories == expected
+    assert names(run.root) == ["recipe.yaml", "trajectories.uri"]
+
+
+def test_a_file_uri_is_a_folder(tmp_path):
+    run = RunDir.open(tmp_path / "run", Recipe(), f"file://{tmp_path}/buffers")
+    assert run.trajectories.is_symlink() and names(tmp_path / "buffers") == [Recipe().experts_hash()[:16]]
+    assert RunDir.open(run.root, Recipe(), tmp_path / "buffers").trajectories == run.trajectories
+    assert RunDir.open(run.root, Recipe(), str(tmp_path / "buffers")).trajectories == run.trajectories
+
+
+@pytest.mark.parametrize("other", ["s3://bucket/other", "s3://bucket/lad", "local"])
+def test_a_run_with_a_buffer_in_a_store_keeps_it(tmp_path, other):
+    run = RunDir.open(tmp_path / "run", Recipe(), STORE)
+    before = run.trajectories
+    with pytest.raises(RunDirError, match=r"trajectories\.uri: names the buffer s3://bucket/lad/.*no --buffers"):
+        RunDir.open(run.root, Recipe(), tmp_path if other == "local" else other)
+    assert run.trajectories == before and names(run.root) == ["recipe.yaml", "trajectories.uri"]
+
+
+def test_a_run_with_a_local_buffer_is_not_given_one_in_a_store(tmp_path):
+    own = RunDir.open(tmp_path / "own", Recipe())
+    (own.trajectories / "something").touch()
+    linked = RunDir.open(tmp_path / "linked", Recipe(), tmp_path / "buffers")
+    for run in (own, linked):
+        with pytest.raises(
+            RunDirError, match="trajectories: already holds a buffer, so the run cannot use s3://bucket/lad/"
+        ):
+            RunDir.open(run.root, Recipe(), STORE)
+        assert names(run.root) == ["recipe.yaml", "trajectories"]
+    empty = RunDir.open(tmp_path / "empty", Recipe())
+    assert RunDir.open(empty.root, Recipe(), STORE).trajectories.startswith("s3://")
+    assert not (empty.root / "trajectories").exists()
+
+
+@pytest.mark.parametrize("secret", ["s3://KEY:SECRET@bucket/lad", "s3://bucket/lad?session_token=SECRET"])
+def test_credentials_are_not_kept_in_a_run(tmp_path, secret):
+    with pytest.raises(
+        RunDirError, match=r"^s3://bucket/lad: the URI holds credentials.*AWS_SECRET_ACCESS_KEY"
+    ) as caught:
+        RunDir.open(tmp_path / "run", Recipe(), secret)
+    assert "SECRET@" not in str(caught.value) and "token" not in str(caught.value)
+    assert "trajectories.uri" not in names(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", [b"", b"/a/folder", b"s3://a\ns3://b", b"\xff\xfe"])
+def test_a_damaged_note_of_the_buffer(tmp_path, content):
+    run = RunDir.open(tmp_path / "run", Recipe(), STORE)
+    (run.root / "trajectories.uri").write_bytes(content)
+    with pytest.raises(RunDirError, match=r"trajectories\.uri: .*valid: one line with"):
+        RunDir.open(run.root, Recipe())

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lad_dist.data.arrays import cifar, digits, fashion_mnist
-from lad_dist.data.decoding import decode, probe
+from lad_dist.data.decoding import PixelFormat, decode, probe
 from lad_dist.data.folders import image_folder, image_list, tiny_imagenet
 from lad_dist.data.longtail import exponential_counts, hold_out, select
 from lad_dist.data.parquet import parquet
@@ -127,6 +127,19 @@ def load_splits(config: DataConfig, on_progress: Progress | None = None) -> Data
         test=load(test, np.arange(len(test.labels_N), dtype=np.int64), "test"),
         full_counts=tuple(np.bincount(train.labels_N, minlength=num_classes).tolist()),
     )
+
+
+def look(config: DataConfig) -> tuple[tuple[int, ...], int, PixelFormat]:
+    """(training images per class, test images, pixel format) of what ``load_splits`` would give, decoding one image.
+
+    Raises ``DataError`` as ``load_splits`` does.
+    """
+    train, test = _OPENERS[config.dataset](config)
+    num_classes = check_labels(train)
+    class_names = train.class_names or tuple(str(c) for c in range(num_classes))
+    kept, _ = choose_training_images(train.labels_N, class_names, config)
+    counts = np.bincount(train.labels_N[kept], minlength=num_classes).tolist()
+    return tuple(counts), len(test.labels_N), probe(train, config)
 
 
 def choose_training_images(

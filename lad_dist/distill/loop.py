@@ -1,34 +1,35 @@
-"""Distillation on one device: the loop of verbs, from the experts' buffer to the distilled set.
+"""Distillation: the loop of verbs, from the experts' buffer to the distilled set, on one rank or many.
 
-Shapes: S synthetic images, N training images, K classes, P parameters.
+Every rank runs this loop on its own share of the synthetic set (``shards.py``). What must be decided together is decided by
+``_agree``, once per iteration; rank 0 speaks for all.
+
+Shapes: S synthetic images of the whole set, s of this rank's share, K classes, P parameters.
 """
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lad_dist import __version__
 from lad_dist.data import augment
 from lad_dist.data.prepare import PreparedData
-from lad_dist.distill import initial
 from lad_dist.distill.memory import choose_path
+from lad_dist.distill.shards import Share
+from lad_dist.distill.start import Facts, first_set, publish
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Batch, GradientPath, Phase, PhaseResult, Student
 from lad_dist.distill.windows import Window, Windows
-from lad_dist.distilled import DistilledMeta, DistilledSet
 from lad_dist.errors import Interrupted, NumericalError, TrajectoryError
-from lad_dist.interrupts import deferred
-from lad_dist.models import functional
+from lad_dist.interrupts import StopFlag, deferred
 from lad_dist.models.convnet import build
 from lad_dist.progress import Events, Screen
+from lad_dist.ranks import ALONE, Ranks
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
 from lad_dist.seeds import rng
@@ -46,19 +47,33 @@ class NamedPhase:
     phase: Phase
 
 
-def distill(recipe: Recipe, data: PreparedData, run: RunDir, events: Events, screen: Screen) -> None:
-    """Distill from the last checkpoint on, and publish the distilled set.
+def distill(
+    recipe: Recipe,
+    data: PreparedData | None,
+    run: RunDir,
+    events: Events,
+    screen: Screen,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    flag: StopFlag | None = None,
+) -> None:
+    """Distill from the last checkpoint on, and publish the distilled set. All ranks call it.
+
+    Only rank 0 needs ``data``. ``flag`` is what tells a rank among several to stop (all stop together, after an iteration).
 
     Raises:
         NumericalError: a loss or gradient is no longer finite; names the iteration. The last good state is kept.
         TrajectoryError: the buffer lacks what the recipe needs, or is damaged.
         StorageError: a checkpoint cannot be written.
+        RankError: another rank is gone; the last checkpoint is kept.
         Interrupted: asked to stop; the state of the last whole iteration is kept.
     """
-    work = Distillation(recipe, data, run)
-    state = work.resume(screen) or work.start(screen, events)
-    path, why = choose_path(recipe, work.student, state.optimizers.synthetic_set(), work.phases(0)[0].phase)
-    events.emit("distill-started", iteration=state.iteration, gradient=path, why=why)
+    facts = ranks.share(None if data is None else Facts.of(data))
+    assert facts is not None, "rank 0 has the data"
+    work = Distillation(recipe, facts, run, device, ranks, flag)
+    state = work.resume(screen) or work.start(data, screen, events)
+    path, why = work.choose_path(state)
+    events.emit("distill-started", iteration=state.iteration, gradient=path, why=why, ranks=ranks.world)
     screen.say(f"distill: gradient path {path}: {why}")
     total = recipe.distill.iterations
     try:
@@ -66,121 +81,99 @@ def distill(recipe: Recipe, data: PreparedData, run: RunDir, events: Events, scr
             while state.iteration < total:
                 task.advance(1, **work.iterate(state, path, events))
                 if state.iteration % recipe.distill.checkpoint_every == 0 and state.iteration < total:
-                    state.save(run.distill_checkpoint, recipe)
+                    state.save(run.distill_checkpoint, recipe, ranks)
                 if recipe.distill.select != "last" and state.iteration % recipe.distill.select_every == 0:
-                    work.publish(state, run.candidate(state.iteration))
+                    work.publish(state, run.candidate(state.iteration), data)
     except (Interrupted, NumericalError):
-        state.save(run.distill_checkpoint, recipe)
+        state.save(run.distill_checkpoint, recipe, ranks)
         raise
-    state.save(run.distill_checkpoint, recipe)
     final = run.distilled if recipe.distill.select == "last" else run.candidate(state.iteration)
-    work.publish(state, final)
+    work.publish(state, final, data)
     events.emit("distill-finished", iteration=state.iteration, alpha=float(state.alpha))
 
 
 class Distillation:
-    """What stays the same over the iterations of one recipe."""
+    """What stays the same over the iterations of one recipe, on one rank."""
 
-    def __init__(self, recipe: Recipe, data: PreparedData, run: RunDir) -> None:
-        self.recipe, self.data, self.run = recipe, data, run
-        images = data.splits.train
-        self.size, self.classes = images.size, images.num_classes
-        module = build(
-            images.channels,
-            images.size,
-            images.num_classes,
-            recipe.model.width,
-            recipe.model.depth,
-            seed=0,
-            purpose=("template",),
-        ).to(data.device)
-        self.student = Student(module)
+    def __init__(
+        self,
+        recipe: Recipe,
+        facts: Facts,
+        run: RunDir,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        flag: StopFlag | None = None,
+    ) -> None:
+        self.recipe, self.facts, self.run, self.device = recipe, facts, run, device
+        self.ranks, self.flag = ranks, flag or StopFlag()
+        self.classes, self.size = len(facts.counts), facts.size
+        self.share = Share.of(self.classes * recipe.ipc, ranks)
+        m = recipe.model
+        module = build(facts.channels, facts.size, self.classes, m.width, m.depth, seed=0, purpose=("template",))
+        self.student = Student(module.to(device), ranks)
         buffer = Buffer(run.trajectories, expected_hash=recipe.experts_hash())
-        if buffer.meta.data_fingerprint != images.fingerprint():
+        if buffer.meta.data_fingerprint != facts.fingerprint:
             raise TrajectoryError(
-                f"{run.trajectories}: these trajectories are of other training images (data_fingerprint "
+                f"{buffer.folder}: these trajectories are of other training images (data_fingerprint "
                 "differs); choose another run folder, or remove this one to train the experts again"
             )
-        self.windows = Windows(buffer, self.student.layout, recipe, data.device)
+        self.windows = Windows(buffer, self.student.layout, recipe, device)
         d = recipe.distill
-        weights_K = class_weights(data.counts, d.class_weights, d.class_weight_offset)
-        self._weights_K = weights_K.to(data.device) if d.weighted_loss else None
+        weights_K = class_weights(facts.counts, d.class_weights, d.class_weight_offset)
+        self._weights_K = weights_K.to(device) if d.weighted_loss else None
+        self._class_of_s = torch.from_numpy(self.share.classes(recipe.ipc)).to(device)
 
-    # --- where it begins --------------------------------------------------------------------------------------------
+    # --- where it begins and ends -----------------------------------------------------------------------------------
 
     def resume(self, screen: Screen) -> State | None:
-        """The state of the run's checkpoint, if it has one."""
-        path = self.run.distill_checkpoint
-        if not path.exists():
-            return None
-        state = State.load(path, self.recipe, self.data.device)
-        screen.say(f"distill: continuing after iteration {state.iteration}")
+        """This rank's share of the run's newest checkpoint, if it has one."""
+        state = State.load(self.run.distill_checkpoint, self.recipe, self.device, self.ranks)
+        if state is not None:
+            screen.say(f"distill: continuing after iteration {state.iteration}")
         return state
 
-    def start(self, screen: Screen, events: Events) -> State:
-        """The initial synthetic set: real images with the experts' logits as labels."""
-        stage: Stage = "classifier" if self.recipe.uses_classifier_experts else "representation"
-        how, cache = self.recipe.distill.initial, dict[int, Tensor]()
+    def start(self, data: PreparedData | None, screen: Screen, events: Events) -> State:
+        """This rank's share of the initial synthetic set, which rank 0 makes."""
+        made = None
+        if data is not None:
+            made = first_set(self.recipe, data, self.student, self.windows, screen, events)
+        images_SCHH, logits_SK, source = self.ranks.share(made) or _never()
+        images_sCHH = images_SCHH[self.share.rows].to(self.device)
+        logits_sK = logits_SK[self.share.rows].to(self.device, copy=True)
+        return State(self.recipe, images_sCHH.clone(), logits_sK, images_sCHH.clone(), source)
 
-        def logits_of(expert: int, indices: np.ndarray) -> Tensor:
-            if len(indices) <= len(cache.get(expert, ())):
-                return cache[expert][torch.from_numpy(indices)]
-            logits = self._expert_outputs(functional.logits, stage, expert, indices)
-            if len(indices) == len(self.data.train):
-                cache[expert] = logits
-            return logits
-
-        first = initial.build(
-            logits_of,
-            self.recipe.experts.count,
-            self.data.train.labels_N.cpu().numpy(),
-            self.recipe.ipc,
-            self.classes,
-            seed=self.recipe.seed,
-            only_correct=how != "real-random",
-            hard_labels=self.recipe.distill.labels == "hard",
-            features_of=(lambda e: self._expert_outputs(functional.features, stage, e))
-            if how == "real-herded"
-            else None,
+    def choose_path(self, state: State) -> tuple[GradientPath, str]:
+        """The gradient path that fits every rank's memory, and why."""
+        chosen = choose_path(
+            self.recipe, self.student, state.optimizers.synthetic_set(), self.phases(state.iteration)[0].phase
         )
-        images_SCHH, _ = self.data.train.batch(torch.from_numpy(first.indices_S))
-        source = {"images_no_expert_classified": first.without_expert, "images_repeated": first.repeated}
-        events.emit("initial-set", indices=first.indices_S.tolist(), **source)
-        screen.say(
-            f"distill: {len(images_SCHH)} initial images; {first.without_expert} labelled by their class's mean logits, "
-            f"{first.repeated} repeated"
-        )
-        d = self.recipe.distill
-        logits_SK = first.logits_SK.to(self.data.device) / (d.label_temperature if d.labels == "soft" else 1.0)
-        return State(self.recipe, images_SCHH.clone(), logits_SK, images_SCHH.clone(), source)
+        every = self.ranks.gather(chosen)
+        return next((one for one in every if one[0] == "recompute"), every[0])
 
-    @torch.no_grad()
-    def _expert_outputs(
-        self,
-        function: Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor],
-        stage: Stage,
-        expert: int,
-        indices: np.ndarray | None = None,
-    ) -> Tensor:
-        """What an expert's last checkpoint makes of training images (all of them by default), on the host."""
-        views = self.student.layout.views(self.windows.last(stage, expert))
-        rows = torch.arange(len(self.data.train)) if indices is None else torch.from_numpy(indices)
-        batches = rows.split(1024)
-        return torch.cat([function(self.student.module, views, self.data.train.batch(r)[0]) for r in batches]).cpu()
+    def publish(self, state: State, folder: Path, data: PreparedData | None) -> None:
+        """Publish the whole set as it is; it passes through a checkpoint, from which rank 0 reads the other shares."""
+        state.save(self.run.distill_checkpoint, self.recipe, self.ranks)
+        if data is not None:
+            whole = state
+            if self.ranks.world > 1:
+                loaded = State.load(self.run.distill_checkpoint, self.recipe, torch.device("cpu"))
+                assert loaded is not None, "it has just been saved"
+                whole = loaded
+            publish(self.recipe, data, whole, self.run, folder)
 
     # --- one iteration ----------------------------------------------------------------------------------------------
 
     def iterate(self, state: State, path: GradientPath, events: Events) -> dict[str, Any]:
-        """One whole iteration; returns the figures to show. On NumericalError ``state`` is as it was before."""
+        """One whole iteration; returns the figures to show. Where it raises, ``state`` is as it was before."""
         began, synthetic = time.perf_counter(), state.optimizers.synthetic_set()
         phases = self.phases(state.iteration)
         results = [(p, self.student.run(synthetic, p.phase, path)) for p in phases]
-        for p, result in results:
-            self._check_finite(state, p, result)
+        agreed = self._agree(results)
+        self._check_finite(state, results, agreed)
         kept = self._copy(state)
         with deferred():
             state.optimizers.step([(p.weight, result) for p, result in results])
-            if state.finite():
+            if float(self.ranks.total(torch.tensor(0.0 if state.finite() else 1.0, device=self.device))) == 0:
                 state.iteration += 1
             else:
                 self._restore(state, kept)
@@ -189,7 +182,7 @@ class Distillation:
                     f"{float(kept[2]):.3g}) zero or less; the last good state is kept; try a smaller "
                     "distill.lr_images or distill.lr_alpha"
                 )
-        figures = self._figures(results)
+        figures = self._figures(results, agreed)
         events.emit(
             "iteration",
             iteration=state.iteration,
@@ -197,10 +190,33 @@ class Distillation:
             seconds=round(time.perf_counter() - began, 4),
             windows=[[p.stage, p.window.expert, p.window.epoch] for p in phases],
             **figures,
-            pixel_gradient_norm=self._pixel_gradient_norm(results),
+            pixel_gradient_norm=[float(f"{x:.4g}") for x in agreed.class_squares_K.sqrt().tolist()],
         )
+        if agreed.stop:
+            raise Interrupted(
+                f"interrupted by {self.flag.name or 'a signal to another rank'}; what is finished is kept, and the same "
+                "command continues"
+            )
         shown = {f"loss {stage}": value for stage, value in ((p.stage, figures[f"loss_{p.stage}"]) for p in phases)}
         return {**shown, "alpha": float(state.alpha)}
+
+    def _agree(self, results: list[tuple[NamedPhase, PhaseResult]]) -> _Agreed:
+        """What needs every rank's word: one sum of 1 + 2 x phases + K numbers."""
+        squares_s = torch.stack([p.weight * r.image_grad_SCHH for p, r in results]).sum(0).flatten(1).double()
+        squares_s = squares_s.square().sum(1)
+        squares_K = squares_s.new_zeros(self.classes).index_add_(0, self._class_of_s, squares_s)
+        broken = [
+            torch.stack([r.match.loss, r.match.alpha_gradient, r.image_grad_SCHH.sum(), r.label_grad_SK.sum()])
+            .isfinite()
+            .all()
+            .logical_not()
+            for _, r in results
+        ]
+        losses = [torch.stack(r.inner_losses).mean() for _, r in results]
+        stop = torch.tensor(float(self.flag.name is not None), device=self.device)
+        told = torch.cat([torch.stack([stop, *broken, *losses]).double(), squares_K]).nan_to_num(0.0, 0.0, 0.0)
+        stop, *rest = self.ranks.total(told).split([1, len(results), len(results), self.classes])
+        return _Agreed(bool(stop > 0), rest[0].tolist(), rest[1].tolist(), rest[2].cpu())
 
     def phases(self, iteration: int) -> list[NamedPhase]:
         """The phases of an iteration: representation and classifier, or the joint one; a function of (seed, iteration)."""
@@ -232,19 +248,18 @@ class Distillation:
             drawn = augment.draw(
                 rng(seed, "distill", iteration, "augment", stage, step), self.recipe.augment, len(rows), self.size
             )
-            batches.append(Batch(torch.from_numpy(rows).to(self.data.device), drawn))
+            own, part = self.share.part(rows, drawn)
+            batches.append(Batch(torch.from_numpy(own).to(self.device), part, len(rows)))
         return batches
 
-    def _check_finite(self, state: State, named: NamedPhase, result: PhaseResult) -> None:
-        sums = torch.stack(
-            [result.match.loss, result.match.alpha_gradient, result.image_grad_SCHH.sum(), result.label_grad_SK.sum()]
-        )
-        if not bool(sums.isfinite().all()):
-            raise NumericalError(
-                f"iteration {state.iteration + 1}: the {named.stage} phase left the finite numbers (matching loss "
-                f"{float(result.match.loss):.3g}, expert {named.window.expert}, start epoch {named.window.epoch}); the last good "
-                "state is kept; try a smaller distill.alpha or distill.lr_images"
-            )
+    def _check_finite(self, state: State, results: list[tuple[NamedPhase, PhaseResult]], agreed: _Agreed) -> None:
+        for (named, result), broken in zip(results, agreed.broken, strict=True):
+            if broken:
+                raise NumericalError(
+                    f"iteration {state.iteration + 1}: the {named.stage} phase left the finite numbers (matching loss "
+                    f"{float(result.match.loss):.3g}, expert {named.window.expert}, start epoch {named.window.epoch}); the last "
+                    "good state is kept; try a smaller distill.alpha or distill.lr_images"
+                )
 
     @staticmethod
     def _copy(state: State) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
@@ -262,54 +277,30 @@ class Distillation:
     # --- what is worth knowing --------------------------------------------------------------------------------------
 
     @staticmethod
-    def _figures(results: list[tuple[NamedPhase, PhaseResult]]) -> dict[str, float]:
+    def _figures(results: list[tuple[NamedPhase, PhaseResult]], agreed: _Agreed) -> dict[str, float]:
         """Per phase: matching loss, cosine and norm ratio of the student's displacement to the expert's, student's loss."""
         figures: dict[str, float] = {}
-        for p, r in results:
+        for (p, r), student_loss in zip(results, agreed.student_losses, strict=True):
             figures[f"loss_{p.stage}"] = float(r.match.loss)
             figures[f"cosine_{p.stage}"] = float(r.match.cosine)
             figures[f"norm_ratio_{p.stage}"] = float(r.match.norm_ratio)
-            figures[f"student_loss_{p.stage}"] = float(torch.stack(r.inner_losses).mean())
+            figures[f"student_loss_{p.stage}"] = student_loss
         return figures
 
-    def _pixel_gradient_norm(self, results: list[tuple[NamedPhase, PhaseResult]]) -> list[float]:
-        """The norm of the total pixel gradient of each class, K numbers."""
-        total_SCHH = torch.stack([p.weight * r.image_grad_SCHH for p, r in results]).sum(0)
-        norms_K = total_SCHH.view(self.classes, -1).norm(dim=1)
-        return [float(f"{x:.4g}") for x in norms_K.tolist()]
 
-    # --- where it ends ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Agreed:
+    """Summed over the ranks: whether one was asked to stop; per phase, which is not finite and the student's mean loss; the
+    squared norm of the total pixel gradient of each class."""
 
-    def publish(self, state: State, folder: Any) -> None:
-        """Publish the synthetic set as it is as a distilled set."""
-        o, recipe, images = state.optimizers, self.recipe, self.data.splits.train
-        labels_S = torch.arange(self.classes).repeat_interleave(recipe.ipc)
-        meta = DistilledMeta(
-            method=recipe.method,
-            dataset=images.name,
-            ipc=recipe.ipc,
-            class_names=images.class_names,
-            counts=images.counts,
-            lr=float(o.alpha),
-            iteration=state.iteration,
-            selection=recipe.distill.select,
-            recipe_hash=recipe.recipe_hash(),
-            experts_hash=recipe.experts_hash(),
-            data_fingerprint=images.fingerprint(),
-            recipe=recipe.model_dump(mode="json"),
-            versions={"lad_dist": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            label_source=state.label_source,
-        )
-        whole = DistilledSet(
-            o.images_SCHH.cpu(),
-            o.logits_SK.cpu(),
-            labels_S,
-            meta,
-            self.data.whitening.to("cpu"),
-            state.initial_SCHH.cpu(),
-        )
-        with self.run.publish_folder(folder) as temporary:
-            whole.write(temporary)
+    stop: bool
+    broken: list[float]
+    student_losses: list[float]
+    class_squares_K: Tensor
+
+
+def _never() -> Any:
+    raise AssertionError("rank 0 makes the initial set")
 
 
 def class_weights(counts: tuple[int, ...], kind: str, offset: float) -> Tensor:

@@ -22,6 +22,8 @@ def step_bytes(student: Student, synthetic: SyntheticSet, phase: Phase, batch: B
         storages[storage.data_ptr()] = storage.nbytes()
         return saved
 
+    if not len(batch.rows_B):  # a rank without images in this batch
+        return 0
     images_BCHH = synthetic.images_SCHH[batch.rows_B].requires_grad_()
     labels_BK = synthetic.logits_SK[batch.rows_B].requires_grad_()
     theta_P = phase.start_P.detach().requires_grad_()

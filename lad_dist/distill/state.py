@@ -1,22 +1,38 @@
-"""The state of a distillation between iterations: what a checkpoint holds, and all that a resumed run needs."""
+"""The state of a distillation between iterations: what a checkpoint holds, and all that a resumed run needs.
+
+    checkpoints/distill/iteration-000100/shard-000-of-002.safetensors
+
+Every rank writes its own share of the synthetic set; the folder appears whole, by one rename. Any number of ranks reads
+it, each its own share, so a run may go on with more or fewer ranks than it began with.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from torch import Tensor
 
+from lad_dist.distill.shards import Share
 from lad_dist.distill.update import Optimizers
 from lad_dist.errors import DistilledError
+from lad_dist.ranks import ALONE, Ranks
 from lad_dist.recipe import Recipe
-from lad_dist.rundir import published, save_tensors
+from lad_dist.rundir import publish_shared_folder, remove, save_tensors
+
+_SHARD = re.compile(r"shard-(\d{3,})-of-(\d{3,})\.safetensors")
+_FOLDER = re.compile(r"iteration-(\d{6,})")
+_SHARED = ("alpha", "momentum_alpha")  # the same on every rank; all others are rows of the set
 
 
 class State:
-    """Synthetic set, optimizers and the number of iterations done.
+    """A rank's share of the synthetic set, its optimizers and the number of iterations done.
 
     ``initial_SCHH`` are the images it started from; ``label_source`` counts how the labels came about.
     """
@@ -48,12 +64,17 @@ class State:
         return self.optimizers.alpha
 
     def finite(self) -> bool:
-        """Whether every number of the synthetic set is finite, and the learning rate positive."""
+        """Whether every number of the share is finite, and the learning rate positive."""
         o = self.optimizers
         return bool(o.images_SCHH.isfinite().all() & o.logits_SK.isfinite().all() & o.alpha.isfinite() & (o.alpha > 0))
 
-    def save(self, path: Path, recipe: Recipe) -> None:
-        """Publish the checkpoint. Raises StorageError where it cannot be written (the previous one stays)."""
+    def save(self, folder: Path, recipe: Recipe, ranks: Ranks = ALONE) -> None:
+        """Publish the checkpoint in ``folder`` and remove older ones. All ranks call it, at the same iteration.
+
+        Raises:
+            StorageError: on every rank, where one of them cannot write (the previous checkpoint stays).
+        """
+        final = folder / f"iteration-{self.iteration:06d}"
         o = self.optimizers
         tensors = {
             "images": o.images_SCHH,
@@ -67,17 +88,39 @@ class State:
             "recipe_hash": _trajectory_hash(recipe),
             **{f"label_source.{k}": str(v) for k, v in self.label_source.items()},
         }
-        with published(path) as temporary:
-            save_tensors({k: t.clone() for k, t in tensors.items()}, temporary, metadata)
+
+        def write(temporary: Path) -> list[Path]:
+            path = temporary / f"shard-{ranks.rank:03d}-of-{ranks.world:03d}.safetensors"
+            save_tensors({k: t.clone() for k, t in tensors.items()}, path, metadata)
+            return [path]
+
+        if ranks.share(final.exists()):  # a run that stopped right after a checkpoint
+            return
+        publish_shared_folder(final, write, ranks.rank, ranks.share, ranks.gather)
+        if ranks.first:
+            for older in _folders(folder)[:-1]:
+                remove(older)
 
     @classmethod
-    def load(cls, path: Path, recipe: Recipe, device: torch.device) -> State:
-        """What ``save`` wrote. Raises DistilledError where it is damaged or of another recipe."""
+    def load(cls, folder: Path, recipe: Recipe, device: torch.device, ranks: Ranks = ALONE) -> State | None:
+        """This rank's share of the newest checkpoint in ``folder``; None where there is none.
+
+        Raises:
+            DistilledError: it is damaged, incomplete, or of another recipe.
+        """
+        newest = ranks.share(next(reversed(_folders(folder)), None))
+        if newest is None:
+            return None
         try:
-            raw = path.read_bytes()
+            shards = [_read(path) for path in _shards(newest)]
+            metadata = shards[0][1]
+            whole = {
+                name: tensor if name in _SHARED else torch.cat([s[0][name] for s in shards])
+                for name, tensor in shards[0][0].items()
+            }
+            rows = Share.of(len(whole["images"]), ranks).rows
             # clones: tensors parsed in place lie where the file put them, and alignment changes the last bits of some sums
-            tensors = {k: t.to(device).clone() for k, t in parse_tensors(raw).items()}
-            metadata = _metadata(raw)
+            tensors = {k: (t if k in _SHARED else t[rows]).to(device).clone() for k, t in whole.items()}
             state = cls(
                 recipe,
                 tensors["images"],
@@ -87,30 +130,45 @@ class State:
                 tensors["alpha"],
                 int(metadata["iteration"]),
             )
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            if len({json.dumps(m, sort_keys=True) for _, m in shards}) > 1:
+                raise ValueError("its shards are of different states")
+        except (SafetensorError, KeyError, ValueError, OSError, RuntimeError) as error:
             raise DistilledError(
-                f"{path}: is not a readable checkpoint ({error}); remove it to distill from the start"
+                f"{newest}: is not a readable checkpoint ({error}); remove it to distill from the start"
             ) from error
         if metadata["recipe_hash"] != _trajectory_hash(recipe):
-            raise DistilledError(f"{path}: was made by another recipe; remove it to distill from the start")
+            raise DistilledError(f"{newest}: was made by another recipe; remove it to distill from the start")
         state.optimizers.load_momentum(tensors)
         return state
 
 
-def _metadata(raw: bytes) -> dict[str, str]:
-    import json
+def _folders(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, oldest first."""
+    found = [p for p in folder.iterdir() if _FOLDER.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
+
+def _shards(folder: Path) -> list[Path]:
+    """The files of one checkpoint in the order of their ranks. Raises ValueError where they are not all there."""
+    found = {int(m[1]): (int(m[2]), p) for p in folder.iterdir() if (m := _SHARD.fullmatch(p.name))}
+    worlds = {world for world, _ in found.values()}
+    if len(worlds) != 1 or set(found) != set(range(worlds.pop())):
+        names = ", ".join(sorted(p.name for _, p in found.values())) or "none"
+        raise ValueError(f"its shards are not all there (found {names})")
+    return [found[rank][1] for rank in sorted(found)]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
-    header: dict[str, dict[str, str]] = json.loads(raw[8 : 8 + length])
-    return header.get("__metadata__", {})
+    tensors = parse_tensors(raw)  # checks the header
+    header: dict[str, Any] = json.loads(raw[8 : 8 + length])
+    return tensors, header.get("__metadata__", {})
 
 
 def _trajectory_hash(recipe: Recipe) -> str:
     """The hash of what determines the course of a distillation: how it is evaluated or saved does not."""
-    import hashlib
-    import json
-
-    doc = recipe.model_dump(mode="json", include={"method", "ipc", "seed", "distill"})
+    doc = recipe.model_dump(mode="json", include={"method", "ipc", "seed", "distill", "buffer"})
     free = ("gradient", "memory_gb", "checkpoint_every", "iterations")
     doc["distill"] = {k: v for k, v in doc["distill"].items() if k not in free}
     doc["experts"] = recipe.experts_hash()

@@ -8,10 +8,16 @@ sum G, then again with graphs, one step at a time, so its memory does not grow w
 
 The classifier phase needs neither: the backbone is frozen at the expert's, so all augmented views go through it once, the
 inner steps touch a linear layer only, and one backward pass per view returns to the pixels.
+
+Over ranks (``ranks.py``) every rank holds the same student and its own share of the synthetic set. A step's loss is a sum
+over images divided by the size of the *whole* batch, so the sum of the ranks' gradients is the gradient of one process,
+however the batch falls on them; that sum is the only thing they exchange. Each rank then differentiates v . g of its own
+images, which is v . g of all of them as far as its own pixels and labels are concerned.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,16 +30,26 @@ from lad_dist.data import augment
 from lad_dist.distill.matching import Match, match
 from lad_dist.models import functional
 from lad_dist.models.layout import Layout
+from lad_dist.ranks import ALONE, Ranks
 
 GradientPath = Literal["keep", "recompute"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One synthetic batch: which rows of the set, and how they are augmented (None: not at all)."""
+    """This rank's part of one synthetic batch: rows of its share of the set, and how they are augmented (None: not at all).
+
+    ``whole`` is the size of the batch over all ranks, by default that of this part.
+    """
 
     rows_B: Tensor
     draw: augment.Draw | None = None
+    whole: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Images in the whole batch."""
+        return len(self.rows_B) if self.whole is None else self.whole
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,11 @@ class Phase:
 
 @dataclass
 class PhaseResult:
-    """The gradients of one phase's matching loss (before lambda) and what is worth knowing about its student."""
+    """The gradients of one phase's matching loss (before lambda) and what is worth knowing about its student.
+
+    ``match``, ``gradient_sum_P`` and ``final_P`` are the same on every rank; the gradients are of this rank's images, and
+    ``inner_losses`` what this rank's images contribute to the loss of each student step.
+    """
 
     match: Match
     image_grad_SCHH: Tensor
@@ -73,25 +93,31 @@ class PhaseResult:
     inner_losses: list[Tensor] = field(default_factory=list)
 
 
-def soft_cross_entropy(logits_BK: Tensor, label_logits_BK: Tensor, class_weights_K: Tensor | None) -> Tensor:
+def soft_cross_entropy(
+    logits_BK: Tensor, label_logits_BK: Tensor, class_weights_K: Tensor | None, whole: int | None = None
+) -> Tensor:
     """l = -(1/B) sum_b sum_c w_c p_bc log q_bc, p = softmax(label logits), q = softmax(student's logits); LAD, section 4.1.
 
-    ``class_weights_K`` None means 1 for every class.
+    ``class_weights_K`` None means 1 for every class. ``whole`` is B where the images given are only a part of a batch.
     """
     p_BK = F.softmax(label_logits_BK, dim=1)
     if class_weights_K is not None:
         p_BK = p_BK * class_weights_K
-    return -(p_BK * F.log_softmax(logits_BK, dim=1)).sum() / len(logits_BK)
+    return -(p_BK * F.log_softmax(logits_BK, dim=1)).sum() / (whole or len(logits_BK))
 
 
 class Student:
-    """Unrolls phases for one network architecture. Its module supplies the computation, never the weights."""
+    """Unrolls phases for one network architecture. Its module supplies the computation, never the weights.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    All ranks must run the same phases in the same order, each with its own part of the batches.
+    """
+
+    def __init__(self, module: nn.Module, ranks: Ranks = ALONE) -> None:
+        self.module, self.ranks = module, ranks
         self.layout = Layout.of(module)
         self._backbone = self.layout.span("backbone")
         self._classifier = self.layout.span("classifier")
+        self._replica: Replica | None = None
 
     def run(self, synthetic: SyntheticSet, phase: Phase, path: GradientPath) -> PhaseResult:
         """The matching loss of one phase and its gradients.
@@ -112,10 +138,14 @@ class Student:
         label_logits_BK: Tensor,
         class_weights_K: Tensor | None,
         create_graph: bool,
+        whole: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(g, loss) of one student step: the flat gradient (P,) of the loss at theta, with its own graph on demand."""
+        """(g, loss) of one student step: the flat gradient (P,) of the loss at theta, with its own graph on demand.
+
+        Of the images given, as part of a batch of ``whole`` images.
+        """
         logits_BK = functional.logits(self.module, self.layout.views(theta_P), images_BCHH)
-        loss = soft_cross_entropy(logits_BK, label_logits_BK, class_weights_K)
+        loss = soft_cross_entropy(logits_BK, label_logits_BK, class_weights_K, whole)
         (gradient_P,) = torch.autograd.grad(loss, theta_P, create_graph=create_graph)
         return gradient_P, loss.detach()
 
@@ -123,21 +153,25 @@ class Student:
         kept: list[_KeptStep] = []
         theta_P, sum_P, losses = phase.start_P, torch.zeros_like(phase.start_P), []
         for batch in phase.batches:
-            step = self._step(synthetic, phase, batch, theta_P, create_graph=path == "keep")
-            losses.append(step.loss)
-            gradient_P = step.gradient_P.detach()
+            if path == "recompute" and self.ranks.world > 1:
+                gradient_P, loss = self._replicated_gradient(synthetic, phase, batch, theta_P)
+            else:
+                step = self._step(synthetic, phase, batch, theta_P, create_graph=path == "keep")
+                gradient_P, loss = self.ranks.total(step.gradient_P.detach()), step.loss
+                if path == "keep":
+                    kept.append(step)
+            losses.append(loss)
             sum_P, theta_P = sum_P + gradient_P, theta_P - synthetic.alpha * gradient_P
-            if path == "keep":
-                kept.append(step)
         matched = match(phase.start_P, phase.target_P, sum_P, synthetic.alpha, phase.span)
         result = _empty_result(matched, synthetic, sum_P, theta_P, losses)
         steps = iter(kept) if path == "keep" else self._again(synthetic, phase)
         for batch, step in zip(phase.batches, steps, strict=True):
-            image_grad, label_grad = torch.autograd.grad(
-                step.gradient_P, [step.images_BCHH, step.labels_BK], grad_outputs=matched.direction_P
-            )
-            result.image_grad_SCHH.index_add_(0, batch.rows_B, image_grad)
-            result.label_grad_SK.index_add_(0, batch.rows_B, label_grad)
+            if len(batch.rows_B):
+                image_grad, label_grad = torch.autograd.grad(
+                    step.gradient_P, [step.images_BCHH, step.labels_BK], grad_outputs=matched.direction_P
+                )
+                result.image_grad_SCHH.index_add_(0, batch.rows_B, image_grad)
+                result.label_grad_SK.index_add_(0, batch.rows_B, label_grad)
             step.release()
         return result
 
@@ -146,70 +180,127 @@ class Student:
         theta_P = phase.start_P
         for batch in phase.batches:
             step = self._step(synthetic, phase, batch, theta_P, create_graph=True)
-            theta_P = theta_P - synthetic.alpha * step.gradient_P.detach()
+            theta_P = theta_P - synthetic.alpha * self.ranks.total(step.gradient_P.detach())
             yield step
 
     def _step(
         self, synthetic: SyntheticSet, phase: Phase, batch: Batch, theta_P: Tensor, create_graph: bool
     ) -> _KeptStep:
+        """One step on this rank's part of a batch; of no images, a gradient of zeros without a graph."""
         images_BCHH = synthetic.images_SCHH[batch.rows_B].requires_grad_(create_graph)
         labels_BK = synthetic.logits_SK[batch.rows_B].requires_grad_(create_graph)
+        if not len(batch.rows_B):
+            return _KeptStep(images_BCHH, labels_BK, torch.zeros_like(theta_P), theta_P.new_zeros(()))
         theta_P = theta_P.detach().requires_grad_()
         views_BCHH = images_BCHH if batch.draw is None else augment.apply(images_BCHH, batch.draw)
-        gradient_P, loss = self.step_gradient(theta_P, views_BCHH, labels_BK, phase.class_weights_K, create_graph)
+        gradient_P, loss = self.step_gradient(
+            theta_P, views_BCHH, labels_BK, phase.class_weights_K, create_graph, batch.size
+        )
         return _KeptStep(images_BCHH, labels_BK, gradient_P, loss)
+
+    def _replicated_gradient(
+        self, synthetic: SyntheticSet, phase: Phase, batch: Batch, theta_P: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same without a graph, through DistributedDataParallel: (gradient of the whole batch, this rank's loss)."""
+        if self._replica is None:
+            self._replica = Replica(self.module, theta_P, self.ranks)
+        images_BCHH, labels_BK = synthetic.images_SCHH[batch.rows_B], synthetic.logits_SK[batch.rows_B]
+        if batch.draw is not None:
+            images_BCHH = augment.apply(images_BCHH, batch.draw)
+        return self._replica.gradient(theta_P, images_BCHH, labels_BK, phase.class_weights_K, batch.size)
 
     # --- only the classifier trains ---------------------------------------------------------------------------------
 
     def _classifier_phase(self, synthetic: SyntheticSet, phase: Phase, path: GradientPath) -> PhaseResult:
-        weight_shape, bias_shape = (self.layout.shapes[self.layout.names.index(n)] for n in self.layout.classifier)
-        classifier_P, kept = phase.start_P[self._classifier], []
-        sum_P, losses = torch.zeros_like(classifier_P), []
+        shapes = [self.layout.shapes[self.layout.names.index(n)] for n in self.layout.classifier]
+        kept: list[_View] = []
+        classifiers = [phase.start_P[self._classifier]]  # theta_i of every step: a linear layer each
+        sum_P, losses = torch.zeros_like(classifiers[0]), []
         for batch in phase.batches:
             view = self._view(synthetic, phase, batch, with_graph=path == "keep")
             gradient_P, loss = _linear_gradient(
-                classifier_P,
+                classifiers[-1],
                 view.features_BD.detach(),
                 synthetic.logits_SK[batch.rows_B],
                 phase.class_weights_K,
-                weight_shape,
-                bias_shape,
+                shapes,
+                batch.size,
             )
+            gradient_P = self.ranks.total(gradient_P)
             losses.append(loss)
-            sum_P, classifier_P = sum_P + gradient_P, classifier_P - synthetic.alpha * gradient_P
+            sum_P = sum_P + gradient_P
+            classifiers.append(classifiers[-1] - synthetic.alpha * gradient_P)
             if path == "keep":
                 kept.append(view)
         whole_sum_P, final_P = torch.zeros_like(phase.start_P), phase.start_P.clone()
-        whole_sum_P[self._classifier], final_P[self._classifier] = sum_P, classifier_P
+        whole_sum_P[self._classifier], final_P[self._classifier] = sum_P, classifiers[-1]
         matched = match(phase.start_P, phase.target_P, whole_sum_P, synthetic.alpha, phase.span)
         result = _empty_result(matched, synthetic, whole_sum_P, final_P, losses)
-        direction_P, classifier_P = matched.direction_P[self._classifier], phase.start_P[self._classifier]
+        direction_P = matched.direction_P[self._classifier]
         views = (
             iter(kept) if path == "keep" else (self._view(synthetic, phase, b, with_graph=True) for b in phase.batches)
         )
-        for batch, view in zip(phase.batches, views, strict=True):
-            features_BD = view.features_BD.detach().requires_grad_()
-            labels_BK = synthetic.logits_SK[batch.rows_B].requires_grad_()
-            gradient_P, _ = _linear_gradient(
-                classifier_P, features_BD, labels_BK, phase.class_weights_K, weight_shape, bias_shape
-            )
-            feature_grad, label_grad = torch.autograd.grad(
-                gradient_P, [features_BD, labels_BK], grad_outputs=direction_P
-            )
-            (image_grad,) = torch.autograd.grad(view.features_BD, view.images_BCHH, grad_outputs=feature_grad)
+        for batch, view, classifier_P in zip(phase.batches, views, classifiers[:-1], strict=True):
+            if len(batch.rows_B):
+                features_BD = view.features_BD.detach().requires_grad_()
+                labels_BK = synthetic.logits_SK[batch.rows_B].requires_grad_()
+                gradient_P, _ = _linear_gradient(
+                    classifier_P, features_BD, labels_BK, phase.class_weights_K, shapes, batch.size
+                )
+                feature_grad, label_grad = torch.autograd.grad(
+                    gradient_P, [features_BD, labels_BK], grad_outputs=direction_P
+                )
+                (image_grad,) = torch.autograd.grad(view.features_BD, view.images_BCHH, grad_outputs=feature_grad)
+                result.image_grad_SCHH.index_add_(0, batch.rows_B, image_grad)
+                result.label_grad_SK.index_add_(0, batch.rows_B, label_grad)
             view.release()
-            classifier_P = classifier_P - synthetic.alpha * gradient_P.detach()
-            result.image_grad_SCHH.index_add_(0, batch.rows_B, image_grad)
-            result.label_grad_SK.index_add_(0, batch.rows_B, label_grad)
         return result
 
     def _view(self, synthetic: SyntheticSet, phase: Phase, batch: Batch, with_graph: bool) -> _View:
-        """The features of one batch's augmented views under the frozen backbone."""
+        """The features of this rank's augmented views of one batch under the frozen backbone."""
         with torch.set_grad_enabled(with_graph):
             images_BCHH = synthetic.images_SCHH[batch.rows_B].requires_grad_(with_graph)
+            if not len(batch.rows_B):
+                weight_shape = self.layout.shapes[self.layout.names.index(self.layout.classifier[0])]
+                return _View(images_BCHH, images_BCHH.new_zeros(0, weight_shape[1]))
             views_BCHH = images_BCHH if batch.draw is None else augment.apply(images_BCHH, batch.draw)
             features_BD = functional.features(self.module, self.layout.views(phase.start_P.detach()), views_BCHH)
         return _View(images_BCHH, features_BD)
+
+
+class Replica:
+    """A copy of the student's module under DistributedDataParallel, whose reducer sums gradients while it computes them.
+
+    It serves steps that need no graph of their gradient; the reducer cannot serve the others.
+    """
+
+    def __init__(self, module: nn.Module, theta_P: Tensor, ranks: Ranks) -> None:
+        network = copy.deepcopy(module).to(theta_P.device, theta_P.dtype).requires_grad_()
+        self._parameters, self._world = list(network.parameters()), ranks.world
+        self._network = ranks.replicate(network)
+
+    def gradient(
+        self,
+        theta_P: Tensor,
+        images_BCHH: Tensor,
+        label_logits_BK: Tensor,
+        class_weights_K: Tensor | None,
+        whole: int,
+    ) -> tuple[Tensor, Tensor]:
+        """(g (P,) of the whole batch at ``theta_P``, loss of the images given). Every rank must call it, with images or not."""
+        with torch.no_grad():
+            pieces = theta_P.split([p.numel() for p in self._parameters])
+            for parameter, piece in zip(self._parameters, pieces, strict=True):
+                parameter.copy_(piece.view_as(parameter))
+        self._network.zero_grad()
+        if len(images_BCHH):
+            logits_BK = self._network(images_BCHH)
+            loss = soft_cross_entropy(logits_BK, label_logits_BK, class_weights_K, whole)
+        else:  # the reducer waits for every rank: a picture of nothing takes part without weight
+            loss = 0 * self._network(images_BCHH.new_zeros(1, *images_BCHH.shape[1:])).sum()
+        (loss * self._world).backward()  # the reducer averages over the ranks; wanted is the sum
+        gradients = [p.grad for p in self._parameters]
+        return torch.cat([g.reshape(-1) for g in gradients if g is not None]), loss.detach()
 
 
 @dataclass
@@ -238,22 +329,24 @@ def _linear_gradient(
     features_BD: Tensor,
     label_logits_BK: Tensor,
     class_weights_K: Tensor | None,
-    weight_shape: tuple[int, ...],
-    bias_shape: tuple[int, ...],
+    shapes: Sequence[tuple[int, ...]],
+    whole: int,
 ) -> tuple[Tensor, Tensor]:
     """(g, loss): the classifier's gradient in closed form, so that differentiating it again costs one small graph.
 
-    With r_bc = w_c p_bc, dl/dlogits_b = (sum_c r_bc) q_b - r_b, over B; the linear layer then gives dW = dlogits^T F.
+    With r_bc = w_c p_bc, dl/dlogits_b = (sum_c r_bc) q_b - r_b, over the ``whole`` batch's B; the linear layer then gives
+    dW = dlogits^T F. ``shapes`` are the weight's and the bias's.
     """
+    weight_shape, bias_shape = shapes
     count = weight_shape[0] * weight_shape[1]
     weight_KD, bias_K = classifier_P[:count].view(weight_shape), classifier_P[count:].view(bias_shape)
     r_BK = F.softmax(label_logits_BK, dim=1)
     if class_weights_K is not None:
         r_BK = r_BK * class_weights_K
     logq_BK = F.log_softmax(F.linear(features_BD, weight_KD, bias_K), dim=1)
-    dlogits_BK = (r_BK.sum(dim=1, keepdim=True) * logq_BK.exp() - r_BK) / len(features_BD)
+    dlogits_BK = (r_BK.sum(dim=1, keepdim=True) * logq_BK.exp() - r_BK) / whole
     gradient_P = torch.cat([(dlogits_BK.T @ features_BD).reshape(-1), dlogits_BK.sum(dim=0)])
-    return gradient_P, -(r_BK * logq_BK).sum().detach() / len(features_BD)
+    return gradient_P, -(r_BK * logq_BK).sum().detach() / whole
 
 
 def _empty_result(

@@ -81,15 +81,15 @@ def classifier_loss(
 
 
 class ExpertTrainer:
-    """Trains experts of one recipe into one buffer folder.
+    """Trains experts of one recipe into one buffer.
 
     Args:
         recipe: determines every row.
         data: the recipe's data on the device to train on.
-        folder: the buffer.
+        folder: the buffer: a local folder, or a URI (``trajectories.files.resolve``).
     """
 
-    def __init__(self, recipe: Recipe, data: PreparedData, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, data: PreparedData, folder: Path | str) -> None:
         self.recipe, self.data, self.folder = recipe, data, folder
         images = data.splits.train
         self.module = build(
@@ -107,14 +107,15 @@ class ExpertTrainer:
 
     def remaining(self, experts: range) -> list[int]:
         """The experts whose checkpoints are not all in the buffer."""
-        left = self._left(experts)
+        left = self.left(experts)
         return [i for i in experts if left[i]]
 
     def epochs_left(self, experts: Iterable[int]) -> int:
         """Epochs that are still to be trained, both stages together."""
-        return sum(self._left(experts).values())
+        return sum(self.left(experts).values())
 
-    def _left(self, experts: Iterable[int]) -> dict[int, int]:
+    def left(self, experts: Iterable[int]) -> dict[int, int]:
+        """For each expert the epochs that are still to be trained, both stages together."""
         buffer, e = self._buffer(), self.recipe.experts
         wanted: tuple[tuple[Stage, int], ...] = (("representation", e.epochs), ("classifier", e.classifier_epochs))
         left = {}
@@ -129,7 +130,7 @@ class ExpertTrainer:
         changed = self.meta.differences(buffer.meta) if buffer.parts else []
         if changed:
             raise TrajectoryError(
-                f"{self.folder}: these trajectories are of other training images or another network "
+                f"{buffer.folder}: these trajectories are of other training images or another network "
                 f"({', '.join(changed)} differ); choose another run or buffer folder, or remove this one to train the experts again"
             )
         return buffer

@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lad_dist import ranks
 from lad_dist.errors import RecipeError, StorageError
 from lad_dist.interrupts import as_exceptions
+from lad_dist.location import is_uri
 from lad_dist.pipeline import Pipeline, open_pipeline
 from lad_dist.profile import Profile
-from lad_dist.progress import Screen
+from lad_dist.progress import Events, Screen
 from lad_dist.recipe import Recipe
+from lad_dist.rundir import RunDir
 
 if TYPE_CHECKING:
     import torch
+
+
+_FOLDER_SECONDS = 120.0  # that another rank's run folder is waited for
 
 
 def run(
     recipe: Recipe,
     out: Path,
     profile: Profile,
-    buffers: Path | None,
+    buffers: Path | str | None,
     screen: Screen,
     stages: Sequence[Callable[[Pipeline], None]],
 ) -> Pipeline:
     """Run stages of a job one after the other, as the profile says. Ctrl-C and SIGTERM raise Interrupted.
+
+    ``buffers`` is the folder or the URI below which trajectory buffers lie; default: the profile's.
 
     Raises:
         LadDistError: whatever a stage raises; an interruption outside a stage too.
     """
     with as_exceptions():
         device = prepare_device(profile)
-        store = buffers or (Path(profile.buffers).expanduser() if profile.buffers else None)
+        store = _location(buffers or profile.buffers)
         try:
-            pipeline = open_pipeline(recipe, out, profile, store, device, screen)
+            where = ranks.place()
+            if where is None or where.rank == 0:
+                pipeline = open_pipeline(recipe, out, profile, store, device, screen)
+            else:  # rank 0 makes the folder, keeps the record and speaks
+                pipeline = Pipeline(recipe, _awaited(out), profile, device, Screen.silent(), Events.nowhere())
             with closing(pipeline.events):  # closing writes too, and may find the disk full
                 for stage in stages:
                     stage(pipeline)
@@ -45,6 +58,19 @@ def run(
                 "and the same command continues"
             ) from error
     return pipeline
+
+
+def _awaited(out: Path) -> RunDir:
+    """The run folder that rank 0 makes. Raises RunDirError if it does not come."""
+    until = time.monotonic() + _FOLDER_SECONDS
+    while not (out / "recipe.yaml").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    return RunDir.existing(out)
+
+
+def _location(buffers: Path | str | None) -> Path | str | None:
+    """A folder as a path, with ``~`` resolved; a URI (``s3://bucket/prefix``) as it is, since a path would mangle it."""
+    return buffers if buffers is None or is_uri(buffers) else Path(buffers).expanduser()
 
 
 def prepare_device(profile: Profile) -> torch.device:

@@ -1,8 +1,8 @@
 """The trajectory buffer: a folder of Parquet parts with one row per checkpoint of an expert.
 
 ``schema`` says what is on disk, ``writer`` and ``reader`` are what the rest of the package uses; ``part`` (one file)
-and ``files`` (the file system) are theirs, and ``verify`` reads everything once. No other room imports pyarrow for the
-buffer.
+and ``files`` (the file system) are theirs, ``verify`` reads everything once, and ``claims`` says who is at work on which
+expert. No other room imports pyarrow for the buffer.
 """
 
 from lad_dist.trajectories.reader import Buffer

@@ -1,33 +1,60 @@
 """Every access of the trajectory buffer to a file system.
 
-Paths are strings inside a ``pyarrow.fs.FileSystem``. Reading and listing work on any of them. Publishing is written
-for local (and network-mounted) folders, where a file becomes visible by a rename; an object store, which shows an
-object only once it is complete, needs its own branch in ``publish`` and nothing else.
+A buffer lies in a local (or network-mounted) folder or in an object store; ``resolve`` turns its location into a
+``pyarrow.fs.FileSystem`` and a path inside it, which everything else works on. Publishing is atomic on both: a file
+becomes visible by a rename, an object by a copy that the store makes of a whole, hidden one.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
 from lad_dist.errors import StorageError, TrajectoryError
+from lad_dist.location import is_remote, local_folder, shown
 from lad_dist.rundir import host_name, process_lives
 
 # `.epochs-0000-0009.parquet.<host>.<process>.<random>.tmp`: hidden, and never matched by `*.parquet`.
-_TEMPORARY = re.compile(r"\..+\.parquet\.(?P<host>[A-Za-z0-9_-]+)\.(?P<pid>[0-9]+)\.[0-9a-f]+\.tmp")
+_TEMPORARY = re.compile(r"\..+\.(?:parquet|json)\.(?P<host>[A-Za-z0-9_-]+)\.(?P<pid>[0-9]+)\.[0-9a-f]+\.tmp")
 # The temporary file of a process that cannot be asked (it is on another host) counts as abandoned after this many
 # seconds; writing a part takes seconds.
 ABANDONED_AFTER = 3600.0
+
+# A store that accepts connections and says nothing costs one request this many seconds, times _S3_ATTEMPTS. (Arrow's
+# documentation calls the limit ignored on Linux; there, libcurl takes it as the time without a byte after which it gives
+# up. With Arrow's own settings a silent store was waited for for 99 s.)
+REQUEST_SECONDS = 10.0
+CONNECT_SECONDS = 5.0
+_S3_ATTEMPTS = 3
+_GCS_RETRY_SECONDS = 30.0
+_PUBLISH_ATTEMPTS = 4
+_PUBLISH_SECONDS = 30.0  # after which an upload that failed is not tried again
+_S3_FIELDS = ("region", "scheme", "endpoint_override", "tls_ca_file_path", "force_virtual_addressing")
+_URI_FORMS = "a folder, s3://bucket/prefix, gs://bucket/prefix, or file:///folder"
+_REMOTE_NAMES = {"s3": "s3://", "gcs": "gs://"}
+# How the clients of the stores begin or mark their own errors, as against those of Arrow about a file's content.
+_INCOMPLETE = "incomplete upload"
+_STORE_ERROR = re.compile(r"AWS Error|google::cloud::Status|curlCode|CURL error|incomplete upload")
+# Errors of a store that do not pass by themselves.
+_LASTING = re.compile(
+    "NO_SUCH_BUCKET|ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_SIGNATURE|INVALID_CLIENT_TOKEN_ID|"
+    "UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION_TOKEN|NOT_IMPLEMENTED|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|"
+    "HTTP status 40[0134]"
+)
+_UNREACHABLE = re.compile("NETWORK_CONNECTION|curlCode|CURL error")
 
 _ADVICE = {
     errno.ENOSPC: "free some space",
@@ -58,16 +85,116 @@ def local(folder: Path) -> tuple[fs.FileSystem, str]:
     return fs.LocalFileSystem(), folder.absolute().as_posix()
 
 
+def resolve(location: Path | str) -> tuple[fs.FileSystem, str]:
+    """The file system and the path inside it that stand for a buffer's location.
+
+    ``location``: a ``Path``, a ``str`` without ``://`` (both a local folder), ``file:///folder``, or
+    ``s3://bucket/prefix`` and ``gs://bucket/prefix``. An S3 store other than Amazon's is named in the query, as in Arrow:
+    ``s3://bucket/prefix?endpoint_override=127.0.0.1:5000&scheme=http``; the fields are ``region``, ``scheme``,
+    ``endpoint_override``, ``tls_ca_file_path`` and ``force_virtual_addressing``. Credentials come from where the store's
+    own tools find them (``AWS_*`` variables, ``~/.aws``, ``GOOGLE_APPLICATION_CREDENTIALS``).
+    Raises ``TrajectoryError``, never showing credentials.
+    """
+    if not is_remote(location):
+        return local(local_folder(location))
+    uri, name = str(location), shown(location)
+    opener = {"s3": _open_s3, "gs": _open_gcs, "gcs": _open_gcs}.get(uri.partition("://")[0].lower())
+    if opener is None:
+        raise TrajectoryError(f"{name}: the kind of storage is unknown; valid: {_URI_FORMS}")
+    if not urlsplit(uri).netloc.rpartition("@")[2]:
+        raise TrajectoryError(f"{name}: names no bucket; valid: {_URI_FORMS}")
+    try:
+        return opener(uri)
+    except (OSError, ValueError, ImportError) as cause:  # ArrowInvalid is a ValueError
+        # Arrow quotes the URI: neither the message nor the chain of errors may show the credentials in it.
+        reason = _first_line(cause).replace(uri, name)
+        error = TrajectoryError(f"{name}: cannot be opened: {reason}; valid: {_URI_FORMS}")
+        raise error from (cause if name == uri else None)
+
+
+def _open_s3(uri: str) -> tuple[fs.FileSystem, str]:
+    """As ``pyarrow.fs.FileSystem.from_uri``, which knows no time limits. Raises OSError, ValueError, ImportError."""
+    parts = urlsplit(uri)
+    user, _, bucket = parts.netloc.rpartition("@")
+    key, _, secret = user.partition(":")
+    options: dict[str, Any] = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+    unknown = sorted(set(options) - set(_S3_FIELDS))
+    if unknown:
+        raise ValueError(f"the query fields {', '.join(unknown)} are unknown, known are {', '.join(_S3_FIELDS)}")
+    if "force_virtual_addressing" in options:
+        options["force_virtual_addressing"] = options["force_virtual_addressing"].lower() in ("true", "1")
+    elsewhere = "endpoint_override" in options or _set("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+    if "region" not in options and not _set("AWS_REGION", "AWS_DEFAULT_REGION"):
+        options["region"] = "us-east-1" if elsewhere else _region_of(bucket)
+    if user:
+        options |= {"access_key": unquote(key), "secret_key": unquote(secret) or None}
+    filesystem = fs.S3FileSystem(
+        request_timeout=REQUEST_SECONDS,
+        connect_timeout=CONNECT_SECONDS,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
+        **options,
+    )
+    return filesystem, f"{bucket}{unquote(parts.path)}".rstrip("/")
+
+
+@cache
+def _region_of(bucket: str) -> str:
+    """Asks Amazon, once in a process. Raises OSError."""
+    region: str = fs.resolve_s3_region(bucket)
+    return region
+
+
+def _set(*variables: str) -> bool:
+    return any(os.environ.get(variable) for variable in variables)
+
+
+def _open_gcs(uri: str) -> tuple[fs.FileSystem, str]:
+    """Raises OSError, ValueError, ImportError."""
+    if "retry_limit_seconds=" not in uri:  # the client's own limit is 15 minutes
+        uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={_GCS_RETRY_SECONDS:g}"
+    filesystem, path = fs.FileSystem.from_uri(uri)
+    return filesystem, path.rstrip("/")
+
+
+def name_of(filesystem: fs.FileSystem, path: str) -> str:
+    """A path for messages: with the kind of store before it, where it is not a local one."""
+    return _REMOTE_NAMES.get(filesystem.type_name, "") + path
+
+
+def is_local(filesystem: fs.FileSystem) -> bool:
+    """Whether files are published by rename, as against objects that appear when they are complete."""
+    return isinstance(filesystem, fs.LocalFileSystem)
+
+
+def of_the_store(cause: BaseException) -> bool:
+    """Whether an error is an object store's, or of the way to it, rather than about a file's content."""
+    return isinstance(cause, OSError) and cause.errno is None and _STORE_ERROR.search(str(cause)) is not None
+
+
+def _first_line(cause: BaseException) -> str:
+    return (str(cause).splitlines() or [repr(cause)])[0].removesuffix(".")
+
+
 def _stamp(info: fs.FileInfo) -> Stamp:
     return Stamp(int(info.size or 0), int(info.mtime_ns or 0))
 
 
 def list_files(filesystem: fs.FileSystem, folder: str) -> list[Entry]:
-    """All files below ``folder``, sorted by path; none if it does not exist. Raises ``TrajectoryError``."""
+    """All files below ``folder``, sorted by path; none if it does not exist.
+
+    Raises ``TrajectoryError`` if it cannot be listed, which includes a bucket that does not exist.
+    """
+    where = name_of(filesystem, folder)
     try:
         found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
+        bucket = folder.partition("/")[0]
+        if not (found or is_local(filesystem)) and filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
+            raise TrajectoryError(f"{where}: there is no bucket {bucket}; make it, or choose another")
     except (OSError, pa.ArrowException) as cause:
-        raise TrajectoryError(f"{folder}: cannot be listed ({cause}); valid: a folder that you may read") from cause
+        valid = (
+            "folder that you may read" if is_local(filesystem) else "bucket that you may list, with your credentials"
+        )
+        raise TrajectoryError(f"{where}: cannot be listed ({_first_line(cause)}); valid: a {valid}") from cause
     prefix = folder.rstrip("/") + "/"
     return sorted(Entry(f.path.removeprefix(prefix), _stamp(f)) for f in found if f.type == fs.FileType.File)
 
@@ -88,38 +215,97 @@ def _storage_errors(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as cause:
-        reason = os.strerror(cause.errno) if cause.errno else str(cause)
-        advice = _ADVICE.get(cause.errno or 0, "make sure that the folder exists and accepts files")
+        reason = os.strerror(cause.errno) if cause.errno else _first_line(cause)
+        kind = "bucket exists and accepts your writes" if of_the_store(cause) else "folder exists and accepts files"
+        advice = _ADVICE.get(cause.errno or 0, f"make sure that the {kind}")
         raise StorageError(
-            f"{path}: could not be published: {reason}; {advice} and run the same command again. "
-            "Parts published before are intact; only the epochs of this one will be redone"
+            f"{path}: could not be published: {reason}; {advice} and run the same command again. Parts "
+            "published before are intact; only the epochs of this one will be redone"
         ) from cause
 
 
 def publish(filesystem: fs.FileSystem, path: str, write: Callable[[BinaryIO], None]) -> None:
     """Create or replace ``path`` in one step by what ``write`` puts into the file that it is given.
 
-    Readers see the old file or the whole new one, even after a crash: the bytes go to a temporary file of the same
-    folder and are synced before the rename, the folder is synced after it. Any number of processes may publish the
-    same path: the last wins.
-    Raises ``StorageError``, after removing the temporary file, if the file system refuses.
+    Readers see the old file or the whole new one, even after a crash. Any number of processes may publish the same path:
+    the last wins. Raises ``StorageError``, after removing what is not finished, if the file system refuses.
     """
-    if not isinstance(filesystem, fs.LocalFileSystem):
-        raise StorageError(f"{path}: parts can be written to local folders only, not to {filesystem.type_name}")
+    with _storage_errors(name_of(filesystem, path)):
+        if is_local(filesystem):
+            _publish_file(path, write)
+        else:
+            _publish_object(filesystem, path, write)
+
+
+def temporary_name(path: str) -> str:
+    """A name beside ``path`` that no reader looks at, and that says who is writing."""
     folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    with _storage_errors(path):
-        os.makedirs(folder, exist_ok=True)
+    return f"{folder}/.{name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+
+
+def _publish_file(path: str, write: Callable[[BinaryIO], None]) -> None:
+    """The bytes go to a temporary file of the same folder and are synced before the rename, the folder after it."""
+    folder, temporary = os.path.dirname(path), temporary_name(path)
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with open(temporary, "x+b") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+    _sync_folder(folder)
+
+
+def _publish_object(filesystem: fs.FileSystem, path: str, write: Callable[[BinaryIO], None]) -> None:
+    """Made in memory (as large as the rows that wait to be published), uploaded under a hidden name, then copied.
+
+    Arrow's output streams know no way back: closing one, leaving its ``with`` block by an error, and even dropping it all
+    *finish* the upload with the bytes that it has. Only the copy, which the store makes itself and shows when it is whole,
+    bears the final name, and only after the upload's length was checked.
+    """
+    whole, temporary = io.BytesIO(), temporary_name(path)
+    write(whole)
+    try:
+        _retried(lambda: _upload(filesystem, temporary, path, whole.getbuffer()))
+    except OSError as cause:
+        if not _UNREACHABLE.search(str(cause)):  # else the removal would only wait once more
+            _remove_object(filesystem, temporary)
+        raise
+    except BaseException:
+        _remove_object(filesystem, temporary)
+        raise
+    _remove_object(filesystem, temporary)
+
+
+def _upload(filesystem: fs.FileSystem, temporary: str, path: str, content: memoryview) -> None:
+    with filesystem.open_output_stream(temporary) as stream:
+        stream.write(content)
+    arrived = filesystem.get_file_info(temporary).size
+    if arrived != len(content):
+        raise OSError(f"{_INCOMPLETE}: {arrived} of {len(content)} bytes")
+    filesystem.copy_file(temporary, path)
+
+
+def _retried(step: Callable[[], None]) -> None:
+    """Errors of a store that may pass are waited out, with longer and longer pauses, for half a minute at most."""
+    began = time.monotonic()
+    for attempt in range(1, _PUBLISH_ATTEMPTS + 1):
         try:
-            with open(temporary, "x+b") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            _remove(temporary)
-            raise
-        _sync_folder(folder)
+            return step()
+        except OSError as cause:
+            late = attempt == _PUBLISH_ATTEMPTS or time.monotonic() - began > _PUBLISH_SECONDS
+            if late or not of_the_store(cause) or _LASTING.search(str(cause)):
+                raise
+        time.sleep(0.25 * 2**attempt)
+
+
+def _remove_object(filesystem: fs.FileSystem, path: str) -> None:
+    """What cannot be removed is hidden, and ``clean_temporary_files`` comes past an hour later."""
+    with suppress(OSError):
+        filesystem.delete_file(path)
 
 
 def _remove(path: str) -> None:
@@ -155,7 +341,7 @@ def clean_temporary_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
             continue
         old = time.time() - entry.stamp.changed_ns / 1e9 > ABANDONED_AFTER
         if old or (match["host"] == host_name() and not process_lives(int(match["pid"]))):
-            with _storage_errors(path):
+            with _storage_errors(name_of(filesystem, path)):
                 try:
                     filesystem.delete_file(path)
                 except FileNotFoundError:

@@ -81,6 +81,10 @@ def damage_named(path: str) -> Iterator[None]:
             f"{path}: the part has gone since it was listed; run `lad-dist experts` again, which redoes its epochs"
         ) from cause
     except OSError as cause:
+        if files.of_the_store(cause):
+            raise TrajectoryError(
+                f"{path}: cannot be read: {_first_line(cause)}; run the same command again when the store answers"
+            ) from cause
         if cause.errno is None:  # Arrow's own errors about the content are OSErrors without a number
             raise damaged(path, _first_line(cause)) from cause
         raise TrajectoryError(f"{path}: cannot be read: {cause.strerror}; valid: a readable file") from cause

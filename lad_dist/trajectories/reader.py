@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from lad_dist.errors import TrajectoryError
+from lad_dist.location import shown
 from lad_dist.trajectories import files, part
 from lad_dist.trajectories.schema import (
     STAGES,
@@ -33,7 +34,8 @@ KEPT_FOOTERS = 512
 
 
 class Buffer:
-    """The checkpoints in a folder. Opening lists names only; a part's footer is read when first needed, and then kept.
+    """The checkpoints in a folder or under a URI. Opening lists names only; a part's footer is read when first needed, and
+    then kept.
 
     What exists is answered from the names of the parts as of the last ``refresh``; files whose names are not those of
     parts are ignored. A checkpoint found in several parts is the same in all of them by design, and is read from the
@@ -45,10 +47,10 @@ class Buffer:
     ``expected_hash``: refuse parts whose ``experts_hash`` is another; without it the first part that is opened decides.
     """
 
-    def __init__(self, folder: Path, expected_hash: str | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | str, expected_hash: str | None = None) -> None:
+        self.folder = shown(folder)
         self.expected_hash = expected_hash
-        self.filesystem, self.root = files.local(folder)
+        self.filesystem, self.root = files.resolve(folder)
         self._entries: dict[PartName, files.Stamp] = {}
         self._index: dict[tuple[Stage, int], tuple[PartName, ...]] = {}
         self._footers: dict[PartName, part.Footer] = {}
@@ -146,7 +148,7 @@ class Buffer:
         meta["classifier_parameters"] = list(self.meta.classifier_parameters)
         meta["vector_lengths"] = {stage: self.meta.vector_length(stage) for stage in STAGES}
         found = {
-            "folder": str(self.folder),
+            "folder": self.folder,
             "parts": len(self._entries),
             "bytes": sum(stamp.size for stamp in self._entries.values()),
             "rows": sum(name.last - name.first + 1 for name in self._entries),

@@ -10,6 +10,7 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
+from pyarrow import fs
 
 from lad_dist.errors import NumericalError, StorageError, TrajectoryError
 from lad_dist.trajectories import files
@@ -28,10 +29,13 @@ class PartWriter:
     checkpoint that was checked when it was appended, whatever went wrong afterwards, so a resumed expert need not redo
     it. The one exception is a ``StorageError`` from the block: the same write would only fail again.
 
-    Raises ``TrajectoryError`` if an argument is out of bounds.
+    ``folder``: a local folder or a URI (``files.resolve``).
+    Raises ``TrajectoryError`` if an argument is out of bounds, or the location cannot be used.
     """
 
-    def __init__(self, folder: Path, meta: BufferMeta, stage: Stage, expert: int, epochs_per_part: int = 10) -> None:
+    def __init__(
+        self, folder: Path | str, meta: BufferMeta, stage: Stage, expert: int, epochs_per_part: int = 10
+    ) -> None:
         if stage not in STAGES:
             raise TrajectoryError(f"trajectory stage {stage!r} is unknown; valid: {', '.join(STAGES)}")
         if not 0 <= expert < 10**9:
@@ -42,12 +46,12 @@ class PartWriter:
         self.stage = stage
         self.expert = expert
         self.epochs_per_part = epochs_per_part
-        self._filesystem, self._root = files.local(folder)
+        self._filesystem, self._root = files.resolve(folder)
         self._length = meta.vector_length(stage)
         meta.to_metadata()  # raises now rather than after the first epochs
         self._pending: list[Checkpoint] = []
         self._next_epoch: int | None = None
-        clean_temporary(folder, stage, expert)
+        _clean(self._filesystem, self._root, stage, expert)
 
     def append(
         self,
@@ -120,11 +124,15 @@ class PartWriter:
                 raise NumericalError(f"{where}: {metric} is {value}; valid: a finite number, or None")
 
 
-def clean_temporary(folder: Path, stage: Stage, expert: int) -> list[Path]:
-    """Remove the temporary files that killed writers of this expert left behind; return those removed.
+def clean_temporary(folder: Path | str, stage: Stage, expert: int) -> list[Path]:
+    """Remove what killed writers of this expert left behind; return the paths, inside the file system, of those removed.
 
     Files of writers that may still be at work are left alone (``files.clean_temporary_files``). Raises
-    ``StorageError``.
+    ``StorageError``, and ``TrajectoryError`` if the location cannot be used.
     """
-    filesystem, root = files.local(folder)
+    filesystem, root = files.resolve(folder)
+    return _clean(filesystem, root, stage, expert)
+
+
+def _clean(filesystem: fs.FileSystem, root: str, stage: Stage, expert: int) -> list[Path]:
     return [Path(path) for path in files.clean_temporary_files(filesystem, f"{root}/{expert_folder(stage, expert)}")]

@@ -9,6 +9,7 @@ import torch
 
 from lad_dist.distill.initial import HARD_LABEL_LOGIT
 from lad_dist.distill.loop import Distillation, class_weights
+from lad_dist.distill.start import Facts
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Student
 from lad_dist.distill.update import Optimizers
@@ -22,6 +23,10 @@ CPU = torch.device("cpu")
 
 def events(pipeline, kind: str) -> list[dict]:
     return [e for e in read_events(pipeline.run.events) if e["kind"] == kind]
+
+
+def work_of(pipeline) -> Distillation:
+    return Distillation(pipeline.recipe, Facts.of(pipeline.data), pipeline.run, CPU)
 
 
 def result(pipeline) -> tuple[bytes, float]:
@@ -102,7 +107,7 @@ def test_how_it_is_computed_does_not_change_the_result(pipeline_of, undisturbed,
 
 def test_one_iteration_can_be_redone_alone(pipeline_of):
     pipeline = pipeline_of()
-    work = [Distillation(pipeline.recipe, pipeline.data, pipeline.run) for _ in range(2)]
+    work = [work_of(pipeline) for _ in range(2)]
     work[0].phases(0)
     first, second = work[0].phases(4), work[1].phases(4)
     for a, b in zip(first, second, strict=True):
@@ -114,14 +119,14 @@ def test_one_iteration_can_be_redone_alone(pipeline_of):
 
 def test_batches_are_permutations_that_are_refilled(pipeline_of):
     pipeline = pipeline_of(distill={"student_steps": 9, "batch": 6})
-    batches = Distillation(pipeline.recipe, pipeline.data, pipeline.run).phases(0)[0].phase.batches
+    batches = work_of(pipeline).phases(0)[0].phase.batches
     assert [len(b.rows_B) for b in batches] == [6, 6, 6, 2, 6, 6, 6, 2, 6]
     first, second = torch.cat([b.rows_B for b in batches[:4]]), torch.cat([b.rows_B for b in batches[4:8]])
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(20))
     assert first.tolist() != second.tolist()
     assert all(len(b.draw.values_BD) == len(b.rows_B) for b in batches)
     larger = pipeline_of("larger", distill={"batch": 500})
-    batches = Distillation(larger.recipe, larger.data, larger.run).phases(0)[0].phase.batches
+    batches = work_of(larger).phases(0)[0].phase.batches
     assert {len(b.rows_B) for b in batches} == {20}
 
 
@@ -130,17 +135,22 @@ def test_a_checkpoint_of_another_recipe_or_damaged(pipeline_of, undisturbed):
     other = recipe.model_copy(update={"seed": 1})
     with pytest.raises(DistilledError, match="another recipe"):
         State.load(path, other, CPU)
-    raw = path.read_bytes()
+    (shard,) = path.rglob("*.safetensors")
+    assert str(shard.relative_to(path)) == "iteration-000006/shard-000-of-001.safetensors"
+    raw = shard.read_bytes()
     for damaged in (raw[:-7], raw[:20], b"", b"\xff" * len(raw)):
-        path.write_bytes(damaged)
-        with pytest.raises(DistilledError, match=r"distill\.safetensors: is not a readable checkpoint"):
+        shard.write_bytes(damaged)
+        with pytest.raises(DistilledError, match="iteration-000006: is not a readable checkpoint"):
             State.load(path, recipe, CPU)
+    shard.rename(shard.with_name("shard-001-of-002.safetensors"))
+    with pytest.raises(DistilledError, match="its shards are not all there"):
+        State.load(path, recipe, CPU)
 
 
 def test_state_round_trip_keeps_every_bit(undisturbed, tmp_path):
     state = State.load(undisturbed.run.distill_checkpoint, undisturbed.recipe, CPU)
-    state.save(tmp_path / "again.safetensors", undisturbed.recipe)
-    again = State.load(tmp_path / "again.safetensors", undisturbed.recipe, CPU)
+    state.save(tmp_path / "again", undisturbed.recipe)
+    again = State.load(tmp_path / "again", undisturbed.recipe, CPU)
     assert again.iteration == 6 and again.label_source == state.label_source
     assert set(state.label_source) == {"images_no_expert_classified", "images_repeated"}
     assert equal(again.optimizers.momentum_tensors(), state.optimizers.momentum_tensors())
@@ -214,7 +224,7 @@ def test_a_learning_rate_that_is_not_positive(pipeline_of):
 def test_methods(pipeline_of, method, stages, span, weighted, soft):
     lambdas = {"lambda_representation": 0.5, "lambda_classifier": 2.0}
     pipeline = pipeline_of(method=method, distill={"iterations": 2, **lambdas})
-    work = Distillation(pipeline.recipe, pipeline.data, pipeline.run)
+    work = work_of(pipeline)
     phases, layout = work.phases(0), work.student.layout
     assert [p.stage for p in phases] == stages
     assert [p.weight for p in phases] == [0.5, 2.0][: len(stages)]
@@ -260,7 +270,7 @@ def test_labels_start_as_the_experts_see_the_images(pipeline_of):
     images, labels = pipeline.data.train.batch(torch.tensor(initial["indices"]))
     assert torch.equal(distilled.images, images) and torch.equal(distilled.initial_images, images)
     assert torch.equal(distilled.labels, labels) and labels.tolist() == [c for c in range(10) for _ in range(2)]
-    work = Distillation(pipeline.recipe, pipeline.data, pipeline.run)
+    work = work_of(pipeline)
     views = [work.student.layout.views(work.windows.last("classifier", e)) for e in (0, 1)]
     with torch.no_grad():
         logits = torch.stack([functional.logits(work.student.module, v, images) for v in views])
@@ -292,7 +302,7 @@ def test_per_class_gradient_norms(pipeline_of, monkeypatch):
 def test_windows_in_the_events_are_those_used(pipeline_of):
     pipeline = pipeline_of()
     pipeline.distill()
-    work = Distillation(pipeline.recipe, pipeline.data, pipeline.run)
+    work = work_of(pipeline)
     for i, event in enumerate(events(pipeline, "iteration")):
         assert event["iteration"] == i + 1
         assert event["windows"] == [[p.stage, p.window.expert, p.window.epoch] for p in work.phases(i)]
@@ -312,6 +322,10 @@ def test_buffers_of_other_images_are_refused(pipeline_of, monkeypatch):
     monkeypatch.setattr(type(pipeline.data.splits.train), "fingerprint", lambda self: "other")
     with pytest.raises(TrajectoryError, match="other training images"):
         pipeline.distill()
+
+
+def test_only_the_newest_checkpoint_is_kept(undisturbed):
+    assert [p.name for p in undisturbed.run.distill_checkpoint.iterdir()] == ["iteration-000006"]
 
 
 # --- class weights ----------------------------------------------------------------------------------------------------
@@ -339,8 +353,8 @@ def test_offset():
 def test_a_label_temperature_divides_the_first_soft_labels_and_no_hard_ones(pipeline_of, silent):
     def first_logits(name, **changes):
         pipeline = pipeline_of(name, **changes)
-        work = Distillation(pipeline.recipe, pipeline.data, pipeline.run)
-        return work.start(silent, pipeline.events).optimizers.logits_SK
+        work = work_of(pipeline)
+        return work.start(pipeline.data, silent, pipeline.events).optimizers.logits_SK
 
     hot = {"label_temperature": 4.0}
     assert torch.equal(first_logits("soft", distill=hot), first_logits("plain") / 4)

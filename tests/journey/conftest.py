@@ -58,7 +58,10 @@ class Ended:
 
 @dataclass
 class LadDist:
-    """``lad-dist`` in this process (quick), or as a process of its own (to be killed). Always on one thread."""
+    """``lad-dist`` in this process (quick), or as a process of its own (to be killed). Always on one thread.
+
+    Experts are trained in the process, unless ``--fleet`` is among the arguments.
+    """
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
@@ -92,8 +95,12 @@ class LadDist:
 
     @staticmethod
     def _arguments(args: tuple[object, ...]) -> list[object]:
-        runs = args and args[0] in ("run", "experts", "distill", "evaluate", "report")
-        return [*args, "--threads", 1, "--device", "cpu"] if runs else list(args)
+        if not args or args[0] not in ("run", "experts", "distill", "evaluate", "report"):
+            return list(args)
+        if "--fleet" in args:  # whose actors may use all cores, one thread each
+            return [*args, "--device", "cpu"]
+        here = ["--fleet", "off"] if args[0] in ("run", "experts") else []
+        return [*args, "--threads", 1, "--device", "cpu", *here]
 
 
 @pytest.fixture

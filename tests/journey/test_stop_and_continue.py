@@ -34,7 +34,7 @@ def undisturbed(tmp_path_factory, look):
             "model": {"width": 4, "depth": 1}, "augment": {"operations": ["crop", "scale"]}, **LONGER}  # fmt: skip
     job.write_text(yaml.safe_dump(tiny))
     with pytest.raises(SystemExit) as ended:
-        cli.app(["run", str(job), "--out", str(folder / "run"), "--threads", "1", "--device", "cpu"])
+        cli.app(["run", str(job), "--out", str(folder / "run"), "--threads", "1", "--device", "cpu", "--fleet", "off"])
     assert ended.value.code == 0
     return job, Buffer(folder / "run" / "trajectories").digest(), look.distilled_bytes(folder / "run")
 

@@ -211,7 +211,8 @@ def test_a_reader_that_goes_away(lad, finished):
 def test_a_person_watching_sees_a_live_view(lad, job, tmp_path):
     """On a pseudo-terminal: bars, no traceback, the same result."""
     controller, terminal = pty.openpty()
-    command = [sys.executable, "-m", "lad_dist.cli", "run", str(job()), "--out", "run", "--device", "cpu"]
+    command = [sys.executable, "-m", "lad_dist.cli", "run", str(job()), "--out", "run", "--device", "cpu",
+               "--fleet", "off"]  # fmt: skip
     root = str(Path(lad_dist.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root, "TERM": "xterm", "COLUMNS": "90"}
     process = subprocess.Popen(command, stdout=terminal, stderr=terminal, cwd=tmp_path, env=environment)

@@ -1,0 +1,75 @@
+"""The command line: ``lad-dist VERB JOB``. Commands only; what they do is said in ``pipeline.py``.
+
+    options.py    what the verbs of a job are told (JOB, --out, --set, --on, ...), declared once
+    stages.py     run, experts, distill, evaluate, report
+    plan.py       plan
+    looking.py    status, compare, jobs, clusters
+    buffers.py    buffer inspect, buffer verify
+    terminal.py   output, and the types of ``errors.py`` as one message and an exit code
+
+A verb is a function, named in ``VERBS`` in the order in which ``--help`` lists them. Whatever is slow to import is
+imported inside the functions, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from lad_dist import __version__
+from lad_dist.cli import buffers, looking, plan, stages, terminal
+from lad_dist.cli.options import default_out, expanded
+
+__all__ = ["app", "default_out", "main"]
+
+VERBS: tuple[Callable[..., None], ...] = (
+    stages.run,
+    stages.experts,
+    stages.distill,
+    stages.evaluate,
+    stages.report,
+    plan.plan,
+    looking.status,
+    looking.compare,
+    looking.jobs,
+    looking.clusters,
+)
+BUFFER_VERBS: tuple[Callable[..., None], ...] = (buffers.inspect, buffers.verify)
+
+app = typer.Typer(
+    cls=terminal.Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+buffer_app = typer.Typer(no_args_is_help=True, help="Look into a trajectory buffer.")
+
+for verb in VERBS:
+    app.command()(expanded(verb))
+for verb in BUFFER_VERBS:
+    buffer_app.command()(expanded(verb))
+app.add_typer(buffer_app, name="buffer")
+
+
+def main() -> None:
+    """The entry point of ``lad-dist``."""
+    terminal.tolerate_any_encoding()
+    app()
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lad-dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def lad_dist(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Distil a long-tailed image data set into a few synthetic images per class."""

@@ -1,0 +1,65 @@
+"""The verbs that only look: runs, and what ships with lad-dist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lad_dist.cli import terminal
+
+
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again until every stage is done.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How often --watch looks.")] = 2.0,
+) -> None:
+    """What a run has done, what it is doing, and what has come out so far."""
+    from lad_dist import status as of_runs
+    from lad_dist.errors import Interrupted
+    from lad_dist.interrupts import as_exceptions
+
+    if not watch:
+        of_runs.print_status(of_runs.read_status(folder), terminal.stdout())
+        return
+    try:
+        with as_exceptions():  # SIGTERM too: the live view hides the cursor, and must give it back
+            of_runs.watch(folder, terminal.stdout(), every)
+    except Interrupted as how_one_leaves:
+        raise typer.Exit(how_one_leaves.exit_code) from None
+
+
+def compare(folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]) -> None:
+    """The results of several runs in one table."""
+    from lad_dist.status import compare_table
+
+    terminal.stdout().print(compare_table(folders))
+
+
+def jobs() -> None:
+    """The recipes that ship with lad-dist."""
+    from rich.table import Table
+
+    from lad_dist import catalog, recipe_file
+
+    table = Table("name", "purpose", "data", "factor", "IPC")
+    for name, file in catalog.jobs().items():
+        recipe = recipe_file.load(file)
+        factor = f"{recipe.data.imbalance_factor:g}" if recipe.data.imbalance == "exponential" else "natural"
+        table.add_row(name, catalog.purpose(file), recipe.data.dataset, factor, str(recipe.ipc))
+    terminal.stdout().print(table)
+
+
+def clusters() -> None:
+    """The cluster profiles that ship with lad-dist."""
+    from rich.table import Table
+
+    from lad_dist import catalog, recipe_file
+    from lad_dist.profile import Profile
+
+    table = Table("name", "purpose", "launcher", "device")
+    for name, file in catalog.profiles().items():
+        profile = recipe_file.validated(Profile, recipe_file.read_document(file), str(file))
+        table.add_row(name, catalog.purpose(file), profile.launcher, profile.device)
+    terminal.stdout().print(table)

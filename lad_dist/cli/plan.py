@@ -1,0 +1,79 @@
+"""The verb that says beforehand what a job will need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lad_dist.cli import terminal
+from lad_dist.cli.options import JobOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from lad_dist.profile import Profile
+    from lad_dist.recipe import Recipe
+
+
+def plan(
+    asked: JobOptions,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes that share the distillation.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Plan for this GPU (a100, h100, h200, l40s, rtx4090).")
+    ] = None,
+    calibrate: Annotated[
+        float, typer.Option(min=0.5, metavar="SECONDS", help="How long to measure this device.")
+    ] = 10.0,
+    no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="Take rates from a table instead.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Memory, disk and hours of every stage; refuses what cannot fit, and says what would make it fit."""
+    import json
+
+    from lad_dist.errors import RecipeError
+    from lad_dist.interrupts import as_exceptions
+    from lad_dist.plan.estimate import make_plan
+    from lad_dist.plan.facts import facts_of
+    from lad_dist.plan.place import place_of
+
+    recipe, profile = asked.recipe(), asked.profile(ranks=ranks)
+    with as_exceptions():
+        device = None if gpu is not None else _device_here(profile)
+        place = place_of(profile, device, gpu)
+        buffer = _buffer(asked, recipe, profile)
+        seconds = None if no_calibrate else calibrate
+        made = make_plan(recipe, facts_of(recipe.data), place, device, buffer, seconds)
+    if as_json:
+        terminal.stdout().print(json.dumps(made.to_json(), indent=1), soft_wrap=True)
+    else:
+        from lad_dist.plan.show import tables
+
+        terminal.stdout().print(tables(made))
+    if made.faults:
+        raise RecipeError(made.faults)
+
+
+def _device_here(profile: Profile) -> torch.device | None:
+    """The profile's device on this machine; None where it asks for GPUs that are elsewhere."""
+    import torch
+
+    from lad_dist.launch.local import prepare_device
+
+    if profile.device == "cuda" and not torch.cuda.is_available():
+        return None
+    return prepare_device(profile)
+
+
+def _buffer(asked: JobOptions, recipe: Recipe, profile: Profile) -> Path | None:
+    """The folder that the trajectory buffer will lie in; None for one in an object store."""
+    from lad_dist.location import is_remote, joined, local_folder
+    from lad_dist.rundir import RunDir
+
+    store = asked.buffers or profile.buffers
+    if store is None:
+        inside = RunDir(asked.folder(recipe)).trajectories
+        return inside if isinstance(inside, Path) else None
+    shared = joined(store, recipe.experts_hash()[:16])
+    return None if is_remote(shared) else local_folder(shared)

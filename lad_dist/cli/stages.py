@@ -1,0 +1,74 @@
+"""The verbs that do something: ``run`` and one for each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lad_dist.cli import terminal
+from lad_dist.cli.options import Baseline, FleetOption, JobOptions, RanksOption
+
+if TYPE_CHECKING:
+    from lad_dist.pipeline import Pipeline
+
+
+def run(asked: JobOptions, fleet: FleetOption = None, ranks: RanksOption = None) -> None:
+    """Everything that is not done yet: experts, distillation, evaluation, report. Resumes."""
+    _print_results(_execute(asked, [lambda p: p.all()], fleet=fleet, ranks=ranks))
+
+
+def experts(asked: JobOptions, fleet: FleetOption = None) -> None:
+    """Train the experts into the trajectory buffer."""
+    _execute(asked, [lambda p: p.experts()], fleet=fleet)
+
+
+def distill(asked: JobOptions, ranks: RanksOption = None) -> None:
+    """Match the experts' trajectories with a synthetic set."""
+    _execute(asked, [lambda p: p.distill()], ranks=ranks)
+
+
+def evaluate(
+    asked: JobOptions,
+    baseline: Annotated[
+        list[Baseline] | None, typer.Option(help="Measure this instead of the distilled set; may be given twice.")
+    ] = None,
+    ranks: RanksOption = None,
+) -> None:
+    """Measure what networks learn from the distilled set, random real images, or the whole training set."""
+    sources = [b.value for b in baseline] if baseline else ["distilled"]
+    _print_results(_execute(asked, [_evaluation(source) for source in dict.fromkeys(sources)], ranks=ranks))
+
+
+def _evaluation(source: str) -> Callable[[Pipeline], None]:
+    return lambda pipeline: pipeline.evaluate(source)
+
+
+def report(asked: JobOptions) -> None:
+    """Write the tables, pictures and the page of a run."""
+    _say_where(_execute(asked, [lambda p: p.report()]))
+
+
+def _execute(asked: JobOptions, stages: Sequence[Callable[[Pipeline], None]], **overrides: object) -> Pipeline:
+    """Run stages of the job as the profile says, with ``overrides`` of its fields that are not None."""
+    from lad_dist.launch import local
+    from lad_dist.progress import Screen
+
+    recipe, profile = asked.recipe(), asked.profile(**overrides)
+    return local.run(recipe, asked.folder(recipe), profile, asked.buffers, Screen(terminal.stdout()), stages)
+
+
+def _print_results(pipeline: Pipeline) -> None:
+    from lad_dist import results
+    from lad_dist.status import print_results
+
+    print_results(results.read(pipeline.run.results), terminal.stdout())
+    _say_where(pipeline)
+
+
+def _say_where(pipeline: Pipeline) -> None:
+    page = pipeline.run.report / "index.html"
+    later = f"run folder: {pipeline.run.root} (`lad-dist report {pipeline.run.root}` writes the report)"
+    where = f"report: {page}" if page.exists() else later
+    terminal.stdout().print(where, soft_wrap=True)

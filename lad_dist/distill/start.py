@@ -1,0 +1,131 @@
+"""Where a distillation begins and ends: the initial synthetic set made of real images, and the set that is published.
+
+Rank 0 does both; the other ranks never hold a training image.
+Shapes: S synthetic images, N training images, K classes.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lad_dist import __version__
+from lad_dist.data.prepare import PreparedData
+from lad_dist.distill import initial
+from lad_dist.distill.state import State
+from lad_dist.distill.student import Student
+from lad_dist.distill.windows import Windows
+from lad_dist.distilled import DistilledMeta, DistilledSet
+from lad_dist.models import functional
+from lad_dist.progress import Events, Screen
+from lad_dist.recipe import Recipe
+from lad_dist.rundir import RunDir
+from lad_dist.trajectories.schema import Stage
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rank needs to know of the training images without having them. ``size`` is a side in pixels."""
+
+    channels: int
+    size: int
+    counts: tuple[int, ...]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, data: PreparedData) -> Facts:
+        images = data.splits.train
+        return cls(images.channels, images.size, tuple(images.counts), images.fingerprint())
+
+
+def first_set(
+    recipe: Recipe, data: PreparedData, student: Student, windows: Windows, screen: Screen, events: Events
+) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """(images (S, C, H, H), label logits (S, K), how the labels came about): real images with the experts' logits as labels.
+
+    On the host.
+    """
+    stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
+    d, cache = recipe.distill, dict[int, Tensor]()
+
+    def outputs(function: _Output, expert: int, indices: np.ndarray | None = None) -> Tensor:
+        return _expert_outputs(function, data, student, windows.last(stage, expert), indices)
+
+    def logits_of(expert: int, indices: np.ndarray) -> Tensor:
+        if len(indices) <= len(cache.get(expert, ())):
+            return cache[expert][torch.from_numpy(indices)]
+        logits = outputs(functional.logits, expert, indices)
+        if len(indices) == len(data.train):
+            cache[expert] = logits
+        return logits
+
+    first = initial.build(
+        logits_of,
+        recipe.experts.count,
+        data.train.labels_N.cpu().numpy(),
+        recipe.ipc,
+        data.classes,
+        seed=recipe.seed,
+        only_correct=d.initial != "real-random",
+        hard_labels=d.labels == "hard",
+        features_of=(lambda e: outputs(functional.features, e)) if d.initial == "real-herded" else None,
+    )
+    images_SCHH, _ = data.train.batch(torch.from_numpy(first.indices_S))
+    source = {"images_no_expert_classified": first.without_expert, "images_repeated": first.repeated}
+    events.emit("initial-set", indices=first.indices_S.tolist(), **source)
+    screen.say(
+        f"distill: {len(images_SCHH)} initial images; {first.without_expert} labelled by their class's mean logits, "
+        f"{first.repeated} repeated"
+    )
+    logits_SK = first.logits_SK / (d.label_temperature if d.labels == "soft" else 1.0)
+    return images_SCHH.cpu(), logits_SK, source
+
+
+_Output = Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor]
+
+
+@torch.no_grad()
+def _expert_outputs(
+    function: _Output, data: PreparedData, student: Student, weights_P: Tensor, indices: np.ndarray | None
+) -> Tensor:
+    """What an expert makes of training images (all of them by default), on the host."""
+    views = student.layout.views(weights_P)
+    rows = torch.arange(len(data.train)) if indices is None else torch.from_numpy(indices)
+    return torch.cat([function(student.module, views, data.train.batch(r)[0]) for r in rows.split(1024)]).cpu()
+
+
+def publish(recipe: Recipe, data: PreparedData, state: State, run: RunDir, folder: Path) -> None:
+    """Publish the whole synthetic set of ``state`` as a distilled set in ``folder``."""
+    o, images = state.optimizers, data.splits.train
+    meta = DistilledMeta(
+        method=recipe.method,
+        dataset=images.name,
+        ipc=recipe.ipc,
+        class_names=images.class_names,
+        counts=images.counts,
+        lr=float(o.alpha),
+        iteration=state.iteration,
+        selection=recipe.distill.select,
+        recipe_hash=recipe.recipe_hash(),
+        experts_hash=recipe.experts_hash(),
+        data_fingerprint=images.fingerprint(),
+        recipe=recipe.model_dump(mode="json"),
+        versions={"lad_dist": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        label_source=state.label_source,
+    )
+    whole = DistilledSet(
+        o.images_SCHH.cpu(),
+        o.logits_SK.cpu(),
+        torch.arange(data.classes).repeat_interleave(recipe.ipc),
+        meta,
+        data.whitening.to("cpu"),
+        state.initial_SCHH.cpu(),
+    )
+    with run.publish_folder(folder) as temporary:
+        whole.write(temporary)

@@ -1,0 +1,146 @@
+"""What a fleet's process does: train one expert with the images that it was handed. No Ray here; ``fleet.py`` wraps it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lad_dist import errors
+from lad_dist.data.datasets import DataSplits, ImageSet
+from lad_dist.data.prepare import PreparedData
+from lad_dist.data.prepared import PreparedSet
+from lad_dist.data.whitening import Kind, Whitening
+from lad_dist.errors import LadDistError
+from lad_dist.experts.crew import Failure, name_of
+from lad_dist.experts.train import Epoch, ExpertTrainer
+from lad_dist.recipe import Recipe
+from lad_dist.trajectories import claims
+
+
+@dataclass(frozen=True)
+class SharedData:
+    """The training images and their whitening as arrays, which all processes of a host may share without a copy."""
+
+    images_NCHW: npt.NDArray[np.uint8]
+    labels_N: npt.NDArray[np.int64]
+    class_names: tuple[str, ...]
+    name: str
+    kind: Kind
+    eps: float
+    whitening: tuple[npt.NDArray[np.float32], ...]  # mean, matrix, inverse
+
+    @classmethod
+    def of(cls, data: PreparedData) -> SharedData:
+        """The part of ``data`` that an expert sees."""
+        train, w = data.splits.train, data.whitening
+        return cls(
+            train.images_NCHW.contiguous().numpy(),
+            train.labels_N.numpy(),
+            train.class_names,
+            train.name,
+            w.kind,
+            w.eps,
+            tuple(tensor.cpu().numpy() for tensor in (w.mean, w.matrix, w.inverse)),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all arrays in bytes."""
+        return self.images_NCHW.nbytes + self.labels_N.nbytes + sum(array.nbytes for array in self.whitening)
+
+    def prepared(self, device: torch.device) -> PreparedData:
+        """To train on ``device``: whitened there as in any other process. There is no test image in it."""
+        images_NCHW, labels_N = _tensor(self.images_NCHW), _tensor(self.labels_N)
+        train = ImageSet(images_NCHW, labels_N, self.class_names, self.name)
+        nothing = ImageSet(images_NCHW[:0], labels_N[:0], self.class_names, f"{self.name} (none)")
+        channels, height, width = self.images_NCHW.shape[1:]
+        mean, matrix, inverse = (_tensor(array) for array in self.whitening)
+        whitening = Whitening(self.kind, self.eps, (channels, height, width), mean, matrix, inverse).to(device)
+        splits = DataSplits(train, None, nothing, train.counts)
+        return PreparedData(splits, whitening, PreparedSet(images_NCHW, labels_N, whitening, device), device)
+
+
+def _tensor(array: npt.NDArray[np.generic]) -> Tensor:
+    """A tensor over the array's own memory, which may be read-only: nobody writes to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What every process of a fleet is told: what to compute, where to write it, and on whose behalf."""
+
+    recipe: Recipe
+    location: Path | str
+    owner: str
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """The process that trains."""
+
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """Another driver is training this expert; nothing was done."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All epochs are in the buffer."""
+
+
+Report = Started | Epoch | Claimed | Failure | Finished
+
+
+class ExpertActor:
+    """Trains an expert and reports what happens. It needs the buffer's location, and no file of the data set."""
+
+    def __init__(self, orders: Orders, data: SharedData) -> None:
+        torch.set_num_threads(orders.threads)
+        self._orders, self._data = orders, data
+
+    def train(self, expert: int) -> Iterator[Report]:
+        """``Started``, an ``Epoch`` for each that is trained, ``Finished``; or ``Claimed``, or a ``Failure`` at the end.
+
+        Errors are reported as text, so that no type of them has to survive the way to another process.
+        """
+        o = self._orders
+        try:
+            yield Started(socket.gethostname(), os.getpid())
+            with claims.hold(o.location, name_of(expert), o.owner) as held:
+                if not held:
+                    yield Claimed()
+                    return
+                trainer = ExpertTrainer(o.recipe, self._data.prepared(torch.device(o.device)), o.location)
+                with closing(trainer.train(expert)) as epochs:
+                    yield from epochs
+            yield Finished()
+        except Exception as error:
+            yield failure_of(expert, error)
+
+
+def failure_of(expert: int, error: Exception) -> Failure:
+    """An error as text, with its own traceback."""
+    trace = "".join(traceback.format_exception(error))
+    if isinstance(error, LadDistError):
+        known = next(t.__name__ for t in type(error).__mro__ if getattr(errors, t.__name__, None) is t)
+        return Failure(expert, str(error), known, trace)
+    return Failure(expert, f"{type(error).__name__}: {error}", None, trace)

@@ -1,0 +1,100 @@
+"""The surroundings of a Ray cluster: where it is, how a process speaks to it undisturbed. No Ray here (see ``fleet.py``)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster that this process is connected to. ``address`` and ``dashboard`` are host:port."""
+
+    address: str
+    dashboard: str | None
+    own: bool
+
+    def directions(self) -> list[str]:
+        """How to watch it, for people."""
+        where = "started on this machine" if self.own else f"joined the cluster at {self.address}"
+        if not self.dashboard:
+            return [f"ray: {where}, without a dashboard"]
+        port = self.dashboard.rpartition(":")[2]
+        return [
+            f"ray: {where}; dashboard: http://{self.dashboard} (its token: `ray get-auth-token`, or ~/.ray/auth_token)",
+            f"ray: from another machine: ssh -L {port}:{self.dashboard} {socket.gethostname()}",
+        ]
+
+    def answers(self) -> bool:
+        """Whether its head is there; Ray itself would wait for it a minute, and then end this process."""
+        return listens(self.address)
+
+
+def listens(address: str) -> bool:
+    """Whether anything accepts connections at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the processes that are started in the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def signals_heeded() -> Iterator[None]:
+    """Ctrl-C and SIGTERM act at once, and none is lost.
+
+    ``ray.init`` puts a handler of its own in place of ours, and Ray's compiled code drops exceptions that handlers raise.
+    """
+    noted: list[tuple[int, FrameType | None]] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in numbers}
+
+    def act(number: int, frame: FrameType | None) -> None:
+        handler = previous[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append((number, frame))
+        act(number, frame)
+
+    try:
+        for number in numbers:
+            signal.signal(number, note)
+    except ValueError:  # not the main thread, which alone gets signals, and for which alone Ray sets a handler
+        yield
+        return
+    try:
+        yield
+    except SystemExit:  # by Ray's handler
+        act(signal.SIGTERM, None)
+        raise
+    finally:
+        if not noted:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+    if noted:
+        act(*noted[0])

@@ -1,0 +1,436 @@
+"""Many experts at once: one Ray actor per expert, as many as fit. The only file that imports ray.
+
+This process (the driver) prepares the data once, puts them into Ray's object store, starts actors, and records what they
+report; the actors write their parts straight to the buffer. A failed actor is replaced by a new one that continues from the
+last published part: the driver counts the attempts, Ray restarts nothing by itself. An expert is the same whoever trains it,
+so an actor that was lost and turns out to be alive does no harm.
+
+    connected   the cluster: the one that is named, else one of its own on the loopback address
+    Fleet       actors, and what they report
+    _Metrics    what Prometheus sees
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import ray
+from ray.exceptions import RayError
+from ray.util import metrics
+
+from lad_dist.errors import ExpertError, RecipeError, TrajectoryError
+from lad_dist.experts.actor import Claimed, ExpertActor, Finished, Orders, SharedData, Started
+from lad_dist.experts.cluster import LOOPBACK, Cluster, environment, listens, signals_heeded
+from lad_dist.experts.crew import Failure, Queue, Record, cluster_address, cores_to_use, gpu_count, name_of
+from lad_dist.experts.train import Epoch, ExpertTrainer
+from lad_dist.interrupts import deferred
+from lad_dist.profile import Profile
+from lad_dist.progress import Events, Screen
+from lad_dist.trajectories.reader import Buffer
+
+MIB = 2**20
+SMALLEST_STORE = 80 * MIB  # Ray refuses less than 75 MiB
+WAIT_SECONDS = 0.5  # for reports, before looking at anything else
+LOOK_SECONDS = 5.0  # between two looks at the cluster, and at the size of the buffer
+GONE_SECONDS = 3.0  # without an answer from the cluster's head, after which it is given up
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def train(
+    trainer: ExpertTrainer,
+    profile: Profile,
+    run: str,
+    queue: Queue,
+    record: Record,
+    events: Events,
+    screen: Screen,
+) -> None:
+    """Train what is left, many experts at a time. ``run`` names the run on Ray's dashboard.
+
+    Experts that failed in the end are in ``record``. Interrupted, and on any error, the actors are ended, and so is a
+    cluster of its own.
+
+    Raises:
+        ExpertError: no cluster could be had, or it is gone.
+        RecipeError: the profile's ray.address cannot be used.
+        TrajectoryError, StorageError: the buffer cannot be used.
+    """
+    shared = SharedData.of(trainer.data)
+    namespace = f"lad-dist-{run}-{queue.owner}"
+    with connected(profile, shared.nbytes) as cluster:
+        events.emit("ray-started", address=cluster.address, dashboard=cluster.dashboard, namespace=namespace)
+        for line in cluster.directions():
+            screen.say(line)
+        Fleet(cluster, profile, Staff(trainer, shared, namespace), queue, record, screen).run()
+
+
+# The cluster
+
+
+@contextmanager
+def connected(profile: Profile, data_bytes: int) -> Iterator[Cluster]:
+    """The cluster that the profile or RAY_ADDRESS names, else one of its own, which ends with the block.
+
+    A process that is connected already stays connected, to the same cluster.
+    Raises ExpertError where there is none, RecipeError where the address cannot be used.
+    """
+    if ray.is_initialized():
+        context = ray.get_runtime_context()
+        yield Cluster(context.gcs_address, None, own=False)
+        return
+    address = cluster_address(profile)
+    try:
+        with signals_heeded(), _nothing_left_on_error():
+            cluster = _started(profile, data_bytes) if address is None else _joined(address)
+        yield cluster
+    finally:
+        with deferred():
+            ray.shutdown()
+
+
+def _started(profile: Profile, data_bytes: int) -> Cluster:
+    """A cluster of this process alone: everything listens on the loopback address, and ends with this process."""
+    r = profile.ray
+    store = r.object_store_mb * MIB if r.object_store_mb is not None else max(SMALLEST_STORE, data_bytes * 13 // 10)
+    variables = {
+        # Of the driver it would be inherited anyway; actors of a cluster that is joined get it by their runtime environment.
+        "OMP_NUM_THREADS": str(profile.threads_per_expert),
+        "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),  # nothing is sent home unasked
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default, which it otherwise warns about
+    }
+    with environment(variables), _loopback():
+        try:
+            context: Any = ray.init(
+                address="local",  # never a stranger's cluster on the same machine
+                num_cpus=max(cores_to_use(profile), profile.threads_per_expert),
+                num_gpus=gpu_count(),
+                include_dashboard=r.dashboard,
+                object_store_memory=store,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except (RuntimeError, ValueError, OSError, RayError) as error:
+            raise ExpertError(
+                f"ray: no cluster could be started on this machine: {_first_line(error)}; lad-dist experts --fleet off "
+                "trains without one"
+            ) from error
+    return Cluster(context.address_info["gcs_address"], context.dashboard_url or None, own=True)
+
+
+def _joined(address: str) -> Cluster:
+    """The running cluster at ``address``, which is left as it is."""
+    if address.startswith("ray://"):
+        raise RecipeError(
+            f"profile: ray.address: {address}: Ray's client protocol cannot pass on reports; valid: host:port of the "
+            "cluster's head, from a node of the cluster, or auto"
+        )
+    host, _, port = address.rpartition(":")
+    local = host in LOOPBACK
+    missing = f"ray.address {address}: no Ray cluster answers there; `ray start --head` starts one, and without an "
+    missing += "address in the profile or RAY_ADDRESS one is started on this machine"
+    if port.isdigit() and not listens(address):
+        raise ExpertError(missing)
+    # `ray start` makes clusters with a token where there is one, but a driver only offers it when told to.
+    with environment({"RAY_AUTH_MODE": _auth_mode()}), _loopback(local):
+        try:
+            context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (RuntimeError, ValueError, OSError, RayError) as error:
+            raise ExpertError(f"{missing} ({_first_line(error)})") from error
+    return Cluster(context.address_info["gcs_address"], context.dashboard_url or None, own=False)
+
+
+def _auth_mode() -> str:
+    token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    default = "token" if token or (Path.home() / ".ray" / "auth_token").exists() else "disabled"
+    return os.environ.get("RAY_AUTH_MODE", default)
+
+
+@contextmanager
+def _nothing_left_on_error() -> Iterator[None]:
+    """End the processes that an interrupted or failed ``ray.init`` has started: Ray only ends those of a finished one."""
+    psutil: Any = import_module("psutil")  # Ray's own copy, there since ray was imported
+    this = psutil.Process()
+    before = {child.pid for child in this.children(recursive=True)}
+    try:
+        yield
+    except BaseException:
+        stopped: dict[int, Any] = {}
+        while new := [c for c in this.children(recursive=True) if c.pid not in before and c.pid not in stopped]:
+            for child in new:
+                stopped[child.pid] = child
+                with suppress(psutil.NoSuchProcess):
+                    child.suspend()  # so that it starts no others while they are counted
+        for child in stopped.values():
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(stopped.values(), timeout=2)
+        raise
+
+
+@contextmanager
+def _loopback(wanted: bool = True) -> Iterator[None]:
+    """Make Ray take 127.0.0.1 for what it says, in place of this host's address in the network.
+
+    That is what it does on macOS and Windows, where it forms no clusters of several hosts; the switch is read when ray is
+    imported, which may have happened already. With it no process of the cluster listens to other hosts.
+    """
+    from ray._private import ray_constants
+
+    before, name = ray_constants.ENABLE_RAY_CLUSTER, ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    if not wanted:
+        yield
+        return
+    with environment({name: "0"}):
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        try:
+            yield
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# The actors
+
+
+@dataclass(frozen=True)
+class Staff:
+    """What it takes to make an actor."""
+
+    trainer: ExpertTrainer
+    shared: SharedData
+    namespace: str
+
+
+@dataclass
+class _Member:
+    """One actor at work: the handle, the reports to come, and the process as far as it is known."""
+
+    expert: int
+    handle: Any
+    reports: Any
+    host: str = ""
+    pid: int = 0
+
+
+class Fleet:
+    """Starts actors while there is room, takes their reports, and replaces those that fail."""
+
+    def __init__(
+        self, cluster: Cluster, profile: Profile, staff: Staff, queue: Queue, record: Record, screen: Screen
+    ) -> None:
+        self.cluster, self.profile, self.staff = cluster, profile, staff
+        self.queue, self.record, self.screen = queue, record, screen
+        self._members: list[_Member] = []
+        self._attempts: Counter[int] = Counter()
+        self._room, self._looked_at = 0, -LOOK_SECONDS
+        self._metrics = _Metrics(staff.trainer.folder, record)
+
+    def run(self) -> None:
+        """Until nothing is left. Raises ExpertError, TrajectoryError, StorageError, Interrupted."""
+        self._device = self._choose_device()
+        trainer = self.staff.trainer
+        orders = Orders(trainer.recipe, trainer.folder, self.queue.owner, self._device, self.profile.threads_per_expert)
+        self._orders, self._data = orders, _call(ray.put, self.staff.shared)
+        try:
+            while self._members or len(self.queue):
+                self._fill()
+                if not self._members:
+                    self.queue.say_waiting(self.screen)
+                    time.sleep(WAIT_SECONDS)
+                elif not self._take_reports():
+                    self._look()
+                self._metrics.update(len(self._members))
+        finally:
+            if self.cluster.answers():
+                for member in self._members:
+                    self._end(member)
+
+    def _choose_device(self) -> str:
+        """As this process; where a cluster was joined and any device will do, GPUs if the cluster has some."""
+        here = self.staff.trainer.data.device.type
+        if self.cluster.own or self.profile.device != "auto":
+            return here
+        return "cuda" if _call(ray.cluster_resources).get("GPU", 0) >= 1 else "cpu"
+
+    def _fill(self) -> None:
+        """Start actors for the experts that are next, if there is room."""
+        while len(self._members) < self._fits():
+            expert = self.queue.take(self.record)
+            if expert is None:
+                return
+            self._start(expert)
+
+    def _fits(self) -> int:
+        """How many actors the cluster has room for, as of the last look: at least one, which then waits for a node."""
+        if time.monotonic() - self._looked_at >= LOOK_SECONDS:
+            p, gpu = self.profile, self._device == "cuda"
+            nodes = [node["Resources"] for node in _call(ray.nodes) if node["Alive"]]
+            if self.cluster.own and not nodes:
+                raise self._gone()
+            each = [
+                int(node.get("GPU", 0)) * p.experts_per_gpu if gpu else int(node.get("CPU", 0)) // p.threads_per_expert
+                for node in nodes
+            ]
+            self._room, self._looked_at = max(1, sum(each)), time.monotonic()
+        return self._room
+
+    def _start(self, expert: int) -> None:
+        p, attempt = self.profile, self._attempts[expert]
+        options: dict[str, Any] = {
+            # The name of a lost actor is only free again when the cluster has noticed.
+            "name": name_of(expert) + (f"-try-{attempt + 1}" if attempt else ""),
+            "namespace": self.staff.namespace,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
+        if self._device == "cuda":
+            options |= {"num_gpus": int(1e4 / p.experts_per_gpu) / 1e4, "num_cpus": 0}  # Ray counts in ten-thousandths
+        else:
+            options |= {"num_cpus": p.threads_per_expert}
+        if not self.cluster.own:
+            options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(p.threads_per_expert)}}
+        actor: Any = ray.remote(ExpertActor)
+        with deferred():
+            handle = actor.options(**options).remote(self._orders, self._data)
+            reports = handle.train.options(num_returns="streaming").remote(expert)
+            self._members.append(_Member(expert, handle, reports))
+        self.record.starting(expert)
+
+    def _take_reports(self) -> bool:
+        """Wait a moment for reports, and take one from each actor that has any; whether there were some."""
+        waiting = {member.reports: member for member in self._members}
+        ready, _ = _call(ray.wait, list(waiting), num_returns=1, timeout=WAIT_SECONDS)
+        if ready:
+            ready, _ = _call(ray.wait, list(waiting), num_returns=len(waiting), timeout=0)
+        for reports in ready:
+            self._take(waiting[reports])
+        return bool(ready)
+
+    def _take(self, member: _Member) -> None:
+        try:
+            report = _call(lambda: ray.get(next(member.reports)))
+        except StopIteration:
+            report = Failure(member.expert, "its process stopped without a word")
+        except RayError as error:
+            report = self._lost(member, error)
+        if isinstance(report, Started):
+            member.host, member.pid = report.host, report.pid
+            self.record.started(member.expert, member.host, member.pid)
+        elif isinstance(report, Epoch):
+            self.record.epoch(report, member.host, member.pid)
+            self._metrics.epoch()
+        else:
+            self._dismiss(member)
+            if isinstance(report, Failure):
+                self._failed(report)
+            elif isinstance(report, Finished):
+                self.record.finished(member.expert)
+            elif isinstance(report, Claimed):
+                self.record.stopped(member.expert)
+                self.queue.put_back(member.expert)
+
+    def _lost(self, member: _Member, error: RayError) -> Failure:
+        """An actor's process is gone or out of reach. Raises ExpertError if the whole cluster is."""
+        self._looked_at = -LOOK_SECONDS
+        if not self.cluster.answers():
+            raise self._gone() from error
+        who = f"process {member.pid} on {member.host}" if member.pid else "its process"
+        return Failure(member.expert, f"{who} is gone ({type(error).__name__})", None, str(error))
+
+    def _failed(self, failure: Failure) -> None:
+        expert = failure.expert
+        self._attempts[expert] += 1
+        attempts, retries = self._attempts[expert], self.profile.expert_retries
+        if attempts > retries:
+            self.record.failed(failure, attempts)
+        else:
+            self.record.restarted(failure, attempts, retries)
+            self.queue.again(expert)
+
+    def _dismiss(self, member: _Member) -> None:
+        self._members.remove(member)
+        self._end(member)
+
+    def _end(self, member: _Member) -> None:
+        """End an actor's process. One that is gone already is no error."""
+        with deferred():
+            ray.kill(member.handle)
+
+    def _look(self) -> None:
+        """Notice a cluster that is gone while nothing is reported."""
+        silent_since: float | None = None
+        while not self.cluster.answers():
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since >= GONE_SECONDS:
+                raise self._gone()
+            time.sleep(WAIT_SECONDS)
+
+    def _gone(self) -> ExpertError:
+        whose = "of this process" if self.cluster.own else f"at {self.cluster.address}"
+        return ExpertError(f"the Ray cluster {whose} is gone; published parts are kept, and the same command continues")
+
+
+def _call(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call into Ray with signals held back until it returns: its compiled code drops exceptions that handlers raise."""
+    with deferred():
+        return function(*args, **kwargs)
+
+
+class _Metrics:
+    """Gauges and counters on every node's Prometheus port; Ray puts ``ray_`` before their names."""
+
+    def __init__(self, location: Path | str, record: Record) -> None:
+        self._location, self._record = location, record
+        gauge, counter = metrics.Gauge, metrics.Counter
+        self._done = gauge("ladist_experts_done", "Experts whose checkpoints are all in the buffer")
+        self._total = gauge("ladist_experts_total", "Experts of the recipe")
+        self._active = gauge("ladist_experts_active", "Experts being trained by this driver")
+        self._epochs = counter("ladist_epochs_total", "Epochs trained by this driver")
+        self._speed = gauge("ladist_images_per_second", "Of an expert's last epoch; 0 when it has ended", ("expert",))
+        self._size = gauge("ladist_buffer_bytes", "Size of the parts in the buffer")
+        self._written = counter("ladist_bytes_written_total", "Bytes by which the buffer grew since this driver began")
+        self._bytes, self._shown, self._looked_at = 0, set[int](), time.monotonic()
+        self._bytes = self._buffer_bytes()
+
+    def epoch(self) -> None:
+        """One more epoch was trained."""
+        self._epochs.inc()
+
+    def update(self, active: int) -> None:
+        """Show what the record says."""
+        r = self._record
+        self._done.set(r.experts_done)
+        self._total.set(r.experts_total)
+        self._active.set(active)
+        for expert in self._shown - r.images_per_second.keys():
+            self._speed.set(0.0, {"expert": name_of(expert)})
+        for expert, speed in r.images_per_second.items():
+            self._speed.set(speed, {"expert": name_of(expert)})
+        self._shown = set(r.images_per_second)
+        if time.monotonic() - self._looked_at >= LOOK_SECONDS:
+            now, self._looked_at = self._buffer_bytes(), time.monotonic()
+            self._size.set(now)
+            if now > self._bytes:
+                self._written.inc(now - self._bytes)
+            self._bytes = now
+
+    def _buffer_bytes(self) -> int:
+        try:
+            buffer = Buffer(self._location)
+            return int(buffer.inspect(digest=False)["bytes"]) if buffer.parts else 0
+        except TrajectoryError:  # a figure to watch is no reason to stop: whoever needs the buffer will say what is wrong
+            return self._bytes

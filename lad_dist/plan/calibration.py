@@ -1,0 +1,187 @@
+"""Seconds of a step of each kind, measured on this device: a few real steps with the recipe's shapes.
+
+Each kind is timed on two numbers of images, which separates what a step costs from what an image costs. The larger is the one
+the job will use, unless a few steps of it would not fit the time there is; then it is smaller, and said so.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lad_dist.data import augment
+from lad_dist.distill.student import Batch, GradientPath, Phase, Student, SyntheticSet
+from lad_dist.experts.gsam import gsam_gradient
+from lad_dist.experts.train import classifier_loss, network_loss
+from lad_dist.models.convnet import build, flat_parameters
+from lad_dist.plan.scaling import StepTime
+from lad_dist.plan.shapes import Shapes
+from lad_dist.recipe import Recipe
+from lad_dist.seeds import rng
+
+_MOST_REPEATS = 5
+_SMALL_BATCH = 2
+_STUDENT_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A kind of step to time: on how many images the job will take it, and with how many CPU threads."""
+
+    kind: str
+    images: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a kind of step takes, and on how many images that was measured."""
+
+    step: StepTime
+    images: int
+    repeats: int
+
+
+def calibrate(
+    recipe: Recipe, shapes: Shapes, wanted: list[Wanted], device: torch.device, seconds: float
+) -> dict[str, Calibrated]:
+    """Time every kind of ``wanted`` within about ``seconds`` in all. Medians."""
+    work = _Steps(recipe, shapes, device)
+    found: dict[str, Calibrated] = {}
+    until = time.perf_counter() + seconds
+    for left, want in zip(range(len(wanted), 0, -1), wanted, strict=True):
+        budget = max(until - time.perf_counter(), 0.05) / left
+        with _threads(want.threads if device.type == "cpu" else None):
+            steps = 1 if want.kind.startswith(("experts/", "evaluate/")) else _STUDENT_STEPS
+            found[want.kind] = _time(work.of(want.kind), steps, want.images, device, budget)
+    return found
+
+
+def _time(
+    make: Callable[[int], Callable[[], object]], steps: int, images: int, device: torch.device, budget: float
+) -> Calibrated:
+    """A kind's step on few and on many images, in about ``budget`` seconds; a job of ``make`` is ``steps`` of them."""
+    began = time.perf_counter()
+    few = min(_SMALL_BATCH, images)
+    once = _seconds(make(few), device, 1)
+    small = min(once, _seconds(make(few), device, 2 if once < budget / 10 else 1))
+    if images <= few:
+        return Calibrated(StepTime(small / few / steps), images, 1)
+    left = budget - (time.perf_counter() - began)
+    affordable = int(left / 3 / (small / few))  # an image of a large batch costs no more than one of a small batch
+    many = max(few + 1, min(images, affordable))
+    job = make(many)
+    first = _seconds(job, device, 1)
+    repeats = max(1, min(_MOST_REPEATS, int((budget - (time.perf_counter() - began)) / first)))
+    large = _seconds(job, device, repeats)
+    small, large = small / steps, large / steps
+    if device.type == "cuda":  # works through a queue: few images take as long as launching does
+        return Calibrated(StepTime(large / many, launch=small), many, repeats)
+    per_image = max((large - small) / (many - few), 1e-12)
+    return Calibrated(StepTime(per_image, per_step=max(small - few * per_image, 0.0)), many, repeats)
+
+
+def _seconds(job: Callable[[], object], device: torch.device, repeats: int) -> float:
+    taken = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        job()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Steps:
+    """Random images and weights of a recipe's shapes, and each kind of step on them."""
+
+    def __init__(self, recipe: Recipe, shapes: Shapes, device: torch.device) -> None:
+        self.recipe, self.shapes, self.device = recipe, shapes, device
+        network = build(
+            shapes.channels,
+            shapes.size,
+            shapes.classes,
+            shapes.width,
+            shapes.depth,
+            seed=0,
+            purpose=("template",),
+        )
+        self.module = network.to(device)
+        self.student = Student(self.module)
+        self.start_P = flat_parameters(self.module)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def of(self, kind: str) -> Callable[[int], Callable[[], object]]:
+        """From a number of images to one step of ``kind`` on them (a student's: _STUDENT_STEPS)."""
+        stage, _, what = kind.partition("/")
+        if stage == "experts":
+            return lambda images: self._expert(what, images)
+        if stage == "evaluate":
+            return self._training
+        return lambda images: self._student(stage, "keep" if what == "keep" else "recompute", images)
+
+    def _images(self, count: int) -> torch.Tensor:
+        s = self.shapes
+        return torch.randn(count, s.channels, s.size, s.size, generator=self.generator).to(self.device)
+
+    def _labels(self, count: int) -> torch.Tensor:
+        return torch.randint(0, self.shapes.classes, (count,), generator=self.generator).to(self.device)
+
+    def _draw(self, count: int, step: int = 0) -> augment.Draw:
+        return augment.draw(rng(0, "calibrate", step), self.recipe.augment, count, self.shapes.size)
+
+    def _student(self, phase: str, path: GradientPath, count: int) -> Callable[[], object]:
+        layout, whole = self.student.layout, phase == "representation"
+        target_P = self.start_P.clone()
+        target_P[layout.span("classifier")] += 0.01
+        target_P[layout.span("backbone")] += 0.01 if whole else 0.0
+        rows = torch.arange(count, device=self.device)
+        batches = [Batch(rows, self._draw(count, step)) for step in range(_STUDENT_STEPS)]
+        span = layout.span("backbone" if whole else "all")
+        weights = torch.ones(self.shapes.classes, device=self.device) if whole else None
+        piece = Phase(self.start_P, target_P, batches, span, weights, classifier_only=not whole)
+        logits = torch.randn(count, self.shapes.classes, generator=self.generator).to(self.device)
+        synthetic = SyntheticSet(self._images(count), logits, torch.tensor(0.01, device=self.device))
+        return lambda: self.student.run(synthetic, piece, path)
+
+    def _expert(self, stage: str, count: int) -> Callable[[], object]:
+        e, layout = self.recipe.experts, self.student.layout
+        images, labels = self._images(count), self._labels(count)
+
+        def step() -> object:
+            views = augment.apply(images, self._draw(count))
+            if stage == "representation":
+                loss_of, weights_P = network_loss(self.module, layout, views, labels), self.start_P
+            else:
+                loss_of = classifier_loss(self.module, layout, self.start_P, views, labels)
+                weights_P = self.start_P[layout.span("classifier")]
+            return gsam_gradient(loss_of, weights_P, e.gsam_rho, e.gsam_alpha)
+
+        return step
+
+    def _training(self, count: int) -> Callable[[], object]:
+        images, labels = self._images(count), self._labels(count)
+
+        def step() -> object:
+            self.module.zero_grad()
+            F.cross_entropy(self.module(augment.apply(images, self._draw(count))), labels).backward()
+            return None
+
+        return step

@@ -1,0 +1,328 @@
+"""The plan of a job: memory, disk and hours of each stage, what ``auto`` will choose, and how many ranks help."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lad_dist.distill.memory import FREE_FRACTION
+from lad_dist.plan import limits, memory
+from lad_dist.plan.facts import Facts
+from lad_dist.plan.memory import PATHS, PHASES, Batches
+from lad_dist.plan.place import Place
+from lad_dist.plan.scaling import RANK_COUNTS, PhaseCost, Scaling, StepTime, advice, largest_share, phases_of, scaling
+from lad_dist.plan.shapes import Shapes
+from lad_dist.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+_ZCA_FLOPS = {"cpu": 15e9, "cuda": 1e12}  # assumed; per thread on a CPU. Eigenvectors use little of a device
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that something takes, and where: ``device`` (of one rank), ``host`` or ``disk``."""
+
+    stage: str
+    what: str
+    where: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Seconds that a stage, or a part of one, takes, and how that was worked out in words."""
+
+    stage: str
+    what: str
+    seconds: float
+    how: str
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Seconds of one step of a kind on ``images`` images, and where that is known from."""
+
+    kind: str
+    images: int
+    seconds: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that ``lad-dist plan`` shows. ``durations``, ``rates`` and ``scaling`` are empty where something cannot fit."""
+
+    job: str
+    data: str
+    network: str
+    place: str
+    world: int
+    path: str
+    why: str
+    needs: tuple[Need, ...]
+    durations: tuple[Duration, ...]
+    rates: tuple[Rate, ...]
+    scaling: tuple[Scaling, ...]
+    advice: str
+    notes: tuple[str, ...]
+    faults: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: bytes, seconds, words."""
+        return asdict(self)
+
+
+def shapes_of(recipe: Recipe, facts: Facts) -> Shapes:
+    """The recipe's network on its data."""
+    return Shapes(facts.channels, facts.size, facts.classes, recipe.model.width, recipe.model.depth)
+
+
+def make_plan(
+    recipe: Recipe,
+    facts: Facts,
+    place: Place,
+    device: torch.device | None,
+    buffer: Path | None,
+    calibrate: float | None,
+) -> Plan:
+    """The plan. ``buffer`` is where the trajectory buffer will lie (None: in an object store); ``calibrate`` the seconds
+    to spend on measuring this device, None for the table (also where ``device`` is None)."""
+    shapes = shapes_of(recipe, facts)
+    batches = Batches(facts.classes * recipe.ipc, recipe.distill.batch, place.world)
+    path, why = _path(recipe, shapes, place, batches)
+    disk = _disk(recipe, shapes, buffer)
+    faults = limits.faults(recipe, facts, shapes, place, disk)
+    needs = _needs(recipe, facts, shapes, place, batches)
+    notes: list[str] = []
+    if faults:
+        durations, rates, rows, said = (), (), (), ""
+    else:
+        times = _Times(recipe, facts, shapes, place, path)
+        notes += times.measure(device if place.here else None, calibrate)
+        durations, rates = times.durations(), times.rates()
+        rows, said = times.scaling(), times.advice()
+    notes.append(f"disk: {_disk_words(disk, buffer)}")
+    return Plan(
+        job=recipe.name,
+        data=f"{facts.train} training images of {facts.classes} classes ({max(facts.counts)} to {min(facts.counts)} each), "
+        f"{facts.test} test images, {facts.channels}x{facts.size}x{facts.size}; from {facts.source}",
+        network=f"ConvNet of width {shapes.width}, depth {shapes.depth}: {shapes.parameters} weights, {shapes.classifier} of "
+        "them in the classifier",
+        place=place.name if place.here else f"{place.name} (not here)",
+        world=place.world,
+        path=path,
+        why=why,
+        needs=tuple(needs),
+        durations=tuple(durations),
+        rates=tuple(rates),
+        scaling=tuple(rows),
+        advice=said,
+        notes=tuple(notes),
+        faults=tuple(faults),
+    )
+
+
+def _path(recipe: Recipe, shapes: Shapes, place: Place, batches: Batches) -> tuple[str, str]:
+    """(gradient path, why), as ``distill/memory.py`` will choose it."""
+    d = recipe.distill
+    if d.gradient != "auto":
+        return d.gradient, f"distill.gradient is {d.gradient}"
+    needed = memory.auto_bytes(shapes, batches, d.student_steps)
+    limit = int(d.memory_gb * 1e9) if d.memory_gb is not None else int(place.rank_memory * FREE_FRACTION)
+    path = "keep" if needed <= limit else "recompute"
+    return path, f"the graphs of {d.student_steps} steps hold {needed / 1e9:.2f} GB of {limit / 1e9:.2f} GB to plan with"
+
+
+def _needs(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place, batches: Batches) -> list[Need]:
+    d, device = recipe.distill, place.device
+    on_device, on_host = memory.data_bytes(facts, shapes, recipe.data.whitening)
+    here = "device" if device == "cuda" else "host"
+    needs = [
+        Need("data", "images as they are (uint8)", "host", on_host),
+        Need("data", "whitened training images and whitening", here, on_device),
+    ]
+    if recipe.data.whitening == "zca":
+        fit = memory.whitening_bytes(shapes, "zca")
+        needs.append(Need("data", f"fitting ZCA, {shapes.image} x {shapes.image}", here, fit))
+    one = limits.expert_process_bytes(recipe, facts, shapes, device, recipe.experts.batch)
+    needs.append(Need("experts", "one expert's process, in all", here, one))
+    needs.append(Need("experts", "trajectory buffer", "disk", memory.buffer_bytes(recipe, shapes)))
+    phases = PHASES if d.matching == "decoupled" else PHASES[:1]
+    steps = (d.student_steps, d.student_steps_classifier)
+    for path in PATHS:
+        for phase, n in zip(phases, steps, strict=False):
+            count = memory.phase_bytes(shapes, batches, phase, path, n, device)
+            needs.append(Need("distill", f"{phase} phase, {path}", here, count))
+    for path in PATHS:
+        whole = limits.rank_bytes(recipe, facts, shapes, device, batches, path)
+        needs.append(Need("distill", f"one rank in all, {path}", here, whole))
+    return needs
+
+
+def _disk(recipe: Recipe, shapes: Shapes, buffer: Path | None) -> tuple[int, int | None]:
+    """(bytes of the buffer still to be written, bytes free where it will lie; None in an object store)."""
+    needed = memory.buffer_bytes(recipe, shapes)
+    if buffer is None:
+        return needed, None
+    there = sum(f.stat().st_size for f in buffer.rglob("*") if f.is_file()) if buffer.is_dir() else 0
+    existing = next(p for p in (buffer.absolute(), *buffer.absolute().parents) if p.exists())
+    return max(needed - there, 0), shutil.disk_usage(existing).free
+
+
+def _disk_words(disk: tuple[int, int | None], buffer: Path | None) -> str:
+    needed, free = disk
+    if free is None:
+        return f"{needed / 1e9:.3g} GB in an object store, whose room is not checked"
+    return f"{needed / 1e9:.3g} GB are still to be written to {buffer}, where {free / 1e9:.3g} GB are free"
+
+
+class _Times:
+    """Hours, from the table or from a calibration."""
+
+    def __init__(self, recipe: Recipe, facts: Facts, shapes: Shapes, place: Place, path: str) -> None:
+        self.recipe, self.facts, self.shapes, self.place, self.path = recipe, facts, shapes, place, path
+        self.total = facts.classes * recipe.ipc
+        self.source, self._measured = place.table_source, dict[str, StepTime]()
+        share = largest_share(self.total, recipe.distill.batch, place.world)
+        rank_threads = max(1, int(place.rank_threads(place.world)))
+        alone = place.experts_at_a_time == 1
+        expert_threads = place.threads if alone else place.threads_per_expert
+        # kind -> (images of a step as the job will take it, CPU threads)
+        self.kinds = {
+            f"representation/{path}": (max(1, round(share)), rank_threads),
+            f"classifier/{path}": (max(1, round(share)), rank_threads),
+            "experts/representation": (min(recipe.experts.batch, facts.train), expert_threads),
+            "experts/classifier": (min(recipe.experts.batch, facts.train), expert_threads),
+            "evaluate/train": (min(recipe.evaluate.batch, self.total), rank_threads),
+        }
+        if recipe.distill.matching != "decoupled":
+            del self.kinds[f"classifier/{path}"]
+
+    def measure(self, device: torch.device | None, seconds: float | None) -> list[str]:
+        """Calibrate if asked and possible; what is worth knowing about it in words."""
+        if seconds is None or device is None:
+            why = "" if seconds is None else " (the devices are not here to be measured)"
+            return [f"speed: {self.source}{why}"]
+        from lad_dist.plan.calibration import Wanted, calibrate
+
+        wanted = [Wanted(kind, *self.kinds[kind]) for kind in self.kinds]
+        found = calibrate(self.recipe, self.shapes, wanted, device, seconds)
+        self._measured = {kind: c.step for kind, c in found.items()}
+        self.source = "measured here just now"
+        scaled = [
+            f"{kind} on {found[kind].images} images instead of {images}"
+            for kind, (images, _) in self.kinds.items()
+            if found[kind].images < images
+        ]
+        notes = ["speed: medians of a few steps on this device, measured just now"]
+        return notes + ([f"a whole step was too long for the calibration, so scaled up: {'; '.join(scaled)}"] * bool(scaled))
+
+    def step(self, kind: str) -> StepTime:
+        """A step of a kind with the threads of ``kinds``."""
+        if kind in self._measured:
+            return self._measured[kind]
+        return self.place.table(kind, self.shapes, self.kinds[kind][1])
+
+    def step_of(self, kind: str, world: int) -> StepTime:
+        """A student step on one of ``world`` ranks: on a CPU they share the cores of their host."""
+        if self.place.device == "cuda":
+            return self.step(kind)
+        return self.step(kind).slower(self.kinds[kind][1] / self.place.rank_threads(world))
+
+    def rates(self) -> list[Rate]:
+        """Every kind of step as the job will take it."""
+        return [
+            Rate(kind, images, self.step(kind).seconds(images), self.source) for kind, (images, _) in self.kinds.items()
+        ]
+
+    def phases(self) -> tuple[PhaseCost, ...]:
+        return phases_of(self.recipe, self.shapes, self.path, self.step_of)
+
+    def scaling(self) -> tuple[Scaling, ...]:
+        """An iteration on each number of ranks that is worth a look."""
+        place = self.place
+        most = 64 if place.device == "cuda" else max(place.threads * place.hosts, place.world)
+        worlds = sorted({place.world, *(w for w in RANK_COUNTS if w <= most)})
+        return scaling(self.phases(), self.total, self.recipe.distill.batch, worlds, place.network)
+
+    def advice(self) -> str:
+        """Where more ranks stop helping."""
+        if self.place.device == "cpu" and self.place.hosts == 1:
+            return "ranks on one host share its cores: they gain little over threads"
+        return advice(self.scaling(), self.place.world)
+
+    def durations(self) -> list[Duration]:
+        """Every stage of the job, from nothing."""
+        return [*self._whitening(), *self._experts(), *self._distillation(), *self._evaluation()]
+
+    def _whitening(self) -> list[Duration]:
+        flops = memory.whitening_flops(self.shapes, self.facts, self.recipe.data.whitening)
+        device = self.place.device
+        rate = _ZCA_FLOPS[device] * (self.place.threads if device == "cpu" else 1)
+        return [Duration("data", "fitting ZCA", flops / rate, f"assumed: {rate / 1e9:.0f} GFLOP/s")] if flops else []
+
+    def _experts(self) -> list[Duration]:
+        e, place = self.recipe.experts, self.place
+        drawn = max(self.facts.counts) * self.facts.classes  # of an epoch of the classifier stage
+        stages = (
+            ("representation stage", "experts/representation", e.epochs, self.facts.train),
+            ("classifier stage", "experts/classifier", e.classifier_epochs, drawn),
+        )
+        at_a_time = min(place.experts_at_a_time, e.count)
+        sharing = 1.0
+        if place.device == "cuda":  # experts on one GPU share its compute, but not what the host launches
+            sharing = max(1.0, at_a_time / (place.hosts * place.per_host))
+        rounds = math.ceil(e.count / at_a_time)
+        found = []
+        for what, kind, epochs, images in stages:
+            step = self.step(kind)
+            step = StepTime(step.per_image * sharing, step.per_step * sharing, step.launch)
+            one = epochs * _epoch(step, images, e.batch)
+            how = f"{e.count} experts of {epochs} epochs on {images} images, {at_a_time} at a time, {one:.3g} s each"
+            found.append(Duration("experts", what, rounds * one, how))
+        return found
+
+    def _distillation(self) -> list[Duration]:
+        d, world = self.recipe.distill, self.place.world
+        found = []
+        for phase in self.phases():
+            (row,) = scaling((phase,), self.total, d.batch, (world,), self.place.network)
+            how = f"{d.iterations} iterations of {phase.steps} steps on {row.share:.3g} images a rank, {row.seconds:.3g} s each"
+            if world > 1:
+                how += f" ({row.communication / row.seconds:.0%} of it waiting for sums)"
+            found.append(Duration("distill", f"{phase.name} phase", d.iterations * row.seconds, how))
+        return found
+
+    def _evaluation(self) -> list[Duration]:
+        e, step = self.recipe.evaluate, self.step("evaluate/train")
+        turns = math.ceil(e.seeds / self.place.world)
+        each = e.epochs * _epoch(step, self.total, e.batch)
+        sources: list[tuple[str, float, str]] = []
+        select = self.recipe.distill
+        if select.select != "last":
+            candidates = select.iterations // select.select_every
+            sources.append(("select", candidates * each, f"{candidates} candidates, {e.epochs} epochs each"))
+        small = f"{e.seeds} networks, {e.epochs} epochs on {self.total} images, {each:.3g} s each"
+        sources += [(s, turns * each, small) for s in ("distilled", *(b for b in e.baselines if b == "random"))]
+        if "full" in e.baselines:
+            whole = e.full_epochs * _epoch(step, self.facts.train, e.full_batch)
+            how = f"{e.seeds} networks, {e.full_epochs} epochs on {self.facts.train} images, {whole:.3g} s each"
+            sources.append(("full", turns * whole, how))
+        return [Duration("evaluate", what, seconds, how) for what, seconds, how in sources]
+
+
+def _epoch(step: StepTime, images: int, batch: int) -> float:
+    """Seconds of an epoch over ``images`` in batches of ``batch``, the last one smaller."""
+    steps = math.ceil(images / batch)
+    return steps * step.seconds(images / steps)
+
+
+def total_seconds(durations: Sequence[Duration], stage: str) -> float:
+    """Of one stage."""
+    return sum(d.seconds for d in durations if d.stage == stage)

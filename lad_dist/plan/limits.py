@@ -1,0 +1,147 @@
+"""What cannot fit, each with the field at fault and the change that would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from lad_dist.plan import memory
+from lad_dist.plan.facts import Facts
+from lad_dist.plan.memory import Batches
+from lad_dist.plan.place import Place
+from lad_dist.plan.shapes import Shapes
+from lad_dist.recipe import Recipe
+
+_MOST_RANKS = 4096
+
+
+def rank_bytes(recipe: Recipe, facts: Facts, shapes: Shapes, device: str, batches: Batches, path: str) -> int:
+    """The most that one rank needs of its device (of the host, on CPUs) during distillation, in all."""
+    phases = memory.PHASES if recipe.distill.matching == "decoupled" else memory.PHASES[:1]
+    steps = (recipe.distill.student_steps, recipe.distill.student_steps_classifier)
+    busiest = max(
+        memory.phase_bytes(shapes, batches, phase, path, n, device) for phase, n in zip(phases, steps, strict=False)
+    )
+    return _standing(recipe, facts, shapes, device) + memory.set_bytes(shapes, batches.rows) + busiest
+
+
+def expert_process_bytes(recipe: Recipe, facts: Facts, shapes: Shapes, device: str, batch: int) -> int:
+    """One expert's process on its device (on the host, on CPUs), in all."""
+    return _standing(recipe, facts, shapes, device, windows=False) + memory.training_bytes(shapes, batch, device)
+
+
+def _standing(recipe: Recipe, facts: Facts, shapes: Shapes, device: str, windows: bool = True) -> int:
+    """What is there whatever the batch: the process, the data, and on the host the cache of windows."""
+    on_device, on_host = memory.data_bytes(facts, shapes, recipe.data.whitening)
+    total = memory.PROCESS[device] + on_device
+    if device == "cpu":
+        total += on_host + (memory.window_cache_bytes(recipe, shapes) if windows else 0)
+    return total
+
+
+def faults(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place, disk: tuple[int, int | None]) -> list[str]:
+    """Everything that cannot fit, worst first. ``disk`` is (bytes still to be written, bytes free or None for a store)."""
+    found = [
+        *_whitening(recipe, shapes, place),
+        *_distillation(recipe, facts, shapes, place),
+        *_experts(recipe, facts, shapes, place),
+        *_disk(recipe, shapes, disk),
+    ]
+    return found
+
+
+def _distillation(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place) -> list[str]:
+    total, d, free = facts.classes * recipe.ipc, recipe.distill, place.rank_memory
+
+    def needs(path: str, batch: int = d.batch, world: int = place.world) -> int:
+        return rank_bytes(recipe, facts, shapes, place.device, Batches(total, batch, world), path)
+
+    ranks = f"each of {place.world} ranks" if place.world > 1 else "one rank"
+    steps = max(d.student_steps, d.student_steps_classifier)
+    if needs("recompute") <= free:
+        if d.gradient == "keep" and needs("keep") > free:
+            return [
+                f"distill.gradient: keep needs {_gb(needs('keep'))} on {ranks} for the graphs of {steps} steps, where "
+                f"{_gb(free)} are free; recompute needs {_gb(needs('recompute'))} and fits, and so does auto"
+            ]
+        return []
+    fits = _largest(lambda batch: needs("recompute", batch) <= free, min(d.batch, total))
+    ways = [f"distill.batch={fits} fits"] if fits else []
+    if place.device == "cuda":
+        worlds = (w for w in range(place.world + 1, _MOST_RANKS) if needs("recompute", world=w) <= free)
+        enough = next(worlds, None)
+        ways += [f"--ranks {enough} fits"] if enough else []
+    elif place.world > 1:
+        alone = rank_bytes(recipe, facts, shapes, "cpu", Batches(total, d.batch), "recompute")
+        ways += ["--ranks 1 fits (the ranks of a host share its memory)"] if alone <= place.memory else []
+    advice = " and ".join(ways) or "a smaller model.width, data.image_size or ipc is needed"
+    return [
+        f"distill.batch: {min(d.batch, total)} images a step need {_gb(needs('recompute'))} on {ranks} even where graphs are "
+        f"recomputed, where {_gb(free)} are free; {advice}"
+    ]
+
+
+def _experts(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place) -> list[str]:
+    at_a_time = min(place.experts_at_a_time, recipe.experts.count)
+    devices = place.hosts * (place.per_host if place.device == "cuda" else 1)
+    sharing = -(-at_a_time // devices)  # experts on one device, or on one host
+
+    def needs(batch: int, experts: int = sharing) -> int:
+        ray = memory.RAY_BYTES if place.device == "cpu" and experts > 1 else 0
+        return ray + experts * expert_process_bytes(recipe, facts, shapes, place.device, batch)
+
+    batch, free = recipe.experts.batch, place.memory
+    if needs(batch) <= free:
+        return []
+    smaller = _largest(lambda b: needs(b) <= free, batch)
+    ways = [f"experts.batch={smaller} fits"] if smaller else []
+    if needs(batch, 1) <= free:
+        fit = _largest(lambda n: needs(batch, n) <= free, sharing)
+        where = "experts_per_gpu" if place.device == "cuda" else "threads_per_expert"
+        value = fit if place.device == "cuda" else -(-place.threads // max(fit, 1))
+        ways.append(f"{where}: {value} in the profile trains fewer at a time and fits")
+    advice = " and ".join(ways) or "a smaller model.width or data.image_size is needed"
+    return [
+        f"experts.batch: {sharing} expert{'s' if sharing > 1 else ''} at a time on {batch} images need {_gb(needs(batch))} "
+        f"where {_gb(free)} are free; {advice}"
+    ]
+
+
+def _whitening(recipe: Recipe, shapes: Shapes, place: Place) -> list[str]:
+    needed = memory.whitening_bytes(shapes, recipe.data.whitening)
+    if needed <= place.memory:
+        return []
+    side = _largest(
+        lambda size: memory.whitening_bytes(replace(shapes, size=size), "zca") <= place.memory, shapes.size
+    )
+    return [
+        f"data.whitening: zca of {shapes.channels}x{shapes.size}x{shapes.size} images needs {_gb(needed)} for matrices of "
+        f"{shapes.image} x {shapes.image}, where {_gb(place.memory)} are free; data.whitening=standardize needs none"
+        + (f", and data.image_size={side} fits" if side else "")
+    ]
+
+
+def _disk(recipe: Recipe, shapes: Shapes, disk: tuple[int, int | None]) -> list[str]:
+    needed, free = disk
+    if free is None or needed <= free:
+        return []
+    each = memory.buffer_bytes(recipe, shapes) // recipe.experts.count
+    fits = free // each if each else 0
+    few = f"experts.count={fits} fits, or " if fits else ""
+    return [
+        f"experts.count: the trajectory buffer of {recipe.experts.count} experts still needs {_gb(needed)} where the disk has "
+        f"{_gb(free)} free; {few}choose another disk with --out or --buffers"
+    ]
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` that fits, 0 if none does; what fits must fit for all smaller ones."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.3g} GB"

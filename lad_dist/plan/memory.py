@@ -1,0 +1,140 @@
+"""Bytes: of a phase on one rank, of an expert's process, of the whitening, and of the buffer on disk.
+
+What is counted, per image: with a block's convolution giving A values, the graph of a step that is differentiated again
+keeps A (the convolution), A (its gradient), and a quarter of A twice (after pooling, and that gradient): 2.5 times all
+activations. A graph for one backward pass keeps A and a quarter: 1.25. To these come the image itself, its augmented view
+and one intermediate result of that. Kept graphs also hold theta and g, P values each, of every step.
+
+What is measured, on a CPU (tests/plan/test_memory.py measures it again): what is alive only for a while on the way back,
+as multiples of the largest convolution's values. On a GPU it is counted instead, since ``models/block.py`` works there on the
+whole batch at once: a, z, y, g, h, the masked h and two results, and as much as one for cuDNN's workspace.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lad_dist.data.prepared import DEFAULT_BUDGET_BYTES
+from lad_dist.distill.windows import CACHE_BYTES
+from lad_dist.plan.facts import Facts
+from lad_dist.plan.scaling import largest_share, mean_batch, spread
+from lad_dist.plan.shapes import Shapes
+from lad_dist.recipe import Recipe
+
+PHASES = ("representation", "classifier")
+PATHS = ("keep", "recompute")
+_GRAPH = {"representation": 2.5, "classifier": 1.25}
+_PASSING = {
+    ("cpu", "representation"): 4.2,
+    ("cpu", "classifier"): 1.7,
+    ("cuda", "representation"): 9.0,
+    ("cuda", "classifier"): 6.0,
+}
+_TRAINING = {"cpu": 2.0, "cuda": 5.0}  # one backward pass: what passes beside the graph
+_IMAGES_PER_STEP = 3  # an image, its view, and one intermediate result of the augmentation
+_VECTORS = 10  # of P values: the window, theta, the sum, the direction, and results on their way
+_REPLICA_VECTORS = 3  # DistributedDataParallel: weights, gradients, bucket
+_SMALL = 4 * 2**20  # what no shape explains: compiled kernels, the allocator's own
+_FLOAT64_UP_TO = 4096  # values per image up to which data/whitening.py computes in float64
+PROCESS = {"cpu": 300 * 10**6, "cuda": 600 * 10**6}  # a process with torch loaded (measured); a CUDA context (assumed)
+RAY_BYTES = 600 * 10**6  # of Ray's own processes on a host, without the dashboard (measured)
+COMPRESSION = 0.85  # of the trajectory buffer, BYTE_STREAM_SPLIT and zstd: benchmarks/results/buffer_encoding.md
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The share of the student's batches that falls on one of ``world`` ranks: S images in all, ``batch`` a step."""
+
+    total: int
+    batch: int
+    world: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Images of the set that the largest rank holds."""
+        return math.ceil(self.total / self.world)
+
+    def largest(self, steps: int) -> float:
+        """Images of the largest share of one batch among all ranks and ``steps``."""
+        return largest_share(self.total, self.batch, self.world, steps)
+
+    def all_steps(self, steps: int) -> float:
+        """Images of ``steps`` batches together on the rank that has most."""
+        if self.total <= self.batch:
+            return float(steps * self.rows)
+        extra = largest_share(self.total, self.batch, self.world) - mean_batch(self.total, self.batch) / self.world
+        assert extra >= 0 or spread(self.total, self.batch, self.world) == 0
+        return steps * mean_batch(self.total, self.batch) / self.world + max(extra, 0.0) * math.sqrt(steps)
+
+
+def graph_bytes(shapes: Shapes, phase: str, images: float) -> float:
+    """What the graphs of student steps on ``images`` images together hold, without vectors of P."""
+    return 4 * images * (_GRAPH[phase] * shapes.activations + _IMAGES_PER_STEP * shapes.image)
+
+
+def phase_bytes(shapes: Shapes, batches: Batches, phase: str, path: str, steps: int, device: str) -> int:
+    """The most that one phase needs at a time on a rank, beside the synthetic set's own tensors."""
+    largest = batches.largest(steps)
+    kept = batches.all_steps(steps) if path == "keep" else largest
+    per_step = 2 * shapes.parameters if phase == "representation" else shapes.classifier
+    vectors = _VECTORS * shapes.parameters + (steps if path == "keep" or phase == "classifier" else 1) * per_step
+    if batches.world > 1 and path == "recompute" and phase == "representation":
+        vectors += _REPLICA_VECTORS * shapes.parameters
+    passing = _PASSING[device, phase] * shapes.largest * largest
+    results = batches.rows * (shapes.image + shapes.classes)
+    return int(graph_bytes(shapes, phase, kept) + 4 * (vectors + passing + results)) + _SMALL
+
+
+def auto_bytes(shapes: Shapes, batches: Batches, steps: int) -> int:
+    """What ``distill.gradient: auto`` compares with the memory there is: the graphs of the first phase's steps."""
+    return int(graph_bytes(shapes, "representation", batches.all_steps(steps)) + 4 * steps * shapes.parameters)
+
+
+def set_bytes(shapes: Shapes, rows: int) -> int:
+    """A rank's share of the synthetic set: images and labels, their momentum, the initial images, one phase's gradients."""
+    return 4 * rows * 4 * (shapes.image + shapes.classes)
+
+
+def data_bytes(facts: Facts, shapes: Shapes, whitening: str) -> tuple[int, int]:
+    """(bytes on the device, bytes on the host): the whitened training set where it is kept whole, the whitening; uint8."""
+    whitened = 4 * facts.train * shapes.image
+    matrices = {"zca": 2 * shapes.image**2, "standardize": 2 * shapes.channels, "none": 0}[whitening]
+    on_device = (whitened if whitened <= DEFAULT_BUDGET_BYTES else 0) + 4 * matrices
+    return on_device, (facts.train + facts.test) * shapes.image
+
+
+def whitening_bytes(shapes: Shapes, whitening: str) -> int:
+    """Peak of fitting the whitening, where it is ZCA: about 5 matrices of D x D (data/whitening.py)."""
+    if whitening != "zca":
+        return 0
+    return 5 * shapes.image**2 * (8 if shapes.image <= _FLOAT64_UP_TO else 4)
+
+
+def whitening_flops(shapes: Shapes, facts: Facts, whitening: str) -> float:
+    """Of fitting it: 2 N D^2 for the covariance and about 10 D^3 for the eigenvectors."""
+    return 2.0 * facts.train * shapes.image**2 + 10.0 * shapes.image**3 if whitening == "zca" else 0.0
+
+
+def window_cache_bytes(recipe: Recipe, shapes: Shapes) -> int:
+    """Decoded checkpoints that distillation keeps on the host."""
+    rows = recipe.experts.count * (recipe.distill.start_epoch_max + recipe.distill.window_epochs)
+    return int(min(CACHE_BYTES, 4 * rows * shapes.parameters))
+
+
+def expert_bytes(recipe: Recipe, shapes: Shapes, device: str) -> int:
+    """One expert's step on the device, beside the data: GSAM's graph on one batch, and vectors of P."""
+    return training_bytes(shapes, recipe.experts.batch, device)
+
+
+def training_bytes(shapes: Shapes, images: int, device: str) -> int:
+    """One forward and backward pass of a network on ``images`` images."""
+    graph = 1.25 * shapes.activations + _IMAGES_PER_STEP * shapes.image + _TRAINING[device] * shapes.largest
+    return int(4 * (images * graph + _VECTORS * shapes.parameters)) + _SMALL
+
+
+def buffer_bytes(recipe: Recipe, shapes: Shapes) -> int:
+    """The trajectory buffer on disk: whole networks in the first stage, the classifier alone in the second."""
+    e = recipe.experts
+    values = (e.epochs + 1) * shapes.parameters + (e.classifier_epochs + 1) * shapes.classifier
+    return int(e.count * values * 4 * COMPRESSION)

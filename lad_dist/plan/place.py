@@ -1,0 +1,138 @@
+"""Where a job will run: its devices, their memory, how many experts at a time, and how the ranks reach each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lad_dist.distill.memory import free_bytes
+from lad_dist.errors import RecipeError
+from lad_dist.experts.crew import cores_to_use
+from lad_dist.plan.scaling import Network, StepTime
+from lad_dist.plan.shapes import Shapes
+from lad_dist.plan.speed import CARDS, CPU_SOURCE, LINKS, Card, card_named, cpu_step, gpu_step
+from lad_dist.profile import Profile
+
+if TYPE_CHECKING:
+    import torch
+
+GPUS_PER_HOST = 8  # assumed of hosts that the profile does not describe
+
+
+@dataclass(frozen=True)
+class Place:
+    """``device`` is ``cpu`` or ``cuda``; ``name`` what it is called. ``here`` says that it is this machine's own.
+
+    ``memory`` is what a device (a host, for CPUs) has free for the job, ``host_memory`` what the host has. ``world`` ranks
+    share the distillation, at most ``per_host`` to a host, with ``threads`` CPU threads to a host.
+    """
+
+    device: str
+    name: str
+    here: bool
+    card: Card | None
+    memory: int
+    host_memory: int
+    hosts: int
+    per_host: int
+    threads: int
+    world: int
+    experts_at_a_time: int
+    threads_per_expert: int
+    network: Network
+
+    @property
+    def rank_memory(self) -> int:
+        """What one rank may use of its device."""
+        return self.memory if self.device == "cuda" else self.memory // min(self.world, self.per_host)
+
+    def rank_threads(self, world: int) -> float:
+        """CPU threads of a rank where ``world`` of them share the hosts."""
+        return self.threads / max(1.0, world / self.hosts)
+
+    def table(self, kind: str, shapes: Shapes, threads: int) -> StepTime:
+        """A step by the table of devices, on ``threads`` CPU threads where the device is a CPU."""
+        return cpu_step(kind, shapes, threads) if self.card is None else gpu_step(kind, shapes, self.card)
+
+    @property
+    def table_source(self) -> str:
+        """Where the table's numbers come from."""
+        if self.card is None:
+            return CPU_SOURCE
+        return f"assumed: FLOPs and bytes counted, at 30% and 70% of the data sheet of {self.card.name}"
+
+
+def place_of(profile: Profile, device: torch.device | None, gpu: str | None = None) -> Place:
+    """The place that a profile means. ``device`` is this machine's, or None where the profile's GPUs are elsewhere.
+
+    ``gpu`` names a card of the table to plan for instead. Raises RecipeError for one that the table lacks.
+    """
+    if gpu is not None and gpu not in CARDS:
+        raise RecipeError(f"--gpu: {gpu}: not in the table; valid: {', '.join(CARDS)}")
+    if gpu is None and device is not None and device.type == "cpu":
+        return _of_cpu(profile)
+    if gpu is None and device is not None:
+        return _of_gpu_here(profile, device)
+    return _of_cards(profile, CARDS[gpu or "a100"])
+
+
+def _of_cpu(profile: Profile) -> Place:
+    import torch
+
+    memory = free_bytes(torch.device("cpu"))
+    cores, hosts = cores_to_use(profile), profile.nodes
+    return Place(
+        device="cpu",
+        name=f"CPU, {cores} thread{'s' if cores > 1 else ''}" + (f" on each of {hosts} hosts" if hosts > 1 else ""),
+        here=True,
+        card=None,
+        memory=memory,
+        host_memory=memory,
+        hosts=hosts,
+        per_host=max(1, -(-profile.world // hosts)),
+        threads=cores,
+        world=profile.world,
+        experts_at_a_time=_experts(profile, hosts * (cores // profile.threads_per_expert)),
+        threads_per_expert=profile.threads_per_expert,
+        network=Network(LINKS["loopback"], LINKS["ethernet"], max(1, -(-profile.world // hosts))),
+    )
+
+
+def _of_gpu_here(profile: Profile, device: torch.device) -> Place:
+    import torch
+
+    name = torch.cuda.get_device_name(device)
+    card = card_named(name)
+    found = torch.cuda.device_count()
+    return _gpus(profile, name, True, card or CARDS["a100"], free_bytes(device), profile.gpus_per_node or found)
+
+
+def _of_cards(profile: Profile, card: Card) -> Place:
+    per_host = profile.gpus_per_node or min(GPUS_PER_HOST, max(1, -(-profile.world // profile.nodes)))
+    return _gpus(profile, card.name, False, card, int(card.memory * 0.95), per_host)
+
+
+def _gpus(profile: Profile, name: str, here: bool, card: Card, memory: int, per_host: int) -> Place:
+    import torch
+
+    inside = LINKS["nvlink"] if card.nvlink else LINKS["pcie"]
+    gpus = profile.nodes * per_host
+    return Place(
+        device="cuda",
+        name=f"{gpus} x {name}",
+        here=here,
+        card=card,
+        memory=memory,
+        host_memory=free_bytes(torch.device("cpu")),
+        hosts=profile.nodes,
+        per_host=per_host,
+        threads=cores_to_use(profile),
+        world=profile.world,
+        experts_at_a_time=_experts(profile, gpus * profile.experts_per_gpu),
+        threads_per_expert=1,
+        network=Network(inside, LINKS["ethernet"], per_host),
+    )
+
+
+def _experts(profile: Profile, fit: int) -> int:
+    return 1 if profile.fleet == "off" else max(1, fit)

@@ -1,0 +1,193 @@
+"""What ranks cost and gain: the cost model of docs/scaling.md.
+
+A rank computes its share of every synthetic batch. The next student step needs the sum of all gradients, so a step takes
+as long as the rank with most of the batch, and the sum besides:
+
+    step(W)      = compute(largest share of W) + sums x allreduce(bytes, W)
+    allreduce    = latency(W) + 2 (W - 1) / W x bytes / bandwidth
+    bytes        = 4 P (representation: the whole gradient), 4 (K D + K) (classifier: the classifier's)
+    sums         = 1 per step; 2 in the representation phase where graphs are recomputed (both walks need the sum)
+
+The bandwidth term is a ring's (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
+workstations", 2009); the latency term a chain within a host and a tree between hosts, as NCCL models its own
+(github.com/NVIDIA/nccl, src/graph/tuning.cc).
+
+Shapes and units: S synthetic images, B of a batch, W ranks, P parameters; seconds and bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from lad_dist.plan.shapes import Shapes
+from lad_dist.recipe import Recipe
+
+HELPS_ABOVE = 0.5  # parallel efficiency below which more ranks are called a waste
+RANK_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step on ``images`` images: the larger of launching its operations and computing them.
+
+    ``launch`` does not depend on the images and hides the computing where a device works through a queue; ``per_step``
+    does not depend on them either and comes on top.
+    """
+
+    per_image: float
+    per_step: float = 0.0
+    launch: float = 0.0
+
+    def seconds(self, images: float) -> float:
+        """Of one step."""
+        return max(self.launch, self.per_step + images * self.per_image)
+
+    def slower(self, factor: float) -> StepTime:
+        """The same step with so many fewer threads that an image takes ``factor`` times as long."""
+        return StepTime(self.per_image * factor, self.per_step, self.launch)
+
+
+@dataclass(frozen=True)
+class Link:
+    """How ranks reach each other: ``bandwidth`` in bytes/s; ``latency`` of a collective, and what each hop adds, seconds."""
+
+    name: str
+    bandwidth: float
+    latency: float
+    hop: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Network:
+    """``per_host`` ranks of a host reach each other by ``inside``, hosts by ``between``."""
+
+    inside: Link
+    between: Link
+    per_host: int
+
+    def allreduce(self, count: int, world: int) -> float:
+        """Seconds that the sum of ``count`` bytes over ``world`` ranks takes; 0 for one rank."""
+        if world == 1:
+            return 0.0
+        hosts = math.ceil(world / self.per_host)
+        chain, tree = min(world, self.per_host) - 1, math.ceil(math.log2(hosts)) if hosts > 1 else 0
+        slowest = self.between if hosts > 1 else self.inside
+        latency = slowest.latency + 2 * (chain * self.inside.hop + tree * self.between.hop)
+        return latency + 2 * (world - 1) / world * count / slowest.bandwidth
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """One phase: its steps, the bytes of each sum and the sums per step, and the time of a step for a number of ranks."""
+
+    name: str
+    steps: int
+    bytes_per_sum: int
+    sums_per_step: int
+    step: Callable[[int], StepTime]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """An iteration on ``world`` ranks: seconds in all and of the sums alone, and the efficiency against one rank."""
+
+    world: int
+    share: float
+    seconds: float
+    communication: float
+    efficiency: float
+
+
+def phases_of(
+    recipe: Recipe, shapes: Shapes, path: str, step_of: Callable[[str, int], StepTime]
+) -> tuple[PhaseCost, ...]:
+    """The phases of an iteration. ``step_of(kind, world)`` is the time of a student step on one of ``world`` ranks."""
+    d = recipe.distill
+    sums = 2 if path == "recompute" else 1
+    kinds = [("representation", d.student_steps, 4 * shapes.parameters, sums)]
+    if d.matching == "decoupled":
+        kinds.append(("classifier", d.student_steps_classifier, 4 * shapes.classifier, 1))
+    return tuple(
+        PhaseCost(name, steps, count, per_step, lambda world, kind=f"{name}/{path}": step_of(kind, world))
+        for name, steps, count, per_step in kinds
+    )
+
+
+def mean_batch(total: int, batch: int) -> float:
+    """Images of a student step on average: a permutation of all is cut into batches, and the last may be smaller."""
+    return total / math.ceil(total / min(batch, total))
+
+
+def spread(total: int, batch: int, world: int) -> float:
+    """Standard deviation of a rank's share of a batch drawn without replacement (hypergeometric); 0 for the whole set."""
+    if world == 1 or total <= batch or total < 2:
+        return 0.0
+    mean = mean_batch(total, batch)
+    return math.sqrt(mean / world * (1 - 1 / world) * (total - mean) / (total - 1))
+
+
+def largest_share(total: int, batch: int, world: int, draws: int = 1) -> float:
+    """Images of a batch on the rank that has most of them, expected over ``draws`` batches.
+
+    The largest of n normal variables, by Blom's approximation (1958); exact where the batch is the whole set.
+    """
+    rows = math.ceil(total / world)
+    if total <= batch:
+        return rows
+    n = max(world * draws, 1)
+    above = NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) if world > 1 else 0.0
+    return min(rows, mean_batch(total, batch) / world + above * spread(total, batch, world))
+
+
+def iteration(
+    phases: Sequence[PhaseCost], total: int, batch: int, world: int, network: Network
+) -> tuple[float, float, float]:
+    """(seconds, seconds of the sums among them, images of a step on the busiest rank) of one iteration."""
+    share = largest_share(total, batch, world)
+    compute = sum(p.steps * p.step(world).seconds(share) for p in phases)
+    sums = sum(p.steps * p.sums_per_step * network.allreduce(p.bytes_per_sum, world) for p in phases)
+    return compute + sums, sums, share
+
+
+def scaling(
+    phases: Sequence[PhaseCost], total: int, batch: int, worlds: Sequence[int], network: Network
+) -> tuple[Scaling, ...]:
+    """What an iteration takes on each number of ranks, in their order."""
+    alone, _, _ = iteration(phases, total, batch, 1, network)
+    rows = []
+    for world in worlds:
+        seconds, sums, share = iteration(phases, total, batch, world, network)
+        rows.append(Scaling(world, share, seconds, sums, alone / (world * seconds)))
+    return tuple(rows)
+
+
+def best(rows: Sequence[Scaling]) -> Scaling:
+    """The largest number of ranks with an efficiency above ``HELPS_ABOVE``, if it is also the fastest of the smaller ones."""
+    good = [r for r in rows if r.efficiency >= HELPS_ABOVE]
+    return min(good or rows[:1], key=lambda r: r.seconds)
+
+
+def advice(rows: Sequence[Scaling], world: int) -> str:
+    """Where more ranks stop helping, in a sentence. ``rows`` must hold ``world``."""
+    here = next(r for r in rows if r.world == world)
+    good, fewer = best(rows), [r for r in rows if r.world < world]
+    quickest = min(fewer, key=lambda r: r.seconds, default=here)
+    many = f"{good.world} rank{'' if good.world == 1 else 's'}"
+    if quickest.seconds <= here.seconds and fewer:
+        return (
+            f"{world} ranks are no faster than {quickest.world} ({here.seconds:.3g} s against {quickest.seconds:.3g} s an "
+            f"iteration); the best number of ranks here is {good.world}"
+        )
+    if here.efficiency < HELPS_ABOVE:
+        return (
+            f"{world} ranks reach an efficiency of {here.efficiency:.0%}: more ranks stop helping after {many} "
+            f"({good.seconds:.3g} s an iteration at {good.efficiency:.0%})"
+        )
+    more = [r for r in rows if r.world > good.world]
+    if good.world > world and good.seconds < here.seconds:
+        return f"more ranks help up to {good.world} ({here.seconds / good.seconds:.1f} times faster than {world})"
+    return f"more than {many} would not help" if more else f"{many} help{'s' if good.world == 1 else ''}"

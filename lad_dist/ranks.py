@@ -1,0 +1,343 @@
+"""Ranks: the processes that share one distillation. The only file that touches torch.distributed.
+
+A rank is one process with one device. Who calls which collective, and when:
+
+    total       distill/student.py: the gradient of one student step, once per step and phase. Nothing else in the loop.
+    replicate   distill/student.py: the same sum, by DistributedDataParallel's reducer, where no graph is kept.
+    total       distill/loop.py: once per iteration, a few numbers on which all ranks must agree (finite? stop? losses).
+    share       distill/loop.py: once, what rank 0 alone has read (images' facts, the initial set).
+    gather      distill/state.py and loop.py: once per checkpoint, and once at the start, small Python values.
+
+``ALONE`` is a process by itself: every collective returns what it was given.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lad_dist import errors
+from lad_dist.errors import Interrupted, LadDistError, RankError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+_Value = TypeVar("_Value")
+TIMEOUT = 600.0  # seconds that a collective waits for the other ranks
+_GRACE = 30.0  # seconds that ranks have to save and end when they are asked to stop
+_ROLL_CALL = 5.0  # seconds that survivors wait to hear from each other when a rank is gone
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among ``world`` processes. ``calls`` counts the collectives, by name."""
+
+    rank: int = 0
+    world: int = 1
+    calls: Counter[str] = field(default_factory=Counter, compare=False)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and speaks for all."""
+        return self.rank == 0
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of the ranks' tensors, in place; the same bits on every rank. Raises RankError if a rank is gone."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            with self._naming_the_missing("total"):
+                dist.all_reduce(tensor)
+        return tensor
+
+    def replicate(self, module: nn.Module) -> nn.Module:
+        """``module`` under DistributedDataParallel: its backward pass averages the gradients over the ranks."""
+        from torch.nn.parallel import DistributedDataParallel
+
+        def counted(bucket: Any) -> Any:
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+            self.calls["bucket"] += 1
+            return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+        with self._naming_the_missing("replicate"):
+            wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)  # networks here have no buffers
+            wrapped.register_comm_hook(None, lambda _, bucket: counted(bucket))
+        return wrapped
+
+    def share(self, value: _Value) -> _Value:
+        """Rank 0's value on every rank (pickled: between processes of one run only)."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        box: list[Any] = [value if self.first else None]
+        with self._naming_the_missing("share"):
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: _Value) -> list[_Value]:
+        """Every rank's value, by rank, on every rank. Also where all must have arrived before any goes on."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world
+        with self._naming_the_missing("gather"):
+            dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def _naming_the_missing(self, name: str) -> Iterator[None]:
+        self.calls[name] += 1
+        try:
+            yield
+        except RuntimeError as error:  # what both backends raise when a peer is gone or too late
+            missing = self._missing()
+            who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {self.world} gone or stuck"
+            raise RankError(
+                f"{who if missing else 'a rank did not answer'}; the last checkpoint is kept, and the same command "
+                f"continues from it ({str(error).splitlines()[0][:200]})"
+            ) from error
+
+    def _missing(self) -> list[int]:
+        """The ranks that do not report at the store within a few seconds; none if the store itself is gone."""
+        import torch.distributed as dist
+
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"ladist/alive/{self.rank}", str(time.time()))
+            until = time.monotonic() + _ROLL_CALL
+            waiting = set(range(self.world)) - {self.rank}
+            while waiting and time.monotonic() < until:
+                waiting -= {r for r in waiting if store.check([f"ladist/alive/{r}"])}
+                time.sleep(0.05)
+        except (RuntimeError, ValueError):
+            return []
+        return sorted(waiting)
+
+
+ALONE = Ranks()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a launcher has put this process: its rank, how many there are, and its number on this host."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+
+def place(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """What torchrun's or, inside a job step, SLURM's environment says; None where this process is by itself.
+
+    Raises:
+        RankError: the variables contradict each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        if "SLURM_STEP_ID" not in environment or not all(n in environment for n in names):
+            return None
+    try:
+        rank, world, local = (int(environment.get(n, "0")) for n in names)
+    except ValueError:
+        rank, world, local = -1, 0, 0
+    if not 0 <= rank < world:
+        found = ", ".join(f"{n}={environment.get(n)}" for n in names)
+        raise RankError(f"environment: {found} do not name a rank of a world; valid: 0 <= {names[0]} < {names[1]}")
+    return Place(rank, world, local) if world > 1 else None
+
+
+@contextmanager
+def joined(where: Place, device: torch.device, timeout: float = TIMEOUT) -> Iterator[Ranks]:
+    """The ranks, met and connected: NCCL between GPUs, gloo between CPUs. Parted again when the block ends.
+
+    Every rank of ``where.world`` must come, within ``timeout`` seconds. Raises RankError if they do not.
+    """
+    import torch.distributed as dist
+
+    _rendezvous_from_slurm(os.environ)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend,
+            init_method="env://",
+            rank=where.rank,
+            world_size=where.world,
+            timeout=timedelta(seconds=timeout),
+            device_id=device if backend == "nccl" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RankError(
+            f"rank {where.rank} of {where.world}: could not meet the others at {meeting} ({str(error).splitlines()[0]}); "
+            "check that every rank was started and that the hosts reach each other"
+        ) from error
+    try:
+        yield Ranks(where.rank, where.world)
+    finally:
+        dist.destroy_process_group()
+
+
+def _rendezvous_from_slurm(environment: Any) -> None:
+    """MASTER_ADDR and MASTER_PORT where SLURM started the ranks: the step's first node, a port of the job's own."""
+    if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
+        return
+    if "SLURM_STEP_ID" not in environment:
+        raise RankError("environment: MASTER_ADDR and MASTER_PORT are missing; torchrun sets them")
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    environment.setdefault("MASTER_ADDR", first_host(nodes))
+    environment.setdefault("MASTER_PORT", str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM node list: ``gpu[03-04,7],login`` -> ``gpu03``; 127.0.0.1 where its name leads nowhere."""
+    prefix, bracket, rest = nodes.partition("[")
+    name = nodes.split(",")[0]
+    if bracket and "," not in prefix:
+        inside, _, after = rest.partition("]")
+        name = prefix + inside.split(",")[0].split("-")[0] + after.split(",")[0]
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:  # several virtual nodes on one host
+        return "127.0.0.1"
+    return name
+
+
+# --- starting ranks on this machine -----------------------------------------------------------------------------------
+
+
+def launch(
+    world: int, function: Callable[..., None], args: Sequence[Any], restarts: int, say: Callable[[str], None]
+) -> None:
+    """Run ``function(*args)`` in ``world`` processes of this machine, as torchrun would, until all have returned.
+
+    ``function`` must be importable by name, ``args`` picklable. When a process dies (a signal, an error that is not
+    one of errors.py), the others are stopped and all are started again, up to ``restarts`` times; ``say`` is told.
+
+    Raises:
+        LadDistError: whatever a process raised; the first that does not merely complain of another's absence.
+        RankError: processes kept dying.
+        Interrupted: this process was asked to stop; the others have been, too.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    for attempt in range(restarts + 1):
+        try:
+            with _signals_restored(), _quiet_elastic(), _loopback_only():
+                outcomes = elastic_launch(_launch_config(world), _outcome)(function, *args)
+        except SignalException as stopped:
+            name = signal.Signals(stopped.sigval).name
+            raise Interrupted(
+                f"interrupted by {name}; what is finished is kept, and the same command continues"
+            ) from None
+        except ChildFailedError as failed:
+            rank, failure = failed.get_first_failure()
+            code = failure.exitcode
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            if attempt == restarts:
+                again = f"after {restarts} restarts" if restarts else "and no restart is allowed"
+                raise RankError(
+                    f"rank {rank} of {world} {how}, {again}; the last checkpoint is kept, and the same command continues"
+                ) from failed
+            say(f"rank {rank} of {world} {how}; starting again from the last checkpoint ({attempt + 1} of {restarts})")
+            continue
+        _raise_first([outcomes[rank] for rank in sorted(outcomes)])
+        return
+
+
+def _launch_config(world: int) -> Any:
+    from torch.distributed.launcher.api import LaunchConfig
+
+    known = {f.name for f in fields(LaunchConfig)}
+    newer: dict[str, Any] = {"shutdown_timeout": int(_GRACE)} if "shutdown_timeout" in known else {}
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world,
+        run_id=f"ladist-{os.getpid()}-{time.monotonic_ns()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,  # launch() counts them itself, to say which rank it was
+        monitor_interval=0.1,
+        start_method="spawn",
+        **newer,
+    )
+
+
+def _outcome(function: Callable[..., None], *args: Any) -> tuple[str, str] | None:
+    """What one process came to: None, or the name and text of an error of errors.py."""
+    try:
+        function(*args)
+    except LadDistError as error:
+        return type(error).__name__, str(error)
+    except Exception:  # a bug: shown by the process that met it, since the launcher only learns that it ended
+        traceback.print_exc()
+        raise
+    return None
+
+
+def _raise_first(outcomes: Sequence[tuple[str, str] | None]) -> None:
+    faults = [o for o in outcomes if o is not None]
+    if not faults:
+        return
+    name, text = next((f for f in faults if f[0] != RankError.__name__), faults[0])
+    kind: type[LadDistError] = getattr(errors, name)
+    raise kind(text)
+
+
+@contextmanager
+def _quiet_elastic() -> Iterator[None]:
+    """The launcher's own log lines say again, at length, what ``launch`` says."""
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _signals_restored() -> Iterator[None]:
+    """The launcher installs handlers of its own and leaves them there."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """gloo's connections stay on this machine unless the user has named an interface."""
+    name = "GLOO_SOCKET_IFNAME"
+    ours = name not in os.environ and sys.platform == "linux"
+    if ours:
+        os.environ[name] = "lo"
+    try:
+        yield
+    finally:
+        if ours:
+            del os.environ[name]

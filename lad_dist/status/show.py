@@ -1,0 +1,122 @@
+"""A run's status in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lad_dist import results
+from lad_dist.errors import RunDirError
+from lad_dist.progress import shortened
+from lad_dist.recipe import Recipe
+from lad_dist.report import tables
+from lad_dist.rundir import RunDir
+from lad_dist.status.read import RunStatus, State
+
+_STYLES: dict[State, str] = {
+    "done": "green",
+    "running": "cyan",
+    "stopped": "red",
+    "not finished": "yellow",
+    "not started": "dim",
+}
+
+
+def status_lines(status: RunStatus) -> Iterator[Text]:
+    """The status in words, without the results. A line that may be cut at the terminal's width says so (``no_wrap``)."""
+    r = status.recipe
+    what = f"{r.name}, method {r.method}, {r.data.dataset}, {_imbalance(r)}, IPC {r.ipc}, seed {r.seed}"
+    yield Text(f"{status.folder}: {what}")
+    width = max(len(stage.name) for stage in status.stages)
+    for stage in status.stages:
+        yield Text.assemble(f"  {stage.name:{width}}  ", (f"{stage.state:14}", _STYLES[stage.state]), stage.detail)
+        for line in shortened(status.experts) if stage.name == "experts" else ():
+            yield Text(f"    {line}", style="dim", no_wrap=True, overflow="ellipsis")
+    for note in status.notes:
+        yield Text(note)
+    if status.error:
+        yield Text.assemble(("last error: ", "bold red"), status.error)
+
+
+def renderables(status: RunStatus) -> Iterator[RenderableType]:
+    """The status with the results, for a live view."""
+    yield from status_lines(status)
+    if status.rows:
+        yield results_table(status.rows)
+        yield from (Text(note) for note in results_notes(status.rows))
+
+
+def print_status(status: RunStatus, console: Console) -> None:
+    """The status with the results. Only a terminal cuts lines, and of them only those of a fleet's experts."""
+    for line in status_lines(status):
+        if line.no_wrap and console.is_terminal:
+            console.print(line, no_wrap=True, overflow="ellipsis")  # print forgets what a Text says about itself
+        else:
+            console.print(line, soft_wrap=True)
+    print_results(status.rows, console)
+
+
+def print_results(rows: Sequence[results.Row], console: Console) -> None:
+    """The results of a run as a table with its notes; nothing where there are none."""
+    if rows:
+        console.print(results_table(rows))
+        for note in results_notes(rows):
+            console.print(note, soft_wrap=True)
+
+
+def _imbalance(recipe: Recipe) -> str:
+    return "natural" if recipe.data.imbalance == "natural" else f"factor {recipe.data.imbalance_factor:g}"
+
+
+def results_table(rows: Sequence[results.Row]) -> Table:
+    """Per source mean and standard deviation over seeds, in percent."""
+    lines = tables.result_lines(results.summary(rows))
+    many = len({line.architecture for line in lines}) > 1
+    table = Table("source", *(["architecture"] if many else []))
+    for figure in tables.FIGURES:
+        table.add_column(f"{figure} %", justify="right")
+    table.add_column("seeds", justify="right")
+    for line in lines:
+        table.add_row(line.source, *([line.architecture] if many else []), *line.figures, line.seeds)
+    return table
+
+
+def results_notes(rows: Sequence[results.Row]) -> Iterator[str]:
+    """What a reader of the table must know: what it was measured on, and how the distilled set was chosen."""
+    splits = " and ".join(sorted({row["split"] for row in rows}))
+    yield f"top-1 accuracy on the {splits} split, mean and standard deviation over seeds"
+    yield "head, medium, tail: thirds of the classes by their number of training images"
+    for selection in sorted({row["selection"] for row in rows if row["source"] == "distilled"}):
+        published = "selected on the test set, as published. " if selection == "test-as-published" else ""
+        yield published + tables.SELECTION.get(selection, f"selection: {selection}")
+
+
+def compare_table(runs: Sequence[Path]) -> Table:
+    """The results of several runs in one table; a baseline that runs share (the same images, trained alike) is shown once.
+
+    Raises:
+        RunDirError: a folder is not a run, or holds no results yet.
+    """
+    table = Table("run", "set", box=box.SIMPLE, padding=(0, 1, 0, 0), title="accuracy in percent")
+    for heading in (*tables.FIGURES, "IPC", "seeds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    shown: list[tuple[object, ...]] = []
+    for folder in runs:
+        rows = results.read(RunDir.existing(folder).results)
+        if not rows:
+            raise RunDirError(f"{folder}: holds no results yet; `lad-dist evaluate {folder}` makes them")
+        for entry, line in zip(results.summary(rows), tables.result_lines(results.summary(rows)), strict=True):
+            members = [r for r in rows if (r["source"], r["architecture"]) == (entry["source"], entry["architecture"])]
+            what = (entry["source"], entry["architecture"], members[0]["set_id"], members[0]["settings"], len(members))
+            if what in shown:
+                continue
+            shown.append(what)
+            ipc = "" if members[0]["ipc"] is None else str(members[0]["ipc"])
+            label = tables.METHODS.get(entry["method"], entry["source"])
+            table.add_row(folder.name, label, *line.figures, ipc, line.seeds)
+    return table
