@@ -1,6 +1,6 @@
 """Every error a user can meet, in one hierarchy.
 
-    LadDistError                 exit code 1; ``cli.py`` prints it as one message, without a traceback
+    LadDistError                 exit code 1; ``cli/`` prints it as one message, without a traceback
     |-- RecipeError              2   a recipe or profile field is unknown, mistyped or out of bounds
     |-- DataError                3   images or labels cannot be used as they are
     |-- RunDirError              4   the run folder cannot be written, or belongs to another recipe

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from lad_dist.data.prepare import PreparedData
+    from lad_dist.distill.replay import Record
 
 STAGES = ("experts", "distill", "evaluate", "report")
 
@@ -43,9 +44,12 @@ class Pipeline:
     _data: PreparedData | None = None
 
     def all(self) -> None:
-        """Everything that is not done yet."""
-        self.experts()
-        self.distill()
+        """Everything that is not done yet. With ``buffer.start_after``, distillation begins while experts still train."""
+        if self._experts_needed_live():
+            self._distill_alongside_experts()
+        else:
+            self.experts()
+            self.distill()
         self.evaluate("distilled")
         for baseline in self.recipe.evaluate.baselines:
             self.evaluate(baseline)
@@ -78,33 +82,60 @@ class Pipeline:
             if error is not None:
                 raise error
 
-    def distill(self) -> None:
-        """Match the experts with a synthetic set, over the profile's ranks, and choose the iteration that is kept."""
+    def _experts_needed_live(self) -> bool:
+        """Whether the recipe lets distillation begin with a part of the experts, and neither of the two is done.
+
+        Ranks that a launcher has started do one after the other: the process beside them would be one per rank.
+        """
+        from lad_dist import ranks
+        from lad_dist.distill.live import all_stages, complete
+        from lad_dist.trajectories.reader import Buffer
+
+        if self.recipe.buffer.start_after is None or self.run.distilled.exists() or ranks.place() is not None:
+            return False
+        count = self.recipe.experts.count
+        return len(complete(Buffer(self.run.trajectories), all_stages(self.recipe), count)) < count
+
+    def _distill_alongside_experts(self) -> None:
+        """Distill here, while a process of its own trains the experts; both end together where one of them fails."""
+        from lad_dist.experts.alongside import alongside
+
+        _ = self.data  # which fits and stores the whitening, so that the other process finds it
+        with alongside(self.run.root, self.profile, self.screen.say):
+            self.distill()
+
+    def distill(self, replay: Path | None = None) -> None:
+        """Match the experts with a synthetic set, over the profile's ranks, and choose the iteration that is kept.
+
+        ``replay``: a run folder; its recorded windows are used instead of drawing them, which makes the same set.
+        """
+        from lad_dist.distill.replay import Record
         from lad_dist.distilled import DistilledSet
 
+        record = None if replay is None else Record.read(replay, self.recipe, self.run)
         if self.run.distilled.exists():
             made = DistilledSet.load(self.run.distilled).meta
             return self._already("distill", f"{self.run.distilled} is there (iteration {made.iteration})")
         with self._stage("distill"):
-            self._distill()
+            self._distill(record)
             if self.recipe.distill.select != "last":
                 from lad_dist.evaluate.select import select
 
                 select(self.recipe, self.data, self.run, self.events, self.screen)
 
-    def _distill(self) -> None:
+    def _distill(self, record: Record | None) -> None:
         """In this process, as one of the ranks that a launcher has started, or over ranks started here."""
         from lad_dist import ranks
         from lad_dist.distill.loop import distill
 
         if ranks.place() is not None:
-            distill_as_rank(self)
+            distill_as_rank(self, record)
         elif self.profile.world > 1:
             self.screen.say(f"distill: {self.profile.world} ranks")
-            what = (self.recipe, self.run, self.profile, self.device.type)
+            what = (self.recipe, self.run, self.profile, self.device.type, record)
             ranks.launch(self.profile.world, distill_rank, what, self.profile.rank_restarts, self.screen.say)
         else:
-            distill(self.recipe, self.data, self.run, self.events, self.screen, self.device)
+            distill(self.recipe, self.data, self.run, self.events, self.screen, self.device, record=record)
 
     def evaluate(self, source: str) -> None:
         """Measure what a network learns from ``distilled``, ``random`` or ``full``."""
@@ -155,16 +186,16 @@ class Pipeline:
         return _Stage(self.events, name, fields)
 
 
-def distill_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str) -> None:
+def distill_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, record: Record | None) -> None:
     """What each process that ``Pipeline.distill`` starts on this machine does. ``kind`` of device: cpu or cuda."""
     import torch
 
     threads = profile.threads or max(1, (os.cpu_count() or 1) // profile.world)
     torch.set_num_threads(threads)
-    distill_as_rank(Pipeline(recipe, run, profile, torch.device(kind), Screen(), Events(run.events)))
+    distill_as_rank(Pipeline(recipe, run, profile, torch.device(kind), Screen(), Events(run.events)), record)
 
 
-def distill_as_rank(pipeline: Pipeline) -> None:
+def distill_as_rank(pipeline: Pipeline, record: Record | None) -> None:
     """Distill as the rank that the environment says this process is: only rank 0 reads images, reports and publishes.
 
     Raises:
@@ -192,7 +223,7 @@ def distill_as_rank(pipeline: Pipeline) -> None:
     p = dataclasses.replace(p, device=device)
     with as_flag() as flag, ranks.joined(where, device, pipeline.profile.rank_timeout) as joined:
         data = p.data if joined.first else None
-        distill(p.recipe, data, p.run, p.events, p.screen, device, joined, flag)
+        distill(p.recipe, data, p.run, p.events, p.screen, device, joined, flag, record)
 
 
 class _Stage:

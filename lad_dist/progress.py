@@ -27,12 +27,13 @@ T = TypeVar("T")
 class Events:
     """Appends to ``events.jsonl``: one object a line with ``time`` (Unix seconds), ``kind`` and the fields given.
 
-    A line cut short by a kill is closed before the next one, so at most that line is lost; ``read`` skips it.
+    A line cut short by a kill is closed before the next one, so at most that line is lost; ``read_events`` skips it.
+    Lines of several processes of a host never mix: each is appended by one unbuffered write, however long it is.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("a+b")
+        self._file = path.open("a+b", buffering=0)
         if self._file.seek(0, os.SEEK_END):
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) != b"\n":
@@ -46,8 +47,9 @@ class Events:
     def emit(self, kind: str, **fields: Any) -> None:
         """Record one event. Numbers that JSON cannot hold (NaN, infinity) become null."""
         record = {"time": round(time.time(), 3), "kind": kind, **{k: _plain(v) for k, v in fields.items()}}
-        self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
+        left = memoryview(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        while left:  # a signal or a full disk may cut a write short; the next one raises what is wrong
+            left = left[self._file.write(left) :]
 
     def close(self) -> None:
         self._file.close()

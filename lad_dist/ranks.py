@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -240,8 +241,9 @@ def launch(
 
     for attempt in range(restarts + 1):
         try:
-            with _signals_restored(), _quiet_elastic(), _loopback_only():
-                outcomes = elastic_launch(_launch_config(world), _outcome)(function, *args)
+            with tempfile.TemporaryDirectory(prefix="ladist-ranks-") as logs:
+                with _signals_restored(), _quiet_elastic(), _loopback_only():
+                    outcomes = elastic_launch(_launch_config(world, logs), _outcome)(function, *args)
         except SignalException as stopped:
             name = signal.Signals(stopped.sigval).name
             raise Interrupted(
@@ -262,7 +264,8 @@ def launch(
         return
 
 
-def _launch_config(world: int) -> Any:
+def _launch_config(world: int, logs: str) -> Any:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
     known = {f.name for f in fields(LaunchConfig)}
@@ -278,6 +281,7 @@ def _launch_config(world: int) -> Any:
         max_restarts=0,  # launch() counts them itself, to say which rank it was
         monitor_interval=0.1,
         start_method="spawn",
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
         **newer,
     )
 
@@ -306,7 +310,8 @@ def _raise_first(outcomes: Sequence[tuple[str, str] | None]) -> None:
 @contextmanager
 def _quiet_elastic() -> Iterator[None]:
     """The launcher's own log lines say again, at length, what ``launch`` says."""
-    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn")]
+    quiet = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(quiet)]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

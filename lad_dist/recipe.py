@@ -118,6 +118,19 @@ class ExpertsConfig(_Section):
     )
 
 
+class BufferConfig(_Section):
+    """The trajectory buffer between experts and distillation."""
+
+    start_after: Annotated[Int, Field(ge=1)] | None = Field(
+        None,
+        description="experts that must be complete before distillation begins, which then uses new ones as they come; "
+        "default: all, and a distillation depends on nothing but the recipe",
+    )
+    cache_mb: Annotated[Int, Field(ge=1)] = Field(
+        512, description="MiB of decoded checkpoints that each distilling process keeps in host memory"
+    )
+
+
 class DistillConfig(_Section):
     """The synthetic set and how it is matched to the experts."""
 
@@ -227,6 +240,7 @@ class Recipe(_Section):
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
     experts: ExpertsConfig = ExpertsConfig()
+    buffer: BufferConfig = BufferConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
@@ -279,6 +293,10 @@ def _digest(doc: dict[str, Any]) -> str:
 def _cross_faults(recipe: Recipe) -> list[str]:
     """Faults that concern several fields, each as ``field: what is wrong; what is valid``."""
     d, e, faults = recipe.distill, recipe.experts, []
+    if recipe.buffer.start_after is not None and recipe.buffer.start_after > e.count:
+        faults.append(
+            f"buffer.start_after: {recipe.buffer.start_after} is above experts.count {e.count}; at most {e.count} is valid"
+        )
     if d.start_epoch_max <= d.start_epoch_min:
         faults.append(
             f"distill.start_epoch_max: {d.start_epoch_max} is not above distill.start_epoch_min {d.start_epoch_min}"

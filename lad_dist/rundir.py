@@ -39,6 +39,7 @@ _FREE = (
     "data.root",
     "data.download",
     "experts.epochs_per_part",
+    "buffer.cache_mb",
     "distill.memory_gb",
     "distill.gradient",
     "distill.checkpoint_every",
@@ -129,7 +130,7 @@ class RunDir:
                     remove(leftover)
             if run.recipe.exists():
                 saved = recipe_file.load(run.recipe)
-                changed = _differences(saved.model_dump(mode="json"), recipe.model_dump(mode="json"))
+                changed = differences(saved.model_dump(mode="json"), recipe.model_dump(mode="json"))
                 if changed:
                     raise RunDirError(
                         f"{root}: belongs to a run of another recipe ({'; '.join(changed)}); "
@@ -377,13 +378,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+    """The fields that matter to a run's result and differ between two recipes (dumped), one line each."""
     changed = []
     for name, value in asked.items():
         field = prefix + name
         other = saved.get(name)
         if isinstance(value, dict) and isinstance(other, dict):
-            changed += _differences(other, value, field + ".")
+            changed += differences(other, value, field + ".")
         elif value != other and not any(field == f or (f.endswith(".") and field.startswith(f)) for f in _FREE):
             changed.append(f"{field} is {_shown(other)} there, {_shown(value)} here")
     return changed

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
+from unittest.mock import Mock
 
 import pytest
 import typer
@@ -18,6 +19,7 @@ import lad_dist
 from lad_dist import catalog, cli, recipe_file
 from lad_dist.cli.options import JobOptions, expanded
 from lad_dist.launch import local
+from lad_dist.pipeline import Pipeline
 from lad_dist.profile import Profile
 from lad_dist.progress import Screen
 from lad_dist.recipe import Recipe
@@ -35,11 +37,13 @@ def lad(*args: str):
 
 
 def test_help_answers_at_once():
+    """In processor time, of which it is made: on a busy machine the clock on the wall measures the others."""
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert process("--help").returncode == 0
-        seconds.append(time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.5
 
 
@@ -70,7 +74,7 @@ def test_help_of_a_stage_lists_the_shared_options_and_then_its_own(verb, monkeyp
     ended = lad(verb, "--help")
     assert ended.exit_code == 0 and "JOB" in ended.output
     listed = re.findall(r"^│ (--[a-z-]+)", ended.output, re.MULTILINE)
-    own = {"run": ["--fleet"], "experts": ["--fleet"], "evaluate": ["--baseline"]}
+    own = {"run": ["--fleet"], "experts": ["--fleet"], "distill": ["--replay"], "evaluate": ["--baseline"]}
     shared = ["--out", "--on", "--set", "--buffers", "--device", "--threads"]
     assert listed[: len(shared)] == shared and listed[-1] == "--help"
     assert set(own.get(verb, [])) <= set(listed)
@@ -80,19 +84,24 @@ def test_a_stage_verb_hands_on_what_it_was_told(monkeypatch, tmp_path):
     told = {}
 
     def record(recipe, out, profile, buffers, screen, stages):
-        told.update(recipe=recipe, out=out, profile=profile, buffers=buffers, stages=len(stages))
+        told.update(recipe=recipe, out=out, profile=profile, buffers=buffers, stages=stages)
         raise SystemExit(0)
 
     monkeypatch.setattr(local, "run", record)
     folder = str(tmp_path / "x")
     lad("experts", "digits-lt", "--out", folder, "--set", "ipc=3", "--set", "seed=7", "--buffers", "s3://b/p?region=eu",
         "--device", "cpu", "--threads", "2", "--fleet", "off")  # fmt: skip
-    assert (told["recipe"].ipc, told["recipe"].seed, told["out"], told["stages"]) == (3, 7, Path(folder), 1)
+    assert (told["recipe"].ipc, told["recipe"].seed, told["out"], len(told["stages"])) == (3, 7, Path(folder), 1)
     assert told["buffers"] == "s3://b/p?region=eu", "a path would lose a slash"
     profile = told["profile"]
     assert (profile.device, profile.threads, profile.fleet) == ("cpu", 2, "off")
     lad("experts", "digits-lt")
     assert (told["buffers"], told["profile"].fleet, told["out"]) == (None, "auto", Path("runs/digits-lt"))
+    lad("distill", "digits-lt", "--replay", "runs/first")
+    pipeline = Mock(spec=Pipeline)
+    for stage in told["stages"]:
+        stage(pipeline)
+    pipeline.distill.assert_called_once_with(Path("runs/first"))
 
 
 @pytest.mark.parametrize(("given", "of_profile", "used"), [

@@ -43,7 +43,7 @@ class Run:
 
     def start_fleet(self) -> None:
         self.event("stage-started", stage="experts", remaining=100)
-        self.event("ray-started", address="127.0.0.1:6379", dashboard="http://127.0.0.1:8265", namespace="lad")
+        self.event("ray-started", address="127.0.0.1:6379", dashboard="127.0.0.1:8265", namespace="lad")
 
     def epoch(self, expert: int, epoch: int, stage: str = "representation", after: float = 0.0, **fields: Any) -> None:
         figures = {"loss": 0.25, "accuracy": 0.5, "images_per_second": 1234.5, "host": "gpu7", "pid": 4000 + expert}
@@ -105,6 +105,16 @@ def test_a_fleet_has_a_line_per_expert_at_work(run):
         "0 of 100 experts, 3 in training, 6 of 1500 epochs, 72 experts per hour, about 1:23:00 left, last event 0:07 ago"
     )
     assert found.notes == ("Ray: dashboard http://127.0.0.1:8265, address 127.0.0.1:6379, namespace lad",)
+
+
+def test_one_expert_after_the_other_needs_no_lines(run):
+    run.event("stage-started", stage="experts", remaining=100)
+    run.epoch(7, 3)
+    found = run.status()
+    assert found.experts == () and found.stages[0].detail == (
+        "0 of 100 experts, expert 7: representation epoch 3 of 10, loss 0.25, accuracy 0.5, 3 of 1500 epochs, "
+        "last event 0:01 ago"
+    )
 
 
 def test_stages_that_take_different_time_are_told_apart(run):
@@ -242,6 +252,7 @@ def test_a_follower_survives_a_file_that_is_cut_or_replaced(run):
     assert follower.read(run.now).stages[0].state == "not started"
     run.event("stage-started", stage="experts")
     run.epoch(5, 6)
+    run.epoch(6, 1)
     assert follower.read(run.now).experts[0].startswith("expert  5  representation epoch 6 of 10")
 
 

@@ -58,7 +58,9 @@ FleetOption = Annotated[
 
 RanksOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Processes that share the work on this machine, one device each; overrides the profile's."),
+    typer.Option(
+        min=1, help="Processes that share the work on this machine, one device each; overrides the profile's."
+    ),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,9 +25,16 @@ def experts(asked: JobOptions, fleet: FleetOption = None) -> None:
     _execute(asked, [lambda p: p.experts()], fleet=fleet)
 
 
-def distill(asked: JobOptions, ranks: RanksOption = None) -> None:
+def distill(
+    asked: JobOptions,
+    ranks: RanksOption = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Use the windows that this run recorded, which makes the same set again."),
+    ] = None,
+) -> None:
     """Match the experts' trajectories with a synthetic set."""
-    _execute(asked, [lambda p: p.distill()], ranks=ranks)
+    _execute(asked, [lambda p: p.distill(replay)], ranks=ranks)
 
 
 def evaluate(

@@ -5,7 +5,7 @@ Shapes: E experts, S images, K classes, N training images.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,7 +75,7 @@ def choose_images(
 
 def build(
     logits_of: Callable[[int, np.ndarray], Tensor],
-    experts: int,
+    experts: Sequence[int],
     labels_N: np.ndarray,
     ipc: int,
     classes: int,
@@ -88,11 +88,11 @@ def build(
     """The initial set. ``logits_of(expert, indices)`` gives the logits of an expert's last checkpoint on training images.
 
     ``features_of(expert)``, if given, gives that expert's features (N, D) of all training images, to choose by herding.
-    One expert, drawn at random, chooses the images; all experts label them. A label that no expert supports becomes the
-    mean logits of its class over all experts and training images of the class.
+    One of ``experts``, drawn at random, chooses the images; all of them label them. A label that no expert supports becomes the
+    mean logits of its class over these experts and training images of the class.
     """
     everything = np.arange(len(labels_N))
-    chooser = int(rng(seed, "initial", "chooser").integers(experts)) if only_correct else None
+    chooser = experts[int(rng(seed, "initial", "chooser").integers(len(experts)))] if only_correct else None
     indices_S, repeated = choose_images(
         None if chooser is None else logits_of(chooser, everything),
         labels_N,
@@ -105,12 +105,12 @@ def build(
     if hard_labels:
         logits_SK = HARD_LABEL_LOGIT * torch.nn.functional.one_hot(true_S, classes).float()
         return InitialSet(indices_S, logits_SK, 0, repeated)
-    logits_ESK = torch.stack([logits_of(e, indices_S) for e in range(experts)])
+    logits_ESK = torch.stack([logits_of(e, indices_S) for e in experts])
     logits_SK, count_S = label_logits(logits_ESK, true_S)
     orphans = (count_S == 0).nonzero().flatten().tolist()
     for c in sorted({int(true_S[i]) for i in orphans}):
         members = np.flatnonzero(labels_N == c)
-        mean_K = torch.stack([logits_of(e, members).mean(dim=0) for e in range(experts)]).mean(dim=0)
+        mean_K = torch.stack([logits_of(e, members).mean(dim=0) for e in experts]).mean(dim=0)
         for i in orphans:
             if int(true_S[i]) == c:
                 logits_SK[i] = mean_K

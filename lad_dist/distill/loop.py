@@ -8,7 +8,9 @@ Shapes: S synthetic images of the whole set, s of this rank's share, K classes, 
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from torch import Tensor
 
 from lad_dist.data import augment
 from lad_dist.data.prepare import PreparedData
+from lad_dist.distill.live import LiveExperts
 from lad_dist.distill.memory import choose_path
+from lad_dist.distill.replay import Record, check_not_replayed
 from lad_dist.distill.shards import Share
 from lad_dist.distill.start import Facts, first_set, publish
 from lad_dist.distill.state import State
@@ -31,7 +35,7 @@ from lad_dist.models.convnet import build
 from lad_dist.progress import Events, Screen
 from lad_dist.ranks import ALONE, Ranks
 from lad_dist.recipe import Recipe
-from lad_dist.rundir import RunDir
+from lad_dist.rundir import RunDir, host_name
 from lad_dist.seeds import rng
 from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import Stage
@@ -56,12 +60,15 @@ def distill(
     device: torch.device,
     ranks: Ranks = ALONE,
     flag: StopFlag | None = None,
+    record: Record | None = None,
 ) -> None:
     """Distill from the last checkpoint on, and publish the distilled set. All ranks call it.
 
     Only rank 0 needs ``data``. ``flag`` is what tells a rank among several to stop (all stop together, after an iteration).
+    ``record``: replay this one, instead of drawing windows.
 
     Raises:
+        RunDirError: what is there already was not distilled by ``record``, or by another one.
         NumericalError: a loss or gradient is no longer finite; names the iteration. The last good state is kept.
         TrajectoryError: the buffer lacks what the recipe needs, or is damaged.
         StorageError: a checkpoint cannot be written.
@@ -70,16 +77,29 @@ def distill(
     """
     facts = ranks.share(None if data is None else Facts.of(data))
     assert facts is not None, "rank 0 has the data"
-    work = Distillation(recipe, facts, run, device, ranks, flag)
+    buffer = Buffer(run.trajectories, expected_hash=recipe.experts_hash())
+    with ExitStack() as stack:
+        live = None
+        if recipe.buffer.start_after is not None and record is None:
+            live = stack.enter_context(closing(LiveExperts(buffer, recipe, ranks, flag)))
+            live.wait(screen, events)
+        work = stack.enter_context(closing(Distillation(recipe, facts, run, device, ranks, flag, buffer, live, record)))
+        _distill(work, data, events, screen)
+
+
+def _distill(work: Distillation, data: PreparedData | None, events: Events, screen: Screen) -> None:
+    recipe, run, ranks = work.recipe, work.run, work.ranks
     state = work.resume(screen) or work.start(data, screen, events)
     path, why = work.choose_path(state)
-    events.emit("distill-started", iteration=state.iteration, gradient=path, why=why, ranks=ranks.world)
+    members = ranks.gather([host_name(), os.getpid()])
+    replayed = {} if work.record is None else {"replayed_from": work.record.run}
+    events.emit("distill-started", iteration=state.iteration, gradient=path, why=why, ranks=members, **replayed)
     screen.say(f"distill: gradient path {path}: {why}")
     total = recipe.distill.iterations
     try:
         with screen.task("distill", total, "iterations", done=state.iteration) as task:
             while state.iteration < total:
-                task.advance(1, **work.iterate(state, path, events))
+                task.advance(1, **work.iterate(state, work.recorded_path(state.iteration) or path, events))
                 if state.iteration % recipe.distill.checkpoint_every == 0 and state.iteration < total:
                     state.save(run.distill_checkpoint, recipe, ranks)
                 if recipe.distill.select != "last" and state.iteration % recipe.distill.select_every == 0:
@@ -103,25 +123,35 @@ class Distillation:
         device: torch.device,
         ranks: Ranks = ALONE,
         flag: StopFlag | None = None,
+        buffer: Buffer | None = None,
+        live: LiveExperts | None = None,
+        record: Record | None = None,
     ) -> None:
         self.recipe, self.facts, self.run, self.device = recipe, facts, run, device
-        self.ranks, self.flag = ranks, flag or StopFlag()
+        self.ranks, self.flag, self.record, self._live = ranks, flag or StopFlag(), record, live
         self.classes, self.size = len(facts.counts), facts.size
         self.share = Share.of(self.classes * recipe.ipc, ranks)
         m = recipe.model
         module = build(facts.channels, facts.size, self.classes, m.width, m.depth, seed=0, purpose=("template",))
         self.student = Student(module.to(device), ranks)
-        buffer = Buffer(run.trajectories, expected_hash=recipe.experts_hash())
+        buffer = buffer or Buffer(run.trajectories, expected_hash=recipe.experts_hash())
         if buffer.meta.data_fingerprint != facts.fingerprint:
             raise TrajectoryError(
                 f"{buffer.folder}: these trajectories are of other training images (data_fingerprint "
                 "differs); choose another run folder, or remove this one to train the experts again"
             )
-        self.windows = Windows(buffer, self.student.layout, recipe, device)
+        self.windows = Windows(buffer, self.student.layout, recipe, device, record)
+        if record is not None:
+            record.check(buffer, recipe)
+            self.windows.experts = record.experts
         d = recipe.distill
         weights_K = class_weights(facts.counts, d.class_weights, d.class_weight_offset)
         self._weights_K = weights_K.to(device) if d.weighted_loss else None
         self._class_of_s = torch.from_numpy(self.share.classes(recipe.ipc)).to(device)
+
+    def close(self) -> None:
+        """End the reading ahead."""
+        self.windows.close()
 
     # --- where it begins and ends -----------------------------------------------------------------------------------
 
@@ -129,12 +159,17 @@ class Distillation:
         """This rank's share of the run's newest checkpoint, if it has one."""
         state = State.load(self.run.distill_checkpoint, self.recipe, self.device, self.ranks)
         if state is not None:
+            if self.ranks.first and self.record is not None:
+                self.record.check_continues(self.run, state.iteration)
+            elif self.ranks.first:
+                check_not_replayed(self.run)
             screen.say(f"distill: continuing after iteration {state.iteration}")
         return state
 
     def start(self, data: PreparedData | None, screen: Screen, events: Events) -> State:
         """This rank's share of the initial synthetic set, which rank 0 makes."""
         made = None
+        self._look_for_experts()
         if data is not None:
             made = first_set(self.recipe, data, self.student, self.windows, screen, events)
         images_SCHH, logits_SK, source = self.ranks.share(made) or _never()
@@ -142,8 +177,17 @@ class Distillation:
         logits_sK = logits_SK[self.share.rows].to(self.device, copy=True)
         return State(self.recipe, images_sCHH.clone(), logits_sK, images_sCHH.clone(), source)
 
+    def recorded_path(self, iteration: int) -> GradientPath | None:
+        """The gradient path that a replayed run took, where the recipe names none itself."""
+        if self.record is None or self.recipe.distill.gradient != "auto" or iteration >= len(self.record.paths):
+            return None
+        return self.record.paths[iteration]
+
     def choose_path(self, state: State) -> tuple[GradientPath, str]:
         """The gradient path that fits every rank's memory, and why."""
+        recorded = self.recorded_path(state.iteration)
+        if recorded is not None:
+            return recorded, "the replayed run took it"
         chosen = choose_path(
             self.recipe, self.student, state.optimizers.synthetic_set(), self.phases(state.iteration)[0].phase
         )
@@ -167,11 +211,12 @@ class Distillation:
         """One whole iteration; returns the figures to show. Where it raises, ``state`` is as it was before."""
         began, synthetic = time.perf_counter(), state.optimizers.synthetic_set()
         phases = self.phases(state.iteration)
+        self.windows.read_ahead([p.stage for p in phases], state.iteration + 1)
         results = [(p, self.student.run(synthetic, p.phase, path)) for p in phases]
         agreed = self._agree(results)
         self._check_finite(state, results, agreed)
-        kept = self._copy(state)
-        with deferred():
+        kept, figures = self._copy(state), self._figures(results, agreed)
+        with deferred():  # the record too: an iteration that was done and not recorded could not be replayed
             state.optimizers.step([(p.weight, result) for p, result in results])
             if float(self.ranks.total(torch.tensor(0.0 if state.finite() else 1.0, device=self.device))) == 0:
                 state.iteration += 1
@@ -182,16 +227,16 @@ class Distillation:
                     f"{float(kept[2]):.3g}) zero or less; the last good state is kept; try a smaller "
                     "distill.lr_images or distill.lr_alpha"
                 )
-        figures = self._figures(results, agreed)
-        events.emit(
-            "iteration",
-            iteration=state.iteration,
-            alpha=float(state.alpha),
-            seconds=round(time.perf_counter() - began, 4),
-            windows=[[p.stage, p.window.expert, p.window.epoch] for p in phases],
-            **figures,
-            pixel_gradient_norm=[float(f"{x:.4g}") for x in agreed.class_squares_K.sqrt().tolist()],
-        )
+            events.emit(
+                "iteration",
+                iteration=state.iteration,
+                alpha=float(state.alpha),
+                seconds=round(time.perf_counter() - began, 4),
+                windows=[[p.stage, p.window.expert, p.window.epoch] for p in phases],
+                gradient=path,
+                **figures,
+                pixel_gradient_norm=[float(f"{x:.4g}") for x in agreed.class_squares_K.sqrt().tolist()],
+            )
         if agreed.stop:
             raise Interrupted(
                 f"interrupted by {self.flag.name or 'a signal to another rank'}; what is finished is kept, and the same "
@@ -219,7 +264,11 @@ class Distillation:
         return _Agreed(bool(stop > 0), rest[0].tolist(), rest[1].tolist(), rest[2].cpu())
 
     def phases(self, iteration: int) -> list[NamedPhase]:
-        """The phases of an iteration: representation and classifier, or the joint one; a function of (seed, iteration)."""
+        """The phases of an iteration: representation and classifier, or the joint one.
+
+        A function of (seed, iteration), and of the experts that are complete or the windows that are replayed.
+        """
+        self._look_for_experts()
         d, layout = self.recipe.distill, self.student.layout
         decoupled = d.matching == "decoupled"
         window = self.windows.draw("representation", iteration)
@@ -234,6 +283,11 @@ class Distillation:
             second = Phase(window.start_P, window.target_P, batches, layout.span("all"), classifier_only=True)
             phases.append(NamedPhase("classifier", d.lambda_classifier, window, second))
         return phases
+
+    def _look_for_experts(self) -> None:
+        """All ranks call it, where experts are still in training: these are the ones to draw from."""
+        if self._live is not None:
+            self.windows.experts = self._live.now()
 
     def _batches(self, stage: Stage, iteration: int, steps: int) -> list[Batch]:
         """Fresh permutations of the set, split into batches and refilled when used up, each with its augmentation."""

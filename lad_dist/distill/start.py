@@ -67,7 +67,7 @@ def first_set(
 
     first = initial.build(
         logits_of,
-        recipe.experts.count,
+        windows.experts,
         data.train.labels_N.cpu().numpy(),
         recipe.ipc,
         data.classes,
@@ -78,7 +78,7 @@ def first_set(
     )
     images_SCHH, _ = data.train.batch(torch.from_numpy(first.indices_S))
     source = {"images_no_expert_classified": first.without_expert, "images_repeated": first.repeated}
-    events.emit("initial-set", indices=first.indices_S.tolist(), **source)
+    events.emit("initial-set", indices=first.indices_S.tolist(), experts=list(windows.experts), **source)
     screen.say(
         f"distill: {len(images_SCHH)} initial images; {first.without_expert} labelled by their class's mean logits, "
         f"{first.repeated} repeated"

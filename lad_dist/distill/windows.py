@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lad_dist.distill.replay import Record
 from lad_dist.models.layout import Layout
 from lad_dist.recipe import Recipe
 from lad_dist.seeds import rng
+from lad_dist.trajectories.cache import CheckpointCache, Row
 from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import Stage
-
-CACHE_BYTES = 512 * 2**20  # decoded checkpoints kept in host memory
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,17 @@ class Window:
 
 
 class Windows:
-    """Draws windows and reads them from the buffer, keeping recently used checkpoints."""
+    """Draws windows and reads them from the buffer, or takes those that ``record`` names.
 
-    def __init__(self, buffer: Buffer, layout: Layout, recipe: Recipe, device: torch.device) -> None:
-        self._buffer, self._layout, self._recipe, self._device = buffer, layout, recipe, device
-        self._cache: OrderedDict[tuple[str, int, int], Tensor] = OrderedDict()
+    ``experts`` are the ones to draw from: all of the recipe's, unless whoever knows better sets others.
+    """
+
+    def __init__(
+        self, buffer: Buffer, layout: Layout, recipe: Recipe, device: torch.device, record: Record | None = None
+    ) -> None:
+        self._layout, self._recipe, self._device, self._record = layout, recipe, device, record
+        self.checkpoints = CheckpointCache(buffer, recipe.buffer.cache_mb * 2**20)
+        self.experts: Sequence[int] = range(recipe.experts.count)
 
     def start_bound(self, iteration: int) -> int:
         """Start epochs of representation windows lie below this: DATM's schedule, linear from first to last value."""
@@ -43,34 +49,47 @@ class Windows:
         grown = (d.start_epoch_max - d.start_epoch_max_first) * min(1.0, iteration / d.start_epoch_growth)
         return d.start_epoch_max_first + int(grown)
 
-    def draw(self, stage: Stage, iteration: int) -> Window:
-        """The window of one phase of one iteration: expert and start epoch uniform, a function of (seed, iteration)."""
+    def choose(self, stage: Stage, iteration: int) -> tuple[int, int]:
+        """(expert, start epoch) of one phase of one iteration: recorded, or both uniform.
+
+        A function of (seed, iteration) and of the experts to draw from.
+        """
+        if self._record is not None:
+            return self._record.window(stage, iteration)
         d, generator = self._recipe.distill, rng(self._recipe.seed, "distill", iteration, "window", stage)
-        expert = int(generator.integers(self._recipe.experts.count))
+        expert = self.experts[int(generator.integers(len(self.experts)))]
         low, high = (
             (d.start_epoch_min, self.start_bound(iteration))
             if stage == "representation"
             else (0, d.classifier_start_epoch_max)
         )
-        epoch = int(generator.integers(low, high))
-        return Window(
-            stage,
-            expert,
-            epoch,
-            self.weights(stage, expert, epoch),
-            self.weights(stage, expert, epoch + d.window_epochs),
-        )
+        return expert, int(generator.integers(low, high))
+
+    def draw(self, stage: Stage, iteration: int) -> Window:
+        """The window of one phase of one iteration, read from the buffer. Raises as ``weights`` does."""
+        expert, epoch = self.choose(stage, iteration)
+        target = epoch + self._recipe.distill.window_epochs
+        return Window(stage, expert, epoch, self.weights(stage, expert, epoch), self.weights(stage, expert, target))
+
+    def read_ahead(self, stages: Sequence[Stage], iteration: int) -> None:
+        """Begin to read what an iteration will need. New experts until then make this vain, and nothing else."""
+        if iteration >= self._recipe.distill.iterations:
+            return
+        length, rows = self._recipe.distill.window_epochs, list[Row]()
+        for stage in stages:
+            expert, epoch = self.choose(stage, iteration)
+            rows += [row for at in (epoch, epoch + length) for row in self._rows(stage, expert, at)]
+        self.checkpoints.prefetch(rows)
 
     def weights(self, stage: Stage, expert: int, epoch: int) -> Tensor:
         """All weights (P,) of a checkpoint on the device; a classifier expert's backbone is its last representation epoch.
 
-        Raises:
-            TrajectoryError: a checkpoint is missing or damaged; names it and its file.
+        The caller's to change. Raises TrajectoryError: a checkpoint is missing or damaged; names it and its file.
         """
-        if stage == "representation":
-            return self._row(stage, expert, epoch).to(self._device)
-        whole_P = self._row("representation", expert, self._recipe.experts.epochs).clone()
-        whole_P[self._layout.span("classifier")] = self._row(stage, expert, epoch)
+        whole, *classifier = (self.checkpoints.read(*row) for row in self._rows(stage, expert, epoch))
+        whole_P = torch.tensor(whole)
+        if classifier:
+            whole_P[self._layout.span("classifier")] = torch.tensor(classifier[0])
         return whole_P.to(self._device)
 
     def last(self, stage: Stage, expert: int) -> Tensor:
@@ -78,13 +97,12 @@ class Windows:
         e = self._recipe.experts
         return self.weights(stage, expert, e.epochs if stage == "representation" else e.classifier_epochs)
 
-    def _row(self, stage: Stage, expert: int, epoch: int) -> Tensor:
-        name = (stage, expert, epoch)
-        if name in self._cache:
-            self._cache.move_to_end(name)
-            return self._cache[name]
-        row = torch.from_numpy(self._buffer.read(stage, expert, epoch))
-        self._cache[name] = row
-        while sum(t.nbytes for t in self._cache.values()) > CACHE_BYTES and len(self._cache) > 1:
-            self._cache.popitem(last=False)
-        return row
+    def close(self) -> None:
+        """End the reading ahead."""
+        self.checkpoints.close()
+
+    def _rows(self, stage: Stage, expert: int, epoch: int) -> list[Row]:
+        """The rows of the buffer that make up a checkpoint's weights: the whole network, then what replaces a part of it."""
+        if stage == "representation":
+            return [(stage, expert, epoch)]
+        return [("representation", expert, self._recipe.experts.epochs), (stage, expert, epoch)]

@@ -22,7 +22,7 @@ from lad_dist.data.prepare import PreparedData
 from lad_dist.data.prepared import PreparedSet
 from lad_dist.data.whitening import Kind, Whitening
 from lad_dist.errors import LadDistError
-from lad_dist.experts.crew import Failure, name_of
+from lad_dist.experts.crew import Failure, Process, name_of
 from lad_dist.experts.train import Epoch, ExpertTrainer
 from lad_dist.recipe import Recipe
 from lad_dist.trajectories import claims
@@ -93,8 +93,7 @@ class Orders:
 class Started:
     """The process that trains."""
 
-    host: str
-    pid: int
+    process: Process
 
 
 @dataclass(frozen=True)
@@ -118,17 +117,17 @@ class ExpertActor:
         self._orders, self._data = orders, data
 
     def train(self, expert: int) -> Iterator[Report]:
-        """``Started``, an ``Epoch`` for each that is trained, ``Finished``; or ``Claimed``, or a ``Failure`` at the end.
+        """``Started``, an ``Epoch`` for each that is trained, ``Finished``; or a ``Failure`` instead; or nothing but ``Claimed``.
 
         Errors are reported as text, so that no type of them has to survive the way to another process.
         """
         o = self._orders
         try:
-            yield Started(socket.gethostname(), os.getpid())
             with claims.hold(o.location, name_of(expert), o.owner) as held:
                 if not held:
                     yield Claimed()
                     return
+                yield Started(Process(socket.gethostname(), os.getpid()))
                 trainer = ExpertTrainer(o.recipe, self._data.prepared(torch.device(o.device)), o.location)
                 with closing(trainer.train(expert)) as epochs:
                     yield from epochs

@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from types import FrameType
+from typing import Any, ParamSpec, TypeVar
 
+from lad_dist.interrupts import deferred
+
+P = ParamSpec("P")
+R = TypeVar("R")
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
@@ -98,3 +104,36 @@ def signals_heeded() -> Iterator[None]:
                 signal.signal(number, handler)
     if noted:
         act(*noted[0])
+
+
+@contextmanager
+def nothing_left_on_error() -> Iterator[None]:
+    """End the processes that an interrupted or failed ``ray.init`` has started: Ray only ends those of a finished one."""
+    psutil: Any = import_module("psutil")  # Ray's own copy, there since ray was imported
+    this = psutil.Process()
+    before = {child.pid for child in this.children(recursive=True)}
+    try:
+        yield
+    except BaseException:
+        stopped: dict[int, Any] = {}
+        while new := [c for c in this.children(recursive=True) if c.pid not in before and c.pid not in stopped]:
+            for child in new:
+                stopped[child.pid] = child
+                with suppress(psutil.NoSuchProcess):
+                    child.suspend()  # so that it starts no others while they are counted
+        for child in stopped.values():
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(stopped.values(), timeout=2)
+        raise
+
+
+def first_line(error: BaseException) -> str:
+    """What it says first; Ray's errors go on for pages."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def undisturbed(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call into Ray with signals held back until it returns: its compiled code drops exceptions that handlers raise."""
+    with deferred():
+        return function(*args, **kwargs)

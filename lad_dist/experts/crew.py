@@ -8,7 +8,6 @@ Record   events for machines, a board for people, and the experts that failed
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -157,6 +156,16 @@ class Queue:
 # What is told
 
 
+class Process(NamedTuple):
+    """An actor's process."""
+
+    host: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why an attempt at an expert ended: ``kind`` is the name of its type in ``errors.py``, None for any other.
@@ -212,14 +221,14 @@ class Record:
         """Someone was told to train it."""
         self._row(expert, "starting")
 
-    def started(self, expert: int, host: str, pid: int) -> None:
-        """A process has begun to train it."""
-        self._events.emit("expert-started", expert=expert, host=host, pid=pid)
+    def started(self, expert: int, by: Process | None = None) -> None:
+        """A process has begun to train it: this one, unless another is named."""
+        self._events.emit("expert-started", expert=expert, **(by._asdict() if by else {}))
         self._row(expert, "begins")
 
-    def epoch(self, epoch: Epoch, host: str, pid: int) -> None:
+    def epoch(self, epoch: Epoch, by: Process | None = None) -> None:
         """It got one epoch further."""
-        self._events.emit("expert-epoch", **vars(epoch), host=host, pid=pid)
+        self._events.emit("expert-epoch", **vars(epoch), **(by._asdict() if by else {}))
         e, first = self._experts, epoch.stage == "representation"
         self._reached(epoch.expert, epoch.epoch if first else e.epochs + epoch.epoch)
         self.images_per_second[epoch.expert] = epoch.images_per_second
@@ -290,7 +299,6 @@ def _times(attempts: int) -> str:
 
 def train_here(trainer: ExpertTrainer, queue: Queue, record: Record, screen: Screen) -> None:
     """Train what is left in this process, one expert after the other. Raises what ``ExpertTrainer.train`` raises."""
-    host, pid = socket.gethostname(), os.getpid()
     while len(queue):
         expert = queue.take(record)
         if expert is None:
@@ -302,8 +310,8 @@ def train_here(trainer: ExpertTrainer, queue: Queue, record: Record, screen: Scr
             if not held:
                 queue.put_back(expert)
                 continue
-            record.started(expert, host, pid)
+            record.started(expert)
             with closing(trainer.train(expert)) as epochs:
                 for epoch in epochs:
-                    record.epoch(epoch, host, pid)
+                    record.epoch(epoch)
         record.finished(expert)

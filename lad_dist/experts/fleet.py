@@ -16,23 +16,32 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util import metrics
 
-from lad_dist.errors import ExpertError, RecipeError, TrajectoryError
+from lad_dist.errors import ExpertError, RecipeError, StorageError, TrajectoryError
 from lad_dist.experts.actor import Claimed, ExpertActor, Finished, Orders, SharedData, Started
-from lad_dist.experts.cluster import LOOPBACK, Cluster, environment, listens, signals_heeded
-from lad_dist.experts.crew import Failure, Queue, Record, cluster_address, cores_to_use, gpu_count, name_of
+from lad_dist.experts.cluster import (
+    LOOPBACK,
+    Cluster,
+    environment,
+    first_line,
+    listens,
+    nothing_left_on_error,
+    signals_heeded,
+    undisturbed,
+)
+from lad_dist.experts.crew import Failure, Process, Queue, Record, cluster_address, cores_to_use, gpu_count, name_of
 from lad_dist.experts.train import Epoch, ExpertTrainer
 from lad_dist.interrupts import deferred
+from lad_dist.location import is_uri
 from lad_dist.profile import Profile
 from lad_dist.progress import Events, Screen
 from lad_dist.trajectories.reader import Buffer
@@ -41,10 +50,8 @@ MIB = 2**20
 SMALLEST_STORE = 80 * MIB  # Ray refuses less than 75 MiB
 WAIT_SECONDS = 0.5  # for reports, before looking at anything else
 LOOK_SECONDS = 5.0  # between two looks at the cluster, and at the size of the buffer
+SEEN_SECONDS = 5.0  # until parts that an actor has published must be seen here
 GONE_SECONDS = 3.0  # without an answer from the cluster's head, after which it is given up
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def train(
@@ -91,7 +98,7 @@ def connected(profile: Profile, data_bytes: int) -> Iterator[Cluster]:
         return
     address = cluster_address(profile)
     try:
-        with signals_heeded(), _nothing_left_on_error():
+        with signals_heeded(), nothing_left_on_error():
             cluster = _started(profile, data_bytes) if address is None else _joined(address)
         yield cluster
     finally:
@@ -122,7 +129,7 @@ def _started(profile: Profile, data_bytes: int) -> Cluster:
             )
         except (RuntimeError, ValueError, OSError, RayError) as error:
             raise ExpertError(
-                f"ray: no cluster could be started on this machine: {_first_line(error)}; lad-dist experts --fleet off "
+                f"ray: no cluster could be started on this machine: {first_line(error)}; lad-dist experts --fleet off "
                 "trains without one"
             ) from error
     return Cluster(context.address_info["gcs_address"], context.dashboard_url or None, own=True)
@@ -136,46 +143,18 @@ def _joined(address: str) -> Cluster:
             "cluster's head, from a node of the cluster, or auto"
         )
     host, _, port = address.rpartition(":")
-    local = host in LOOPBACK
     missing = f"ray.address {address}: no Ray cluster answers there; `ray start --head` starts one, and without an "
     missing += "address in the profile or RAY_ADDRESS one is started on this machine"
     if port.isdigit() and not listens(address):
         raise ExpertError(missing)
-    # `ray start` makes clusters with a token where there is one, but a driver only offers it when told to.
-    with environment({"RAY_AUTH_MODE": _auth_mode()}), _loopback(local):
+    # Ray shows a token to a named address only if RAY_AUTH_MODE says so, and so do we: the address may be wrong.
+    with _loopback(host in LOOPBACK):
         try:
             context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (RuntimeError, ValueError, OSError, RayError) as error:
-            raise ExpertError(f"{missing} ({_first_line(error)})") from error
+            secured = "where it demands a token (as `ray start` does if there is one), set RAY_AUTH_MODE=token"
+            raise ExpertError(f"{missing}; {secured} ({first_line(error)})") from error
     return Cluster(context.address_info["gcs_address"], context.dashboard_url or None, own=False)
-
-
-def _auth_mode() -> str:
-    token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    default = "token" if token or (Path.home() / ".ray" / "auth_token").exists() else "disabled"
-    return os.environ.get("RAY_AUTH_MODE", default)
-
-
-@contextmanager
-def _nothing_left_on_error() -> Iterator[None]:
-    """End the processes that an interrupted or failed ``ray.init`` has started: Ray only ends those of a finished one."""
-    psutil: Any = import_module("psutil")  # Ray's own copy, there since ray was imported
-    this = psutil.Process()
-    before = {child.pid for child in this.children(recursive=True)}
-    try:
-        yield
-    except BaseException:
-        stopped: dict[int, Any] = {}
-        while new := [c for c in this.children(recursive=True) if c.pid not in before and c.pid not in stopped]:
-            for child in new:
-                stopped[child.pid] = child
-                with suppress(psutil.NoSuchProcess):
-                    child.suspend()  # so that it starts no others while they are counted
-        for child in stopped.values():
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
-        psutil.wait_procs(stopped.values(), timeout=2)
-        raise
 
 
 @contextmanager
@@ -199,10 +178,6 @@ def _loopback(wanted: bool = True) -> Iterator[None]:
             ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 # The actors
 
 
@@ -222,8 +197,7 @@ class _Member:
     expert: int
     handle: Any
     reports: Any
-    host: str = ""
-    pid: int = 0
+    process: Process | None = None
 
 
 class Fleet:
@@ -235,16 +209,18 @@ class Fleet:
         self.cluster, self.profile, self.staff = cluster, profile, staff
         self.queue, self.record, self.screen = queue, record, screen
         self._members: list[_Member] = []
-        self._attempts: Counter[int] = Counter()
+        self._attempts, self._started = Counter[int](), Counter[int]()
         self._room, self._looked_at = 0, -LOOK_SECONDS
         self._metrics = _Metrics(staff.trainer.folder, record)
 
     def run(self) -> None:
         """Until nothing is left. Raises ExpertError, TrajectoryError, StorageError, Interrupted."""
         self._device = self._choose_device()
-        trainer = self.staff.trainer
-        orders = Orders(trainer.recipe, trainer.folder, self.queue.owner, self._device, self.profile.threads_per_expert)
-        self._orders, self._data = orders, _call(ray.put, self.staff.shared)
+        trainer, threads = self.staff.trainer, self.profile.threads_per_expert
+        # An actor's working folder is its node's.
+        location = trainer.folder if is_uri(trainer.folder) else Path(trainer.folder).absolute()
+        self._orders = Orders(trainer.recipe, location, self.queue.owner, self._device, threads)
+        self._data = undisturbed(ray.put, self.staff.shared)
         try:
             while self._members or len(self.queue):
                 self._fill()
@@ -264,7 +240,7 @@ class Fleet:
         here = self.staff.trainer.data.device.type
         if self.cluster.own or self.profile.device != "auto":
             return here
-        return "cuda" if _call(ray.cluster_resources).get("GPU", 0) >= 1 else "cpu"
+        return "cuda" if undisturbed(ray.cluster_resources).get("GPU", 0) >= 1 else "cpu"
 
     def _fill(self) -> None:
         """Start actors for the experts that are next, if there is room."""
@@ -278,21 +254,24 @@ class Fleet:
         """How many actors the cluster has room for, as of the last look: at least one, which then waits for a node."""
         if time.monotonic() - self._looked_at >= LOOK_SECONDS:
             p, gpu = self.profile, self._device == "cuda"
-            nodes = [node["Resources"] for node in _call(ray.nodes) if node["Alive"]]
+            nodes = [node["Resources"] for node in undisturbed(ray.nodes) if node["Alive"]]
             if self.cluster.own and not nodes:
                 raise self._gone()
             each = [
                 int(node.get("GPU", 0)) * p.experts_per_gpu if gpu else int(node.get("CPU", 0)) // p.threads_per_expert
                 for node in nodes
             ]
+            if not sum(each) and self._room != 1:
+                self.screen.say("ray: no node has room for an expert; waiting for one that has")
             self._room, self._looked_at = max(1, sum(each)), time.monotonic()
         return self._room
 
     def _start(self, expert: int) -> None:
-        p, attempt = self.profile, self._attempts[expert]
+        p, self._started[expert] = self.profile, self._started[expert] + 1
+        times = self._started[expert]
         options: dict[str, Any] = {
-            # The name of a lost actor is only free again when the cluster has noticed.
-            "name": name_of(expert) + (f"-try-{attempt + 1}" if attempt else ""),
+            # A name is free again only when the cluster has noticed that the actor is gone.
+            "name": name_of(expert) + (f"-start-{times}" if times > 1 else ""),
             "namespace": self.staff.namespace,
             "max_restarts": 0,
             "max_task_retries": 0,
@@ -313,43 +292,57 @@ class Fleet:
     def _take_reports(self) -> bool:
         """Wait a moment for reports, and take one from each actor that has any; whether there were some."""
         waiting = {member.reports: member for member in self._members}
-        ready, _ = _call(ray.wait, list(waiting), num_returns=1, timeout=WAIT_SECONDS)
+        ready, _ = undisturbed(ray.wait, list(waiting), num_returns=1, timeout=WAIT_SECONDS)
         if ready:
-            ready, _ = _call(ray.wait, list(waiting), num_returns=len(waiting), timeout=0)
+            ready, _ = undisturbed(ray.wait, list(waiting), num_returns=len(waiting), timeout=0)
         for reports in ready:
             self._take(waiting[reports])
         return bool(ready)
 
     def _take(self, member: _Member) -> None:
         try:
-            report = _call(lambda: ray.get(next(member.reports)))
+            report = undisturbed(lambda: ray.get(next(member.reports)))
         except StopIteration:
             report = Failure(member.expert, "its process stopped without a word")
         except RayError as error:
             report = self._lost(member, error)
         if isinstance(report, Started):
-            member.host, member.pid = report.host, report.pid
-            self.record.started(member.expert, member.host, member.pid)
+            member.process = report.process
+            self.record.started(member.expert, member.process)
         elif isinstance(report, Epoch):
-            self.record.epoch(report, member.host, member.pid)
+            self.record.epoch(report, member.process)
             self._metrics.epoch()
         else:
-            self._dismiss(member)
+            self._members.remove(member)
+            self._end(member)
             if isinstance(report, Failure):
                 self._failed(report)
             elif isinstance(report, Finished):
-                self.record.finished(member.expert)
+                self._finished(member.expert)
             elif isinstance(report, Claimed):
                 self.record.stopped(member.expert)
                 self.queue.put_back(member.expert)
+
+    def _finished(self, expert: int) -> None:
+        """Believe it when its parts are seen here, which a network file system may delay."""
+        until = time.monotonic() + SEEN_SECONDS
+        while self.staff.trainer.left([expert])[expert]:
+            if time.monotonic() > until:
+                raise StorageError(
+                    f"{self._orders.location}: lacks what an actor has written there; valid: a folder that all nodes of "
+                    "the cluster share under one name, or a URI (--buffers s3://...)"
+                )
+            time.sleep(WAIT_SECONDS)
+        self.record.finished(expert)
 
     def _lost(self, member: _Member, error: RayError) -> Failure:
         """An actor's process is gone or out of reach. Raises ExpertError if the whole cluster is."""
         self._looked_at = -LOOK_SECONDS
         if not self.cluster.answers():
             raise self._gone() from error
-        who = f"process {member.pid} on {member.host}" if member.pid else "its process"
-        return Failure(member.expert, f"{who} is gone ({type(error).__name__})", None, str(error))
+        return Failure(
+            member.expert, f"{member.process or 'its process'} is gone ({type(error).__name__})", None, str(error)
+        )
 
     def _failed(self, failure: Failure) -> None:
         expert = failure.expert
@@ -360,10 +353,6 @@ class Fleet:
         else:
             self.record.restarted(failure, attempts, retries)
             self.queue.again(expert)
-
-    def _dismiss(self, member: _Member) -> None:
-        self._members.remove(member)
-        self._end(member)
 
     def _end(self, member: _Member) -> None:
         """End an actor's process. One that is gone already is no error."""
@@ -382,12 +371,6 @@ class Fleet:
     def _gone(self) -> ExpertError:
         whose = "of this process" if self.cluster.own else f"at {self.cluster.address}"
         return ExpertError(f"the Ray cluster {whose} is gone; published parts are kept, and the same command continues")
-
-
-def _call(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call into Ray with signals held back until it returns: its compiled code drops exceptions that handlers raise."""
-    with deferred():
-        return function(*args, **kwargs)
 
 
 class _Metrics:
@@ -432,5 +415,7 @@ class _Metrics:
         try:
             buffer = Buffer(self._location)
             return int(buffer.inspect(digest=False)["bytes"]) if buffer.parts else 0
-        except TrajectoryError:  # a figure to watch is no reason to stop: whoever needs the buffer will say what is wrong
+        except (
+            TrajectoryError
+        ):  # a figure to watch is no reason to stop: whoever needs the buffer will say what is wrong
             return self._bytes

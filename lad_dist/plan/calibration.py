@@ -27,6 +27,9 @@ from lad_dist.seeds import rng
 
 _MOST_REPEATS = 5
 _SMALL_BATCH = 2
+_SMALL_PART = 8  # of a kind's time, one part for the few images
+_GROWTH = 8  # from one number of images to the next
+_ROUNDS = 3  # times that a job must fit in what is left to be tried: to warm up, and to be timed
 _STUDENT_STEPS = 2
 
 
@@ -67,35 +70,46 @@ def _time(
     make: Callable[[int], Callable[[], object]], steps: int, images: int, device: torch.device, budget: float
 ) -> Calibrated:
     """A kind's step on few and on many images, in about ``budget`` seconds; a job of ``make`` is ``steps`` of them."""
-    began = time.perf_counter()
+    until = time.perf_counter() + budget
     few = min(_SMALL_BATCH, images)
-    once = _seconds(make(few), device, 1)
-    small = min(once, _seconds(make(few), device, 2 if once < budget / 10 else 1))
-    if images <= few:
+    small, _ = _median(make(few), device, budget / _SMALL_PART)
+    if images == few:
         return Calibrated(StepTime(small / few / steps), images, 1)
-    left = budget - (time.perf_counter() - began)
-    affordable = int(left / 3 / (small / few))  # an image of a large batch costs no more than one of a small batch
-    many = max(few + 1, min(images, affordable))
-    job = make(many)
-    first = _seconds(job, device, 1)
-    repeats = max(1, min(_MOST_REPEATS, int((budget - (time.perf_counter() - began)) / first)))
-    large = _seconds(job, device, repeats)
+    many, large, repeats = few, small, 1
+    while many < images:  # the last try is the one that counts
+        left = until - time.perf_counter()
+        affordable = int(many * left / (_ROUNDS * large))
+        larger = min(images, many * _GROWTH, max(affordable, few + 1))
+        if larger <= many:
+            break
+        many = larger
+        large, repeats = _median(make(many), device, left if many == images else left / _SMALL_PART)
     small, large = small / steps, large / steps
     if device.type == "cuda":  # works through a queue: few images take as long as launching does
         return Calibrated(StepTime(large / many, launch=small), many, repeats)
-    per_image = max((large - small) / (many - few), 1e-12)
+    per_image = (large - small) / (many - few)
+    if per_image <= 0:  # a busy machine: what is sure is that a step takes no longer than this
+        return Calibrated(StepTime(large / many), many, repeats)
     return Calibrated(StepTime(per_image, per_step=max(small - few * per_image, 0.0)), many, repeats)
 
 
-def _seconds(job: Callable[[], object], device: torch.device, repeats: int) -> float:
-    taken = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        job()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+def _median(job: Callable[[], object], device: torch.device, budget: float) -> tuple[float, int]:
+    """(median seconds, repeats) of a job after one to warm up, in about ``budget`` seconds but at least once."""
+    until = time.perf_counter() + budget
+    first, taken = _seconds(job, device), list[float]()
+    while len(taken) < _MOST_REPEATS and (not taken or time.perf_counter() + max(taken) < until):
+        taken.append(_seconds(job, device))
+        if first > budget:
+            break
+    return statistics.median(taken), len(taken)
+
+
+def _seconds(job: Callable[[], object], device: torch.device) -> float:
+    began = time.perf_counter()
+    job()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,17 @@ from lad_dist.plan import limits, memory
 from lad_dist.plan.facts import Facts
 from lad_dist.plan.memory import PATHS, PHASES, Batches
 from lad_dist.plan.place import Place
-from lad_dist.plan.scaling import RANK_COUNTS, PhaseCost, Scaling, StepTime, advice, largest_share, phases_of, scaling
+from lad_dist.plan.scaling import (
+    RANK_COUNTS,
+    PhaseCost,
+    Scaling,
+    StepTime,
+    advice,
+    iteration,
+    largest_share,
+    phases_of,
+    scaling,
+)
 from lad_dist.plan.shapes import Shapes
 from lad_dist.recipe import Recipe
 
@@ -95,18 +106,14 @@ def make_plan(
     to spend on measuring this device, None for the table (also where ``device`` is None)."""
     shapes = shapes_of(recipe, facts)
     batches = Batches(facts.classes * recipe.ipc, recipe.distill.batch, place.world)
-    path, why = _path(recipe, shapes, place, batches)
+    path, why = choose_path(recipe, shapes, place.rank_memory, batches)
     disk = _disk(recipe, shapes, buffer)
     faults = limits.faults(recipe, facts, shapes, place, disk)
     needs = _needs(recipe, facts, shapes, place, batches)
     notes: list[str] = []
-    if faults:
-        durations, rates, rows, said = (), (), (), ""
-    else:
-        times = _Times(recipe, facts, shapes, place, path)
+    times = None if faults else _Times(recipe, facts, shapes, place, path)
+    if times is not None:
         notes += times.measure(device if place.here else None, calibrate)
-        durations, rates = times.durations(), times.rates()
-        rows, said = times.scaling(), times.advice()
     notes.append(f"disk: {_disk_words(disk, buffer)}")
     return Plan(
         job=recipe.name,
@@ -119,24 +126,27 @@ def make_plan(
         path=path,
         why=why,
         needs=tuple(needs),
-        durations=tuple(durations),
-        rates=tuple(rates),
-        scaling=tuple(rows),
-        advice=said,
+        durations=tuple(times.durations()) if times else (),
+        rates=tuple(times.rates()) if times else (),
+        scaling=times.scaling() if times else (),
+        advice=times.advice() if times else "",
         notes=tuple(notes),
         faults=tuple(faults),
     )
 
 
-def _path(recipe: Recipe, shapes: Shapes, place: Place, batches: Batches) -> tuple[str, str]:
-    """(gradient path, why), as ``distill/memory.py`` will choose it."""
+def choose_path(recipe: Recipe, shapes: Shapes, free: int, batches: Batches) -> tuple[str, str]:
+    """(gradient path, why), as ``distill/memory.py`` will choose it where ``free`` bytes are free for a rank."""
     d = recipe.distill
     if d.gradient != "auto":
         return d.gradient, f"distill.gradient is {d.gradient}"
     needed = memory.auto_bytes(shapes, batches, d.student_steps)
-    limit = int(d.memory_gb * 1e9) if d.memory_gb is not None else int(place.rank_memory * FREE_FRACTION)
+    limit = int(d.memory_gb * 1e9) if d.memory_gb is not None else int(free * FREE_FRACTION)
     path = "keep" if needed <= limit else "recompute"
-    return path, f"the graphs of {d.student_steps} steps hold {needed / 1e9:.2f} GB of {limit / 1e9:.2f} GB to plan with"
+    return (
+        path,
+        f"the graphs of {d.student_steps} steps hold {needed / 1e9:.2f} GB of {limit / 1e9:.2f} GB to plan with",
+    )
 
 
 def _needs(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place, batches: Batches) -> list[Need]:
@@ -221,7 +231,13 @@ class _Times:
             if found[kind].images < images
         ]
         notes = ["speed: medians of a few steps on this device, measured just now"]
-        return notes + ([f"a whole step was too long for the calibration, so scaled up: {'; '.join(scaled)}"] * bool(scaled))
+        if device.type == "cpu" and hasattr(os, "getloadavg") and os.getloadavg()[0] > self.place.threads + 1:
+            notes.append(
+                f"the machine is busy (load {os.getloadavg()[0]:.1f}): measured times are longer than they need be"
+            )
+        return notes + (
+            [f"a whole step was too long for the calibration, so scaled up: {'; '.join(scaled)}"] * bool(scaled)
+        )
 
     def step(self, kind: str) -> StepTime:
         """A step of a kind with the threads of ``kinds``."""
@@ -229,11 +245,18 @@ class _Times:
             return self._measured[kind]
         return self.place.table(kind, self.shapes, self.kinds[kind][1])
 
-    def step_of(self, kind: str, world: int) -> StepTime:
-        """A student step on one of ``world`` ranks: on a CPU they share the cores of their host."""
-        if self.place.device == "cuda":
-            return self.step(kind)
-        return self.step(kind).slower(self.kinds[kind][1] / self.place.rank_threads(world))
+    def _student_step(self, kind: str, world: int) -> StepTime:
+        """A student step on one of ``world`` ranks, by either path: on a CPU they share the cores of their host."""
+        known = f"{kind.partition('/')[0]}/{self.path}"
+        step, threads = self.step(known), self.kinds[known][1]
+        if kind != known:  # only the path that this job takes is measured
+            here, other = (self.place.table(k, self.shapes, threads) for k in (known, kind))
+            step = StepTime(
+                step.per_image * other.per_image / here.per_image,
+                step.per_step,
+                step.launch * (other.launch / here.launch if here.launch else 1.0),
+            )
+        return step if self.place.device == "cuda" else step.slower(threads / self.place.rank_threads(world))
 
     def rates(self) -> list[Rate]:
         """Every kind of step as the job will take it."""
@@ -241,15 +264,18 @@ class _Times:
             Rate(kind, images, self.step(kind).seconds(images), self.source) for kind, (images, _) in self.kinds.items()
         ]
 
-    def phases(self) -> tuple[PhaseCost, ...]:
-        return phases_of(self.recipe, self.shapes, self.path, self.step_of)
+    def phases(self, world: int) -> tuple[PhaseCost, ...]:
+        """The phases of an iteration on one of ``world`` ranks, by the path that fits there."""
+        batches = Batches(self.total, self.recipe.distill.batch, world)
+        path, _ = choose_path(self.recipe, self.shapes, self.place.rank_memory_of(world), batches)
+        return phases_of(self.recipe, self.shapes, path, lambda kind: self._student_step(kind, world))
 
     def scaling(self) -> tuple[Scaling, ...]:
         """An iteration on each number of ranks that is worth a look."""
         place = self.place
         most = 64 if place.device == "cuda" else max(place.threads * place.hosts, place.world)
         worlds = sorted({place.world, *(w for w in RANK_COUNTS if w <= most)})
-        return scaling(self.phases(), self.total, self.recipe.distill.batch, worlds, place.network)
+        return scaling(self.phases, self.total, self.recipe.distill.batch, worlds, place.network)
 
     def advice(self) -> str:
         """Where more ranks stop helping."""
@@ -291,12 +317,12 @@ class _Times:
     def _distillation(self) -> list[Duration]:
         d, world = self.recipe.distill, self.place.world
         found = []
-        for phase in self.phases():
-            (row,) = scaling((phase,), self.total, d.batch, (world,), self.place.network)
-            how = f"{d.iterations} iterations of {phase.steps} steps on {row.share:.3g} images a rank, {row.seconds:.3g} s each"
+        for phase in self.phases(world):
+            seconds, sums, share = iteration((phase,), self.total, d.batch, world, self.place.network)
+            how = f"{d.iterations} iterations of {phase.steps} steps on {share:.3g} images a rank, {seconds:.3g} s each"
             if world > 1:
-                how += f" ({row.communication / row.seconds:.0%} of it waiting for sums)"
-            found.append(Duration("distill", f"{phase.name} phase", d.iterations * row.seconds, how))
+                how += f" ({sums / seconds:.0%} of it waiting for sums)"
+            found.append(Duration("distill", f"{phase.name} phase", d.iterations * seconds, how))
         return found
 
     def _evaluation(self) -> list[Duration]:

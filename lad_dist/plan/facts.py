@@ -65,7 +65,9 @@ def facts_of(config: DataConfig) -> Facts:
     except DataError as absent:
         known = published(config)
         if known is None:
-            raise DataError(f"plan: the data must be here for a data set that is not a published one; {absent}") from absent
+            raise DataError(
+                f"plan: the data must be here for a data set that is not a published one; {absent}"
+            ) from absent
         return known
     return Facts(pixels.channels, pixels.size, counts, test, "the data set's files")
 
@@ -97,9 +99,7 @@ def _imagenet_lt(config: DataConfig) -> Facts | None:
         return None
     if config.image_size is None:
         return None
-    shape = exponential_counts(
-        _IMAGENET_LT_LARGEST, _IMAGENET_LT_CLASSES, _IMAGENET_LT_LARGEST / _IMAGENET_LT_SMALLEST
-    )
+    shape = exponential_counts(_IMAGENET_LT_LARGEST, _IMAGENET_LT_CLASSES, _IMAGENET_LT_LARGEST / _IMAGENET_LT_SMALLEST)
     middle = (_IMAGENET_LT_IMAGES - _IMAGENET_LT_LARGEST - _IMAGENET_LT_SMALLEST) / (sum(shape) - shape[0] - shape[-1])
     inner = [max(_IMAGENET_LT_SMALLEST, min(_IMAGENET_LT_LARGEST, int(n * middle))) for n in shape[1:-1]]
     short = _IMAGENET_LT_IMAGES - shape[0] - shape[-1] - sum(inner)

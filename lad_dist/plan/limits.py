@@ -111,9 +111,7 @@ def _whitening(recipe: Recipe, shapes: Shapes, place: Place) -> list[str]:
     needed = memory.whitening_bytes(shapes, recipe.data.whitening)
     if needed <= place.memory:
         return []
-    side = _largest(
-        lambda size: memory.whitening_bytes(replace(shapes, size=size), "zca") <= place.memory, shapes.size
-    )
+    side = _largest(lambda size: memory.whitening_bytes(replace(shapes, size=size), "zca") <= place.memory, shapes.size)
     return [
         f"data.whitening: zca of {shapes.channels}x{shapes.size}x{shapes.size} images needs {_gb(needed)} for matrices of "
         f"{shapes.image} x {shapes.image}, where {_gb(place.memory)} are free; data.whitening=standardize needs none"

@@ -16,7 +16,6 @@ import math
 from dataclasses import dataclass
 
 from lad_dist.data.prepared import DEFAULT_BUDGET_BYTES
-from lad_dist.distill.windows import CACHE_BYTES
 from lad_dist.plan.facts import Facts
 from lad_dist.plan.scaling import largest_share, mean_batch, spread
 from lad_dist.plan.shapes import Shapes
@@ -119,7 +118,7 @@ def whitening_flops(shapes: Shapes, facts: Facts, whitening: str) -> float:
 def window_cache_bytes(recipe: Recipe, shapes: Shapes) -> int:
     """Decoded checkpoints that distillation keeps on the host."""
     rows = recipe.experts.count * (recipe.distill.start_epoch_max + recipe.distill.window_epochs)
-    return int(min(CACHE_BYTES, 4 * rows * shapes.parameters))
+    return int(min(recipe.buffer.cache_mb * 2**20, 4 * rows * shapes.parameters))
 
 
 def expert_bytes(recipe: Recipe, shapes: Shapes, device: str) -> int:

@@ -44,7 +44,11 @@ class Place:
     @property
     def rank_memory(self) -> int:
         """What one rank may use of its device."""
-        return self.memory if self.device == "cuda" else self.memory // min(self.world, self.per_host)
+        return self.rank_memory_of(self.world)
+
+    def rank_memory_of(self, world: int) -> int:
+        """The same where ``world`` ranks share the distillation: those on one host share its memory, each GPU has its own."""
+        return self.memory if self.device == "cuda" else self.memory // max(1, -(-world // self.hosts))
 
     def rank_threads(self, world: int) -> float:
         """CPU threads of a rank where ``world`` of them share the hosts."""

@@ -26,6 +26,7 @@ from lad_dist.plan.shapes import Shapes
 from lad_dist.recipe import Recipe
 
 HELPS_ABOVE = 0.5  # parallel efficiency below which more ranks are called a waste
+NEARLY = 1.1  # times the least seconds that still count as fastest
 RANK_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -82,37 +83,42 @@ class Network:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """One phase: its steps, the bytes of each sum and the sums per step, and the time of a step for a number of ranks."""
+    """One phase on one of some ranks: its steps, the time of each, and the bytes and the number of its sums."""
 
     name: str
+    path: str
     steps: int
     bytes_per_sum: int
     sums_per_step: int
-    step: Callable[[int], StepTime]
+    step: StepTime
+
+
+PhasesOf = Callable[[int], Sequence[PhaseCost]]
+"""From a number of ranks to the phases of an iteration."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """An iteration on ``world`` ranks: seconds in all and of the sums alone, and the efficiency against one rank."""
+    """An iteration on ``world`` ranks: images of a step on the busiest, gradient path, seconds in all and of the sums
+    alone, and the efficiency: how much faster than one rank, over ``world``. It may exceed 1 where one rank recomputes."""
 
     world: int
     share: float
+    path: str
     seconds: float
     communication: float
     efficiency: float
 
 
-def phases_of(
-    recipe: Recipe, shapes: Shapes, path: str, step_of: Callable[[str, int], StepTime]
-) -> tuple[PhaseCost, ...]:
-    """The phases of an iteration. ``step_of(kind, world)`` is the time of a student step on one of ``world`` ranks."""
+def phases_of(recipe: Recipe, shapes: Shapes, path: str, step_of: Callable[[str], StepTime]) -> tuple[PhaseCost, ...]:
+    """The phases of an iteration. ``step_of(kind)`` is the time of a student step on one rank."""
     d = recipe.distill
     sums = 2 if path == "recompute" else 1
     kinds = [("representation", d.student_steps, 4 * shapes.parameters, sums)]
     if d.matching == "decoupled":
         kinds.append(("classifier", d.student_steps_classifier, 4 * shapes.classifier, 1))
     return tuple(
-        PhaseCost(name, steps, count, per_step, lambda world, kind=f"{name}/{path}": step_of(kind, world))
+        PhaseCost(name, path, steps, count, per_step, step_of(f"{name}/{path}"))
         for name, steps, count, per_step in kinds
     )
 
@@ -148,46 +154,40 @@ def iteration(
 ) -> tuple[float, float, float]:
     """(seconds, seconds of the sums among them, images of a step on the busiest rank) of one iteration."""
     share = largest_share(total, batch, world)
-    compute = sum(p.steps * p.step(world).seconds(share) for p in phases)
+    compute = sum(p.steps * p.step.seconds(share) for p in phases)
     sums = sum(p.steps * p.sums_per_step * network.allreduce(p.bytes_per_sum, world) for p in phases)
     return compute + sums, sums, share
 
 
-def scaling(
-    phases: Sequence[PhaseCost], total: int, batch: int, worlds: Sequence[int], network: Network
-) -> tuple[Scaling, ...]:
+def scaling(phases: PhasesOf, total: int, batch: int, worlds: Sequence[int], network: Network) -> tuple[Scaling, ...]:
     """What an iteration takes on each number of ranks, in their order."""
-    alone, _, _ = iteration(phases, total, batch, 1, network)
+    alone, _, _ = iteration(phases(1), total, batch, 1, network)
     rows = []
     for world in worlds:
-        seconds, sums, share = iteration(phases, total, batch, world, network)
-        rows.append(Scaling(world, share, seconds, sums, alone / (world * seconds)))
+        costs = phases(world)
+        seconds, sums, share = iteration(costs, total, batch, world, network)
+        rows.append(Scaling(world, share, costs[0].path, seconds, sums, alone / (world * seconds)))
     return tuple(rows)
 
 
 def best(rows: Sequence[Scaling]) -> Scaling:
-    """The largest number of ranks with an efficiency above ``HELPS_ABOVE``, if it is also the fastest of the smaller ones."""
-    good = [r for r in rows if r.efficiency >= HELPS_ABOVE]
-    return min(good or rows[:1], key=lambda r: r.seconds)
+    """The fewest ranks that are nearly as fast as the fastest, among those of an efficiency above ``HELPS_ABOVE``."""
+    good = [r for r in rows if r.efficiency >= HELPS_ABOVE] or rows[:1]
+    fastest = min(r.seconds for r in good)
+    return min((r for r in good if r.seconds <= NEARLY * fastest), key=lambda r: r.world)
 
 
 def advice(rows: Sequence[Scaling], world: int) -> str:
     """Where more ranks stop helping, in a sentence. ``rows`` must hold ``world``."""
-    here = next(r for r in rows if r.world == world)
-    good, fewer = best(rows), [r for r in rows if r.world < world]
-    quickest = min(fewer, key=lambda r: r.seconds, default=here)
-    many = f"{good.world} rank{'' if good.world == 1 else 's'}"
-    if quickest.seconds <= here.seconds and fewer:
-        return (
-            f"{world} ranks are no faster than {quickest.world} ({here.seconds:.3g} s against {quickest.seconds:.3g} s an "
-            f"iteration); the best number of ranks here is {good.world}"
-        )
+    here, good = next(r for r in rows if r.world == world), best(rows)
+    times = f"{here.seconds:.3g} s an iteration against {good.seconds:.3g} s"
+    if world > good.world and here.seconds * NEARLY >= good.seconds:
+        return f"more ranks stop helping at {good.world}: {world} are no faster ({times}), or hardly"
     if here.efficiency < HELPS_ABOVE:
         return (
-            f"{world} ranks reach an efficiency of {here.efficiency:.0%}: more ranks stop helping after {many} "
-            f"({good.seconds:.3g} s an iteration at {good.efficiency:.0%})"
+            f"more ranks stop helping at {good.world}: {world} reach an efficiency of {here.efficiency:.0%} only ({times} at "
+            f"{good.efficiency:.0%})"
         )
-    more = [r for r in rows if r.world > good.world]
-    if good.world > world and good.seconds < here.seconds:
-        return f"more ranks help up to {good.world} ({here.seconds / good.seconds:.1f} times faster than {world})"
-    return f"more than {many} would not help" if more else f"{many} help{'s' if good.world == 1 else ''}"
+    if world < good.world:
+        return f"more ranks help, up to {good.world} ({times})"
+    return f"the best number of ranks is {good.world}; more would not help" if rows[-1] != good else "more ranks help"

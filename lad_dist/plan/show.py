@@ -66,10 +66,11 @@ def _rates(plan: Plan) -> Table:
 
 def _scaling(plan: Plan) -> Table:
     table = Table()
-    for column in ("ranks", "images a step", "iteration", "sums", "efficiency"):
+    for column in ("ranks", "images a step", "path", "iteration", "sums", "efficiency"):
         table.add_column(column, justify="right")
     for row in plan.scaling:
-        cells = (f"{row.share:.3g}", duration(row.seconds), duration(row.communication), f"{row.efficiency:.0%}")
+        times = duration(row.seconds), duration(row.communication)
+        cells = (f"{row.share:.3g}", row.path, *times, f"{row.efficiency:.0%}")
         table.add_row(str(row.world), *cells, style="bold" if row.world == plan.world else "")
     return table
 
@@ -85,4 +86,7 @@ def duration(seconds: float) -> str:
         return f"{seconds / 3600:,.1f} h"
     if seconds >= 60:
         return f"{seconds / 60:.1f} min"
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.2g} ms"
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    milliseconds = seconds * 1e3
+    return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.2g} ms"

@@ -83,7 +83,9 @@ _CPU_OPERATION = 8e-6  # seconds per torch operation beside its work, as measure
 LINKS = {
     "nvlink": Link("NVLink", 100e9, 25e-6, 1.2e-6, "assumed: NCCL's tuning model"),
     "pcie": Link("PCIe 4.0 x16", 20e9, 25e-6, 1.9e-6, "assumed: NCCL's tuning model; 32 GB/s each way by the standard"),
-    "ethernet": Link("100 Gbit/s Ethernet", 10e9, 30e-6, 8.5e-6, "assumed: NCCL's tuning model; 80% of the line's rate"),
+    "ethernet": Link(
+        "100 Gbit/s Ethernet", 10e9, 30e-6, 8.5e-6, "assumed: NCCL's tuning model; 80% of the line's rate"
+    ),
     "loopback": Link("gloo, one host", 1.0e9, 150e-6, 20e-6, "measured by benchmarks/ranks.py, rounded"),
 }
 

@@ -169,7 +169,7 @@ def _experts(recipe: Recipe, log: RunLog, shelf: _Shelf, now: float) -> tuple[St
     parts = [f"{len(whole)} of {e.count} experts"]
     partly = [i for i, by_stage in published.items() if 0 < sum(by_stage.values()) < total]
     active = [x for x in log.experts.values() if x.state == "active"] if state == "running" else []
-    fleet = len(active) > 1 or any(x.last.get("host") for x in active) or (state == "running" and log.ray is not None)
+    fleet = len(active) > 1 or (state == "running" and log.ray is not None)
     step = stage_log.step if stage_log is not None else None
     if fleet:
         parts.append(f"{len(active)} in training")
@@ -247,7 +247,8 @@ def _most(wanted: dict[Stage, int], stage: object) -> int:
 
 
 def _ray(dashboard: object, address: object, namespace: object) -> str:
-    words = [f"dashboard {dashboard}" if dashboard else "no dashboard"]
+    at = f"{'' if '://' in str(dashboard) else 'http://'}{dashboard}"  # Ray gives host:port
+    words = [f"dashboard {at}" if dashboard else "no dashboard"]
     words += [f"{name} {value}" for name, value in (("address", address), ("namespace", namespace)) if value]
     return f"Ray: {', '.join(words)}"
 

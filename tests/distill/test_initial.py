@@ -28,7 +28,7 @@ class Experts:
 
 def made(experts: Experts, ipc: int = 2, seed: int = 0, **fields):
     options = {"only_correct": True, "hard_labels": False} | fields
-    return build(experts, len(experts.logits), LABELS, ipc, CLASSES, seed=seed, **options)
+    return build(experts, range(len(experts.logits)), LABELS, ipc, CLASSES, seed=seed, **options)
 
 
 def test_order_is_class_major():

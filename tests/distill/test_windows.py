@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
-from lad_dist.distill import windows as windows_module
 from lad_dist.distill.windows import Windows
 from lad_dist.errors import TrajectoryError
 from lad_dist.models.convnet import ConvNet
@@ -84,23 +85,74 @@ def test_last(windows, small_experts, layout):
     np.testing.assert_array_equal(w.last("classifier", 1)[layout.span("classifier")], buffer.read("classifier", 1, 3))
 
 
-def test_the_cache_saves_reads_and_is_bounded(windows, monkeypatch, layout):
-    reads = []
+@pytest.fixture
+def reads(monkeypatch):
+    found = []
 
     def read(self, stage, expert, epoch, original=Buffer.read):
-        reads.append((stage, expert, epoch))
+        found.append((stage, expert, epoch))
         return original(self, stage, expert, epoch)
 
     monkeypatch.setattr(Buffer, "read", read)
-    w = windows()
+    return found
+
+
+def test_the_recipe_bounds_the_cache(windows, small_experts, small_recipe, layout, reads):
+    assert windows().checkpoints.limit_bytes == 512 * 2**20
+    recipe = small_recipe(buffer={"cache_mb": 3})
+    w = Windows(Buffer(small_experts / "trajectories"), layout, recipe, torch.device("cpu"))
+    assert w.checkpoints.limit_bytes == 3 * 2**20
     for _ in range(3):
         w.weights("representation", 0, 1)
     assert reads == [("representation", 0, 1)]
-    monkeypatch.setattr(windows_module, "CACHE_BYTES", 2 * 4 * layout.size)
-    for epoch in (2, 1, 3, 1, 2):  # 1 is used again before 3 comes, so 2 has to go
-        w.weights("representation", 0, epoch)
-        assert sum(t.nbytes for t in w._cache.values()) <= windows_module.CACHE_BYTES
-    assert [epoch for _, _, epoch in reads] == [1, 2, 3, 2]
+
+
+def test_classifier_windows_share_the_backbone_of_their_expert(windows, reads):
+    w = windows(classifier_start_epoch_max=2)
+    for iteration in range(12):
+        w.draw("classifier", iteration)
+    assert sum(stage == "representation" for stage, _, _ in reads) == 2  # one for each expert
+    assert len(reads) == len(set(reads))
+
+
+def test_weights_are_the_callers_to_change(windows):
+    w = windows()
+    for row in (("representation", 0, 1), ("classifier", 0, 1)):
+        before = w.weights(*row)
+        w.weights(*row).zero_()
+        assert torch.equal(w.weights(*row), before) and before.abs().sum() > 0
+
+
+def test_an_iteration_that_was_read_ahead_is_the_same_and_reads_nothing(windows, reads):
+    plain, ahead, stages = windows(), windows(), ["representation", "classifier"]
+    for iteration in range(6):
+        wanted = [plain.draw(stage, iteration) for stage in stages]
+        ahead.read_ahead(stages, iteration)
+        until = time.monotonic() + 10
+        while (ahead.checkpoints._wanted or ahead.checkpoints._reading) and time.monotonic() < until:
+            time.sleep(0.002)
+        time.sleep(0.01)
+        seen = len(reads)
+        for x, y in zip(wanted, (ahead.draw(stage, iteration) for stage in stages), strict=True):
+            assert (x.expert, x.epoch) == (y.expert, y.epoch)
+            assert torch.equal(x.start_P, y.start_P) and torch.equal(x.target_P, y.target_P)
+        assert len(reads) == seen
+    ahead.close()
+
+
+def test_nothing_is_read_ahead_of_the_last_iteration(windows, reads):
+    w = windows(iterations=3)
+    w.read_ahead(["representation"], 3)
+    assert w.checkpoints._thread is None and reads == []
+
+
+def test_only_the_experts_that_are_set_are_drawn(windows):
+    w = windows()
+    w.experts = (1,)
+    assert {w.choose("representation", i)[0] for i in range(20)} == {1}
+    of_all = [windows().choose("representation", i) for i in range(20)]
+    w.experts = (0, 1)
+    assert [w.choose("representation", i) for i in range(20)] == of_all
 
 
 def test_a_missing_checkpoint_is_named(windows):

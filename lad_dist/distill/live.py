@@ -1,0 +1,133 @@
+"""The experts that are complete, while others are still in training (``buffer.start_after``)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+
+from lad_dist.errors import Interrupted, TrajectoryError
+from lad_dist.interrupts import StopFlag
+from lad_dist.progress import Events, Screen
+from lad_dist.ranks import ALONE, Ranks
+from lad_dist.recipe import Recipe
+from lad_dist.trajectories.reader import Buffer
+from lad_dist.trajectories.schema import Stage
+
+REFRESH_SECONDS = 2.0  # between two listings of the buffer
+_WAIT_SECONDS = 1.0
+_VISIBLE_SECONDS = 60.0  # that a network file system may take to show on one host what another has seen
+
+
+def complete(buffer: Buffer, last_epochs: Mapping[Stage, int], count: int) -> tuple[int, ...]:
+    """Which of the experts 0 to ``count`` - 1 have all their epochs, from 0 to the last of each stage, ascending.
+
+    As of the buffer's last ``refresh``.
+    """
+
+    def whole(expert: int) -> bool:
+        at = {stage: buffer.last_contiguous_epoch(stage, expert) for stage in last_epochs}
+        return all(at[stage] is not None and (at[stage] or 0) >= last for stage, last in last_epochs.items())
+
+    return tuple(expert for expert in range(count) if whole(expert))
+
+
+def all_stages(recipe: Recipe) -> dict[Stage, int]:
+    """The last epoch of both stages of an expert."""
+    return {"representation": recipe.experts.epochs, "classifier": recipe.experts.classifier_epochs}
+
+
+def needed_stages(recipe: Recipe) -> dict[Stage, int]:
+    """The last epoch of every stage that the method distills from."""
+    stages = all_stages(recipe)
+    return stages if recipe.uses_classifier_experts else {"representation": stages["representation"]}
+
+
+class LiveExperts:
+    """The complete experts of a buffer that is still being filled; what rank 0 sees counts for all ranks.
+
+    Rank 0 lists the buffer in a thread, every ``REFRESH_SECONDS`` until all experts are complete or ``close`` is called.
+    """
+
+    def __init__(self, buffer: Buffer, recipe: Recipe, ranks: Ranks = ALONE, flag: StopFlag | None = None) -> None:
+        self._buffer, self._recipe, self._ranks, self._flag = buffer, recipe, ranks, flag or StopFlag()
+        self._stages = needed_stages(recipe)
+        self._agreed: tuple[int, ...] = ()
+        self._seen = self._look()
+        self._fault: BaseException | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def wait(self, screen: Screen, events: Events) -> None:
+        """Until as many experts are complete as the recipe wants before it begins. All ranks call it.
+
+        Raises:
+            TrajectoryError: the buffer cannot be listed.
+            Interrupted: asked to stop.
+        """
+        wanted, told = self._recipe.buffer.start_after, None
+        assert wanted is not None
+        if self._ranks.first and self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="live-buffer", daemon=True)
+            self._thread.start()
+        while True:
+            views = self._ranks.gather((self._flag.name, self._first_view()))
+            stopped = next((name for name, _ in views if name is not None), None)
+            if stopped is not None:
+                raise Interrupted(f"interrupted by {stopped}; what is finished is kept, and the same command continues")
+            found = len(views[0][1])
+            if found >= wanted:
+                return
+            if found != told:
+                told = found
+                screen.say(
+                    f"distill: waiting for experts: {found} of the first {wanted} complete in {self._buffer.folder}"
+                )
+                events.emit("distill-waiting", complete=found, wanted=wanted)
+            time.sleep(_WAIT_SECONDS)
+
+    def now(self) -> tuple[int, ...]:
+        """The experts to draw from, ascending; the same on every rank. All ranks call it; it lists nothing itself.
+
+        Raises TrajectoryError if the buffer can no longer be listed, or this host does not see what rank 0 sees.
+        """
+        if len(self._agreed) < self._recipe.experts.count:
+            agreed = self._ranks.share(self._first_view())
+            if agreed != self._agreed and not self._ranks.first:
+                self._await(agreed)
+            self._agreed = agreed
+        return self._agreed
+
+    def close(self) -> None:
+        """End the thread. A listing in progress is waited for, a few seconds at most."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(5.0)
+
+    def _first_view(self) -> tuple[int, ...]:
+        """What rank 0's thread saw last; of no meaning on the others."""
+        if self._fault is not None:
+            raise self._fault
+        return self._seen
+
+    def _look(self) -> tuple[int, ...]:
+        return complete(self._buffer, self._stages, self._recipe.experts.count)
+
+    def _watch(self) -> None:
+        try:
+            while len(self._seen) < self._recipe.experts.count and not self._stop.wait(REFRESH_SECONDS):
+                self._buffer.refresh()
+                self._seen = self._look()
+        except BaseException as fault:  # raised by whoever asks next
+            self._fault = fault
+
+    def _await(self, agreed: tuple[int, ...]) -> None:
+        until = time.monotonic() + _VISIBLE_SECONDS
+        while missing := sorted(set(agreed) - set(self._look())):
+            if time.monotonic() > until:
+                raise TrajectoryError(
+                    f"{self._buffer.folder}: rank {self._ranks.rank} does not see expert {missing[0]}, which rank 0 sees "
+                    f"complete, after {_VISIBLE_SECONDS:.0f} s; valid: a buffer that all hosts share"
+                )
+            time.sleep(0.2)
+            self._buffer.refresh()

@@ -1,0 +1,207 @@
+"""The record of a distillation in its run's ``events.jsonl``, from which it can be done again bit for bit.
+
+What a distillation draws from the experts that happened to be complete is not a function of its recipe
+(``buffer.start_after``), so it is recorded: ``initial-set`` names the experts that made the initial set, every
+``iteration`` its windows as [stage, expert, start epoch] and its gradient path, which depends on the memory there was.
+Everything else is drawn from counters. Bit for bit holds on a CPU with the same number of threads and ranks.
+
+A run that was killed goes on from its last checkpoint and does the iterations after it again, with experts that may be
+others by then. So what an iteration's last record says is what shaped the set, and a record of an iteration beyond the
+checkpoint that a run was continued from belongs to a course that came to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lad_dist import recipe_file
+from lad_dist.distill.student import GradientPath
+from lad_dist.errors import RunDirError, TrajectoryError
+from lad_dist.progress import Event, read_events
+from lad_dist.recipe import Recipe
+from lad_dist.rundir import RunDir
+from lad_dist.trajectories.reader import Buffer
+from lad_dist.trajectories.schema import STAGES, Stage
+
+Chosen = tuple[tuple[Stage, int, int], ...]  # the windows of one iteration: stage, expert, start epoch
+
+# Fields in which a replay's recipe may differ from the recorded run's: where data lie, how often to save, how to
+# measure, and what only decides which experts are drawn, which the record knows.
+_FREE = (
+    "name",
+    "data.root",
+    "data.download",
+    "experts.count",
+    "experts.epochs_per_part",
+    "buffer.",
+    "distill.iterations",
+    "distill.gradient",
+    "distill.memory_gb",
+    "distill.checkpoint_every",
+    "evaluate.",
+)
+
+
+@dataclass
+class _Course:
+    """What the events say of the distillation's course so far."""
+
+    experts: tuple[int, ...] | None = None
+    windows: dict[int, Chosen] = field(default_factory=dict)  # by iterations done before
+    paths: dict[int, GradientPath] = field(default_factory=dict)
+    replayed_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run's distillation drew, from its first iteration on. Plain values: it travels to other processes."""
+
+    run: str
+    experts: tuple[int, ...]  # that made the initial set
+    windows: tuple[Chosen, ...]
+    paths: tuple[GradientPath, ...]
+
+    @classmethod
+    def read(cls, folder: Path, recipe: Recipe, into: RunDir) -> Record:
+        """The record of the run in ``folder``, to distill ``recipe`` by in the run folder ``into``.
+
+        Raises:
+            RunDirError: it is not a run folder, or ``into`` itself; its recipe differs in a field that matters; the record
+                of an iteration is missing.
+        """
+        run = RunDir.existing(folder)
+        if folder.resolve() == into.root.resolve():
+            raise RunDirError(f"{folder}: cannot be replayed into itself; choose another folder with --out")
+        changed = _changes(recipe_file.load(run.recipe), recipe)
+        if changed:
+            raise RunDirError(
+                f"{folder}: was made by a recipe that differs from this one ({'; '.join(changed)}), so its windows do not "
+                f"make the same set; replay with its own recipe: `lad-dist distill {run.recipe} --replay {folder} --out ...`"
+            )
+        course = _course(read_events(run.events))
+        total = recipe.distill.iterations
+        if course.experts is None:
+            raise _missing(run, "which experts made the initial set", course, total)
+        stages = list(STAGES) if recipe.uses_classifier_experts else ["representation"]
+        for i in range(total):
+            if [stage for stage, _, _ in course.windows.get(i, ())] != stages:
+                raise _missing(run, f"iteration {i + 1} of {total}", course, total)
+        return cls(
+            str(folder),
+            course.experts,
+            tuple(course.windows[i] for i in range(total)),
+            tuple(course.paths[i] for i in range(total)),
+        )
+
+    def window(self, stage: Stage, iteration: int) -> tuple[int, int]:
+        """(expert, start epoch) that the run drew for a phase of iteration ``iteration`` + 1."""
+        return next((expert, epoch) for at, expert, epoch in self.windows[iteration] if at == stage)
+
+    def check(self, buffer: Buffer, recipe: Recipe) -> None:
+        """Raises TrajectoryError if a checkpoint is not in ``buffer``; names it and the first iteration that needs it."""
+        e, length = recipe.experts, recipe.distill.window_epochs
+        last: tuple[Stage, int] = (
+            ("classifier", e.classifier_epochs) if recipe.uses_classifier_experts else ("representation", e.epochs)
+        )
+        backbone: tuple[Stage, int] = ("representation", e.epochs)
+        for expert in self.experts:
+            self._check_all(buffer, "the initial set", expert, (backbone, last))
+        for i, windows in enumerate(self.windows):
+            for stage, expert, epoch in windows:
+                frozen = (backbone,) if stage == "classifier" else ()
+                self._check_all(
+                    buffer, f"iteration {i + 1}", expert, ((stage, epoch), (stage, epoch + length), *frozen)
+                )
+
+    def _check_all(self, buffer: Buffer, used_by: str, expert: int, rows: Iterable[tuple[Stage, int]]) -> None:
+        for stage, epoch in rows:
+            if not buffer.has(stage, expert, epoch):
+                raise TrajectoryError(
+                    f"{buffer.folder}: {stage} expert {expert} epoch {epoch} is missing, which {used_by} of {self.run} used; "
+                    f"valid: that run's buffer, or one with the same experts (`lad-dist experts` trains them)"
+                )
+
+    def check_continues(self, into: RunDir, done: int) -> None:
+        """Raises RunDirError if what is in ``into``, ``done`` iterations, was not distilled as this record says."""
+        own = _course(read_events(into.events))
+        same = [own.experts == self.experts, *(own.windows.get(i) == self.windows[i] for i in range(done))]
+        if not all(same):
+            other = same.index(False)
+            what = f"iteration {other}" if other else "its initial set"
+            raise RunDirError(
+                f"{into.distill_checkpoint}: was not distilled as {self.run} was: {what} used other experts or windows; "
+                "remove it to replay from the start, or choose another --out"
+            )
+
+
+def check_not_replayed(into: RunDir) -> None:
+    """Raises RunDirError if the distillation to be continued in ``into`` is a replay, which must go on as one."""
+    other = _course(read_events(into.events)).replayed_from
+    if other is not None:
+        raise RunDirError(
+            f"{into.distill_checkpoint}: is a replay of {other}; continue it with `lad-dist distill {into.root} --replay "
+            f"{other}`, or remove it to distill from the start"
+        )
+
+
+def _missing(run: RunDir, what: str, course: _Course, total: int) -> RunDirError:
+    return RunDirError(
+        f"{run.events}: the record of {what} is missing or damaged ({len(course.windows)} iterations are recorded), so the "
+        "run cannot be replayed; valid: the record of a run that has done all of distill.iterations"
+    )
+
+
+def _course(events: Iterable[Event]) -> _Course:
+    course = _Course()
+    for event in events:
+        kind, at = event["kind"], event.get("iteration")
+        if kind == "initial-set":  # from the start, whatever was there before
+            course = _Course(experts=_experts(event.get("experts")))
+        elif kind == "distill-started" and isinstance(at, int):
+            course.windows = {i: w for i, w in course.windows.items() if i < at}
+            course.replayed_from = event.get("replayed_from")
+        elif kind == "iteration" and isinstance(at, int):
+            chosen, path = _windows(event.get("windows")), event.get("gradient")
+            course.windows.pop(at - 1, None)
+            if chosen is not None and path in ("keep", "recompute"):
+                course.windows[at - 1], course.paths[at - 1] = chosen, path
+    return course
+
+
+def _experts(value: Any) -> tuple[int, ...] | None:
+    return tuple(value) if isinstance(value, list) and value and all(isinstance(x, int) for x in value) else None
+
+
+def _windows(value: Any) -> Chosen | None:
+    def whole(window: Any) -> bool:
+        return (
+            isinstance(window, list)
+            and len(window) == 3
+            and window[0] in STAGES
+            and all(isinstance(x, int) and x >= 0 for x in window[1:])
+        )
+
+    return tuple(tuple(w) for w in value) if isinstance(value, list) and all(whole(w) for w in value) else None
+
+
+def _changes(recorded: Recipe, asked: Recipe) -> list[str]:
+    """``field is X there, Y here`` for the fields that matter."""
+    selects = asked.distill.select != "last"  # then how networks are measured decides which set is kept
+    free = tuple(f for f in _FREE if not (selects and f == "evaluate."))
+    there, here = (dict(_flat(r.model_dump(mode="json"))) for r in (recorded, asked))
+    return [
+        f"{name} is {there[name]} there, {value} here"
+        for name, value in here.items()
+        if value != there[name] and not any(name == f or (f.endswith(".") and name.startswith(f)) for f in free)
+    ]
+
+
+def _flat(doc: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in doc.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
