@@ -188,9 +188,8 @@ class Distillation:
         recorded = self.recorded_path(state.iteration)
         if recorded is not None:
             return recorded, "the replayed run took it"
-        chosen = choose_path(
-            self.recipe, self.student, state.optimizers.synthetic_set(), self.phases(state.iteration)[0].phase
-        )
+        first, here = self.phases(state.iteration)[0].phase, self.ranks.gather(host_name()).count(host_name())
+        chosen = choose_path(self.recipe, self.student, state.optimizers.synthetic_set(), first, here)
         every = self.ranks.gather(chosen)
         return next((one for one in every if one[0] == "recompute"), every[0])
 

@@ -33,14 +33,21 @@ def step_bytes(student: Student, synthetic: SyntheticSet, phase: Phase, batch: B
     return sum(storages.values())
 
 
-def choose_path(recipe: Recipe, student: Student, synthetic: SyntheticSet, phase: Phase) -> tuple[GradientPath, str]:
-    """(path, why): the recipe's own choice, or for ``auto`` keep where all steps' graphs fit the memory there is."""
+def choose_path(
+    recipe: Recipe, student: Student, synthetic: SyntheticSet, phase: Phase, sharing: int = 1
+) -> tuple[GradientPath, str]:
+    """(path, why): the recipe's own choice, or for ``auto`` keep where all steps' graphs fit the memory there is.
+
+    ``sharing`` ranks of this host share its memory; a GPU is a rank's own.
+    """
     if recipe.distill.gradient != "auto":
         return recipe.distill.gradient, f"distill.gradient is {recipe.distill.gradient}"
     largest = max(phase.batches, key=lambda b: len(b.rows_B))
     needed = step_bytes(student, synthetic, phase, largest) * len(phase.batches)
     given = recipe.distill.memory_gb
-    limit = int(given * 1e9) if given is not None else int(free_bytes(synthetic.images_SCHH.device) * FREE_FRACTION)
+    device = synthetic.images_SCHH.device
+    free = free_bytes(device) // (sharing if device.type == "cpu" else 1)
+    limit = int(given * 1e9) if given is not None else int(free * FREE_FRACTION)
     path: GradientPath = "keep" if needed <= limit else "recompute"
     return (
         path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -12,10 +13,14 @@ from importlib import import_module
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
+from lad_dist.experts.crew import cores_to_use, gpu_count
 from lad_dist.interrupts import deferred
+from lad_dist.profile import Profile
 
 P = ParamSpec("P")
 R = TypeVar("R")
+MIB = 2**20
+SMALLEST_STORE = 80 * MIB  # Ray refuses less than 75 MiB
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
@@ -51,6 +56,31 @@ def listens(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def own_arguments(profile: Profile, data_bytes: int) -> dict[str, Any]:
+    """Of ``ray.init``, for a cluster of this process alone that holds ``data_bytes`` of images."""
+    r = profile.ray
+    return {
+        "address": "local",  # never a stranger's cluster on the same machine
+        "num_cpus": max(cores_to_use(profile), profile.threads_per_expert),
+        "num_gpus": gpu_count(),
+        "include_dashboard": r.dashboard,
+        "object_store_memory": r.object_store_mb * MIB
+        if r.object_store_mb
+        else max(SMALLEST_STORE, data_bytes * 13 // 10),
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+
+
+def own_environment(profile: Profile) -> dict[str, str]:
+    """Environment variables for the processes of a cluster of this process alone."""
+    return {
+        "OMP_NUM_THREADS": str(profile.threads_per_expert),
+        "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),  # nothing is sent home unasked
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default, which it otherwise warns about
+    }
 
 
 @contextmanager

@@ -13,7 +13,6 @@ so an actor that was lost and turns out to be alive does no harm.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -35,10 +34,12 @@ from lad_dist.experts.cluster import (
     first_line,
     listens,
     nothing_left_on_error,
+    own_arguments,
+    own_environment,
     signals_heeded,
     undisturbed,
 )
-from lad_dist.experts.crew import Failure, Process, Queue, Record, cluster_address, cores_to_use, gpu_count, name_of
+from lad_dist.experts.crew import Failure, Process, Queue, Record, cluster_address, name_of
 from lad_dist.experts.train import Epoch, ExpertTrainer
 from lad_dist.interrupts import deferred
 from lad_dist.location import is_uri
@@ -46,8 +47,6 @@ from lad_dist.profile import Profile
 from lad_dist.progress import Events, Screen
 from lad_dist.trajectories.reader import Buffer
 
-MIB = 2**20
-SMALLEST_STORE = 80 * MIB  # Ray refuses less than 75 MiB
 WAIT_SECONDS = 0.5  # for reports, before looking at anything else
 LOOK_SECONDS = 5.0  # between two looks at the cluster, and at the size of the buffer
 SEEN_SECONDS = 5.0  # until parts that an actor has published must be seen here
@@ -108,25 +107,9 @@ def connected(profile: Profile, data_bytes: int) -> Iterator[Cluster]:
 
 def _started(profile: Profile, data_bytes: int) -> Cluster:
     """A cluster of this process alone: everything listens on the loopback address, and ends with this process."""
-    r = profile.ray
-    store = r.object_store_mb * MIB if r.object_store_mb is not None else max(SMALLEST_STORE, data_bytes * 13 // 10)
-    variables = {
-        # Of the driver it would be inherited anyway; actors of a cluster that is joined get it by their runtime environment.
-        "OMP_NUM_THREADS": str(profile.threads_per_expert),
-        "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),  # nothing is sent home unasked
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default, which it otherwise warns about
-    }
-    with environment(variables), _loopback():
+    with environment(own_environment(profile)), _loopback():
         try:
-            context: Any = ray.init(
-                address="local",  # never a stranger's cluster on the same machine
-                num_cpus=max(cores_to_use(profile), profile.threads_per_expert),
-                num_gpus=gpu_count(),
-                include_dashboard=r.dashboard,
-                object_store_memory=store,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            context: Any = ray.init(**own_arguments(profile, data_bytes))
         except (RuntimeError, ValueError, OSError, RayError) as error:
             raise ExpertError(
                 f"ray: no cluster could be started on this machine: {first_line(error)}; lad-dist experts --fleet off "

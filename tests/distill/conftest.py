@@ -95,4 +95,5 @@ def publisher(four_experts: Path) -> Any:
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()

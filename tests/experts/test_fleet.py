@@ -1,0 +1,414 @@
+"""What a fleet is made of, without a cluster: who trains, what is left, what is told, and what an actor does.
+
+Whole fleets with real processes are in ``tests/journey/test_fleet_faults.py``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing, suppress
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from lad_dist.data.prepare import prepare
+from lad_dist.errors import ExpertError, Interrupted, NumericalError, StorageError, TrajectoryError
+from lad_dist.experts import actor as actor_module
+from lad_dist.experts import cluster, crew
+from lad_dist.experts.actor import Claimed, ExpertActor, Finished, Orders, SharedData, Started, failure_of
+from lad_dist.experts.crew import Failure, Process, Queue, Record, choose, name_of, train_here
+from lad_dist.experts.train import Epoch, ExpertTrainer
+from lad_dist.interrupts import as_exceptions
+from lad_dist.profile import Profile
+from lad_dist.progress import Events, Screen, read_events
+from lad_dist.trajectories import Buffer, claims
+
+ROOT = Path(__file__).parents[2]
+EACH = 7  # epochs of an expert of the small recipe
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, small_recipe):
+    return prepare(small_recipe(), tmp_path_factory.mktemp("data") / "whitening.safetensors", torch.device("cpu"))
+
+
+@pytest.fixture
+def trainer(tmp_path, small_recipe, data):
+    return ExpertTrainer(small_recipe(experts={"count": 3}), data, tmp_path / "buffer")
+
+
+class Told:
+    """A record, and what it has said and written."""
+
+    def __init__(self, trainer: ExpertTrainer, folder: Path) -> None:
+        self.out, self.path = io.StringIO(), folder / "events.jsonl"
+        self.screen = Screen(Console(file=self.out, width=300))
+        e = trainer.recipe.experts
+        self.record = Record(e, trainer.left(range(e.count)), Events(self.path), self.screen)
+
+    def kinds(self) -> list[tuple[str, int]]:
+        return [(e["kind"], e["expert"]) for e in read_events(self.path) if e["kind"] != "expert-epoch"]
+
+
+@pytest.fixture
+def told(trainer, tmp_path):
+    return Told(trainer, tmp_path)
+
+
+# --- fleet or not -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fields", "left", "fleet", "why"), [
+    ({"fleet": "off", "threads": 8}, 8, False, "fleet is off"),
+    ({"fleet": "on", "threads": 1}, 1, True, "fleet is on"),
+    ({"threads": 8}, 1, False, "one expert is left"),
+    ({"threads": 1}, 8, False, "no two experts fit (1 core, 1 per expert)"),
+    ({"threads": 3, "threads_per_expert": 2}, 8, False, "no two experts fit (3 cores, 2 per expert)"),
+    ({"threads": 4, "threads_per_expert": 2}, 8, True, "2 experts at a time fit (4 cores, 2 per expert)"),
+    ({"threads": 8}, 3, True, "3 experts at a time fit (8 cores, 1 per expert)"),
+    ({"threads": 1, "ray": {"address": "head:6379"}}, 3, True, "the Ray cluster at head:6379 is named"),
+])  # fmt: skip
+def test_choice_on_cpus(fields, left, fleet, why, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert choose(Profile(**fields), on_gpu=False, left=left) == (fleet, why)
+
+
+@pytest.mark.parametrize(("gpus", "each", "fleet"), [(1, 1, False), (1, 4, True), (8, 1, True)])
+def test_choice_on_gpus(gpus, each, fleet, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(crew, "gpu_count", lambda: gpus)
+    found = choose(Profile(threads=1, experts_per_gpu=each), on_gpu=True, left=100)
+    assert found.fleet == fleet and f"{gpus} GPU" in found.why
+
+
+def test_choice_by_the_environment(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert choose(Profile(threads=1), on_gpu=False, left=2) == (True, "the Ray cluster at 10.0.0.1:6379 is named")
+    assert crew.cluster_address(Profile(ray={"address": "head:1"})) == "head:1"
+
+
+def test_cores():
+    assert crew.cores_to_use(Profile(threads=5)) == 5
+    assert crew.cores_to_use(Profile()) >= 1
+
+
+def test_ray_is_imported_by_no_other_verb_and_not_without_a_fleet(tmp_path):
+    """In one process: a whole run without a fleet, then every verb that looks at it."""
+    recipe = {
+        "name": "tiny", "ipc": 1, "data": {"dataset": "digits", "imbalance_factor": 5, "n_max": 20},
+        "model": {"width": 4, "depth": 1}, "augment": {"operations": []},
+        "experts": {"count": 2, "epochs": 2, "classifier_epochs": 2, "batch": 64},
+        "distill": {"iterations": 1, "student_steps": 1, "student_steps_classifier": 1, "window_epochs": 1,
+                    "start_epoch_max": 1},
+        "evaluate": {"seeds": 1, "epochs": 1, "full_epochs": 1},
+    }  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(json.dumps(recipe))
+    code = """
+import sys
+from contextlib import suppress
+from lad_dist import cli
+for verb in ("experts tiny.yaml --fleet off --out run", "experts tiny.yaml --threads 1 --out other --device cpu",
+             "distill run", "evaluate run", "run run", "report run", "status run", "buffer inspect run", "jobs", "clusters"):
+    with suppress(SystemExit):
+        cli.app(verb.split())
+    assert "ray" not in sys.modules, verb
+import lad_dist.experts.fleet
+assert "ray" in sys.modules
+print("done")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.stdout.rstrip().endswith("done"), done.stdout + done.stderr
+    assert (tmp_path / "run/report/index.html").exists()
+    assert "in this process: no two experts fit (1 core" in done.stdout
+
+
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+
+def test_the_queue_skips_what_is_claimed_and_crosses_off_what_is_finished(trainer, told, monkeypatch):
+    queue = Queue(trainer, [0, 1, 2])
+    with closing(trainer.train(0)) as epochs:
+        assert len(list(epochs)) == EACH
+    with claims.hold(trainer.folder, name_of(1), "another") as held:
+        assert held
+        assert queue.take(told.record) == 2
+        assert told.kinds() == [("expert-finished", 0)]
+        assert queue.take(told.record) is None and len(queue) == 1
+        queue.say_waiting(told.screen)
+        queue.say_waiting(told.screen)
+        assert told.out.getvalue().count("waiting for those that another driver is training (expert 1 by process") == 1
+        queue.put_back(2)
+    assert queue.take(told.record) is None  # it looks again every couple of seconds
+    monkeypatch.setattr(queue, "_look_at", 0.0)
+    assert queue.take(told.record) == 1
+    queue.again(1)
+    assert [queue.take(told.record) for _ in range(2)] == [1, 2]
+    assert len(queue) == 0 and queue.take(told.record) is None
+
+
+def test_in_this_process_it_waits_for_another_driver_and_finishes_what_that_leaves(trainer, told, monkeypatch):
+    monkeypatch.setattr(crew, "LOOK_AGAIN_SECONDS", 0.01)
+    queue = Queue(trainer, [0, 1, 2])
+    waited = []
+    claim = claims.hold(trainer.folder, name_of(0), "another")
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            claim.__exit__(None, None, None)
+
+    assert claim.__enter__()
+    monkeypatch.setattr(crew.time, "sleep", wait)
+    train_here(trainer, queue, told.record, told.screen)
+    assert len(waited) >= 3
+    assert told.kinds() == [(kind, e) for e in (1, 2, 0) for kind in ("expert-started", "expert-finished")]
+    assert trainer.remaining(range(3)) == [] and told.record.experts_done == 3
+    assert list((trainer.folder / "claims").iterdir()) == []
+
+
+def test_in_this_process_a_claim_that_came_in_between_is_respected(trainer, told, monkeypatch):
+    monkeypatch.setattr(crew.claims, "foreign", lambda *args: None)
+    monkeypatch.setattr(crew.time, "sleep", lambda seconds: None)
+    queue, seen = Queue(trainer, [0, 1]), []
+    claim = claims.hold(trainer.folder, name_of(0), "another")
+    assert claim.__enter__()
+
+    def put_back(expert: int) -> None:
+        seen.append(expert)
+        claim.__exit__(None, None, None)
+        queue._waiting.append(expert)
+
+    monkeypatch.setattr(queue, "put_back", put_back)
+    train_here(trainer, queue, told.record, told.screen)
+    assert seen == [0] and trainer.remaining(range(2)) == []
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+class Board:
+    def __init__(self) -> None:
+        self.done, self.rows, self.seen = 0, {}, []
+
+    def advance(self, steps: int = 1) -> None:
+        self.done += steps
+
+    def row(self, key: str, text: str | None) -> None:
+        self.rows[key] = text
+        self.seen.append(text)
+        if text is None:
+            del self.rows[key]
+
+
+def epoch(expert: int, number: int, stage: str = "representation") -> Epoch:
+    return Epoch(expert, stage, number, 0.5, 0.25, 1000.0)
+
+
+def test_the_record_counts_repeated_epochs_once(told):
+    record, board, by = told.record, Board(), Process("host", 42)
+    record.show_on(board)
+    assert (record.total_epochs, record.epochs_trained) == (3 * EACH, 0)
+    record.starting(1)
+    record.started(1, by)
+    for number in (1, 2, 3):
+        record.epoch(epoch(1, number), by)
+    assert board.done == 3 and record.images_per_second == {1: 1000.0}
+    assert board.rows == {
+        "expert-0001": "representation epoch 3 of 4, loss 0.5, accuracy 0.250, 1000 images/s"
+    }
+    record.restarted(Failure(1, "it is gone"), 1, 3)
+    assert board.rows == {} and record.images_per_second == {}
+    record.started(1, by)
+    for number in (2, 3, 4):
+        record.epoch(epoch(1, number), by)
+    assert board.done == 4
+    record.epoch(epoch(1, 1, "classifier"))
+    assert board.done == 5 and record.experts_done == 0
+    record.finished(1)
+    assert board.done == EACH and record.experts_done == 1 and record.epochs_trained == EACH
+    record.finished(2, elsewhere=True)
+    assert board.done == 2 * EACH
+    assert told.kinds() == [("expert-started", 1), ("expert-restarted", 1), ("expert-started", 1), ("expert-finished", 1),
+                            ("expert-finished", 2)]  # fmt: skip
+    events = list(read_events(told.path))
+    assert events[0]["host"] == "host" and events[0]["pid"] == events[1]["pid"] == 42
+    assert "pid" not in events[-3] and events[-1]["elsewhere"] is True and "elsewhere" not in events[-2]
+    assert "expert-0001: it is gone; tried again from its last part (1 of 3)" in told.out.getvalue()
+
+
+def test_what_a_stage_with_failures_ends_with(told):
+    assert told.record.error(4) is None
+    told.record.failed(Failure(2, "NaN", "NumericalError", "Traceback: where it was\n"), 4)
+    error = told.record.error(4)
+    assert isinstance(error, NumericalError) and error.exit_code == 7
+    assert str(error).startswith("1 expert failed 4 times: expert 2: NaN; what was finished before is kept")
+    assert told.out.getvalue().count("Traceback: where it was") == 1
+    told.record.failed(Failure(0, "gone"), 4)
+    told.record.finished(1)
+    error = told.record.error(1)
+    assert type(error) is ExpertError and error.exit_code == 9
+    assert str(error).startswith("2 experts failed once: expert 0: gone; expert 2: NaN; the other experts are finished")
+    assert [e["kind"] for e in read_events(told.path)] == ["expert-failed", "expert-failed", "expert-finished"]
+
+
+# --- an actor ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def orders(small_recipe, tmp_path):
+    return Orders(small_recipe(), tmp_path / "by the actor", "driver", "cpu", 1)
+
+
+def shared(data) -> SharedData:
+    """As it arrives in another process: arrays that cannot be written to."""
+    found = SharedData.of(data)
+    for array in (found.images_NCHW, found.labels_N, *found.whitening):
+        array.flags.writeable = False
+    return found
+
+
+def test_an_actor_writes_what_the_trainer_writes(data, trainer, orders, recwarn):
+    reports = list(ExpertActor(orders, shared(data)).train(1))
+    assert isinstance(reports[0], Started) and reports[0].process.pid > 0
+    assert [r.epoch for r in reports[1:-1]] == [1, 2, 3, 4, 1, 2, 3] and reports[-1] == Finished()
+    assert not [w for w in recwarn if "writ" in str(w.message)]
+    with closing(trainer.train(1)) as epochs:
+        list(epochs)
+    assert Buffer(orders.location).digest() == Buffer(trainer.folder).digest()
+    assert Buffer(orders.location).meta == Buffer(trainer.folder).meta
+
+
+@pytest.mark.parametrize("whitening", ["zca", "standardize", "none"])
+def test_shared_data_is_the_same_data(small_recipe, tmp_path, whitening):
+    recipe = small_recipe(data={"whitening": whitening})
+    original = prepare(recipe, tmp_path / "whitening.safetensors", torch.device("cpu"))
+    handed = shared(original)
+    assert handed.nbytes >= 96 * 64
+    found = handed.prepared(torch.device("cpu"))
+    rows = torch.arange(len(original.train))
+    for a, b in zip(found.train.batch(rows), original.train.batch(rows), strict=True):
+        assert torch.equal(a, b)
+    assert found.splits.train.fingerprint() == original.splits.train.fingerprint()
+    assert found.counts == original.counts and len(found.splits.test) == 0
+    assert np.shares_memory(found.splits.train.images_NCHW.numpy(), handed.images_NCHW)
+
+
+def test_an_actor_leaves_what_another_driver_claims(data, orders):
+    with claims.hold(orders.location, name_of(0), "another"):
+        assert list(ExpertActor(orders, shared(data)).train(0)) == [Claimed()]
+    with claims.hold(orders.location, name_of(0), orders.owner):  # of a lost actor of the same driver
+        assert isinstance(list(ExpertActor(orders, shared(data)).train(0))[-1], Finished)
+
+
+def test_an_actor_reports_errors_as_text(data, orders, monkeypatch):
+    class Poisoned(ExpertTrainer):
+        def train(self, expert):
+            yield epoch(expert, 1)
+            raise ValueError("poison")
+
+    monkeypatch.setattr(actor_module, "ExpertTrainer", Poisoned)
+    _, first, failure = ExpertActor(orders, shared(data)).train(5)
+    assert isinstance(first, Epoch)
+    assert (failure.expert, failure.message, failure.kind) == (5, "ValueError: poison", None)
+    assert failure.trace.startswith("Traceback") and "in train" in failure.trace
+    assert list((orders.location / "claims").iterdir()) == []
+
+
+def test_the_kind_of_a_failure():
+    class Special(TrajectoryError):
+        pass
+
+    assert failure_of(0, StorageError("full")).kind == "StorageError"
+    assert failure_of(0, Special("odd")).kind == "TrajectoryError"
+    assert failure_of(0, OSError("no")).kind is None
+
+
+def test_an_actor_uses_as_many_threads_as_it_is_told(data, orders, monkeypatch):
+    told = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    ExpertActor(orders, shared(data))
+    assert told == [1]
+
+
+# --- beside Ray -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_no_signal_is_lost_where_a_library_drops_exceptions_of_handlers(number):
+    with pytest.raises(Interrupted, match=number.name), as_exceptions(), cluster.signals_heeded(), suppress(Interrupted):
+        signal.raise_signal(number)
+
+
+def test_a_handler_that_a_library_has_put_in_place_of_ours():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def start() -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as ray.init does
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="SIGTERM"), as_exceptions(), cluster.signals_heeded():
+        start()
+    with as_exceptions():
+        ours = signal.getsignal(signal.SIGTERM)
+        with cluster.signals_heeded():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) is ours
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_environment_is_put_back(monkeypatch):
+    monkeypatch.setenv("LAD_A", "1")
+    monkeypatch.delenv("LAD_B", raising=False)
+    with cluster.environment({"LAD_A": "2", "LAD_B": "3"}):
+        assert (os.environ["LAD_A"], os.environ["LAD_B"]) == ("2", "3")
+    assert os.environ["LAD_A"] == "1" and "LAD_B" not in os.environ
+
+
+def test_processes_of_a_failed_start_are_ended():
+    import ray  # noqa: F401
+
+    psutil = import_module("psutil")  # Ray's own copy
+    before = subprocess.Popen(["sleep", "100"])
+    try:
+        with pytest.raises(Interrupted), cluster.nothing_left_on_error():
+            started = psutil.Popen(["sh", "-c", "sleep 100 & sleep 100"])
+            while not (children := started.children()):
+                time.sleep(0.01)
+            raise Interrupted("now")
+        assert not started.is_running() and before.poll() is None
+        assert all(not c.is_running() or c.status() == psutil.STATUS_ZOMBIE for c in children)
+    finally:
+        before.kill()
+        before.wait()
+
+
+def test_the_object_store_fits_the_images(monkeypatch):
+    monkeypatch.setattr(cluster, "gpu_count", lambda: 0)
+    mib = 2**20
+    assert cluster.own_arguments(Profile(threads=2), 0)["object_store_memory"] == 80 * mib
+    assert cluster.own_arguments(Profile(threads=2), 1000 * mib)["object_store_memory"] == 1300 * mib
+    chosen = cluster.own_arguments(Profile(threads=2, ray={"object_store_mb": 100}), 1000 * mib)
+    assert chosen["object_store_memory"] == 100 * mib and chosen["num_cpus"] == 2 and chosen["address"] == "local"
+    assert cluster.own_arguments(Profile(threads=1, threads_per_expert=3), 0)["num_cpus"] == 3
+
+
+def test_directions():
+    own = cluster.Cluster("127.0.0.1:6379", "127.0.0.1:8266", own=True)
+    first, second = own.directions()
+    assert "http://127.0.0.1:8266" in first and "ray get-auth-token" in first
+    assert "ssh -L 8266:127.0.0.1:8266 " in second
+    (line,) = cluster.Cluster("10.0.0.1:6379", None, own=False).directions()
+    assert "joined the cluster at 10.0.0.1:6379" in line
