@@ -127,7 +127,7 @@ class BufferConfig(_Section):
         "default: all, and a distillation depends on nothing but the recipe",
     )
     cache_mb: Annotated[Int, Field(ge=1)] = Field(
-        512, description="MiB of decoded checkpoints that each distilling process keeps in host memory"
+        128, description="MiB of decoded checkpoints that each distilling process keeps in host memory"
     )
 
 

@@ -1,8 +1,16 @@
-"""results.json: one row per (source, architecture, seed), published whole after every network."""
+"""The evaluation's results: one file per row, and results.json, the table merged from them.
+
+evaluation/rows/SOURCE-ARCHITECTURE-SEED.json   one row each: one writer per file, published by rename
+evaluation/results.json                         all rows but their confusion matrices, for people and other programs
+
+Any number of processes may measure rows of one run at the same time; ``read`` sees every published row, whether or not it is
+in the merged table yet. To measure again, remove the folder evaluation/.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,37 +21,95 @@ from lad_dist.rundir import published
 
 Row = dict[str, Any]
 FIGURES = ("overall", "head", "medium", "tail")
+MORE_FIGURES = ("balanced", "ece")  # of rows written since they are measured
+SOURCES = (
+    "distilled",
+    "distilled-adsa",
+    "distilled-hard",
+    "random",
+    "k-center",
+    "herding",
+    "graph-cut",
+    "full",
+    "full-balanced",
+    "full-logit-adjusted",
+)
+"""What networks are trained on, in the order of every table. ``distilled-adsa`` and ``distilled-hard`` are the distilled
+images with adjusted and with hard labels; ``full-...`` are other ways to train on the whole long-tailed set."""
+
+_KEY = ("source", "architecture", "seed")
+_ONLY_IN_ROWS = ("confusion",)  # K x K numbers
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a results file; none where it does not exist. Raises RunDirError where it is damaged."""
-    if not path.exists():
-        return []
-    try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["rows"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirError(f"{path}: is not a results file ({error}); remove it to evaluate again") from error
+    """All rows: those of the row files, and those that only the merged table at ``path`` has (of older runs, or copied alone).
+
+    Raises:
+        RunDirError: a file is damaged; names it.
+    """
+    rows = {_key(row): row for row in _merged(path)}
+    folder = rows_folder(path)
+    for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        if not file.name.startswith("."):  # what is still being written
+            row = _row(file)
+            rows[_key(row)] = row
+    return sorted(rows.values(), key=_order)
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Publish the rows."""
+    """Publish ``rows`` as the merged table."""
+    slim = [{k: v for k, v in row.items() if k not in _ONLY_IN_ROWS} for row in rows]
     with published(path) as temporary:
-        temporary.write_text(json.dumps({"format_version": 1, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps({"format_version": 1, "rows": slim}, indent=1) + "\n", encoding="utf-8")
+
+
+def put(path: Path, row: Row) -> Path:
+    """Publish one row beside the merged table at ``path``, in place of an older one of its name; returns its file."""
+    file = row_file(path, row)
+    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in row.items())
+    with published(file) as temporary:
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    return file
+
+
+def merge(path: Path) -> list[Row]:
+    """Bring the merged table at ``path`` up to date with the row files; returns all rows.
+
+    Several processes may do so at once. Each looks again after it wrote, so the last one leaves every row in the table.
+    """
+    while True:
+        rows = read(path)
+        if not rows:
+            return rows
+        slim = [{k: v for k, v in row.items() if k not in _ONLY_IN_ROWS} for row in rows]
+        if path.exists() and json.dumps(slim) == json.dumps(_merged(path)):
+            return rows
+        write(path, rows)
+
+
+def rows_folder(path: Path) -> Path:
+    """Where the row files of the merged table at ``path`` lie."""
+    return path.parent / "rows"
+
+
+def row_file(path: Path, row: Row) -> Path:
+    """The file of a row, named by its source, architecture and seed in letters that every file system takes."""
+    return rows_folder(path) / ("-".join(re.sub(r"[^A-Za-z0-9_]+", "_", str(row[k])) for k in _KEY) + ".json")
 
 
 def same_measurement(row: Row, other: Row) -> bool:
     """Whether two rows measure the same thing in the same way (all but what came out)."""
-    return all(row.get(k) == other.get(k) for k in ("source", "architecture", "seed", "split", "settings", "set_id"))
+    return all(row.get(k) == other.get(k) for k in (*_KEY, "split", "settings", "set_id"))
 
 
 def replace(rows: list[Row], new: Row) -> list[Row]:
     """``rows`` with ``new`` in place of an older row of the same (source, architecture, seed)."""
-    name = ("source", "architecture", "seed")
-    return [r for r in rows if any(r[k] != new[k] for k in name)] + [new]
+    return [r for r in rows if _key(r) != _key(new)] + [new]
 
 
 def summary(rows: Iterable[Row]) -> list[Row]:
-    """Per (source, architecture): mean and sample standard deviation over seeds of every figure, in the order of rows."""
+    """Per (source, architecture), in the order of rows: of every figure the mean over seeds, the sample standard deviation
+    (``..._std``) and the standard error of the mean (``..._sem``); None where there is no value, or only one."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["source"], row["architecture"]), []).append(row)
@@ -57,9 +123,42 @@ def summary(rows: Iterable[Row]) -> list[Row]:
             "selection": members[0]["selection"],
             "method": members[0]["method"],
         }
-        for figure in FIGURES:
-            values = [m[figure] for m in members if m[figure] is not None]
+        for figure in (*FIGURES, *MORE_FIGURES):
+            values = [m[figure] for m in members if m.get(figure) is not None]
+            several = len(values) > 1
             entry[figure] = statistics.mean(values) if values else None
-            entry[f"{figure}_std"] = statistics.stdev(values) if len(values) > 1 else None
+            entry[f"{figure}_std"] = statistics.stdev(values) if several else None
+            entry[f"{figure}_sem"] = statistics.stdev(values) / len(values) ** 0.5 if several else None
         out.append(entry)
     return out
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[k] for k in _KEY)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    """Sources in the order of ``SOURCES``, ConvNet before other architectures, seeds ascending."""
+    known = SOURCES.index(row["source"]) if row["source"] in SOURCES else len(SOURCES)
+    return known, str(row["source"]), row["architecture"] != "convnet", str(row["architecture"]), row["seed"]
+
+
+def _merged(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    try:
+        rows = list(json.loads(path.read_text(encoding="utf-8"))["rows"])
+        for row in rows:
+            _key(row)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirError(f"{path}: is not a results file ({error}); remove it to evaluate again") from error
+    return rows
+
+
+def _row(file: Path) -> Row:
+    try:
+        row: Row = json.loads(file.read_text(encoding="utf-8"))
+        _key(row)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirError(f"{file}: is not a row of results ({error}); remove it to measure it again") from error
+    return row

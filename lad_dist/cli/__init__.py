@@ -4,7 +4,7 @@
     stages.py     run, experts, distill, evaluate, report
     plan.py       plan
     looking.py    status, compare, jobs, clusters
-    buffers.py    buffer inspect, buffer verify
+    buffers.py    buffer inspect, buffer verify, buffer export, buffer import
     terminal.py   output, and the types of ``errors.py`` as one message and an exit code
 
 A verb is a function, named in ``VERBS`` in the order in which ``--help`` lists them. Whatever is slow to import is
@@ -36,7 +36,12 @@ VERBS: tuple[Callable[..., None], ...] = (
     looking.jobs,
     looking.clusters,
 )
-BUFFER_VERBS: tuple[Callable[..., None], ...] = (buffers.inspect, buffers.verify)
+BUFFER_VERBS: tuple[Callable[..., None], ...] = (
+    buffers.inspect,
+    buffers.verify,
+    buffers.export,
+    buffers.import_,
+)
 
 app = typer.Typer(
     cls=terminal.Commands,
@@ -45,12 +50,12 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-buffer_app = typer.Typer(no_args_is_help=True, help="Look into a trajectory buffer.")
+buffer_app = typer.Typer(no_args_is_help=True, help="Look into a trajectory buffer, write it to other tools' files, or read theirs.")
 
 for verb in VERBS:
     app.command()(expanded(verb))
 for verb in BUFFER_VERBS:
-    buffer_app.command()(expanded(verb))
+    buffer_app.command(verb.__name__.rstrip("_"))(expanded(verb))
 app.add_typer(buffer_app, name="buffer")
 
 

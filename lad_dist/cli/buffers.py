@@ -1,17 +1,43 @@
-"""``lad-dist buffer VERB``: look into trajectory buffers."""
+"""``lad-dist buffer VERB``: look into trajectory buffers, write them to other tools' files, or read theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lad_dist.cli import terminal
+from lad_dist.cli.options import JobOptions
 
 if TYPE_CHECKING:
+    from lad_dist.pipeline import Pipeline
     from lad_dist.trajectories.reader import Buffer
+    from lad_dist.trajectories.schema import Stage
+
+
+class Form(StrEnum):
+    """What ``--to`` and ``--from`` take: files of other tools."""
+
+    pt = "pt"
+
+
+class Which(StrEnum):
+    """What ``--stage`` takes."""
+
+    representation = "representation"
+    classifier = "classifier"
+    both = "both"
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that are meant, in order."""
+        from lad_dist.trajectories.schema import STAGES
+
+        return tuple(stage for stage in STAGES if self.value in ("both", stage))
+
 
 RunOrBuffer = Annotated[str, typer.Argument(metavar="DIR", help="A run folder, a buffer folder, or a buffer's URI.")]
 
@@ -51,6 +77,114 @@ def verify(folder: RunOrBuffer) -> None:
         raise typer.Exit(1)
     checkpoints = sum(part.last - part.first + 1 for part in buffer.parts)
     typer.echo(f"{len(buffer.parts)} parts, {checkpoints} checkpoints, all whole")
+
+
+def export(
+    folder: RunOrBuffer,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Gets the folders representation/ and classifier/.")],
+    to: Annotated[Form, typer.Option("--to", help="pt: replay_buffer_N.pt, as MTT, DATM and LAD read them.")] = Form.pt,
+    stage: Annotated[Which, typer.Option(help="What to write.")] = Which.both,
+    experts_per_file: Annotated[int, typer.Option(min=1, help="As many are held in memory.")] = 10,
+) -> None:
+    """Write the complete experts to files that the code of other methods reads."""
+    from lad_dist.interrupts import as_exceptions
+    from lad_dist.trajectories.pt_files import complete_experts, export_pt
+
+    buffer = _buffer(folder)
+    with as_exceptions():
+        files = export_pt(
+            buffer,
+            out.expanduser(),
+            stage.stages,
+            experts_per_file,
+            lambda file: terminal.stdout().print(str(file), soft_wrap=True),
+        )
+    for each in stage.stages:
+        whole = complete_experts(buffer, each)
+        left_out = [expert for expert in buffer.experts(each) if expert not in whole]
+        more = f"; left out, as they are not complete: {_ranges(left_out)}" if left_out else ""
+        terminal.stdout().print(f"{each}: {len(whole)} experts{more}", soft_wrap=True)
+    terminal.stdout().print(f"{len(files)} files in {out}", soft_wrap=True)
+
+
+def import_(
+    asked: JobOptions,
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="A folder with representation/ and classifier/, or, with --stage, files or their folder.",
+        ),
+    ],
+    from_: Annotated[
+        Form, typer.Option("--from", help="pt: replay_buffer_N.pt, as MTT, DATM and LAD write them.")
+    ] = Form.pt,
+    stage: Annotated[Which, typer.Option(help="What to read.")] = Which.both,
+    first_expert: Annotated[int, typer.Option(min=0, help="The number that the first expert gets.")] = 0,
+) -> None:
+    """Read experts that the code of another method trained into the buffer of a job's run."""
+    from lad_dist.launch import local
+    from lad_dist.progress import Screen
+
+    files = {each: _pt_files(sources, each, stage) for each in stage.stages}
+    recipe, profile = asked.recipe(), asked.profile()
+    local.run(
+        recipe,
+        asked.folder(recipe),
+        profile,
+        asked.buffers,
+        Screen(terminal.stdout()),
+        [_importing(files, first_expert)],
+    )
+
+
+def _importing(files: dict[Stage, list[Path]], first_expert: int) -> Callable[[Pipeline], None]:
+    """What ``import_`` does in the run."""
+
+    def stage_of(pipeline: Pipeline) -> None:
+        from lad_dist.experts.train import ExpertTrainer
+        from lad_dist.trajectories.pt_files import import_pt
+        from lad_dist.trajectories.reader import Buffer
+
+        e, location, say = pipeline.recipe.experts, pipeline.run.trajectories, pipeline.screen.say
+        trainer = ExpertTrainer(pipeline.recipe, pipeline.data, location)
+        lasts: dict[Stage, int] = {"representation": e.epochs, "classifier": e.classifier_epochs}
+        for stage, members in files.items():
+            count = import_pt(
+                members, location, trainer.meta, stage, lasts[stage], first_expert, e.epochs_per_part,
+                lambda expert, stage=stage: say(f"import: {stage} expert {expert}"),
+            )  # fmt: skip
+            names = [str(member.absolute()) for member in members]
+            pipeline.events.emit("experts-imported", stage=stage, experts=count, first=first_expert, files=names)
+        buffer = Buffer(location)
+        for stage, last in lasts.items():
+            there = sum((buffer.last_contiguous_epoch(stage, expert) or -1) >= last for expert in range(e.count))
+            say(f"{stage}: {there} of the {e.count} experts that the recipe asks for (experts.count) are there now")
+
+    return stage_of
+
+
+def _pt_files(sources: Sequence[Path], stage: Stage, which: Which) -> list[Path]:
+    """The files of one stage that the sources mean, in order. Raises TrajectoryError."""
+    from lad_dist.errors import TrajectoryError
+    from lad_dist.trajectories.pt_files import pt_files
+
+    files: list[Path] = []
+    for source in (source.expanduser() for source in sources):
+        if not source.exists():
+            raise TrajectoryError(f"{source}: does not exist; valid: replay_buffer_N.pt files, or their folder")
+        if (source / stage).is_dir():
+            files += pt_files(source / stage)
+        elif which is Which.both:
+            raise TrajectoryError(
+                f"{source}: holds no folder {stage}/; valid: a folder with representation/ and classifier/, or say which "
+                "stage these experts are of: --stage representation, or --stage classifier"
+            )
+        elif source.is_dir():
+            files += pt_files(source)
+        else:
+            files.append(source)
+    return files
 
 
 def _buffer(text: str) -> Buffer:

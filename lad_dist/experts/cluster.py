@@ -76,11 +76,13 @@ def own_arguments(profile: Profile, data_bytes: int) -> dict[str, Any]:
 
 def own_environment(profile: Profile) -> dict[str, str]:
     """Environment variables for the processes of a cluster of this process alone."""
-    return {
-        "OMP_NUM_THREADS": str(profile.threads_per_expert),
-        "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),  # nothing is sent home unasked
+    unless_set = {
+        "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent home unasked
+        "RAY_worker_niceness": "0",  # Ray's 15 yields to everything else on the machine
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default, which it otherwise warns about
     }
+    chosen = {name: os.environ.get(name, value) for name, value in unless_set.items()}
+    return chosen | {"OMP_NUM_THREADS": str(profile.threads_per_expert)}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -16,7 +17,21 @@ from lad_dist.trajectories.schema import Stage
 
 Row = tuple[Stage, int, int]  # stage, expert, epoch
 Vector = npt.NDArray[np.float32]
+_OWN_PAGES = 2**16  # bytes from which a row has memory pages of its own
 _CLOSE_SECONDS = 5.0  # that a read of the thread is waited for; a store that does not answer must not hold up the end
+
+
+def _kept(vector: Vector) -> Vector:
+    """A copy that cannot be written to, in memory that goes back to the system with the last reference to it.
+
+    Rows that come and go by turns on the heaps of two threads leave holes there: a cache of 512 MiB took 780.
+    """
+    kept: Vector = vector
+    if vector.nbytes >= _OWN_PAGES:
+        kept = np.frombuffer(mmap.mmap(-1, vector.nbytes), vector.dtype)
+        kept[:] = vector
+    kept.flags.writeable = False
+    return kept
 
 
 class CheckpointCache:
@@ -76,7 +91,7 @@ class CheckpointCache:
             # Who waits must not see this thread's interruption as its own.
             mine.set_exception(error if isinstance(error, LadDistError) else LadDistError("the read was given up"))
             raise
-        vector.flags.writeable = False
+        vector = _kept(vector)
         with self._lock:
             del self._reading[row]
             if vector.nbytes <= self.limit_bytes:

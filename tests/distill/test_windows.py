@@ -98,7 +98,7 @@ def reads(monkeypatch):
 
 
 def test_the_recipe_bounds_the_cache(windows, small_experts, small_recipe, layout, reads):
-    assert windows().checkpoints.limit_bytes == 512 * 2**20
+    assert windows().checkpoints.limit_bytes == 128 * 2**20
     recipe = small_recipe(buffer={"cache_mb": 3})
     w = Windows(Buffer(small_experts / "trajectories"), layout, recipe, torch.device("cpu"))
     assert w.checkpoints.limit_bytes == 3 * 2**20

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import closing, suppress
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from rich.console import Console
 
 from lad_dist.data.prepare import prepare
-from lad_dist.errors import ExpertError, Interrupted, NumericalError, StorageError, TrajectoryError
+from lad_dist.errors import ExpertError, Interrupted, NumericalError, RecipeError, StorageError, TrajectoryError
 from lad_dist.experts import actor as actor_module
 from lad_dist.experts import cluster, crew
 from lad_dist.experts.actor import Claimed, ExpertActor, Finished, Orders, SharedData, Started, failure_of
@@ -405,6 +406,15 @@ def test_the_object_store_fits_the_images(monkeypatch):
     assert cluster.own_arguments(Profile(threads=1, threads_per_expert=3), 0)["num_cpus"] == 3
 
 
+def test_the_environment_of_a_cluster_of_its_own(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    monkeypatch.setenv("RAY_worker_niceness", "5")
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    found = cluster.own_environment(Profile(threads_per_expert=3))
+    assert found["OMP_NUM_THREADS"] == "3" and found["RAY_worker_niceness"] == "5"
+    assert found["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
 def test_directions():
     own = cluster.Cluster("127.0.0.1:6379", "127.0.0.1:8266", own=True)
     first, second = own.directions()
@@ -412,3 +422,70 @@ def test_directions():
     assert "ssh -L 8266:127.0.0.1:8266 " in second
     (line,) = cluster.Cluster("10.0.0.1:6379", None, own=False).directions()
     assert "joined the cluster at 10.0.0.1:6379" in line
+
+
+# --- the fleet's decisions --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fleet(trainer, told, monkeypatch):
+    """A fleet that is not connected to any cluster: ``fleet("cuda", experts_per_gpu=2)``."""
+    from lad_dist.experts import fleet as module
+
+    def make(device: str, **fields: object) -> module.Fleet:
+        made = module.Fleet.__new__(module.Fleet)
+        made.cluster, made.profile = cluster.Cluster("127.0.0.1:1", None, own=False), Profile(**fields)
+        made.staff = module.Staff(trainer, None, "namespace")
+        made.record, made.screen, made.queue = told.record, told.screen, Queue(trainer, [])
+        made._device, made._room, made._looked_at = device, 0, -module.LOOK_SECONDS
+        made._attempts, made._orders = Counter(), Orders(trainer.recipe, "/somewhere", "driver", device, 1)
+        return made
+
+    return make
+
+
+NODES = [{"Alive": True, "Resources": {"CPU": 5.0, "GPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 3.0, "GPU": 1.0}},
+         {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}, {"Alive": True, "Resources": {}}]  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "fields", "room"), [
+    ("cpu", {}, 8), ("cpu", {"threads_per_expert": 2}, 3), ("cuda", {}, 3), ("cuda", {"experts_per_gpu": 4}, 12),
+])  # fmt: skip
+def test_as_many_as_fit_the_nodes_that_are_alive(fleet, monkeypatch, device, fields, room):
+    monkeypatch.setattr("ray.nodes", lambda: NODES)
+    assert fleet(device, **fields)._fits() == room
+
+
+def test_no_room_anywhere_is_said(fleet, told, monkeypatch):
+    monkeypatch.setattr("ray.nodes", lambda: NODES[3:])
+    made = fleet("cuda")
+    assert made._fits() == 1
+    assert "no node has room for an expert" in told.out.getvalue()
+
+
+def test_as_many_attempts_as_the_profile_allows(fleet, told):
+    made = fleet("cpu", expert_retries=2)
+    for attempt in (1, 2, 3):
+        made._failed(Failure(1, f"reason {attempt}"))
+        assert len(made.queue) == min(attempt, 2)
+    assert told.kinds() == [("expert-restarted", 1), ("expert-restarted", 1), ("expert-failed", 1)]
+    assert [f.message for f in told.record.failures] == ["reason 3"]
+
+
+def test_parts_that_are_written_where_the_driver_does_not_see_them(fleet, monkeypatch):
+    monkeypatch.setattr("lad_dist.experts.fleet.SEEN_SECONDS", 0.01)
+    monkeypatch.setattr("lad_dist.experts.fleet.WAIT_SECONDS", 0.01)
+    with pytest.raises(StorageError, match=r"/somewhere: lacks what an actor has written.*share under one name"):
+        fleet("cpu")._finished(1)
+
+
+def test_an_address_that_cannot_be_used(monkeypatch):
+    from lad_dist.experts.fleet import connected
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for address, kind, said in (
+        ("ray://head:10001", RecipeError, "client protocol"),
+        ("127.0.0.1:1", ExpertError, "no Ray cluster answers there"),
+    ):
+        with pytest.raises(kind, match=said), connected(Profile(ray={"address": address}), 0):
+            raise AssertionError

@@ -131,6 +131,23 @@ def test_a_reader_waits_for_the_read_in_progress_instead_of_reading_again(cache,
     assert reads == [(STAGE, 0, 3)]
 
 
+def test_who_waited_for_a_read_that_failed_reads_for_itself(cache, monkeypatch, weights):
+    c, gate, calls, original = cache(), threading.Event(), [], Buffer.read
+
+    def read(self, *row):
+        calls.append(threading.current_thread().name)
+        if len(calls) > 1:
+            return original(self, *row)
+        gate.wait(10)
+        raise Interrupted("the other was stopped")
+
+    monkeypatch.setattr(Buffer, "read", read)
+    c.prefetch([(STAGE, 0, 3)])
+    threading.Timer(0.2, gate.set).start()
+    np.testing.assert_array_equal(c.read(STAGE, 0, 3), weights(STAGE, 0, 3))
+    assert calls == ["checkpoint-prefetch", "MainThread"]
+
+
 def test_an_error_of_reading_ahead_is_met_by_whoever_needs_the_row_and_by_nobody_else(cache, folder):
     part = folder / "representation" / "expert-0001" / "epochs-0004-0007.parquet"
     raw = bytearray(part.read_bytes())
