@@ -18,6 +18,17 @@ Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
 OPERATIONS: tuple[Operation, ...] = ("color", "crop", "cutout", "flip", "scale", "rotate")
+Architecture = Literal["convnet", "vgg11", "resnet18", "alexnet", "mlp", "vit"]
+Baseline = Literal[
+    "random",
+    "k-center",
+    "herding",
+    "graph-cut",
+    "full",
+    "full-balanced",
+    "full-logit-adjusted",
+    "distilled-hard",
+]
 Method = Literal["lad", "datm", "mtt", "lad-without-wma", "lad-without-adm"]
 
 # What each method means, as fields of `distill`. A recipe may still set any of them itself.
@@ -221,10 +232,31 @@ class EvaluateConfig(_Section):
     full_epochs: Annotated[Int, Field(ge=1)] = Field(200, description="epochs on the whole long-tailed set")
     full_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="learning rate on the whole long-tailed set")
     full_batch: Annotated[Int, Field(ge=1)] = Field(256)
-    baselines: tuple[Literal["random", "full"], ...] = Field(
-        ("random", "full"), description="what `run` measures beside the distilled set"
+    baselines: tuple[Baseline, ...] = Field(
+        ("random", "full"),
+        description="what `run` measures beside the distilled set: real images chosen at the same IPC, ways to train on the "
+        "whole long-tailed set, or the distilled images with hard labels",
     )
     split: Literal["test", "validation"] = Field("test", description="what accuracy is measured on")
+    architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = Field(
+        ("convnet",), description="networks that are trained on every set; convnet is the one of `model`"
+    )
+    norm: Literal["instance", "batch"] = Field(
+        "instance", description="normalisation of convnet, vgg11, resnet18 and alexnet when they are evaluated"
+    )
+    label_adjustment: Literal["none", "adsa"] = Field(
+        "none",
+        description="adsa: measure the distilled set a second time, with soft labels adjusted for the long tail after "
+        "distillation (arXiv 2511.17914), as the source distilled-adsa",
+    )
+    logit_adjustment: Annotated[Float, Field(gt=0)] = Field(
+        1.0, description="tau of the baseline full-logit-adjusted (arXiv 2007.07314)"
+    )
+    together: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="on: all seeds of ConvNet train at once by grouped convolutions; auto: on a CPU where one network's "
+        "batch is so small that this is faster; same numbers to rounding",
+    )
 
 
 class Recipe(_Section):

@@ -50,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-buffer_app = typer.Typer(no_args_is_help=True, help="Look into a trajectory buffer, write it to other tools' files, or read theirs.")
+buffer_app = typer.Typer(no_args_is_help=True, help="Look into a trajectory buffer; exchange it with other tools.")
 
 for verb in VERBS:
     app.command()(expanded(verb))

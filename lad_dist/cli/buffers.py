@@ -150,10 +150,17 @@ def _importing(files: dict[Stage, list[Path]], first_expert: int) -> Callable[[P
         trainer = ExpertTrainer(pipeline.recipe, pipeline.data, location)
         lasts: dict[Stage, int] = {"representation": e.epochs, "classifier": e.classifier_epochs}
         for stage, members in files.items():
-            count = import_pt(
-                members, location, trainer.meta, stage, lasts[stage], first_expert, e.epochs_per_part,
-                lambda expert, stage=stage: say(f"import: {stage} expert {expert}"),
-            )  # fmt: skip
+            with pipeline.screen.board(f"import {stage}", max(1, e.count - first_expert), "experts") as board:
+                count = import_pt(
+                    members,
+                    location,
+                    trainer.meta,
+                    stage,
+                    lasts[stage],
+                    first_expert,
+                    e.epochs_per_part,
+                    lambda _: board.advance(),
+                )
             names = [str(member.absolute()) for member in members]
             pipeline.events.emit("experts-imported", stage=stage, experts=count, first=first_expert, files=names)
         buffer = Buffer(location)

@@ -1,4 +1,4 @@
-"""Accuracy overall, per class, and by head, medium and tail."""
+"""How good a network is: accuracy overall, per class, and by groups of classes; calibration; confusion."""
 
 from __future__ import annotations
 
@@ -11,33 +11,46 @@ from torch import Tensor
 from lad_dist.data.longtail import head_medium_tail
 from lad_dist.data.prepared import PreparedSet
 
+ECE_BINS = 15
+
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Fractions in [0, 1]. ``head``, ``medium`` and ``tail`` are means of the classes' accuracies over the thirds of the
-    classes by training count; ``by_count`` the same over many (> 100), medium (20 to 100) and few (< 20) training images,
-    None for an empty group."""
+    """Fractions in [0, 1].
+
+    ``balanced`` is the mean of the accuracies of the classes that the set holds. ``head``, ``medium`` and ``tail`` are
+    means of the classes' accuracies over the thirds of the classes by training count; ``by_count`` the same over many (> 100),
+    medium (20 to 100) and few (< 20) training images, None for an empty group. ``ece`` is the expected calibration error
+    over 15 equal bins of confidence. ``confusion[true][predicted]`` are numbers of images.
+    """
 
     overall: float
+    balanced: float
     per_class: tuple[float, ...]
     head: float | None
     medium: float | None
     tail: float | None
     by_count: dict[str, float | None]
+    ece: float
+    confusion: tuple[tuple[int, ...], ...]
 
 
 @torch.no_grad()
 def accuracy(
     logits_of: Callable[[Tensor], Tensor], images: PreparedSet, counts: Sequence[int], batch: int = 512
 ) -> Accuracy:
-    """Top-1 accuracy of ``logits_of`` on a set; ``counts`` are the training images of each class."""
+    """Measure the top-1 predictions of ``logits_of`` on a set; ``counts`` are the training images of each class."""
     classes = len(counts)
-    right_K, total_K = torch.zeros(classes), torch.zeros(classes)
+    confusion_KK = torch.zeros(classes * classes, dtype=torch.int64)
+    confidence, right = [], []
     for rows in torch.arange(len(images)).split(batch):
         images_BCHH, labels_B = images.batch(rows)
-        correct_B = (logits_of(images_BCHH).argmax(dim=1) == labels_B).cpu().float()
-        right_K.index_add_(0, labels_B.cpu(), correct_B)
-        total_K.index_add_(0, labels_B.cpu(), torch.ones_like(correct_B))
+        top = logits_of(images_BCHH).softmax(dim=1).max(dim=1)
+        confusion_KK += torch.bincount((labels_B * classes + top.indices).cpu(), minlength=classes * classes)
+        confidence.append(top.values.cpu())
+        right.append((top.indices == labels_B).cpu())
+    confusion_KK = confusion_KK.view(classes, classes)
+    right_K, total_K = confusion_KK.diagonal(), confusion_KK.sum(dim=1)
     per_class = (right_K / total_K.clamp_min(1)).tolist()
     groups = head_medium_tail(counts)
 
@@ -47,9 +60,21 @@ def accuracy(
     thirds = {name: mean(members) for name, members in groups["by_thirds"].items()}
     return Accuracy(
         overall=float(right_K.sum() / total_K.sum()),
+        balanced=float((right_K / total_K.clamp_min(1))[total_K > 0].double().mean()),
         per_class=tuple(per_class),
         head=thirds["head"],
         medium=thirds["medium"],
         tail=thirds["tail"],
         by_count={name: mean(members) for name, members in groups["by_count"].items()},
+        ece=calibration_error(torch.cat(confidence), torch.cat(right)),
+        confusion=tuple(tuple(row) for row in confusion_KK.tolist()),
     )
+
+
+def calibration_error(confidence_N: Tensor, right_N: Tensor, bins: int = ECE_BINS) -> float:
+    """Expected calibration error: sum over bins of |B| / N * |accuracy(B) - mean confidence(B)|, bins ((m - 1) / M, m / M]
+    (Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599, equation 3)."""
+    confidence_N = confidence_N.double()
+    which_N = (confidence_N * bins).ceil().long().clamp(1, bins) - 1
+    gap_M = torch.zeros(bins, dtype=torch.float64).index_add_(0, which_N, right_N.double() - confidence_N)
+    return float(gap_M.abs().sum() / len(confidence_N))

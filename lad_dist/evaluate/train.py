@@ -1,24 +1,30 @@
 """Train a fresh network on a small or large set: how any set's worth is measured.
 
 The published protocol: SGD with momentum, the learning rate divided by ten at half of the epochs, soft cross-entropy, DSA.
-Shapes: S training images, B of one batch, C channels, H side, K classes.
+Shapes: R networks trained at once, S training images, B of one batch, C channels, H side, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lad_dist.data import augment
 from lad_dist.errors import NumericalError
+from lad_dist.models.convnet import ConvNet
+from lad_dist.models.stacked import StackedConvNets
 from lad_dist.recipe import AugmentConfig
 from lad_dist.seeds import rng
 
 BatchOf = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From row numbers (B,) to images (B, C, H, H) and label probabilities (B, K), both on the training device."""
+
+Counters = tuple[int | str, ...]
 
 
 def rows_of(images_SCHH: Tensor, p_SK: Tensor) -> BatchOf:
@@ -27,8 +33,22 @@ def rows_of(images_SCHH: Tensor, p_SK: Tensor) -> BatchOf:
 
 
 @dataclass(frozen=True)
+class TrainingSet:
+    """What one network is trained on: ``count`` images, handed out by ``batch_of``; ``labels_S`` are their classes, which
+    class-balanced sampling and logit adjustment need."""
+
+    batch_of: BatchOf
+    count: int
+    labels_S: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
 class Settings:
-    """How one network is trained; everything that its row in results.json needs to be redone."""
+    """How one network is trained; with the network and the set, everything that its row needs to be redone.
+
+    ``sampling``: an epoch is every image once, or as many images drawn class by class. ``logit_adjustment``: tau of the
+    logit-adjusted loss, 0 for the plain one.
+    """
 
     epochs: int
     batch: int
@@ -37,50 +57,126 @@ class Settings:
     weight_decay: float
     decay: float
     augment: AugmentConfig
+    sampling: Literal["shuffled", "class-balanced"] = "shuffled"
+    logit_adjustment: float = 0.0
 
 
 def train(
     network: nn.Module,
-    batch_of: BatchOf,
-    count: int,
+    images: TrainingSet,
     settings: Settings,
     seed: int,
-    counters: tuple[int | str, ...],
+    counters: Counters,
     on_epoch: Callable[[], None],
 ) -> float:
-    """Train ``network`` in place on ``count`` images; returns the mean loss of the last epoch.
+    """Train ``network`` in place on ``images``; returns the mean loss of the last epoch.
 
     All draws are functions of (seed, counters, epoch, step).
 
     Raises:
         NumericalError: the loss left the finite numbers.
     """
-    device = next(network.parameters()).device
+    (loss,) = _train(network, False, [images], settings, seed, [counters], on_epoch)
+    return loss
+
+
+def train_together(
+    networks: Sequence[ConvNet],
+    sets: Sequence[TrainingSet],
+    settings: Settings,
+    seed: int,
+    counters: Sequence[Counters],
+    on_epoch: Callable[[], None],
+) -> list[float]:
+    """``train`` for several ConvNets at once, each on its own set (all of one size) with its own draws: to rounding the same
+    weights and losses as one by one. ``on_epoch`` is called once per epoch of all.
+
+    Raises:
+        NumericalError: a loss left the finite numbers.
+    """
+    stacked = StackedConvNets(networks)
+    losses = _train(stacked, True, sets, settings, seed, counters, on_epoch)
+    stacked.unstack(networks)
+    for network in networks:
+        network.eval()
+    return losses
+
+
+def _train(
+    module: nn.Module,
+    stacked: bool,
+    sets: Sequence[TrainingSet],
+    settings: Settings,
+    seed: int,
+    counters: Sequence[Counters],
+    on_epoch: Callable[[], None],
+) -> list[float]:
+    """One loop for both: the loss is the sum of the networks' losses, whose gradients do not meet."""
+    count, device = sets[0].count, next(module.parameters()).device
     sgd = torch.optim.SGD(
-        network.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        module.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, [settings.epochs // 2 + 1], gamma=settings.decay)
-    network.train()
-    loss_sum = torch.zeros((), device=device)
+    module.train()
+    losses_R = torch.zeros(len(sets), device=device)
+    shift_RK: list[Tensor] | None = None
     for epoch in range(settings.epochs):
-        order = torch.from_numpy(rng(seed, "evaluate", *counters, "order", epoch).permutation(count))
-        draws = rng(seed, "evaluate", *counters, "augment", epoch)
-        loss_sum = torch.zeros((), device=device)
-        for rows_B in order.split(settings.batch):
-            images_BCHH, p_BK = batch_of(rows_B)
-            drawn = augment.draw(draws, settings.augment, len(rows_B), images_BCHH.shape[2])
-            logits_BK = network(augment.apply(images_BCHH, drawn))
-            loss = -(p_BK * logits_BK.log_softmax(dim=1)).sum() / len(rows_B)
+        orders = [_order(s, settings, seed, c, epoch) for s, c in zip(sets, counters, strict=True)]
+        draws = [rng(seed, "evaluate", *c, "augment", epoch) for c in counters]
+        losses_R = torch.zeros(len(sets), device=device)
+        for rows in zip(*(order.split(settings.batch) for order in orders), strict=True):
+            batches = [s.batch_of(rows_B) for s, rows_B in zip(sets, rows, strict=True)]
+            views = [
+                augment.apply(x, augment.draw(g, settings.augment, len(x), x.shape[2]))
+                for (x, _), g in zip(batches, draws, strict=True)
+            ]
+            logits_RBK = module(torch.stack(views)) if stacked else module(views[0]).unsqueeze(0)
+            if settings.logit_adjustment:
+                if shift_RK is None:
+                    shift_RK = [_log_priors(s, logits_RBK.shape[2]).to(logits_RBK) for s in sets]
+                logits_RBK = logits_RBK + settings.logit_adjustment * torch.stack(shift_RK).unsqueeze(1)
+            p_RBK = torch.stack([p for _, p in batches])
+            losses = -(p_RBK * logits_RBK.log_softmax(dim=2)).sum(dim=(1, 2)) / len(rows[0])
             sgd.zero_grad(set_to_none=True)
-            loss.backward()
+            losses.sum().backward()
             sgd.step()
-            loss_sum += loss.detach() * len(rows_B)
+            losses_R += losses.detach() * len(rows[0])
         schedule.step()
         on_epoch()
-    network.eval()
-    mean = float(loss_sum) / count
-    if not torch.isfinite(torch.tensor(mean)):
-        raise NumericalError(
-            f"evaluation, {counters}: the training loss is {mean}; a smaller evaluate.lr usually cures it"
-        )
-    return mean
+    module.eval()
+    means = [total / count for total in losses_R.tolist()]
+    for mean, of in zip(means, counters, strict=True):
+        if not np.isfinite(mean):
+            raise NumericalError(
+                f"evaluation, {of}: the training loss is {mean}; a smaller evaluate.lr usually cures it"
+            )
+    return means
+
+
+def _order(images: TrainingSet, settings: Settings, seed: int, counters: Counters, epoch: int) -> Tensor:
+    """The row numbers of an epoch, shape (S,)."""
+    draws = rng(seed, "evaluate", *counters, "order", epoch)
+    if settings.sampling == "shuffled":
+        return torch.from_numpy(draws.permutation(images.count))
+    assert images.labels_S is not None
+    return torch.from_numpy(class_balanced(draws, images.labels_S))
+
+
+def class_balanced(draws: np.random.Generator, labels_S: np.ndarray) -> np.ndarray:
+    """As many row numbers as there are images: classes in equal shares, within a class uniformly with replacement
+    (class-balanced sampling; Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition",
+    arXiv 1910.09217, section 3)."""
+    present = np.unique(labels_S)
+    members = [np.flatnonzero(labels_S == c) for c in present]
+    classes = draws.permutation(np.resize(draws.permutation(len(present)), len(labels_S)))
+    at = (draws.random(len(labels_S)) * [len(members[c]) for c in classes]).astype(np.int64)
+    return np.array([members[c][i] for c, i in zip(classes, at, strict=True)], dtype=np.int64)
+
+
+def _log_priors(images: TrainingSet, classes: int) -> Tensor:
+    """log pi_y of every class, shape (K,): what the logit-adjusted softmax cross-entropy adds to the logits, times tau
+    (Menon et al., "Long-tail learning via logit adjustment", arXiv 2007.07314, equation 10). A class without images, which
+    no label names, gets the smallest finite value."""
+    assert images.labels_S is not None
+    counts_K = np.bincount(images.labels_S, minlength=classes).astype(np.float64)
+    return torch.from_numpy(np.log(np.maximum(counts_K, 1e-12) / counts_K.sum()))

@@ -25,7 +25,7 @@ class ConvNet(nn.Module):
 
     Instance norm is GroupNorm with one group per channel, with learned scale and shift. The parameters of
     ``classifier`` are the classifier in the sense of the method; all others are the backbone. ``fused`` False takes torch's
-    own operations instead of ``block.py``.
+    own operations instead of ``block.py``. ``norm`` "batch" takes batch norm, for evaluation only.
 
     Raises:
         DataError: the images are too small for ``depth`` blocks.
@@ -34,7 +34,14 @@ class ConvNet(nn.Module):
     classifier_name = "classifier"
 
     def __init__(
-        self, channels: int, size: int, classes: int, width: int = 128, depth: int = 3, fused: bool = True
+        self,
+        channels: int,
+        size: int,
+        classes: int,
+        width: int = 128,
+        depth: int = 3,
+        fused: bool = True,
+        norm: str = "instance",
     ) -> None:
         super().__init__()
         side = feature_side(size, channels, depth)
@@ -47,7 +54,12 @@ class ConvNet(nn.Module):
             first = block == 0
             padding = 3 if first and channels == 1 else 1
             layers[str(4 * block)] = nn.Conv2d(channels if first else width, width, kernel_size=3, padding=padding)
-            layers[str(4 * block + 1)] = NormReluPool(width, fused=fused)
+            if norm == "instance":
+                layers[str(4 * block + 1)] = NormReluPool(width, fused=fused)
+            else:
+                layers[str(4 * block + 1)] = nn.BatchNorm2d(width)
+                layers[str(4 * block + 2)] = nn.ReLU()
+                layers[str(4 * block + 3)] = nn.AvgPool2d(2)
         self.features = nn.Sequential(OrderedDict(layers))
         self.classifier = nn.Linear(width * side * side, classes)
 

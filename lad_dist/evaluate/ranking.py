@@ -1,0 +1,48 @@
+"""DD-Ranking's scores of a distilled set: what its images are worth apart from soft labels and augmentation.
+
+Source: Li et al., "DD-Ranking: Rethinking the Evaluation of Dataset Distillation", arXiv 2505.13300, and its code
+(github.com/NUS-HPC-AI-Lab/DD-Ranking). With accuracies as fractions in [0, 1]:
+
+    HLR   = real_hard - synthetic_hard            hard label recovery: what is lost against the real set
+    IOR   = synthetic_any - random_any            improvement over random images, trained in the same way
+    LRS   = scaled(w IOR - (1 - w) HLR)           label-robust score
+    ARS   = scaled(g (synthetic_aug - random_aug) + (1 - g) (synthetic_noaug - random_noaug))   augmentation-robust score
+    scaled(a) = (e^a - e^-1) / (e - e^-1), which takes [-1, 1] to [0, 1]
+
+Under a long tail, here: *real* is the whole long-tailed training set with hard labels (source ``full``), not the balanced set
+that it was cut from, because that is all the data there is. *Random* are IPC images of every class drawn from the long-tailed
+set, balanced as the distilled set is, a class with fewer images giving them repeatedly (source ``random``). *Synthetic hard* are
+the distilled images with their class as label (source ``distilled-hard``). Accuracy is on the test set; where that is balanced,
+overall accuracy is balanced accuracy, so that head classes count no more than others. A high-IPC set may surpass the real set,
+whose networks see a tail: HLR is then negative, and counts in favour.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def label_robust_score(
+    real_hard: float, synthetic_hard: float, synthetic_any: float, random_any: float, weight: float = 0.5
+) -> float:
+    """LRS in [0, 1]. ``..._any`` are trained in the method's own way, with its kind of labels; accuracies in [0, 1]."""
+    _check(real_hard, synthetic_hard, synthetic_any, random_any, weight)
+    return _scaled(weight * (synthetic_any - random_any) - (1 - weight) * (real_hard - synthetic_hard))
+
+
+def augmentation_robust_score(
+    synthetic_augmented: float, random_augmented: float, synthetic_plain: float, random_plain: float, weight: float = 0.5
+) -> float:
+    """ARS in [0, 1], from accuracies in [0, 1] with the method's augmentation and without any (``..._plain``)."""
+    _check(synthetic_augmented, random_augmented, synthetic_plain, random_plain, weight)
+    return _scaled(
+        weight * (synthetic_augmented - random_augmented) + (1 - weight) * (synthetic_plain - random_plain)
+    )
+
+
+def _scaled(value: float) -> float:
+    return (math.exp(value) - math.exp(-1)) / (math.e - math.exp(-1))
+
+
+def _check(*fractions: float) -> None:
+    assert all(0 <= f <= 1 for f in fractions), "accuracies and weights are fractions in [0, 1]"

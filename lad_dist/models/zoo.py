@@ -1,0 +1,169 @@
+"""Networks that a distilled set is evaluated on beside ConvNet: torchvision's definitions, adapted to small images.
+
+The stem is a 3x3 convolution of stride 1 without pooling (ResNet, AlexNet; VGG's is one already), whatever would shrink the
+feature map below 2x2 is left out, and the head is global average pooling and one linear layer, without dropout, as in the
+evaluation code of the dataset-distillation literature (Zhao and Bilen's DC, github.com/VICO-UoE/DatasetCondensation).
+Every convolution of VGG, AlexNet and ResNet is followed by instance norm (GroupNorm with one group per channel) or batch norm.
+Nothing is drawn while training.
+
+Shapes: B images of a batch, C channels, H side in pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lad_dist.errors import DataError
+from lad_dist.models.convnet import ConvNet
+from lad_dist.seeds import torch_seeded
+
+SMALLEST = 8  # pixels a side
+_MLP_WIDTHS = (128, 128)  # as in DC's MLP
+_VIT = {"num_layers": 6, "num_heads": 4, "hidden_dim": 128, "mlp_dim": 256}
+
+_Norm = Callable[[int], nn.Module]
+
+
+def network(
+    name: str,
+    channels: int,
+    size: int,
+    classes: int,
+    *,
+    width: int = 128,
+    depth: int = 3,
+    norm: str = "instance",
+    seed: int,
+    purpose: tuple[int | str, ...],
+) -> nn.Module:
+    """The network ``name`` from images (B, C, H, H) to logits (B, K); its initialisation is a pure function of ``seed`` and
+    ``purpose``. ``width`` and ``depth`` are ConvNet's; ``norm`` is "instance" or "batch" (MLP and ViT have none of these).
+
+    Raises:
+        DataError: the images are too small for the network.
+    """
+    with torch_seeded(seed, "init", *purpose):
+        if name == "convnet":
+            return ConvNet(channels, size, classes, width, depth, norm=norm)
+        if size < SMALLEST:
+            raise DataError(
+                f"evaluate.architectures: {name} takes images of at least {SMALLEST} pixels a side, these have {size}; "
+                "valid: convnet"
+            )
+        return _BUILDERS[name](channels, size, classes, _group_norm if norm == "instance" else nn.BatchNorm2d)
+
+
+def _group_norm(width: int) -> nn.Module:
+    return nn.GroupNorm(width, width)
+
+
+def _torchvision() -> ModuleType:
+    from lad_dist.data.torchvision_import import import_torchvision
+
+    return import_torchvision()
+
+
+def _vgg11(channels: int, size: int, classes: int, norm: _Norm) -> nn.Module:
+    models = _torchvision().models
+    with torch.device("meta"):  # only its list of layers is wanted
+        layers = list(models.vgg11(weights=None, num_classes=1).features)
+    made = _Plain(layers, channels, size, classes, norm)
+    for module in made.modules():  # as torchvision's VGG initialises itself
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.01)
+            nn.init.zeros_(module.bias)
+    return made
+
+
+def _alexnet(channels: int, size: int, classes: int, norm: _Norm) -> nn.Module:
+    models = _torchvision().models
+    with torch.device("meta"):
+        layers = list(models.alexnet(weights=None).features)
+    first_pooling = next(i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d))
+    return _Plain(layers[:first_pooling] + layers[first_pooling + 1 :], channels, size, classes, norm)
+
+
+class _Plain(nn.Module):
+    """The convolutions, ReLUs and poolings of ``layers`` in their order, the first convolution a 3x3 stem, each convolution
+    followed by a norm, poolings as long as they leave 2x2 or more."""
+
+    def __init__(self, layers: Iterable[nn.Module], channels: int, size: int, classes: int, norm: _Norm) -> None:
+        super().__init__()
+        made: list[nn.Module] = []
+        width, side = channels, size
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                kernel = layer.kernel_size[0] if made else 3
+                made += [nn.Conv2d(width, layer.out_channels, kernel, padding=kernel // 2), norm(layer.out_channels)]
+                width = layer.out_channels
+            elif isinstance(layer, nn.MaxPool2d):
+                kernel, stride = int(layer.kernel_size), int(layer.stride)
+                left = (side - kernel) // stride + 1
+                if left >= 2:
+                    made.append(nn.MaxPool2d(kernel, stride))
+                    side = left
+            else:
+                made.append(nn.ReLU(inplace=True))
+        self.features = nn.Sequential(*made)
+        self.classifier = nn.Linear(width, classes)
+
+    def forward(self, images_BCHH: Tensor) -> Tensor:
+        logits_BK: Tensor = self.classifier(self.features(images_BCHH).mean(dim=(2, 3)))
+        return logits_BK
+
+
+def _resnet18(channels: int, size: int, classes: int, norm: _Norm) -> nn.Module:
+    from importlib import import_module
+
+    _torchvision()
+    resnet = import_module("torchvision.models.resnet")
+    made: nn.Module = resnet.ResNet(resnet.BasicBlock, [2, 2, 2, 2], num_classes=classes, norm_layer=norm)
+    made.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(made.conv1.weight, mode="fan_out", nonlinearity="relu")
+    made.maxpool = nn.Identity()
+    side = size
+    for stage in (made.layer2, made.layer3, made.layer4):
+        first: Any = stage[0]  # type: ignore[index]
+        if math.ceil(side / 2) >= 2:
+            side = math.ceil(side / 2)
+        else:
+            first.conv1.stride = first.downsample[0].stride = (1, 1)
+    return made
+
+
+def _mlp(channels: int, size: int, classes: int, norm: _Norm) -> nn.Module:
+    ops = _torchvision().ops
+    return nn.Sequential(nn.Flatten(), ops.MLP(channels * size * size, [*_MLP_WIDTHS, classes]))
+
+
+def _vit(channels: int, size: int, classes: int, norm: _Norm) -> nn.Module:
+    """A small vision transformer on 4x4 patches (8x8 above 32 pixels); sides that they do not divide are padded with zeros."""
+    patch = 4 if size <= 32 else 8
+    missing = -size % patch
+    vit = _torchvision().models.VisionTransformer(
+        image_size=size + missing, patch_size=patch, num_classes=classes, **_VIT
+    )
+    vit.conv_proj = nn.Conv2d(channels, _VIT["hidden_dim"], kernel_size=patch, stride=patch)
+    nn.init.trunc_normal_(vit.conv_proj.weight, std=math.sqrt(1 / (channels * patch * patch)))  # as torchvision's
+    nn.init.zeros_(vit.conv_proj.bias)
+    before = missing // 2
+    after = missing - before
+    return nn.Sequential(nn.ZeroPad2d((before, after, before, after)), vit)
+
+
+_BUILDERS: dict[str, Callable[[int, int, int, _Norm], nn.Module]] = {
+    "vgg11": _vgg11,
+    "resnet18": _resnet18,
+    "alexnet": _alexnet,
+    "mlp": _mlp,
+    "vit": _vit,
+}
