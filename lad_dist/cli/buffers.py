@@ -112,7 +112,7 @@ def import_(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="A folder with representation/ and classifier/, or, with --stage, files or their folder.",
         ),
     ],

@@ -45,10 +45,11 @@ def accuracy(
     confidence, right = [], []
     for rows in torch.arange(len(images)).split(batch):
         images_BCHH, labels_B = images.batch(rows)
-        top = logits_of(images_BCHH).softmax(dim=1).max(dim=1)
-        confusion_KK += torch.bincount((labels_B * classes + top.indices).cpu(), minlength=classes * classes)
-        confidence.append(top.values.cpu())
-        right.append((top.indices == labels_B).cpu())
+        logits_BK = logits_of(images_BCHH)
+        said_B = logits_BK.argmax(dim=1)
+        confusion_KK += torch.bincount((labels_B * classes + said_B).cpu(), minlength=classes * classes)
+        confidence.append(logits_BK.softmax(dim=1).gather(1, said_B.unsqueeze(1)).squeeze(1).cpu())
+        right.append((said_B == labels_B).cpu())
     confusion_KK = confusion_KK.view(classes, classes)
     right_K, total_K = confusion_KK.diagonal(), confusion_KK.sum(dim=1)
     per_class = (right_K / total_K.clamp_min(1)).tolist()

@@ -1,75 +1,80 @@
-"""The evaluation stage: networks trained on the distilled set, on random real images, and on the whole long-tailed set."""
+"""The evaluation stage: which networks are trained on a source, which of them are measured already, and measuring the rest.
+
+The unit of work is a row: one network of one architecture and seed, a pure function of the recipe and what it is trained on.
+Any process may measure any row, several at a time.
+"""
 
 from __future__ import annotations
 
 import platform
 import time
-from dataclasses import asdict
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
 from lad_dist import __version__, results
 from lad_dist.data.prepare import PreparedData
 from lad_dist.data.prepared import PreparedSet
-from lad_dist.distilled import DistilledSet
-from lad_dist.errors import DistilledError
 from lad_dist.evaluate.accuracy import accuracy
-from lad_dist.evaluate.train import BatchOf, Settings, rows_of, train
-from lad_dist.models.convnet import build
+from lad_dist.evaluate.labels import adsa
+from lad_dist.evaluate.sources import Source, description, drawn_as, load_distilled, settings_of, training_set
+from lad_dist.evaluate.train import Counters, Settings, TrainingSet, train, train_together
+from lad_dist.models.convnet import ConvNet, feature_side
+from lad_dist.models.zoo import network
 from lad_dist.progress import Events, Screen, Task
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
-from lad_dist.seeds import rng
 
-Source = Literal["distilled", "random", "full"]
-ARCHITECTURE = "convnet"
+TOGETHER_VALUES = 2**17
+"""Up to so many values of the first block of one network and batch, ``evaluate.together`` auto trains seeds at once on a CPU:
+above, convolutions fill the processor anyhow (benchmarks/results/evaluation.md)."""
 
 
-def evaluate(recipe: Recipe, data: PreparedData, run: RunDir, source: Source, events: Events, screen: Screen) -> None:
-    """Measure one source with ``evaluate.seeds`` networks; rows that are there already are kept, not measured again.
+def evaluate(
+    recipe: Recipe,
+    data: PreparedData,
+    run: RunDir,
+    source: Source,
+    events: Events,
+    screen: Screen,
+    rows: Sequence[results.Row] | None = None,
+) -> None:
+    """Measure the networks of ``rows`` (planned; default: all of the source's) that are not measured yet.
 
     Raises:
         DistilledError: there is no distilled set, or it is damaged or of other data.
         NumericalError: a network's training left the finite numbers.
         StorageError: the results cannot be written.
     """
-    todo = [row for row in planned_rows(recipe, data, run, source) if not done(run, row)]
-    if not todo:
-        return
-    test = data.evaluation_set(recipe.evaluate.split)
-    epochs = settings_of(recipe, data, run, source).epochs
-    with screen.task(f"evaluate {source}", len(todo) * epochs, "epochs") as task:
-        for row in todo:
-            measured = {**row, **_measure(recipe, data, run, source, row["seed"], test, task)}
-            results.write(run.results, results.replace(results.read(run.results), measured))
-            events.emit("evaluated", **{k: measured[k] for k in ("source", "architecture", "seed", *results.FIGURES)})
+    planned = planned_rows(recipe, data, run, source) if rows is None else rows
+    todo = not_done(run, planned)
+    if todo:
+        work = _Work(recipe, data, run, source, events)
+        test = data.evaluation_set(recipe.evaluate.split)
+        with screen.task(f"evaluate {source}", len(todo) * work.settings.epochs, "epochs") as task:
+            for group in work.groups(todo):
+                work.measure(group, test, task)
+    results.merge(run.results)
 
 
 def remaining(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> int:
     """How many networks of a source are still to be trained."""
-    return sum(not done(run, row) for row in planned_rows(recipe, data, run, source))
+    return len(not_done(run, planned_rows(recipe, data, run, source)))
 
 
-def done(run: RunDir, planned: results.Row) -> bool:
-    return any(results.same_measurement(row, planned) for row in results.read(run.results))
+def not_done(run: RunDir, planned: Sequence[results.Row]) -> list[results.Row]:
+    """The planned rows that are not measured yet, or were measured on something else or in another way."""
+    measured = results.read(run.results)
+    return [row for row in planned if not any(results.same_measurement(m, row) for m in measured)]
 
 
 def planned_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> list[results.Row]:
-    """One row per seed, complete but for what is measured."""
-    settings = settings_of(recipe, data, run, source)
+    """One row per architecture and seed, complete but for what is measured."""
     common = {
-        "source": source,
-        "architecture": ARCHITECTURE,
-        "split": recipe.evaluate.split,
-        "selection": load_distilled(recipe, data, run).meta.selection if source == "distilled" else "none",
-        "method": recipe.method if source == "distilled" else source,
-        "ipc": None if source == "full" else recipe.ipc,
-        "set_id": _set_id(recipe, run, source),
-        "settings": asdict(settings) | {"augment": settings.augment.model_dump(mode="json")},
+        **description(recipe, data, run, source),
         "model": recipe.model.model_dump(),
         "dataset": data.splits.train.name,
         "counts": list(data.counts),
@@ -77,93 +82,116 @@ def planned_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
         "recipe_hash": recipe.recipe_hash(),
         "recipe_seed": recipe.seed,
     }
-    return [{**common, "seed": seed} for seed in range(recipe.evaluate.seeds)]
+    return [
+        {
+            **common,
+            "architecture": architecture,
+            "seed": seed,
+            "settings": {**common["settings"], "network": _network_settings(recipe, architecture)},
+        }
+        for architecture in dict.fromkeys(recipe.evaluate.architectures)
+        for seed in range(recipe.evaluate.seeds)
+    ]
 
 
-def settings_of(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> Settings:
-    """How networks are trained on a source. Random real images have no learned rate: ``evaluate.lr`` or ``distill.alpha``."""
-    e = recipe.evaluate
-    common: dict[str, Any] = {
-        "momentum": e.momentum,
-        "weight_decay": e.weight_decay,
-        "decay": e.decay,
-        "augment": recipe.augment,
-    }
-    if source == "full":
-        return Settings(epochs=e.full_epochs, batch=e.full_batch, lr=e.full_lr, **common)
-    learned = load_distilled(recipe, data, run).lr if source == "distilled" else recipe.distill.alpha
-    return Settings(epochs=e.epochs, batch=e.batch, lr=learned if e.lr is None else e.lr, **common)
+def _network_settings(recipe: Recipe, architecture: str) -> dict[str, Any]:
+    """What makes a network of this architecture another one."""
+    own = recipe.model.model_dump() if architecture == "convnet" else {}
+    return own | ({} if architecture in ("mlp", "vit") else {"norm": recipe.evaluate.norm})
 
 
-def load_distilled(recipe: Recipe, data: PreparedData, run: RunDir) -> DistilledSet:
-    """The run's distilled set, checked to be one of the recipe's data."""
-    distilled = DistilledSet.load(run.distilled)
-    if distilled.meta.data_fingerprint != data.splits.train.fingerprint():
-        raise DistilledError(
-            f"{run.distilled}: was made from other training images than this recipe's; distill again with --out"
-        )
-    return distilled
+@dataclass(frozen=True)
+class _Work:
+    """Measuring rows of one source."""
 
+    recipe: Recipe
+    data: PreparedData
+    run: RunDir
+    source: Source
+    events: Events
 
-def _set_id(recipe: Recipe, run: RunDir, source: Source) -> str:
-    """What the networks are trained on: a distilled set's checksum, or the name of the real set."""
-    if source == "distilled":
-        import json
+    @property
+    def settings(self) -> Settings:
+        return settings_of(self.recipe, self.data, self.run, self.source)
 
-        return str(json.loads((run.distilled / "meta.json").read_text())["sha256"]["tensors.safetensors"])
-    return f"{source}, seed {recipe.seed}, {recipe.experts_hash()[:16]}"
+    def groups(self, todo: Sequence[results.Row]) -> Iterator[list[results.Row]]:
+        """The rows that are trained at once: one by one, or all of an architecture."""
+        for architecture in dict.fromkeys(row["architecture"] for row in todo):
+            rows = [row for row in todo if row["architecture"] == architecture]
+            if len(rows) > 1 and self._together(architecture):
+                yield rows
+            else:
+                yield from ([row] for row in rows)
 
+    def _together(self, architecture: str) -> bool:
+        e, m, images = self.recipe.evaluate, self.recipe.model, self.data.splits.train
+        if architecture != "convnet" or e.norm != "instance" or e.together == "off":
+            return False
+        side = feature_side(images.size, images.channels, 0)
+        first_block = self.settings.batch * m.width * side * side
+        return e.together == "on" or (self.data.device.type == "cpu" and first_block <= TOGETHER_VALUES)
 
-def _measure(
-    recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int, test: PreparedSet, task: Task
-) -> results.Row:
-    began, settings = time.perf_counter(), settings_of(recipe, data, run, source)
-    images, counters = data.splits.train, (source, ARCHITECTURE, seed)
-    network = build(
-        images.channels,
-        images.size,
-        images.num_classes,
-        recipe.model.width,
-        recipe.model.depth,
-        seed=recipe.seed,
-        purpose=("evaluate", *counters),
-    ).to(data.device)
-    batch_of, count = _training_set(recipe, data, run, source, seed)
-    loss = train(network, batch_of, count, settings, recipe.seed, counters, lambda: task.advance(1, seed=seed))
-    measured = accuracy(network, test, data.counts)
-    return {
-        **asdict(measured),
-        "per_class": list(measured.per_class),
-        "train_loss": loss,
-        "train_images": count,
-        "seconds": round(time.perf_counter() - began, 3),
-        "device": str(data.device),
-        "host": platform.node(),
-        "versions": {"lad_dist": __version__, "torch": torch.__version__},
-    }
+    def measure(self, rows: Sequence[results.Row], test: PreparedSet, task: Task) -> None:
+        """Train and measure the networks of some rows at once, and publish them."""
+        began, settings = time.perf_counter(), self.settings
+        networks = [self._network(row) for row in rows]
+        sets = [training_set(self.recipe, self.data, self.run, self.source, row["seed"]) for row in rows]
+        counters = [self._counters(row) for row in rows]
+        shown = {"architecture": rows[0]["architecture"], "seed": ", ".join(str(row["seed"]) for row in rows)}
+        losses = self._trained(networks, sets, settings, counters, lambda: task.advance(len(rows), **shown))
+        for row, made, images, loss in zip(rows, networks, sets, losses, strict=True):
+            found = asdict(accuracy(made, test, self.data.counts))
+            measured: results.Row = {
+                **row,
+                **found,
+                "per_class": list(found["per_class"]),
+                "confusion": [list(line) for line in found["confusion"]],
+                **self._labels(),
+                "train_loss": loss,
+                "train_images": images.count,
+                "seconds": round((time.perf_counter() - began) / len(rows), 3),
+                "together": len(rows),
+                "device": str(self.data.device),
+                "host": platform.node(),
+                "versions": {"lad_dist": __version__, "torch": torch.__version__},
+            }
+            results.put(self.run.results, measured)
+            told = ("source", "architecture", "seed", *results.FIGURES, *results.MORE_FIGURES)
+            self.events.emit("evaluated", **{k: measured[k] for k in told})
 
+    def _trained(
+        self,
+        networks: list[nn.Module],
+        sets: list[TrainingSet],
+        settings: Settings,
+        counters: list[Counters],
+        on_epoch: Any,
+    ) -> list[float]:
+        if len(networks) == 1:
+            return [train(networks[0], sets[0], settings, self.recipe.seed, counters[0], on_epoch)]
+        convnets = [n for n in networks if isinstance(n, ConvNet)]
+        return train_together(convnets, sets, settings, self.recipe.seed, counters, on_epoch)
 
-def _training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int) -> tuple[BatchOf, int]:
-    if source == "distilled":
-        distilled = load_distilled(recipe, data, run)
-        images_SCHH, p_SK = distilled.images.to(data.device), distilled.soft_labels.to(data.device)
-        return rows_of(images_SCHH, p_SK), len(images_SCHH)
-    if source == "random":
-        chosen = torch.from_numpy(random_real(recipe, data, seed))
-        return (lambda rows: _with_hard_labels(data, chosen[rows])), len(chosen)
-    return (lambda rows: _with_hard_labels(data, rows)), len(data.train)
+    def _counters(self, row: results.Row) -> Counters:
+        return (drawn_as(self.source), row["architecture"], row["seed"])
 
+    def _network(self, row: results.Row) -> nn.Module:
+        images, e, m = self.data.splits.train, self.recipe.evaluate, self.recipe.model
+        return network(
+            row["architecture"],
+            images.channels,
+            images.size,
+            images.num_classes,
+            width=m.width,
+            depth=m.depth,
+            norm=e.norm,
+            seed=self.recipe.seed,
+            purpose=("evaluate", *self._counters(row)),
+        ).to(self.data.device)
 
-def random_real(recipe: Recipe, data: PreparedData, seed: int) -> np.ndarray:
-    """IPC random training images of every class, class-major; a class with fewer gives its images repeatedly."""
-    labels_N = data.splits.train.labels_N.numpy()
-    chosen = []
-    for c in range(data.classes):
-        members = rng(recipe.seed, "evaluate", "random", seed, c).permutation(np.flatnonzero(labels_N == c))
-        chosen.append(np.resize(members, recipe.ipc))
-    return np.concatenate(chosen)
-
-
-def _with_hard_labels(data: PreparedData, rows_B: Tensor) -> tuple[Tensor, Tensor]:
-    images_BCHH, labels_B = data.train.batch(rows_B)
-    return images_BCHH, F.one_hot(labels_B, data.classes).to(images_BCHH.dtype)
+    def _labels(self) -> results.Row:
+        """What the adjustment of the labels came to."""
+        if self.source != "distilled-adsa":
+            return {}
+        distilled = load_distilled(self.recipe, self.data, self.run)
+        return {"label_tau": adsa(distilled.label_logits, distilled.labels, self.data.counts)[1]}

@@ -7,8 +7,7 @@ import shutil
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distilled import DistilledSet
 from lad_dist.evaluate.accuracy import accuracy
-from lad_dist.evaluate.measure import ARCHITECTURE
-from lad_dist.evaluate.train import Settings, rows_of, train
+from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train
 from lad_dist.models.convnet import build
 from lad_dist.progress import Events, Screen
 from lad_dist.recipe import Recipe
@@ -44,13 +43,12 @@ def select(recipe: Recipe, data: PreparedData, run: RunDir, events: Events, scre
                 recipe.model.width,
                 recipe.model.depth,
                 seed=recipe.seed,
-                purpose=("select", ARCHITECTURE),
+                purpose=("select", "convnet"),
             ).to(data.device)
             pixels, p = candidate.images.to(data.device), candidate.soft_labels.to(data.device)
             train(
                 network,
-                rows_of(pixels, p),
-                len(pixels),
+                TrainingSet(rows_of(pixels, p), len(pixels)),
                 settings,
                 recipe.seed,
                 ("select",),

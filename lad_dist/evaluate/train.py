@@ -166,11 +166,12 @@ def class_balanced(draws: np.random.Generator, labels_S: np.ndarray) -> np.ndarr
     """As many row numbers as there are images: classes in equal shares, within a class uniformly with replacement
     (class-balanced sampling; Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition",
     arXiv 1910.09217, section 3)."""
-    present = np.unique(labels_S)
-    members = [np.flatnonzero(labels_S == c) for c in present]
+    present, sizes = np.unique(labels_S, return_counts=True)
+    by_class, firsts = np.argsort(labels_S, kind="stable"), np.cumsum(sizes) - sizes
     classes = draws.permutation(np.resize(draws.permutation(len(present)), len(labels_S)))
-    at = (draws.random(len(labels_S)) * [len(members[c]) for c in classes]).astype(np.int64)
-    return np.array([members[c][i] for c, i in zip(classes, at, strict=True)], dtype=np.int64)
+    within = (draws.random(len(labels_S)) * sizes[classes]).astype(np.int64)
+    rows: np.ndarray = by_class[firsts[classes] + within]
+    return rows
 
 
 def _log_priors(images: TrainingSet, classes: int) -> Tensor:

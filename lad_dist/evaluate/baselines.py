@@ -1,0 +1,175 @@
+"""Real images to compare a distilled set with: IPC images of every class of the long-tailed training set, hard labels.
+
+    random      drawn anew for every evaluation seed
+    k-center    k-center greedy: each next image is the one farthest from those chosen (Sener and Savarese, "Active Learning for
+                Convolutional Neural Networks: A Core-Set Approach", arXiv 1708.00489)
+    herding     the mean of the chosen images stays closest to the class mean (data/herding.py)
+    graph-cut   maximises sum_{i in V, j in A} s_ij - sum_{i, j in A} s_ij greedily, s_ij = (1 + cosine) / 2 (Iyer and
+                Bilmes, "Submodular Optimization with Submodular Cover and Submodular Knapsack Constraints", arXiv 1311.2106; with
+                lambda 1 as in DeepCore's GraphCut)
+
+All but random choose class by class in the feature space of one network and depend on nothing else, as do DeepCore (Guo et al.,
+arXiv 2204.08499, github.com/PatrickZH/DeepCore) and DC-BENCH (Cui et al., arXiv 2207.09639); there the network is trained on
+the whole training set for a few epochs. Here it is expert 0 at its last epoch where the run's buffer has it, which was trained on
+the same long-tailed images, else a network trained on them with the settings of the source ``full``. A row's settings
+name it. A class with fewer than IPC images gives them repeatedly.
+
+Shapes: N training images, n of one class, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lad_dist.data.herding import herd
+from lad_dist.data.prepare import PreparedData
+from lad_dist.errors import RunDirError
+from lad_dist.models import functional
+from lad_dist.models.convnet import ConvNet, build, flat_parameters
+from lad_dist.models.layout import Layout
+from lad_dist.recipe import Recipe
+from lad_dist.rundir import RunDir, published
+from lad_dist.seeds import rng
+
+EXPERT = 0
+_BATCH = 1024
+
+
+def random_real(recipe: Recipe, data: PreparedData, seed: int) -> np.ndarray:
+    """IPC random training images of every class, class-major; a class with fewer gives its images repeatedly."""
+    labels_N = data.splits.train.labels_N.numpy()
+    chosen = []
+    for c in range(data.classes):
+        members = rng(recipe.seed, "evaluate", "random", seed, c).permutation(np.flatnonzero(labels_N == c))
+        chosen.append(np.resize(members, recipe.ipc))
+    return np.concatenate(chosen)
+
+
+# --- choosing in a feature space --------------------------------------------------------------------------------------
+
+
+def k_center(features_nD: Tensor, count: int) -> np.ndarray:
+    """At most ``count`` rows: first the one closest to the mean, then always the one farthest from its closest chosen row.
+
+    Ties go to the first row.
+    """
+    rows = features_nD.double()
+    picked = [int((rows - rows.mean(dim=0)).square().sum(dim=1).argmin())]
+    nearest_n = (rows - rows[picked[0]]).square().sum(dim=1)
+    while len(picked) < min(count, len(rows)):
+        nearest_n[picked[-1]] = -1.0  # a chosen row is not chosen again, also where all that is left are copies
+        best = int(nearest_n.argmax())
+        picked.append(best)
+        nearest_n = torch.minimum(nearest_n, (rows - rows[best]).square().sum(dim=1))
+    return np.array(picked, dtype=np.int64)
+
+
+def graph_cut(features_nD: Tensor, count: int) -> np.ndarray:
+    """At most ``count`` rows, greedily by gain_j = sum_{i in V} s_ij - 2 sum_{i in A} s_ij; ties go to the first row."""
+    rows = torch.nn.functional.normalize(features_nD.double(), dim=1)
+    to_all_n = (len(rows) + rows @ rows.sum(dim=0)) / 2
+    to_chosen_n, free_n = torch.zeros_like(to_all_n), torch.ones(len(rows), dtype=torch.bool)
+    picked: list[int] = []
+    while len(picked) < min(count, len(rows)):
+        best = int(torch.where(free_n, to_all_n - 2 * to_chosen_n, -torch.inf).argmax())
+        picked.append(best)
+        free_n[best] = False
+        to_chosen_n += (1 + rows @ rows[best]) / 2
+    return np.array(picked, dtype=np.int64)
+
+
+CHOOSERS: dict[str, Callable[[Tensor, int], np.ndarray]] = {
+    "k-center": k_center,
+    "herding": herd,
+    "graph-cut": graph_cut,
+}
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """The network whose features are chosen in: expert 0's last representation epoch, or, where ``expert_epoch`` is None, one
+    trained for it. ``name`` is what a row's settings say."""
+
+    expert_epoch: int | None
+    name: str
+
+
+def feature_space(recipe: Recipe, run: RunDir) -> FeatureSpace:
+    """The network that the run chooses real images with. Raises TrajectoryError where its buffer is of other experts."""
+    from lad_dist.trajectories.reader import Buffer
+
+    buffer, last = Buffer(run.trajectories, recipe.experts_hash()), recipe.experts.epochs
+    if buffer.has("representation", EXPERT, last):
+        return FeatureSpace(last, f"expert {EXPERT}, representation epoch {last}")
+    e = recipe.evaluate
+    how = f"{e.full_epochs} epochs, lr {e.full_lr:g}, batch {e.full_batch}"
+    return FeatureSpace(None, f"ConvNet trained on the long-tailed set: {how}")
+
+
+def chosen_real(
+    recipe: Recipe,
+    data: PreparedData,
+    run: RunDir,
+    source: str,
+    trained: Callable[[], ConvNet],
+) -> np.ndarray:
+    """The training images (K * IPC,) that ``source`` chooses, class-major. Chosen once: they are kept beside the results.
+
+    ``trained`` trains the network of a feature space that is no expert's.
+
+    Raises:
+        RunDirError: the file of an earlier choice is damaged.
+        TrajectoryError: the buffer is of other experts, or damaged.
+    """
+    space = feature_space(recipe, run)
+    of = [source, recipe.ipc, recipe.seed, space.name, recipe.experts_hash(), data.splits.train.fingerprint()]
+    key = hashlib.sha256(json.dumps(of).encode()).hexdigest()
+    file = run.results.parent / "chosen" / f"{source}.json"
+    try:
+        if file.exists():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if kept["key"] == key:
+                return np.array(kept["images"], dtype=np.int64)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirError(f"{file}: is not a choice of images ({error}); remove it to choose again") from error
+    features_ND = _features(recipe, data, run, space, trained)
+    labels_N, chosen = data.splits.train.labels_N.numpy(), []
+    for c in range(data.classes):
+        members = np.flatnonzero(labels_N == c)
+        picks = CHOOSERS[source](features_ND[torch.from_numpy(members)], recipe.ipc)
+        chosen.append(np.resize(members[picks], recipe.ipc))
+    images = np.concatenate(chosen)
+    with published(file) as temporary:
+        doc = {"key": key, "features": space.name, "images": images.tolist()}
+        temporary.write_text(json.dumps(doc) + "\n", encoding="utf-8")
+    return images
+
+
+@torch.no_grad()
+def _features(
+    recipe: Recipe, data: PreparedData, run: RunDir, space: FeatureSpace, trained: Callable[[], ConvNet]
+) -> Tensor:
+    """Features (N, D) of all training images, on the host."""
+    images, m = data.splits.train, recipe.model
+    if space.expert_epoch is None:
+        with torch.enable_grad():
+            network = trained()
+        weights_P = flat_parameters(network)
+    else:
+        from lad_dist.trajectories.reader import Buffer
+
+        buffer = Buffer(run.trajectories, recipe.experts_hash())
+        weights_P = torch.from_numpy(buffer.read("representation", EXPERT, space.expert_epoch).copy()).to(data.device)
+        network = build(
+            images.channels, images.size, images.num_classes, m.width, m.depth, seed=0, purpose=("features",)
+        ).to(data.device)
+    views = Layout.of(network).views(weights_P)
+    rows = torch.arange(len(data.train)).split(_BATCH)
+    return torch.cat([functional.features(network, views, data.train.batch(r)[0]) for r in rows]).cpu()

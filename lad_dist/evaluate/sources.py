@@ -1,0 +1,179 @@
+"""What networks are trained on to be measured: for every source its images, its labels, and the settings of the training.
+
+    distilled               the run's distilled set
+    distilled-adsa          its images, with soft labels adjusted for the long tail (labels.py)
+    distilled-hard          its images, with their class as label
+    random, k-center, ...   real images at the same IPC (baselines.py)
+    full                    the whole long-tailed set
+    full-balanced           the same, sampled class by class
+    full-logit-adjusted     the same, with the logit-adjusted loss
+
+A source's label variants and training variants share its draws: seed s of ``distilled-adsa`` starts from the weights of seed s of
+``distilled`` and sees the images in the same order, so that the two may be compared in pairs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lad_dist import results
+from lad_dist.data.prepare import PreparedData
+from lad_dist.distilled import DistilledSet
+from lad_dist.errors import DistilledError
+from lad_dist.evaluate import baselines
+from lad_dist.evaluate.labels import adsa
+from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train
+from lad_dist.models.convnet import ConvNet, build
+from lad_dist.recipe import Recipe
+from lad_dist.rundir import RunDir
+
+Source = Literal[
+    "distilled",
+    "distilled-adsa",
+    "distilled-hard",
+    "random",
+    "k-center",
+    "herding",
+    "graph-cut",
+    "full",
+    "full-balanced",
+    "full-logit-adjusted",
+]
+
+
+def of_distilled(source: Source) -> bool:
+    """Whether the source's images are the distilled ones."""
+    return source.startswith("distilled")
+
+
+def of_everything(source: Source) -> bool:
+    """Whether the source is the whole training set."""
+    return source.startswith("full")
+
+
+def drawn_as(source: Source) -> str:
+    """The source whose initialisation, order and augmentation draws this one shares."""
+    return "distilled" if of_distilled(source) else "full" if of_everything(source) else source
+
+
+def settings_of(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> Settings:
+    """How networks are trained on a source. Real images have no learned rate: ``evaluate.lr`` or ``distill.alpha``."""
+    e = recipe.evaluate
+    common: dict[str, Any] = {
+        "momentum": e.momentum,
+        "weight_decay": e.weight_decay,
+        "decay": e.decay,
+        "augment": recipe.augment,
+    }
+    if of_everything(source):
+        return Settings(
+            epochs=e.full_epochs,
+            batch=e.full_batch,
+            lr=e.full_lr,
+            sampling="class-balanced" if source == "full-balanced" else "shuffled",
+            logit_adjustment=e.logit_adjustment if source == "full-logit-adjusted" else 0.0,
+            **common,
+        )
+    learned = load_distilled(recipe, data, run).lr if of_distilled(source) else recipe.distill.alpha
+    return Settings(epochs=e.epochs, batch=e.batch, lr=learned if e.lr is None else e.lr, **common)
+
+
+def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> results.Row:
+    """What all rows of a source say about it, whichever network and seed."""
+    settings = settings_of(recipe, data, run, source)
+    distilled = load_distilled(recipe, data, run) if of_distilled(source) else None
+    row: results.Row = {
+        "source": source,
+        "split": recipe.evaluate.split,
+        "selection": distilled.meta.selection if distilled else "none",
+        "method": recipe.method if distilled else source,
+        "ipc": None if of_everything(source) else recipe.ipc,
+        "set_id": _set_id(recipe, run, source),
+        "settings": asdict(settings) | {"augment": settings.augment.model_dump(mode="json"), "labels": _labels(source)},
+        "label_adjustment": "adsa" if source == "distilled-adsa" else "none",
+    }
+    if source in baselines.CHOOSERS:
+        row["settings"]["chosen_by"] = baselines.feature_space(recipe, run).name
+    return row
+
+
+def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int) -> TrainingSet:
+    """What the network of ``seed`` is trained on.
+
+    Raises:
+        DistilledError: there is no distilled set, or it is damaged or of other data.
+        RunDirError, TrajectoryError: see ``baselines.chosen_real``.
+    """
+    if of_distilled(source):
+        distilled = load_distilled(recipe, data, run)
+        images_SCHH, p_SK = distilled.images.to(data.device), distilled.soft_labels
+        if source == "distilled-adsa":
+            p_SK, _ = adsa(distilled.label_logits, distilled.labels, data.counts)
+        elif source == "distilled-hard":
+            p_SK = F.one_hot(distilled.labels, data.classes).float()
+        return TrainingSet(rows_of(images_SCHH, p_SK.to(data.device)), len(images_SCHH))
+    if of_everything(source):
+        return everything(data)
+    if source == "random":
+        picked = baselines.random_real(recipe, data, seed)
+    else:
+        picked = baselines.chosen_real(recipe, data, run, source, _network_for_features(recipe, data, run))
+    chosen = torch.from_numpy(picked)
+    return TrainingSet(lambda rows: _with_hard_labels(data, chosen[rows]), len(chosen))
+
+
+def everything(data: PreparedData) -> TrainingSet:
+    """The whole long-tailed set with hard labels."""
+    return TrainingSet(lambda rows: _with_hard_labels(data, rows), len(data.train), data.splits.train.labels_N.numpy())
+
+
+def load_distilled(recipe: Recipe, data: PreparedData, run: RunDir) -> DistilledSet:
+    """The run's distilled set, checked to be one of the recipe's data."""
+    distilled = DistilledSet.load(run.distilled)
+    if distilled.meta.data_fingerprint != data.splits.train.fingerprint():
+        raise DistilledError(
+            f"{run.distilled}: was made from other training images than this recipe's; distill again with --out"
+        )
+    return distilled
+
+
+def _labels(source: Source) -> str:
+    return {"distilled": "soft", "distilled-adsa": "soft, adjusted by ADSA"}.get(source, "hard")
+
+
+def _set_id(recipe: Recipe, run: RunDir, source: Source) -> str:
+    """What the networks are trained on: a distilled set's checksum, or the name of the real set."""
+    if of_distilled(source):
+        return str(json.loads((run.distilled / "meta.json").read_text())["sha256"]["tensors.safetensors"])
+    return f"{source}, seed {recipe.seed}, {recipe.experts_hash()[:16]}"
+
+
+def _network_for_features(recipe: Recipe, data: PreparedData, run: RunDir) -> Callable[[], ConvNet]:
+    def trained() -> ConvNet:
+        images, m = data.splits.train, recipe.model
+        network = build(
+            images.channels,
+            images.size,
+            images.num_classes,
+            m.width,
+            m.depth,
+            seed=recipe.seed,
+            purpose=("evaluate", "features"),
+        ).to(data.device)
+        settings = settings_of(recipe, data, run, "full")
+        train(network, everything(data), settings, recipe.seed, ("features",), lambda: None)
+        return network
+
+    return trained
+
+
+def _with_hard_labels(data: PreparedData, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+    images_BCHH, labels_B = data.train.batch(rows_B)
+    return images_BCHH, F.one_hot(labels_B, data.classes).to(images_BCHH.dtype)

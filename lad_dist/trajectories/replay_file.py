@@ -1,0 +1,220 @@
+"""One ``replay_buffer_N.pt``: what it looks like, how it is loaded without trusting it, and how its content is checked.
+
+A file is what ``torch.save`` makes of a list of experts, each a list of checkpoints (epoch 0 to the last), each a list of
+float32 tensors in the order of the network's ``parameters()``. Both stages hold whole networks: the official second stage
+saves all parameters, the frozen backbone again in every checkpoint, and the distillation that reads it takes the last two
+tensors (``[:-2]``) for the classifier.
+
+Sources: ``buffer.py`` of GeorgeCazenavette/mtt-distillation; ``buffer/buffer_FTD.py`` of NUS-HPC-AI-Lab/DATM;
+``buffer/buffer_FTD.py``, ``utils/utils_two_stage.py`` and ``distill/DAM-ED_tesla.py`` of ichbill/LTDD.
+
+Shapes: P weights of the whole network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lad_dist.errors import TrajectoryError
+from lad_dist.trajectories.schema import BufferMeta, Stage
+
+Vector = npt.NDArray[np.float32]
+Checkpoints = Sequence[Sequence[Tensor]]  # one expert: epochs, then parameters
+
+NAME = re.compile(r"replay_buffer_(0|[1-9][0-9]{0,8})\.pt")
+EPOCHS_FIELD: dict[Stage, str] = {"representation": "epochs", "classifier": "classifier_epochs"}  # of recipe.experts
+_FORM = "a list of experts, each a list of checkpoints, each a list of tensors, as torch.save writes it"
+_CHUNK = 2**20
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The ``replay_buffer_N.pt`` right in a folder, in the order of N.
+
+    Raises ``TrajectoryError`` if there are none, or a number is missing, so that experts would be counted wrongly.
+    """
+    if not folder.is_dir():
+        raise TrajectoryError(f"{folder}: is not a folder; valid: one with replay_buffer_0.pt, replay_buffer_1.pt, ...")
+    found = {int(match[1]): file for file in folder.iterdir() if (match := NAME.fullmatch(file.name))}
+    if not found:
+        raise TrajectoryError(
+            f"{folder}: holds no replay_buffer_N.pt; valid: a folder with replay_buffer_0.pt, replay_buffer_1.pt, ..."
+        )
+    missing = sorted(set(range(max(found))) - set(found))
+    if missing:
+        raise TrajectoryError(
+            f"{folder}/replay_buffer_{missing[0]}.pt: is missing, and experts are counted over the files in their order; "
+            "to leave it out, name the others one by one, in both stages"
+        )
+    return [found[number] for number in sorted(found)]
+
+
+def load(path: Path) -> list[Any]:
+    """The experts of a file, which is not trusted: nothing but tensors and lists is made of it.
+
+    Tensors are mapped and not read, except for those of the format before torch 1.6. What is in the list is not checked
+    (``check_expert``). Raises ``TrajectoryError``.
+    """
+    with _refused(path):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if not isinstance(content, list | tuple) or not content:
+        raise TrajectoryError(f"{path}: is not a replay buffer: it holds {_kind(content)}; valid: {_FORM}")
+    return list(content)
+
+
+def checked_sum(path: Path) -> str:
+    """SHA-256 of a file whose own checksums are right; torch does not look at those. Raises ``TrajectoryError``."""
+    with _refused(path):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                    raise ValueError("its records are compressed, which torch.save does not do")
+                wrong = archive.testzip()
+            if wrong is not None:
+                raise ValueError(f"its record {wrong} does not match its checksum")
+        total = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                total.update(chunk)
+        return total.hexdigest()
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Turn whatever reading a file raises into a ``TrajectoryError`` that names it."""
+    try:
+        yield
+    except OSError as cause:
+        if cause.errno is None:
+            raise _damaged(path, cause) from cause
+        raise TrajectoryError(f"{path}: cannot be read: {cause.strerror}; valid: a readable file") from cause
+    except Exception as cause:  # the bytes decide what zipfile, the unpickler and torch stumble over
+        code = re.search(r"(?:Unsupported|Trying to \w+ unsupported|blocked)[^:]*: (?:GLOBAL )?([\w.]+)", str(cause))
+        if code:
+            raise TrajectoryError(
+                f"{path}: was not loaded: it asks for {code[1]}, and a replay buffer needs nothing but lists and tensors; "
+                f"valid: {_FORM}"
+            ) from cause
+        raise _damaged(path, cause) from cause
+
+
+def _damaged(path: Path, cause: Exception) -> TrajectoryError:
+    reason = (str(cause).splitlines() or [""])[0].removesuffix(".") or repr(cause)
+    if reason.startswith("Weights only load failed"):  # torch goes on to advise loading it without protection
+        reason = "its pickle cannot be understood"
+    return TrajectoryError(f"{path}: is damaged, or not a file of torch.save: {reason}; valid: {_FORM}")
+
+
+def check_expert(where: str, checkpoints: Any, stage: Stage, last: int, meta: BufferMeta) -> None:
+    """Hold kinds, numbers and shapes of one expert against the recipe's network; weights are not read.
+
+    ``last``: the last epoch that is wanted. Raises ``TrajectoryError``.
+    """
+    if not isinstance(checkpoints, list | tuple):
+        raise TrajectoryError(f"{where}: is {_kind(checkpoints)}; valid: {_FORM}")
+    if len(checkpoints) <= last:
+        there = len(checkpoints) - 1
+        advice = f"--set experts.{EPOCHS_FIELD[stage]}={there}, or " if there > 0 else ""
+        raise TrajectoryError(
+            f"{where}: has {len(checkpoints)} checkpoints where the recipe's {stage} stage has {last + 1}, the initialisation "
+            f"and {last} epochs; valid: {advice}files with as many"
+        )
+    for epoch, tensors in enumerate(checkpoints):
+        _check_checkpoint(f"{where}, epoch {epoch}", tensors, meta)
+
+
+def _check_checkpoint(where: str, tensors: Any, meta: BufferMeta) -> None:
+    if not isinstance(tensors, list | tuple) or not all(isinstance(t, Tensor) for t in tensors):
+        raise TrajectoryError(f"{where}: is {_kind(tensors)}; valid: {_FORM}")
+    if len(tensors) != len(meta.parameters):
+        names = ", ".join(name for name, _ in meta.parameters)
+        raise TrajectoryError(
+            f"{where}: has {len(tensors)} tensors where the recipe's network has {len(meta.parameters)} parameters ({names}); "
+            "valid: whole networks with the recipe's model.depth"
+        )
+    named = list(zip(tensors, meta.parameters, strict=True))
+    wrong = [
+        f"{name} is {_shape(tensor.shape)} where the recipe's is {_shape(shape)}"
+        for tensor, (name, shape) in named
+        if tuple(tensor.shape) != shape
+    ]
+    if wrong:
+        raise TrajectoryError(
+            f"{where}: is another network: {'; '.join(wrong[:4])}; valid: networks with the recipe's model.width, image size, "
+            "channels and classes"
+        )
+    for tensor, (name, _) in named:
+        if tensor.dtype != torch.float32 or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise TrajectoryError(f"{where}: {name} is {_kind(tensor)}; valid: dense torch.float32")
+
+
+def check_values(where: str, checkpoints: Checkpoints, meta: BufferMeta, backbone: Vector | None) -> None:
+    """Raise ``TrajectoryError`` for weights that are not finite, never change, or leave the frozen ``backbone``.
+
+    ``backbone``: shape (P,) without the classifier's, which every checkpoint must hold bit for bit; None: it is trained.
+    """
+    frozen = ~classifier_mask(meta)
+    for epoch, tensors in enumerate(checkpoints):
+        for tensor, (name, _) in zip(tensors, meta.parameters, strict=True):
+            wrong = int((~tensor.detach().isfinite()).sum())
+            if wrong:
+                raise TrajectoryError(
+                    f"{where}, epoch {epoch}: {wrong} values of {name} are NaN or infinite; valid: finite weights"
+                )
+        if backbone is not None and vector(tensors)[frozen].tobytes() != backbone.tobytes():
+            raise TrajectoryError(
+                f"{where}, epoch {epoch}: its backbone is not that of the last representation checkpoint of the same expert, "
+                "where the classifier stage is frozen; valid: second-stage files made from these first-stage experts, in the "
+                "same order"
+            )
+    if vector(checkpoints[0]).tobytes() == vector(checkpoints[-1]).tobytes():
+        raise TrajectoryError(
+            f"{where}: its first checkpoint equals its last, so there is no trajectory; code that keeps `p.detach().cpu()` of "
+            "a network on a CPU saves its last weights for every epoch; valid: checkpoints that were copied (`.clone()`)"
+        )
+
+
+def vector(tensors: Sequence[Tensor]) -> Vector:
+    """All weights of one checkpoint in module order, shape (P,); a copy."""
+    whole_P: Vector = torch.cat([t.detach().reshape(-1) for t in tensors]).numpy()
+    return whole_P
+
+
+def tensors_of(meta: BufferMeta, whole_P: Vector) -> list[Tensor]:
+    """The parameters in module order, each a tensor of its own storage, which shares the memory of ``whole_P``."""
+    result, begin = [], 0
+    for _, shape in meta.parameters:
+        end = begin + math.prod(shape)
+        result.append(torch.from_numpy(whole_P[begin:end].reshape(shape)))
+        begin = end
+    return result
+
+
+def classifier_mask(meta: BufferMeta) -> npt.NDArray[np.bool_]:
+    """Which of the whole network's weights are the classifier's, shape (P,)."""
+    chosen = set(meta.classifier_parameters)
+    return np.concatenate([np.full(math.prod(shape), name in chosen) for name, shape in meta.parameters])
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.layout).removeprefix('torch.')} tensor of {value.dtype} on {value.device}"
+    if isinstance(value, list | tuple):
+        kinds = sorted({type(each).__name__ for each in value})
+        return f"a {type(value).__name__} of {len(value)}" + (f" ({', '.join(kinds[:3])})" if kinds else "")
+    return f"a {type(value).__name__}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "a single number"
