@@ -10,6 +10,7 @@
     |-- StorageError             8   the disk is full, or a file could not be published
     |-- ExpertError              9   an expert kept failing, or the Ray cluster that trains experts is gone
     |-- RankError               10   a rank of a distributed distillation is gone, or never came
+    |-- ClusterError            11   SLURM refused a job, cannot be reached, or a job of the chain did not finish
     `-- Interrupted            130   Ctrl-C or SIGTERM; what was finished is kept
 
 Messages follow one pattern: *where* (file or field), *what* was wrong, *what* is valid or what to do.
@@ -82,6 +83,12 @@ class RankError(LadDistError):
     """The ranks of a distributed job could not meet, or lost one of them."""
 
     exit_code = 10
+
+
+class ClusterError(LadDistError):
+    """SLURM refused a job, cannot be reached, or a job did not finish."""
+
+    exit_code = 11
 
 
 class Interrupted(LadDistError):

@@ -19,7 +19,8 @@ def as_exceptions() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         for s in _SIGNALS:  # a second Ctrl-C must not tear apart what the first one saves
-            signal.signal(s, signal.SIG_IGN)
+            # Not SIG_IGN: one that has already arrived would be reported as "ignored due to race condition", with a traceback.
+            signal.signal(s, lambda number, frame: None)
         raise Interrupted(
             f"interrupted by {signal.Signals(number).name}; what is finished is kept, and the same command continues"
         )

@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lad_dist.errors import RecipeError
+from lad_dist.errors import RankError, RecipeError
 from lad_dist.profile import Profile
 from lad_dist.progress import Events, Screen
 from lad_dist.recipe import Recipe
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
     from lad_dist.data.prepare import PreparedData
     from lad_dist.distill.replay import Record
+    from lad_dist.evaluate.sources import Source
+    from lad_dist.ranks import Place
+    from lad_dist.results import Row
 
 STAGES = ("experts", "distill", "evaluate", "report")
 
@@ -138,16 +142,48 @@ class Pipeline:
             distill(self.recipe, self.data, self.run, self.events, self.screen, self.device, record=record)
 
     def evaluate(self, source: str) -> None:
-        """Measure what a network learns from ``distilled``, ``random`` or ``full``."""
-        from lad_dist.evaluate.measure import evaluate, remaining
+        """Measure what networks learn from a source (``evaluate/sources.py``), one row per architecture and seed.
 
-        left = remaining(self.recipe, self.data, self.run, source)  # type: ignore[arg-type]
+        With ``evaluate.label_adjustment`` the distilled set is measured with adjusted labels too, as a source of its own.
+        """
+        self._evaluate(source)  # type: ignore[arg-type]
+        if source == "distilled" and self.recipe.evaluate.label_adjustment == "adsa":
+            self._evaluate("distilled-adsa")
+
+    def _evaluate(self, source: Source) -> None:
+        """In this process, as one of the ranks that a launcher has started, or over ranks started here."""
+        from lad_dist import ranks, results
+        from lad_dist.evaluate.measure import evaluate, not_done, planned_rows
+        from lad_dist.evaluate.sources import prepare_shared
+
+        where, profile = ranks.place(), self.profile
+        if where is not None and source.startswith("distilled"):
+            self._await(self.run.distilled)  # which rank 0 publishes
+        planned = planned_rows(self.recipe, self.data, self.run, source)
+        left = not_done(self.run, planned)
         if not left:
-            return self._already(
-                f"evaluate {source}", f"{self.recipe.evaluate.seeds} networks are in {self.run.results}"
-            )
-        with self._stage(f"evaluate {source}", networks=left):
-            evaluate(self.recipe, self.data, self.run, source, self.events, self.screen)  # type: ignore[arg-type]
+            results.merge(self.run.results)
+            return self._already(f"evaluate {source}", f"{len(planned)} networks are in {self.run.results}")
+        with self._stage(f"evaluate {source}", networks=len(left)):
+            world = min(profile.world, len(left))
+            if where is not None:
+                evaluate_as_rank(self, source, planned, where, awaited=False)
+            elif world > 1:
+                prepare_shared(self.recipe, self.data, self.run, source)
+                self.screen.say(f"evaluate {source}: {len(left)} networks over {world} ranks")
+                what = (self.recipe, self.run, profile, self.device.type, source, left)
+                ranks.launch(world, evaluate_rank, what, profile.rank_restarts, self.screen.say)
+                results.merge(self.run.results)
+            else:
+                evaluate(self.recipe, self.data, self.run, source, self.events, self.screen)
+
+    def _await(self, path: Path) -> None:
+        """Wait for what another rank publishes. Raises RankError if it does not come in time."""
+        until = time.monotonic() + self.profile.rank_timeout
+        while not path.exists():
+            if time.monotonic() > until:
+                raise RankError(f"{path}: no other rank has published it within {self.profile.rank_timeout:g} seconds")
+            time.sleep(0.1)
 
     def report(self) -> None:
         """Tables, pictures and the page."""
@@ -202,28 +238,73 @@ def distill_as_rank(pipeline: Pipeline, record: Record | None) -> None:
         RecipeError: fewer GPUs on this host than ranks.
         LadDistError: whatever the distillation raises.
     """
-    import torch
-
     from lad_dist import ranks
     from lad_dist.distill.loop import distill
     from lad_dist.interrupts import as_flag
 
     where = ranks.place()
     assert where is not None
-    device = pipeline.device
-    if device.type == "cuda":
-        if where.local_rank >= torch.cuda.device_count():
-            raise RecipeError(
-                f"profile: ranks: rank {where.rank} is number {where.local_rank} on this host, which has "
-                f"{torch.cuda.device_count()} GPUs; valid: at most one rank per GPU"
-            )
-        device = torch.device("cuda", where.local_rank)
-        torch.cuda.set_device(device)
+    device = own_device(pipeline.device, where)
     p = pipeline if where.rank == 0 else dataclasses.replace(pipeline, screen=Screen.silent(), events=Events.nowhere())
     p = dataclasses.replace(p, device=device)
     with as_flag() as flag, ranks.joined(where, device, pipeline.profile.rank_timeout) as joined:
         data = p.data if joined.first else None
         distill(p.recipe, data, p.run, p.events, p.screen, device, joined, flag, record)
+
+
+def evaluate_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, source: Source, rows: list[Row]) -> None:
+    """What each process that ``Pipeline.evaluate`` starts on this machine does: measure its share of ``rows``."""
+    import torch
+
+    from lad_dist import ranks
+    from lad_dist.interrupts import as_exceptions
+
+    where = ranks.place()
+    assert where is not None
+    torch.set_num_threads(profile.threads or max(1, (os.cpu_count() or 1) // where.world))
+    screen = Screen() if where.rank == 0 else Screen.silent()
+    with as_exceptions(), closing(Events(run.events)) as events:
+        evaluate_as_rank(Pipeline(recipe, run, profile, torch.device(kind), screen, events), source, rows, where)
+
+
+def evaluate_as_rank(pipeline: Pipeline, source: Source, rows: list[Row], where: Place, awaited: bool = True) -> None:
+    """Measure every ``world``-th of ``rows``. Ranks never meet: each publishes rows, and the last leaves the whole table.
+
+    ``awaited`` False: nobody waits until all ranks have ended, so rank 0 goes on until every row is there.
+
+    Raises:
+        RecipeError: fewer GPUs on this host than ranks.
+        LadDistError: whatever the evaluation raises.
+    """
+    from lad_dist.evaluate.measure import evaluate, take_over
+
+    p = pipeline
+    device = own_device(p.device, where)
+    if device != p.device:
+        p = dataclasses.replace(p, device=device, _data=None)
+    evaluate(p.recipe, p.data, p.run, source, p.events, p.screen, rows[where.rank :: where.world])
+    if where.rank == 0 and not awaited:
+        take_over(p.recipe, p.data, p.run, source, p.events, p.screen, rows)
+
+
+def own_device(device: torch.device, where: Place) -> torch.device:
+    """The device of a rank: the CPU, or the GPU of its number on this host.
+
+    Raises:
+        RecipeError: fewer GPUs on this host than ranks.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return device
+    if where.local_rank >= torch.cuda.device_count():
+        raise RecipeError(
+            f"profile: ranks: rank {where.rank} is number {where.local_rank} on this host, which has "
+            f"{torch.cuda.device_count()} GPUs; valid: at most one rank per GPU"
+        )
+    device = torch.device("cuda", where.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 class _Stage:

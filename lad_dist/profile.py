@@ -4,9 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lad_dist.recipe import Bool, Float, Int, Text
+
+Option = bool | int | float | str | dict[str, bool | int | float | str]
+OWN_OPTIONS = {  # what lad-dist sets itself, with the field that says it
+    "slurm_partition": "slurm.partition",
+    "slurm_account": "slurm.account",
+    "slurm_qos": "slurm.qos",
+    "slurm_constraint": "slurm.constraint",
+    "slurm_time": "slurm.time_minutes",
+    "slurm_mem": "slurm.mem_gb",
+    "slurm_nodes": "nodes",
+    "slurm_gpus_per_node": "gpus_per_node",
+    "slurm_ntasks_per_node": "slurm.tasks_per_node",
+    "slurm_cpus_per_task": "slurm.cpus_per_task",
+    "slurm_setup": "slurm.setup",
+    "slurm_signal_delay_s": "slurm.warning_seconds",
+    "slurm_max_num_timeout": "slurm.max_requeues",
+    "slurm_python": "slurm.python",
+    "slurm_job_name": "name",
+    "slurm_comment": "name",
+    "slurm_dependency": "slurm.stages",
+    "slurm_use_srun": "slurm.stages",
+}
 
 
 class RayConfig(BaseModel):
@@ -19,8 +41,105 @@ class RayConfig(BaseModel):
     )
     dashboard: Bool = Field(True, description="serve the dashboard of a cluster of its own, on the loopback address")
     object_store_mb: Annotated[Int, Field(ge=80)] | None = Field(
-        None, description="shared memory of a cluster of its own, MiB; default: what the training images need, at least 80"
+        None,
+        description="shared memory of a cluster of its own, MiB; default: what the training images need, at least 80",
     )
+
+
+def _passed_on(options: dict[str, Option]) -> dict[str, Option]:
+    for name in options:
+        if not name.startswith("slurm_"):
+            raise ValueError(
+                f"{name}: has no prefix slurm_; valid: for example slurm_exclude, slurm_gres, slurm_mail_type"
+            )
+        if name in OWN_OPTIONS:
+            raise ValueError(f"{name}: is set by lad-dist; valid: the field {OWN_OPTIONS[name]}")
+    return options
+
+
+class StageOnSlurm(BaseModel):
+    """What one stage asks of SLURM instead of what the profile asks for all; nothing: the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    partition: Text | None = Field(None, description="as slurm.partition, for this stage")
+    qos: Text | None = Field(None, description="as slurm.qos, for this stage")
+    constraint: Text | None = Field(None, description="as slurm.constraint, for this stage")
+    time_minutes: Annotated[Int, Field(ge=1)] | None = Field(None, description="as slurm.time_minutes, for this stage")
+    nodes: Annotated[Int, Field(ge=1)] | None = Field(None, description="as nodes, for this stage")
+    gpus_per_node: Annotated[Int, Field(ge=0)] | None = Field(None, description="as gpus_per_node, for this stage")
+    tasks_per_node: Annotated[Int, Field(ge=1)] | None = Field(
+        None, description="as slurm.tasks_per_node, for this stage"
+    )
+    cpus_per_task: Annotated[Int, Field(ge=1)] | None = Field(
+        None, description="as slurm.cpus_per_task, for this stage"
+    )
+    mem_gb: Annotated[Float, Field(gt=0)] | None = Field(None, description="as slurm.mem_gb, for this stage")
+    options: dict[str, Option] = Field(default_factory=dict, description="beside slurm.options, for this stage")
+
+    _options = field_validator("options")(_passed_on)
+
+
+class ExpertsOnSlurm(StageOnSlurm):
+    """The experts' stage, which has two ways to use several nodes."""
+
+    mode: Literal["array", "fleet"] = Field(
+        "array",
+        description="array: as many single-node jobs as nodes, which share the buffer and need no network between them; "
+        "fleet: one job of all nodes with a private Ray cluster inside",
+    )
+
+
+class EvaluateOnSlurm(StageOnSlurm):
+    """The evaluation, an array of single-node jobs over architectures and seeds."""
+
+    jobs: Annotated[Int, Field(ge=1)] = Field(8, description="jobs of the array, at most; never more than networks")
+
+
+class StagesOnSlurm(BaseModel):
+    """What single stages ask for instead."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    experts: ExpertsOnSlurm = ExpertsOnSlurm()
+    distill: StageOnSlurm = StageOnSlurm()
+    evaluate: EvaluateOnSlurm = EvaluateOnSlurm()
+    report: StageOnSlurm = StageOnSlurm()
+
+
+class SlurmConfig(BaseModel):
+    """What is asked of SLURM for every stage; ``nodes`` and ``gpus_per_node`` are fields of the profile itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    partition: Text | None = Field(None, description="sbatch --partition; default: the cluster's")
+    account: Text | None = Field(None, description="sbatch --account; default: the user's")
+    qos: Text | None = Field(None, description="sbatch --qos; default: the account's")
+    constraint: Text | None = Field(None, description="sbatch --constraint, for example a100")
+    time_minutes: Annotated[Int, Field(ge=1)] = Field(240, description="time limit of one job; it is requeued to go on")
+    tasks_per_node: Annotated[Int, Field(ge=1)] | None = Field(
+        None, description="ranks of a distillation on each node; default: one per GPU, else 1"
+    )
+    cpus_per_task: Annotated[Int, Field(ge=1)] = Field(1, description="CPU cores of one task")
+    mem_gb: Annotated[Float, Field(gt=0)] | None = Field(
+        None, description="memory per node, GB; default: the cluster's"
+    )
+    setup: tuple[Text, ...] = Field((), description="shell lines before each job, for example: module load cuda/12.4")
+    python: Text | None = Field(None, description="what starts Python on the nodes; default: this interpreter")
+    logs: Text | None = Field(None, description="folder of logs, shared by all nodes; default: slurm/logs in the run")
+    warning_seconds: Annotated[Int, Field(ge=1)] = Field(
+        120, description="time before the limit at which a job saves its state and is requeued"
+    )
+    max_requeues: Annotated[Int, Field(ge=0)] = Field(
+        20, description="how often a job that ran out of time goes on by itself"
+    )
+    options: dict[str, Option] = Field(
+        default_factory=dict,
+        description="anything else, by submitit's names: slurm_exclude, slurm_gres, slurm_mail_type",
+    )
+    stages: StagesOnSlurm = StagesOnSlurm()
+
+    _options = field_validator("options")(_passed_on)
 
 
 class Profile(BaseModel):
@@ -29,7 +148,9 @@ class Profile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     name: Text = Field("local", description="how the profile is called")
-    launcher: Literal["local"] = Field("local", description="local: in this process on this machine")
+    launcher: Literal["local", "slurm"] = Field(
+        "local", description="local: in this process on this machine; slurm: as a chain of SLURM jobs"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU if there is one, else the CPU")
     threads: Annotated[Int, Field(ge=1)] | None = Field(
         None, description="CPU threads; default: as many as there are cores"
@@ -42,13 +163,18 @@ class Profile(BaseModel):
         description="on: experts are trained by Ray actors; off: in this process; auto: on where two or more fit",
     )
     experts_per_gpu: Annotated[Int, Field(ge=1)] = Field(1, description="experts trained at a time on one GPU")
-    threads_per_expert: Annotated[Int, Field(ge=1)] = Field(1, description="CPU threads, and cores, of one fleet expert")
+    threads_per_expert: Annotated[Int, Field(ge=1)] = Field(
+        1, description="CPU threads, and cores, of one fleet expert"
+    )
     expert_retries: Annotated[Int, Field(ge=0)] = Field(
         3, description="how often an expert that failed, or whose process died, is tried again from its last part"
     )
     ray: RayConfig = RayConfig()
+    slurm: SlurmConfig = SlurmConfig()
     nodes: Annotated[Int, Field(ge=1)] = Field(1, description="hosts; more than one needs a cluster's launcher")
-    gpus_per_node: Annotated[Int, Field(ge=0)] = Field(0, description="GPUs to use of each host; 0: one, if there is one")
+    gpus_per_node: Annotated[Int, Field(ge=0)] = Field(
+        0, description="GPUs to use of each host; 0: one, if there is one"
+    )
     ranks: Annotated[Int, Field(ge=1)] | None = Field(
         None, description="processes that share a distillation, one device each; default: one per GPU, else 1"
     )

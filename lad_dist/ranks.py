@@ -241,9 +241,13 @@ def launch(
 
     for attempt in range(restarts + 1):
         try:
-            with tempfile.TemporaryDirectory(prefix="ladist-ranks-") as logs:
-                with _signals_restored(), _quiet_elastic(), _loopback_only():
-                    outcomes = elastic_launch(_launch_config(world, logs), _outcome)(function, *args)
+            with (
+                tempfile.TemporaryDirectory(prefix="ladist-ranks-") as logs,
+                _signals_restored(),
+                _quiet_elastic(),
+                _loopback_only(),
+            ):
+                outcomes = elastic_launch(_launch_config(world, logs), _outcome)(function, *args)
         except SignalException as stopped:
             name = signal.Signals(stopped.sigval).name
             raise Interrupted(

@@ -9,6 +9,7 @@ checkpoints/distill/iteration-N/   one shard per rank, to resume from
 distilled/                 the artefact (see distilled.py)
 evaluation/results.json    one row per (source, architecture, seed)
 report/                    index.html, synthetic.png
+slurm/jobs.json            what was submitted to SLURM; logs/SUBMISSION/ beside it
 """
 
 from __future__ import annotations
@@ -111,6 +112,14 @@ class RunDir:
     @property
     def report(self) -> Path:
         return self.root / "report"
+
+    @property
+    def slurm_jobs(self) -> Path:
+        return self.root / "slurm" / "jobs.json"
+
+    @property
+    def slurm_logs(self) -> Path:
+        return self.root / "slurm" / "logs"
 
     @classmethod
     def open(cls, root: Path, recipe: Recipe, buffers: Path | str | None = None) -> RunDir:

@@ -25,6 +25,7 @@ SAME_LEVEL = {  # within a level, only these
     ("location", "errors"),
     ("results", "errors"), ("results", "rundir"), ("catalog", "errors"),
     ("interrupts", "errors"), ("data", "recipe"), ("ranks", "errors"),
+    ("models", "data"),  # torchvision, which one file of data/ imports
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
     options.py    what the verbs of a job are told (JOB, --out, --set, --on, ...), declared once
     stages.py     run, experts, distill, evaluate, report
     plan.py       plan
+    cluster.py    cancel, and what run does on SLURM
     looking.py    status, compare, jobs, clusters
     buffers.py    buffer inspect, buffer verify, buffer export, buffer import
     terminal.py   output, and the types of ``errors.py`` as one message and an exit code
@@ -19,7 +20,7 @@ from typing import Annotated
 import typer
 
 from lad_dist import __version__
-from lad_dist.cli import buffers, looking, plan, stages, terminal
+from lad_dist.cli import buffers, cluster, looking, plan, stages, terminal
 from lad_dist.cli.options import default_out, expanded
 
 __all__ = ["app", "default_out", "main"]
@@ -32,6 +33,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     stages.report,
     plan.plan,
     looking.status,
+    cluster.cancel,
     looking.compare,
     looking.jobs,
     looking.clusters,

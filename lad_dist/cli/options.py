@@ -48,7 +48,13 @@ class Baseline(StrEnum):
     """What ``--baseline`` takes."""
 
     random = "random"
+    k_center = "k-center"
+    herding = "herding"
+    graph_cut = "graph-cut"
     full = "full"
+    full_balanced = "full-balanced"
+    full_logit_adjusted = "full-logit-adjusted"
+    distilled_hard = "distilled-hard"
 
 
 FleetOption = Annotated[
@@ -97,11 +103,11 @@ class JobOptions:
 
         return catalog.find_job(self.job)
 
-    def recipe(self) -> Recipe:
-        """The recipe with ``--set``'s fields. Raises RecipeError."""
+    def recipe(self, more: Sequence[str] = ()) -> Recipe:
+        """The recipe with ``--set``'s fields, and those of ``more``, which do not change the run folder. Raises RecipeError."""
         from lad_dist import recipe_file
 
-        return recipe_file.load(self.found_job().recipe, list(self.sets or ()))
+        return recipe_file.load(self.found_job().recipe, [*(self.sets or ()), *more])
 
     def profile(self, **overrides: object) -> Profile:
         """The profile, with what the options say instead; ``overrides`` that are None change nothing. Raises RecipeError."""

@@ -8,21 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lad_dist.cli import terminal
+from lad_dist.cli import cluster, terminal
+from lad_dist.cli.cluster import WaitOption
 from lad_dist.cli.options import Baseline, FleetOption, JobOptions, RanksOption
 
 if TYPE_CHECKING:
     from lad_dist.pipeline import Pipeline
 
 
-def run(asked: JobOptions, fleet: FleetOption = None, ranks: RanksOption = None) -> None:
+def run(asked: JobOptions, fleet: FleetOption = None, ranks: RanksOption = None, wait: WaitOption = False) -> None:
     """Everything that is not done yet: experts, distillation, evaluation, report. Resumes."""
-    _print_results(_execute(asked, [lambda p: p.all()], fleet=fleet, ranks=ranks))
+    from lad_dist.pipeline import STAGES
+
+    _print_results(_execute(asked, [lambda p: p.all()], on_slurm=STAGES, wait=wait, fleet=fleet, ranks=ranks))
 
 
-def experts(asked: JobOptions, fleet: FleetOption = None) -> None:
+def experts(asked: JobOptions, fleet: FleetOption = None, wait: WaitOption = False) -> None:
     """Train the experts into the trajectory buffer."""
-    _execute(asked, [lambda p: p.experts()], fleet=fleet)
+    _execute(asked, [lambda p: p.experts()], on_slurm=("experts",), wait=wait, fleet=fleet)
 
 
 def distill(
@@ -32,21 +35,30 @@ def distill(
         Path | None,
         typer.Option(metavar="RUN", help="Use the windows that this run recorded, which makes the same set again."),
     ] = None,
+    wait: WaitOption = False,
 ) -> None:
     """Match the experts' trajectories with a synthetic set."""
-    _execute(asked, [lambda p: p.distill(replay)], ranks=ranks)
+    here = () if replay is not None else ("distill",)
+    _execute(asked, [lambda p: p.distill(replay)], on_slurm=here, wait=wait, ranks=ranks)
 
 
 def evaluate(
     asked: JobOptions,
     baseline: Annotated[
-        list[Baseline] | None, typer.Option(help="Measure this instead of the distilled set; may be given twice.")
+        list[Baseline] | None, typer.Option(help="Measure this instead of the distilled set; may be given again.")
     ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Networks to train: convnet, vgg11, resnet18, alexnet, mlp, vit."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Networks to train per source and architecture.")] = None,
     ranks: RanksOption = None,
 ) -> None:
-    """Measure what networks learn from the distilled set, random real images, or the whole training set."""
+    """Measure what networks learn from the distilled set, from chosen real images, or from the whole training set."""
     sources = [b.value for b in baseline] if baseline else ["distilled"]
-    _print_results(_execute(asked, [_evaluation(source) for source in dict.fromkeys(sources)], ranks=ranks))
+    more = [] if arch is None else [f"evaluate.architectures=[{arch}]"]
+    more += [] if seeds is None else [f"evaluate.seeds={seeds}"]
+    _print_results(_execute(asked, [_evaluation(source) for source in dict.fromkeys(sources)], more, ranks=ranks))
 
 
 def _evaluation(source: str) -> Callable[[Pipeline], None]:
@@ -58,12 +70,26 @@ def report(asked: JobOptions) -> None:
     _say_where(_execute(asked, [lambda p: p.report()]))
 
 
-def _execute(asked: JobOptions, stages: Sequence[Callable[[Pipeline], None]], **overrides: object) -> Pipeline:
-    """Run stages of the job as the profile says, with ``overrides`` of its fields that are not None."""
+def _execute(
+    asked: JobOptions,
+    stages: Sequence[Callable[[Pipeline], None]],
+    more: Sequence[str] = (),
+    on_slurm: Sequence[str] = (),
+    wait: bool = False,
+    **overrides: object,
+) -> Pipeline:
+    """Run stages of the job as the profile says, with ``overrides`` of its fields that are not None.
+
+    ``more`` are fields of the recipe beside ``--set``'s; ``on_slurm`` are the stages that are submitted instead, and then
+    the command ends here, where the profile says SLURM.
+    """
     from lad_dist.launch import local
     from lad_dist.progress import Screen
 
-    recipe, profile = asked.recipe(), asked.profile(**overrides)
+    recipe, profile = asked.recipe(more), asked.profile(**overrides)
+    if profile.launcher == "slurm":
+        cluster.submit(asked, recipe, profile, on_slurm, wait)
+        raise typer.Exit
     return local.run(recipe, asked.folder(recipe), profile, asked.buffers, Screen(terminal.stdout()), stages)
 
 

@@ -6,9 +6,10 @@ Any process may measure any row, several at a time.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ TOGETHER_VALUES = 2**17
 """Up to so many values of the first block of one network and batch, ``evaluate.together`` auto trains seeds at once on a CPU:
 above, convolutions fill the processor anyhow (benchmarks/results/evaluation.md)."""
 
+_LOOK_SECONDS = 1.0  # between two looks whether another process has published a row
+
 
 def evaluate(
     recipe: Recipe,
@@ -42,22 +45,49 @@ def evaluate(
     screen: Screen,
     rows: Sequence[results.Row] | None = None,
 ) -> None:
-    """Measure the networks of ``rows`` (planned; default: all of the source's) that are not measured yet.
+    """Measure the networks of ``rows`` (planned; default: all of the source's) that nobody has measured yet.
 
     Raises:
         DistilledError: there is no distilled set, or it is damaged or of other data.
         NumericalError: a network's training left the finite numbers.
         StorageError: the results cannot be written.
     """
-    planned = planned_rows(recipe, data, run, source) if rows is None else rows
-    todo = not_done(run, planned)
+    todo = not_done(run, planned_rows(recipe, data, run, source) if rows is None else rows)
     if todo:
-        work = _Work(recipe, data, run, source, events)
-        test = data.evaluation_set(recipe.evaluate.split)
+        work = _Work.of(recipe, data, run, source, events)
         with screen.task(f"evaluate {source}", len(todo) * work.settings.epochs, "epochs") as task:
             for group in work.groups(todo):
-                work.measure(group, test, task)
+                work.measure(not_done(run, group), task)
     results.merge(run.results)
+
+
+def take_over(
+    recipe: Recipe,
+    data: PreparedData,
+    run: RunDir,
+    source: Source,
+    events: Events,
+    screen: Screen,
+    rows: Sequence[results.Row],
+) -> None:
+    """Measure what other processes have not finished of ``rows``, the last first, until every row is there.
+
+    A row that is published meanwhile is left at the next epoch. Nobody need be waited for, and a process that died holds nothing
+    up; all that is lost are epochs that two have trained. Raises as ``evaluate``.
+    """
+    left = not_done(run, rows)
+    if left:
+        work = _Work.of(recipe, data, run, source, events)
+        with screen.task(f"evaluate {source}, with the others", len(left) * work.settings.epochs, "epochs") as task:
+            while left:
+                with contextlib.suppress(_Published):
+                    work.measure(left[-1:], task, unless_published=True)
+                left = not_done(run, left[:-1])
+    results.merge(run.results)
+
+
+class _Published(Exception):
+    """Another process has published the row that is being measured."""
 
 
 def remaining(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> int:
@@ -109,10 +139,13 @@ class _Work:
     run: RunDir
     source: Source
     events: Events
+    settings: Settings
+    test: PreparedSet
 
-    @property
-    def settings(self) -> Settings:
-        return settings_of(self.recipe, self.data, self.run, self.source)
+    @classmethod
+    def of(cls, recipe: Recipe, data: PreparedData, run: RunDir, source: Source, events: Events) -> _Work:
+        settings, test = settings_of(recipe, data, run, source), data.evaluation_set(recipe.evaluate.split)
+        return cls(recipe, data, run, source, events, settings, test)
 
     def groups(self, todo: Sequence[results.Row]) -> Iterator[list[results.Row]]:
         """The rows that are trained at once: one by one, or all of an architecture."""
@@ -131,16 +164,27 @@ class _Work:
         first_block = self.settings.batch * m.width * side * side
         return e.together == "on" or (self.data.device.type == "cpu" and first_block <= TOGETHER_VALUES)
 
-    def measure(self, rows: Sequence[results.Row], test: PreparedSet, task: Task) -> None:
-        """Train and measure the networks of some rows at once, and publish them."""
-        began, settings = time.perf_counter(), self.settings
+    def measure(self, rows: Sequence[results.Row], task: Task, unless_published: bool = False) -> None:
+        """Train and measure the networks of some rows at once, and publish them. Raises _Published where it is asked to."""
+        if not rows:
+            return
+        began, checked = time.perf_counter(), time.monotonic()
         networks = [self._network(row) for row in rows]
         sets = [training_set(self.recipe, self.data, self.run, self.source, row["seed"]) for row in rows]
         counters = [self._counters(row) for row in rows]
         shown = {"architecture": rows[0]["architecture"], "seed": ", ".join(str(row["seed"]) for row in rows)}
-        losses = self._trained(networks, sets, settings, counters, lambda: task.advance(len(rows), **shown))
+
+        def on_epoch() -> None:
+            nonlocal checked
+            task.advance(len(rows), **shown)
+            if unless_published and time.monotonic() - checked > _LOOK_SECONDS:
+                checked = time.monotonic()
+                if not not_done(self.run, rows):
+                    raise _Published
+
+        losses = self._trained(networks, sets, counters, on_epoch)
         for row, made, images, loss in zip(rows, networks, sets, losses, strict=True):
-            found = asdict(accuracy(made, test, self.data.counts))
+            found = asdict(accuracy(made, self.test, self.data.counts))
             measured: results.Row = {
                 **row,
                 **found,
@@ -163,14 +207,13 @@ class _Work:
         self,
         networks: list[nn.Module],
         sets: list[TrainingSet],
-        settings: Settings,
         counters: list[Counters],
-        on_epoch: Any,
+        on_epoch: Callable[[], None],
     ) -> list[float]:
         if len(networks) == 1:
-            return [train(networks[0], sets[0], settings, self.recipe.seed, counters[0], on_epoch)]
+            return [train(networks[0], sets[0], self.settings, self.recipe.seed, counters[0], on_epoch)]
         convnets = [n for n in networks if isinstance(n, ConvNet)]
-        return train_together(convnets, sets, settings, self.recipe.seed, counters, on_epoch)
+        return train_together(convnets, sets, self.settings, self.recipe.seed, counters, on_epoch)
 
     def _counters(self, row: results.Row) -> Counters:
         return (drawn_as(self.source), row["architecture"], row["seed"])

@@ -31,13 +31,15 @@ def label_robust_score(
 
 
 def augmentation_robust_score(
-    synthetic_augmented: float, random_augmented: float, synthetic_plain: float, random_plain: float, weight: float = 0.5
+    synthetic_augmented: float,
+    random_augmented: float,
+    synthetic_plain: float,
+    random_plain: float,
+    weight: float = 0.5,
 ) -> float:
     """ARS in [0, 1], from accuracies in [0, 1] with the method's augmentation and without any (``..._plain``)."""
     _check(synthetic_augmented, random_augmented, synthetic_plain, random_plain, weight)
-    return _scaled(
-        weight * (synthetic_augmented - random_augmented) + (1 - weight) * (synthetic_plain - random_plain)
-    )
+    return _scaled(weight * (synthetic_augmented - random_augmented) + (1 - weight) * (synthetic_plain - random_plain))
 
 
 def _scaled(value: float) -> float:

@@ -129,6 +129,12 @@ def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
     return TrainingSet(lambda rows: _with_hard_labels(data, chosen[rows]), len(chosen))
 
 
+def prepare_shared(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> None:
+    """Choose and keep what all seeds of a source share, before several processes would each do so. Raises as ``training_set``."""
+    if source in baselines.CHOOSERS:
+        training_set(recipe, data, run, source, 0)
+
+
 def everything(data: PreparedData) -> TrainingSet:
     """The whole long-tailed set with hard labels."""
     return TrainingSet(lambda rows: _with_hard_labels(data, rows), len(data.train), data.splits.train.labels_N.numpy())

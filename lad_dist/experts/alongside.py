@@ -15,7 +15,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from types import FrameType
+from typing import IO, Any
 
 from lad_dist import recipe_file
 from lad_dist.errors import ExpertError, Interrupted, LadDistError
@@ -44,7 +45,7 @@ class ExpertsProcess:
             errors="replace",
         )
         self._message: list[str] = []  # from its ``error: ...`` on
-        self._asked_to_end = threading.Event()
+        self._asked_to_end, self._awaited = threading.Event(), threading.Event()
         self.ended = threading.Event()
         assert self._process.stdout is not None and self._process.stderr is not None
         readers = ((self._pass_on, self._process.stdout), (self._listen, self._process.stderr))
@@ -72,11 +73,21 @@ class ExpertsProcess:
             f"the process that trains the experts {how}; what is published is kept, and the same command continues"
         )
 
-    def stop(self) -> None:
-        """End it, as Ctrl-C would; by force if it does not end in time."""
-        self._asked_to_end.set()
-        if self._process.poll() is None:
+    def ask_to_end(self) -> None:
+        """End it as Ctrl-C would, without waiting; it may have had that Ctrl-C already, and does not mind."""
+        if not self._asked_to_end.is_set() and self._process.poll() is None:
             self._process.terminate()
+        self._asked_to_end.set()
+
+    def wait(self) -> None:
+        """Until it has ended; how, ``error`` knows. Failing does not interrupt the main thread any more."""
+        self._awaited.set()
+        self._watcher.join()
+
+    def stop(self) -> None:
+        """End it, by force if it does not end in time."""
+        self.ask_to_end()
+        if self._process.poll() is None:
             try:
                 self._process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
@@ -105,7 +116,8 @@ class ExpertsProcess:
         self.ended.set()
         if code == 0 or self._asked_to_end.wait(_GROUP_SECONDS if code in _INTERRUPTED else 0.0):
             return
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not self._awaited.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
@@ -124,11 +136,12 @@ def alongside(run: Path, profile: Profile, say: Callable[[str], None]) -> Iterat
         here = profile.model_copy(update={"buffers": None})  # the run folder knows its buffer
         file.write_text(recipe_file.dump(here), encoding="utf-8")
         process = ExpertsProcess(run, file, say)
+        _forward_interruptions(process)
         try:
             yield process
             if not process.ended.is_set():
                 say("experts: the rest of them are still in training")
-            process.ended.wait()
+            process.wait()
         except Interrupted:
             failed = process.error()
             if failed is None or isinstance(failed, Interrupted):
@@ -139,6 +152,23 @@ def alongside(run: Path, profile: Profile, say: Callable[[str], None]) -> Iterat
         failed = process.error()
         if failed is not None:
             raise failed
+
+
+def _forward_interruptions(process: ExpertsProcess) -> None:
+    """Until the handlers are replaced: a signal that stops this process stops ``process`` at once, so that both save at a time.
+
+    Where ranks distill, their launcher has handlers of its own, and ``process`` is told when they have ended.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stop = signal.getsignal(number)
+        assert callable(stop), "as_exceptions has just set it"
+
+        def both(number: int, frame: FrameType | None, stop: Callable[..., Any] = stop) -> None:
+            if not process.ended.is_set():  # else it has failed, and this is how the main thread is told
+                process.ask_to_end()
+            stop(number, frame)
+
+        signal.signal(number, both)
 
 
 def _below(kind: type[LadDistError]) -> Iterator[type[LadDistError]]:

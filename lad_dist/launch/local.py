@@ -42,7 +42,7 @@ def run(
     """
     with as_exceptions():
         device = prepare_device(profile)
-        store = _location(buffers or profile.buffers)
+        store = store_of(buffers, profile)
         try:
             where = ranks.place()
             if where is None or where.rank == 0:
@@ -68,8 +68,12 @@ def _awaited(out: Path) -> RunDir:
     return RunDir.existing(out)
 
 
-def _location(buffers: Path | str | None) -> Path | str | None:
-    """A folder as a path, with ``~`` resolved; a URI (``s3://bucket/prefix``) as it is, since a path would mangle it."""
+def store_of(named: Path | str | None, profile: Profile) -> Path | str | None:
+    """Where buffers lie: ``named``, else the profile's; None: in each run.
+
+    A folder as a path, with ``~`` resolved; a URI (``s3://bucket/prefix``) as it is, since a path would mangle it.
+    """
+    buffers = named or profile.buffers
     return buffers if buffers is None or is_uri(buffers) else Path(buffers).expanduser()
 
 

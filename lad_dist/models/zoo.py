@@ -106,10 +106,11 @@ class _Plain(nn.Module):
                 made += [nn.Conv2d(width, layer.out_channels, kernel, padding=kernel // 2), norm(layer.out_channels)]
                 width = layer.out_channels
             elif isinstance(layer, nn.MaxPool2d):
-                kernel, stride = int(layer.kernel_size), int(layer.stride)
-                left = (side - kernel) // stride + 1
+                pool, stride = layer.kernel_size, layer.stride
+                assert isinstance(pool, int) and isinstance(stride, int)
+                left = (side - pool) // stride + 1
                 if left >= 2:
-                    made.append(nn.MaxPool2d(kernel, stride))
+                    made.append(nn.MaxPool2d(pool, stride))
                     side = left
             else:
                 made.append(nn.ReLU(inplace=True))

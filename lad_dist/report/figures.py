@@ -25,7 +25,7 @@ def _by_source(found: Contents) -> dict[str, list[list[float]]]:
     architecture = found.rows[0]["architecture"]
     all_of = {
         key: [row["per_class"] for row in found.rows if (row["source"], row["architecture"]) == (key, architecture)]
-        for key in tables.SOURCES
+        for key in tables.MAIN_SOURCES
     }
     return {key: of for key, of in all_of.items() if of}
 

@@ -76,8 +76,10 @@ def render(found: Contents, shown: pictures.Gallery | None) -> str:
 
 def _lead(found: Contents) -> list[tuple[str, str]]:
     """The figures at the top: label, value."""
-    accuracy = {line.key: line.figures[0] for line in tables.result_lines(results.summary(found.rows))}
-    lead = [(tables.SOURCES[key], f"{accuracy[key]} %") for key in tables.SOURCES if key in accuracy]
+    accuracy: dict[str, str] = {}
+    for line in tables.result_lines(results.summary(found.rows)):
+        accuracy.setdefault(line.key, line.figures[0])  # the first architecture, ConvNet where it was measured
+    lead = [(tables.SOURCES[key], f"{accuracy[key]} %") for key in tables.MAIN_SOURCES if key in accuracy]
     if found.counts:
         total, made = sum(found.counts), found.recipe.ipc * len(found.counts)
         lead.append(("Training images", f"{total:,} → {made:,}"))
@@ -91,10 +93,11 @@ def _missing(found: Contents) -> list[str]:
         done, total = max(found.history.iterations, default=0), found.recipe.distill.iterations
         notes.append(f"There is no distilled set yet ({done:,} of {total:,} iterations are recorded).")
     wanted = ("distilled", *found.recipe.evaluate.baselines)
+    networks = found.recipe.evaluate.seeds * len(set(found.recipe.evaluate.architectures))
     for source in wanted:
         have = sum(row["source"] == source for row in found.rows)
-        if have < found.recipe.evaluate.seeds:
-            notes.append(f"{tables.SOURCES[source]}: {have} of {found.recipe.evaluate.seeds} networks are measured.")
+        if have < networks:
+            notes.append(f"{tables.SOURCES[source]}: {have} of {networks} networks are measured.")
     return notes
 
 
@@ -103,20 +106,14 @@ def _results(found: Contents) -> dict[str, Any] | None:
         return None
     groups, by_count = tables.count_group_lines(found.rows)
     trained = {row["source"]: row.get("train_images") for row in found.rows}
-    mixed = [
-        source
-        for source in trained
-        if len(
-            {
-                json.dumps([r["settings"], r["set_id"], r["split"]], sort_keys=True)
-                for r in found.rows
-                if r["source"] == source
-            }
-        )
-        > 1
-    ]
+    ways: dict[tuple[str, str], set[str]] = {}
+    for r in found.rows:
+        way = json.dumps([r["settings"], r["set_id"], r["split"]], sort_keys=True)
+        ways.setdefault((r["source"], r["architecture"]), set()).add(way)
+    mixed = dict.fromkeys(source for (source, _), several in ways.items() if len(several) > 1)
     selection = next((row["selection"] for row in found.rows if row["source"] == "distilled"), None)
-    lines = tables.result_lines(results.summary(found.rows))
+    summaries = results.summary(found.rows)
+    lines = tables.result_lines(summaries)
     kinds = {(line.seeds, line.architecture) for line in lines}
     return {
         "headings": tables.headings(),
@@ -124,6 +121,9 @@ def _results(found: Contents) -> dict[str, Any] | None:
         "uniform": "{} {} networks with different seeds each".format(*kinds.pop()) if len(kinds) == 1 else "",
         "count_headings": tables.headings(groups),
         "count_lines": by_count if groups else [],
+        "calibration_headings": tables.headings(tables.CALIBRATION),
+        "calibration_lines": tables.calibration_lines(summaries),
+        "label_notes": tables.label_notes(found.rows),
         "trained": [(tables.SOURCES.get(s, s), n) for s, n in trained.items() if n is not None],
         "selection": tables.SELECTION.get(selection, selection) if selection else None,
         "optimistic": selection == "test-as-published",

@@ -12,7 +12,20 @@ Row = Mapping[str, Any]
 MISSING = "–"
 FIGURES = ("overall", "head", "medium", "tail")
 COUNT_GROUPS = ("many", "medium", "few")
-SOURCES = {"distilled": "Distilled", "random": "Random real", "full": "Whole long-tailed set"}
+SOURCES = {
+    "distilled": "Distilled",
+    "distilled-adsa": "Distilled, labels adjusted (ADSA)",
+    "distilled-hard": "Distilled, hard labels",
+    "random": "Random real",
+    "k-center": "Real, k-center greedy",
+    "herding": "Real, herding",
+    "graph-cut": "Real, graph-cut",
+    "full": "Whole long-tailed set",
+    "full-balanced": "Whole set, class-balanced sampling",
+    "full-logit-adjusted": "Whole set, logit-adjusted loss",
+}
+MAIN_SOURCES = ("distilled", "random", "full")  # what charts and the page's first figures show
+CALIBRATION = ("balanced", "ECE", "standard error")
 METHODS = {
     "lad": "LAD",
     "datm": "DATM",
@@ -91,11 +104,46 @@ def count_group_lines(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[Result
     return groups, lines
 
 
+def calibration_lines(summaries: Iterable[Row]) -> list[ResultLine]:
+    """From ``results.summary``: balanced accuracy, expected calibration error (15 bins), and the standard error of the mean of
+    overall accuracy over seeds (CALIBRATION), for the sources where they were measured."""
+    return [
+        ResultLine(
+            row["source"],
+            source_title(row),
+            str(row["architecture"]),
+            str(row["seeds"]),
+            (
+                plus_minus(row["balanced"], row.get("balanced_std")),
+                plus_minus(row["ece"], row.get("ece_std")),
+                percent(row.get("overall_sem")),
+            ),
+        )
+        for row in summaries
+        if row.get("balanced") is not None and row.get("ece") is not None
+    ]
+
+
+def label_notes(rows: Iterable[Row]) -> list[str]:
+    """A sentence for every way in which labels were adjusted after distillation; none where none were."""
+    taus = sorted({row["label_tau"] for row in rows if row.get("label_adjustment") == "adsa"})
+    if not taus:
+        return []
+    found = ", ".join(f"{tau:g}" for tau in taus)
+    return [
+        f"{SOURCES['distilled-adsa']}: the same images and networks, with soft labels adjusted for the long tail after "
+        f"distillation (ADSA, arXiv 2511.17914; tau {found})."
+    ]
+
+
 def source_title(row: Row) -> str:
     """What a row's networks were trained on, for people: ``Distilled (LAD)``, ``Random real``, ..."""
     title = SOURCES.get(row["source"], str(row["source"]))
     method = row.get("method")
-    return f"{title} ({METHODS.get(method, method)})" if row["source"] == "distilled" and method else title
+    if not str(row["source"]).startswith("distilled") or not method:
+        return title
+    name, comma, how = title.partition(",")
+    return f"{name} ({METHODS.get(method, method)}){comma}{how}"
 
 
 def spread(fractions: Sequence[float]) -> str:

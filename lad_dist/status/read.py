@@ -14,6 +14,7 @@ from lad_dist.progress import EventTail, clock
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
 from lad_dist.status.log import ExpertLog, RunLog, StageLog
+from lad_dist.status.slurm import Queue
 
 if TYPE_CHECKING:
     from lad_dist.trajectories.reader import Buffer
@@ -76,6 +77,7 @@ class Follower:
         self._tail, self._log = EventTail(self.run.events), RunLog()
         self._recipe: tuple[object, Recipe] | None = None
         self._shelf = _Shelf(self.run)
+        self._queue = Queue(self.run)
 
     def read(self, now: float | None = None) -> RunStatus:
         """The status now (``now``: Unix time in seconds)."""
@@ -90,20 +92,22 @@ class Follower:
         rows = results.read(run.results)
         experts, lines = _experts(recipe, log, self._shelf, now)
         stages = [experts, _distill(recipe, run, log, now)]
+        wanted = recipe.evaluate.seeds * len(set(recipe.evaluate.architectures))
         measured = [row["source"] for row in rows]
         for source in dict.fromkeys(["distilled", *recipe.evaluate.baselines, *measured]):
             done, name = measured.count(source), f"evaluate {source}"
-            detail = f"{done} of {recipe.evaluate.seeds} networks"
-            state = _state(log.stages.get(name), done >= recipe.evaluate.seeds, done > 0, now, log.last)
+            detail = f"{done} of {wanted} networks"
+            state = _state(log.stages.get(name), done >= wanted, done > 0, now, log.last)
             stages.append(StageStatus(name, state, "" if state == "not started" else detail))
         page = run.report / "index.html"
         written = page.exists()
         state = _state(log.stages.get("report"), written, False, now, log.last)
         stages.append(StageStatus("report", state, str(page) if written else ""))
-        notes = [self._shelf.fault] if self._shelf.fault else []
+        slurm = self._queue.lines()
+        notes = [*slurm, *([self._shelf.fault] if self._shelf.fault else [])]
         if experts.state == "running" and log.ray is not None:
             notes.append(_ray(log.ray.get("dashboard"), log.ray.get("address"), log.ray.get("namespace")))
-        version = (log.count, tuple(stage.state for stage in stages), len(rows), self._shelf.fault)
+        version = (*self._queue.version, log.count, tuple(stage.state for stage in stages), len(rows), self._shelf.fault)
         return RunStatus(run.root, recipe, tuple(stages), log.error, tuple(rows), tuple(lines), tuple(notes), version)
 
     def _read_recipe(self) -> Recipe:

@@ -94,6 +94,7 @@ def results_notes(rows: Sequence[results.Row]) -> Iterator[str]:
     for selection in sorted({row["selection"] for row in rows if row["source"] == "distilled"}):
         published = "selected on the test set, as published. " if selection == "test-as-published" else ""
         yield published + tables.SELECTION.get(selection, f"selection: {selection}")
+    yield from tables.label_notes(rows)
 
 
 def compare_table(runs: Sequence[Path]) -> Table:

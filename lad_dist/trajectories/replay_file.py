@@ -13,6 +13,7 @@ Shapes: P weights of the whole network.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import re
@@ -96,11 +97,14 @@ def _refused(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as cause:
-        if cause.errno is None:
+        if cause.errno in (
+            None,
+            errno.EINVAL,
+        ):  # the latter: a place in the file that the file itself names, and has not
             raise _damaged(path, cause) from cause
         raise TrajectoryError(f"{path}: cannot be read: {cause.strerror}; valid: a readable file") from cause
     except Exception as cause:  # the bytes decide what zipfile, the unpickler and torch stumble over
-        code = re.search(r"(?:Unsupported|Trying to \w+ unsupported|blocked)[^:]*: (?:GLOBAL )?([\w.]+)", str(cause))
+        code = re.search(r"GLOBAL ([^\s]+)", str(cause))  # what the pickle names, and torch refuses to import
         if code:
             raise TrajectoryError(
                 f"{path}: was not loaded: it asks for {code[1]}, and a replay buffer needs nothing but lists and tensors; "
@@ -111,7 +115,9 @@ def _refused(path: Path) -> Iterator[None]:
 
 def _damaged(path: Path, cause: Exception) -> TrajectoryError:
     reason = (str(cause).splitlines() or [""])[0].removesuffix(".") or repr(cause)
-    if reason.startswith("Weights only load failed"):  # torch goes on to advise loading it without protection
+    if (
+        "weights only" in reason.lower() or "weights_only" in reason
+    ):  # torch goes on to advise loading without protection
         reason = "its pickle cannot be understood"
     return TrajectoryError(f"{path}: is damaged, or not a file of torch.save: {reason}; valid: {_FORM}")
 

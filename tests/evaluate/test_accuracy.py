@@ -7,7 +7,7 @@ import torch
 
 from lad_dist.data.prepared import PreparedSet
 from lad_dist.data.whitening import Whitening
-from lad_dist.evaluate.accuracy import accuracy
+from lad_dist.evaluate.accuracy import accuracy, calibration_error
 
 
 def prepared(labels: list[int], said: list[int]) -> PreparedSet:
@@ -53,3 +53,31 @@ def test_fewer_than_three_classes_have_no_head_and_no_tail():
 def test_all_right_and_all_wrong():
     assert accuracy(read(6), prepared(LABELS, LABELS), COUNTS).overall == 1
     assert accuracy(read(7), prepared([0, 1, 2], [3, 3, 3]), (9, 8, 7, 6, 5, 4, 3)).overall == 0
+
+
+def test_confusion_and_balanced_accuracy_by_hand():
+    found = accuracy(read(6), prepared(LABELS, SAID), COUNTS)
+    expected = [[3, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 2, 0, 0, 0], [0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0],
+                [1, 0, 0, 0, 0, 0]]  # fmt: skip
+    assert [list(row) for row in found.confusion] == expected
+    assert found.balanced == pytest.approx((0.75 + 0.5 + 1 + 1 + 0 + 0) / 6)
+
+
+def test_balanced_accuracy_leaves_out_classes_that_the_set_does_not_hold():
+    found = accuracy(read(3), prepared([0, 0, 0, 1], [0, 0, 0, 0]), (9, 8, 7))
+    assert found.balanced == pytest.approx(0.5) and found.overall == 0.75
+
+
+def test_calibration_error_by_hand():
+    """Bins (0, 1/15], ..., (14/15, 1]: 0.95 and 0.97 share one, 0.5 and 0.52 another, 1/15 is in the first."""
+    confidence = torch.tensor([0.95, 0.97, 0.5, 0.52, 1 / 15], dtype=torch.float64)
+    right = torch.tensor([True, False, True, True, False])
+    gaps = abs(1 - 1.92) + abs(2 - 1.02) + abs(0 - 1 / 15)
+    assert calibration_error(confidence, right) == pytest.approx(gaps / 5)
+    assert calibration_error(torch.ones(4), torch.ones(4, dtype=torch.bool)) == 0
+    assert calibration_error(torch.ones(4), torch.zeros(4, dtype=torch.bool)) == 1
+
+
+def test_calibration_of_a_network_that_always_says_a_third():
+    found = accuracy(lambda images: torch.zeros(len(images), 3), prepared([0, 1, 2, 0], [0] * 4), (9, 8, 7))
+    assert found.overall == 0.5 and found.ece == pytest.approx(0.5 - 1 / 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,11 +14,13 @@ from lad_dist import results
 from lad_dist.distilled import DistilledSet
 from lad_dist.errors import DistilledError, NumericalError
 from lad_dist.evaluate import measure
-from lad_dist.evaluate.measure import planned_rows, random_real, settings_of
+from lad_dist.evaluate.baselines import random_real
+from lad_dist.evaluate.measure import planned_rows
+from lad_dist.evaluate.sources import settings_of
 from lad_dist.pipeline import Pipeline
 from lad_dist.progress import read_events
 
-MEASURED = ("overall", "head", "medium", "tail", "per_class", "by_count", "train_loss")
+MEASURED = ("overall", "balanced", "head", "medium", "tail", "per_class", "by_count", "ece", "confusion", "train_loss")
 
 
 @pytest.fixture
@@ -52,7 +55,11 @@ def test_a_row_for_every_source_and_seed(distilled):
         assert len(classes) == 10 and np.mean(classes) == pytest.approx(r["overall"])  # a balanced test set
         assert 0 <= r["overall"] <= 1 and r["architecture"] == "convnet" and r["split"] == "test"
         assert (r["head"], r["tail"]) == pytest.approx((np.mean(classes[:3]), np.mean(classes[7:])))
-        assert set(r["settings"]) == {"epochs", "batch", "lr", "momentum", "weight_decay", "decay", "augment"}
+        assert set(r["settings"]) == {"epochs", "batch", "lr", "momentum", "weight_decay", "decay", "augment", "sampling",
+                                      "logit_adjustment", "labels", "network"}  # fmt: skip
+        confusion = np.array(r["confusion"])
+        assert confusion.shape == (10, 10) and np.trace(confusion) / confusion.sum() == pytest.approx(r["overall"])
+        assert r["balanced"] == pytest.approx(np.mean(classes)) and 0 <= r["ece"] <= 1
         assert r["recipe_hash"] == distilled.recipe.recipe_hash() and r["counts"] == list(distilled.data.counts)
     assert [r["train_images"] for r in found] == [20, 20, 20, 20, 96, 96]
     assert [r["method"] for r in found] == ["lad", "lad", "random", "random", "full", "full"]
@@ -118,18 +125,20 @@ def test_another_distilled_set_is_measured_again(distilled, pipeline_of):
 def test_seeds_are_deterministic_and_differ(distilled, source):
     distilled.evaluate(source)
     first = [{k: r[k] for k in MEASURED} for r in rows(distilled, source)]
-    distilled.run.results.unlink()
+    shutil.rmtree(distilled.run.results.parent)
     torch.manual_seed(5)
     distilled.evaluate(source)
     assert [{k: r[k] for k in MEASURED} for r in rows(distilled, source)] == first
     assert first[0]["train_loss"] != first[1]["train_loss"]
 
 
-def test_an_interruption_keeps_the_networks_that_are_finished(distilled, monkeypatch):
-    def train(network, batch_of, count, settings, seed, counters, on_epoch, original=measure.train):
+def test_an_interruption_keeps_the_networks_that_are_finished(distilled, small_recipe, monkeypatch):
+    distilled = with_changes(distilled, small_recipe, evaluate={"together": "off"})
+
+    def train(network, images, settings, seed, counters, on_epoch, original=measure.train):
         if counters[-1] == 1:
             raise NumericalError("stop")
-        return original(network, batch_of, count, settings, seed, counters, on_epoch)
+        return original(network, images, settings, seed, counters, on_epoch)
 
     with monkeypatch.context() as patch:
         patch.setattr(measure, "train", train)
@@ -172,11 +181,11 @@ def test_a_set_of_other_data_is_refused(distilled, monkeypatch):
 def test_the_networks_of_a_seed_start_apart_for_each_source(distilled, monkeypatch):
     starts = []
 
-    def build(*args, original=measure.build, **fields):
+    def build(*args, original=measure.network, **fields):
         starts.append(fields["purpose"])
         return original(*args, **fields)
 
-    monkeypatch.setattr(measure, "build", build)
+    monkeypatch.setattr(measure, "network", build)
     distilled.evaluate("distilled")
     distilled.evaluate("random")
     assert len(set(starts)) == 4

@@ -59,3 +59,74 @@ def test_summary_by_hand():
     assert distilled["overall"] == pytest.approx(0.7) and distilled["overall_std"] == pytest.approx(0.2)  # over n - 1
     assert distilled["head"] == pytest.approx(0.8) and distilled["tail"] is None and distilled["tail_std"] is None
     assert random["overall"] == 0.4 and random["overall_std"] is None
+
+
+def test_standard_error_and_figures_that_older_rows_lack():
+    entry = results.summary([row(overall=0.5, ece=0.1), row(seed=1, overall=0.7), row(seed=2, overall=0.9)])[0]
+    assert entry["overall_sem"] == pytest.approx(0.2 / 3**0.5)
+    assert entry["ece"] == 0.1 and entry["ece_std"] is None and entry["ece_sem"] is None
+    assert entry["balanced"] is None
+
+
+# --- one file per row -------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_files_and_the_table_is_merged_from_them(tmp_path):
+    path = tmp_path / "evaluation" / "results.json"
+    full, second = row("full"), row(seed=1, confusion=[[1, 0], [0, 1]])
+    files = [results.put(path, r) for r in (full, second, row())]
+    assert [f.name for f in files] == ["full-convnet-0.json", "distilled-convnet-1.json", "distilled-convnet-0.json"]
+    assert results.read(path) == [row(), second, full]  # sources in the order of tables, then seeds
+    assert not path.exists()
+    assert results.merge(path) == [row(), second, full]
+    assert json.loads(path.read_text())["rows"] == [row(), row(seed=1), full]  # without the confusion matrix
+    assert results.read(path)[1] == second
+    stamp = path.stat().st_mtime_ns
+    results.merge(path)
+    assert path.stat().st_mtime_ns == stamp
+
+
+def test_a_row_takes_the_place_of_the_older_one_also_in_the_table(tmp_path):
+    path = tmp_path / "results.json"
+    results.write(path, [row(overall=0.1), row("random", overall=0.2)])  # of an older run, without row files
+    results.put(path, row(overall=0.9))
+    assert [r["overall"] for r in results.read(path)] == [0.9, 0.2]
+    results.merge(path)
+    assert [r["overall"] for r in json.loads(path.read_text())["rows"]] == [0.9, 0.2]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"source": "full"}'])
+def test_a_damaged_row_is_named(tmp_path, text):
+    path = tmp_path / "results.json"
+    results.put(path, row()).write_text(text)
+    with pytest.raises(RunDirError, match=r"distilled-convnet-0\.json: is not a row of results"):
+        results.read(path)
+
+
+def test_rows_that_are_being_written_are_not_read(tmp_path):
+    path = tmp_path / "results.json"
+    results.put(path, row())
+    (results.rows_folder(path) / ".tmp-host-1-x.json").write_text("{")
+    assert results.read(path) == [row()]
+
+
+def test_names_are_safe(tmp_path):
+    path = tmp_path / "results.json"
+    file = results.put(path, row("../a b", architecture="x/y"))
+    assert file.parent == results.rows_folder(path) and file.name == "_a_b-x_y-0.json"
+
+
+def test_two_processes_that_merge_at_the_same_time_lose_nothing(tmp_path, monkeypatch):
+    """The second row is published after the first process has read, and before it writes."""
+    path, original = tmp_path / "results.json", results.write
+    results.put(path, row())
+
+    def write(where, rows):
+        monkeypatch.setattr(results, "write", original)
+        results.put(path, row(seed=1))
+        results.merge(path)
+        original(where, rows)
+
+    monkeypatch.setattr(results, "write", write)
+    results.merge(path)
+    assert [r["seed"] for r in json.loads(path.read_text())["rows"]] == [0, 1]

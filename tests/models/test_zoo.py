@@ -35,8 +35,9 @@ def test_every_size_gives_logits_that_depend_on_the_image_and_gradients_for_ever
 
 @pytest.mark.parametrize("name", ["vgg11", "resnet18", "alexnet"])
 def test_no_feature_map_shrinks_below_two_pixels(name):
+    sides: list[int] = []
     for size in (8, 9, 16, 33):
-        sides = []
+        sides.clear()
         net = made(name, 1, size)
         for module in net.modules():
             if isinstance(module, nn.GroupNorm):

@@ -1,0 +1,157 @@
+"""What a run needs from SLURM: which stages are left, as which jobs, with which options. No SLURM command is called here.
+
+stages_left   by what is on disk
+Request       one job, or one array of jobs, in submitit's terms
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lad_dist import results
+from lad_dist.errors import RecipeError
+from lad_dist.launch.job import Order
+from lad_dist.pipeline import STAGES
+from lad_dist.profile import EvaluateOnSlurm, ExpertsOnSlurm, Option, Profile, SlurmConfig, StageOnSlurm
+from lad_dist.recipe import Recipe
+from lad_dist.rundir import RunDir
+
+
+def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str]) -> list[str]:
+    """Those of ``wanted`` that are not done, in order; the report is written again after anything else.
+
+    Raises TrajectoryError where the buffer is damaged or another recipe's, RunDirError where results are damaged.
+    """
+    from lad_dist.distill.live import all_stages, complete
+    from lad_dist.trajectories.reader import Buffer
+
+    left = []
+    buffer = Buffer(run.trajectories, expected_hash=recipe.experts_hash())
+    if len(complete(buffer, all_stages(recipe), recipe.experts.count)) < recipe.experts.count:
+        left.append("experts")
+    if not run.distilled.exists():
+        left.append("distill")
+    measured = {(row["source"], row["architecture"], row["seed"]) for row in results.read(run.results)}
+    if "distill" in left or not _networks(recipe) <= measured:
+        left.append("evaluate")
+    if left or not (run.report / "index.html").exists():
+        left.append("report")
+    return [stage for stage in STAGES if stage in left and stage in wanted]
+
+
+def _networks(recipe: Recipe) -> set[tuple[str, str, int]]:
+    """(source, architecture, seed) of every network that the evaluation trains."""
+    e = recipe.evaluate
+    sources = ["distilled", *e.baselines, *(["distilled-adsa"] if e.label_adjustment == "adsa" else [])]
+    return {(s, a, seed) for s in sources for a in e.architectures for seed in range(e.seeds)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """``count`` jobs that do ``stage`` together (1: a single job), each with these ``parameters`` of submitit's."""
+
+    stage: str
+    count: int
+    fleet: bool
+    profile: Profile  # inside the jobs
+    parameters: dict[str, Any]
+
+    def orders(self, run: RunDir, logs: Path) -> list[Order]:
+        """What each of the jobs is told."""
+        document = self.profile.model_dump(mode="json")
+        folder = str(run.root.resolve())
+        return [
+            Order(self.stage, folder, document, str(logs), index, self.count, self.fleet) for index in range(self.count)
+        ]
+
+
+def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission: str) -> Request:
+    """The jobs of a stage. ``name``: the run's, ``submission``: the id by which its jobs are known again.
+
+    Raises RecipeError where the profile's numbers contradict each other.
+    """
+    s, own = profile.slurm, getattr(profile.slurm.stages, stage)
+    nodes = own.nodes or profile.nodes
+    gpus = profile.gpus_per_node if own.gpus_per_node is None else own.gpus_per_node
+    tasks, count, fleet = 1, 1, False
+    if isinstance(own, ExpertsOnSlurm):
+        fleet = own.mode == "fleet"
+        count = 1 if fleet else min(nodes, recipe.experts.count)
+        nodes = nodes if fleet else 1
+    elif isinstance(own, EvaluateOnSlurm):
+        count, nodes = min(own.jobs, len(_networks(recipe))), 1
+        gpus = min(gpus, 1) if own.gpus_per_node is None else gpus
+    elif stage == "distill":
+        tasks = own.tasks_per_node or s.tasks_per_node or max(1, gpus)
+    else:
+        nodes, gpus = 1, own.gpus_per_node or 0
+    # Cores are asked for by task; a single task that uses all GPUs gets those of all.
+    cpus = own.cpus_per_task or s.cpus_per_task * (max(1, gpus) if tasks == 1 and stage != "report" else 1)
+    minutes = own.time_minutes or s.time_minutes
+    if s.warning_seconds >= minutes * 60:
+        raise RecipeError(
+            f"profile: slurm.warning_seconds: {s.warning_seconds} s is not below the {minutes} min of "
+            f"{'slurm' if own.time_minutes is None else f'slurm.stages.{stage}'}.time_minutes; valid: a part of it, "
+            "enough for one iteration or epoch and a checkpoint"
+        )
+    parameters = {
+        "name": f"{name}-{stage}",
+        "timeout_min": minutes,
+        "nodes": nodes,
+        "tasks_per_node": tasks,
+        "cpus_per_task": cpus,
+        **_optional(s, own, gpus),
+        "slurm_signal_delay_s": s.warning_seconds,
+        "slurm_comment": f"lad-dist {submission}",
+        "slurm_setup": _setup(s.setup),
+        **_options(s, own, tasks * nodes > 1),
+    }
+    inside = profile.model_copy(
+        update={
+            "launcher": "local",
+            "nodes": 1,
+            "gpus_per_node": gpus,
+            "ranks": nodes * tasks if stage == "distill" else 1,
+            "threads": profile.threads or cpus,
+            "buffers": None,  # the run folder knows its buffer
+            "slurm": SlurmConfig(),
+        }
+    )
+    return Request(stage, count, fleet, inside, parameters)
+
+
+def _optional(s: SlurmConfig, own: StageOnSlurm, gpus: int) -> dict[str, Any]:
+    asked = {
+        "gpus_per_node": gpus or None,
+        "mem_gb": own.mem_gb or s.mem_gb,
+        "slurm_partition": own.partition or s.partition,
+        "slurm_account": s.account,
+        "slurm_qos": own.qos or s.qos,
+        "slurm_constraint": own.constraint or s.constraint,
+    }
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _setup(lines: Sequence[str]) -> list[str]:
+    """The profile's lines; one that fails ends the job and is named in its log."""
+    if not lines:
+        return []
+    say = 'echo "error: slurm.setup: exit code $?: $BASH_COMMAND" >&2'
+    return ["set -e", f"trap '{say}' ERR", *lines, "trap - ERR", "set +e"]
+
+
+def _options(s: SlurmConfig, own: StageOnSlurm, several: bool) -> dict[str, Any]:
+    """The options passed on, and those that every job has: a task that dies ends the others, a dead node requeues the job."""
+    options: dict[str, Option] = {**s.options, **own.options}
+    more = options.get("slurm_additional_parameters", {})
+    always = {"requeue": True, "kill-on-invalid-dep": "yes"}
+    arguments = options.get("slurm_srun_args", "")
+    srun = [*(["--kill-on-bad-exit=1"] if several else []), *str(arguments).split()]
+    return {
+        **options,
+        "slurm_additional_parameters": {**always, **(more if isinstance(more, dict) else {})},
+        "slurm_srun_args": srun,
+    }

@@ -1,0 +1,241 @@
+"""A private Ray cluster over the nodes of one SLURM job, for the fleet of experts. Ray runs as child processes only.
+
+The first task starts the head and drives; every other task starts a node and serves until the first one is done:
+
+    head    the first task, around the stage: a profile that joins the cluster
+    serve   the other tasks
+
+Nodes are shared with other jobs, so nothing is left to Ray's defaults: ports follow from the job's number, the folder for
+sockets is private and short, CPUs and GPUs are those of the job, addresses are explicit, and who has not the job's token,
+a file that only its owner can read, is turned away. Whatever is still there when a task ends is ended by its ward.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from lad_dist.errors import ClusterError
+from lad_dist.launch.job import Task
+from lad_dist.launch.ward import environment, private_folder
+from lad_dist.profile import Profile
+from lad_dist.rundir import published
+
+LOOPBACK = "127.0.0.1"
+_FIRST_PORT, _PORTS, _EACH = 11_000, 20_000, 10  # below the ports that Linux hands out itself; ten for each node
+_TRIES = 50
+_START_SECONDS = 180.0  # that the head may take; imports over a network file system are slow
+_END_SECONDS = 15.0  # that Ray may take to end
+_LOOK_SECONDS = 0.2
+_MIB = 2**20
+# `ray start` takes 127.0.0.1 for the host's address in the network, where several virtual nodes of one host have none.
+_ON_LOOPBACK = (
+    "import ray._private.services as s; s.get_node_ip_address = lambda address=None: '127.0.0.1'; "
+    "from ray.scripts.scripts import main; main()"
+)
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The ports of one Ray node."""
+
+    gcs: int
+    client: int
+    dashboard: int
+    metrics: int
+    node_manager: int
+    object_manager: int
+    runtime_env: int
+    agent: int
+    agent_grpc: int
+
+    @classmethod
+    def of(cls, job: int, node: int) -> Ports:
+        """Those of a node of a job: a function of both, moved on where one of them is taken.
+
+        Raises ClusterError where no free ones were found.
+        """
+        for attempt in range(_TRIES):
+            first = _FIRST_PORT + ((job * 8 + node) * _EACH + attempt * 7919 * _EACH) % _PORTS
+            numbers = range(first, first + 9)
+            if all(_free(number) for number in numbers):
+                return cls(*numbers)
+        raise ClusterError(f"ray: no {_EACH} free ports in a row on {socket.gethostname()} after {_TRIES} tries")
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def own_address(variables: Mapping[str, str] = os.environ) -> str:
+    """This node's address for the job's other nodes: that of its name in SLURM; the loopback address if it has none."""
+    try:
+        return socket.gethostbyname(variables.get("SLURMD_NODENAME", ""))
+    except OSError:  # several virtual nodes on one host
+        return LOOPBACK
+
+
+class Files:
+    """What the tasks of one start of a job tell each other, in the job's log folder, which all nodes share."""
+
+    def __init__(self, task: Task) -> None:
+        self.where = task.folder / f"ray-{task.restarts}.json"
+        self.token = task.folder / f"ray-token-{task.restarts}"
+        self.done = task.folder / f"ray-done-{task.restarts}"
+
+
+@contextmanager
+def head(task: Task, profile: Profile) -> Iterator[Profile]:
+    """The first task's part: start the head, and while the block runs be the cluster's driver, with this profile.
+
+    Raises ClusterError where the head does not start.
+    """
+    files, address, ports = Files(task), own_address(), Ports.of(int(task.number), task.rank)
+    handle = os.open(files.token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "w") as token:
+        token.write(secrets.token_hex(32))
+    arguments = [
+        "--head",
+        f"--port={ports.gcs}",
+        f"--ray-client-server-port={ports.client}",
+        f"--include-dashboard={str(profile.ray.dashboard).lower()}",
+        f"--dashboard-port={ports.dashboard}",
+        f"--dashboard-host={LOOPBACK}",
+    ]
+    at = f"{address}:{ports.gcs}"
+    try:
+        with _node(task, profile, ports, address, files, arguments) as process, environment(_access(files)):
+            _await_head(process, address, ports.gcs, task)
+            with published(files.where) as temporary:
+                temporary.write_text(json.dumps({"address": at}))
+            _tell(task, profile, ports, files)
+            yield profile.model_copy(update={"fleet": "on", "ray": profile.ray.model_copy(update={"address": at})})
+            files.done.touch()
+    finally:
+        files.done.touch()
+        files.token.unlink(missing_ok=True)
+
+
+def serve(task: Task, profile: Profile) -> None:
+    """The part of every other task: a node of the cluster until the first task is done.
+
+    Raises ClusterError where there is no head to join, or the node ends before that.
+    """
+    files = Files(task)
+    until = time.monotonic() + _START_SECONDS
+    while not files.where.exists():
+        if files.done.exists():
+            return
+        if time.monotonic() > until:
+            raise ClusterError(f"ray: the head did not start within {_START_SECONDS:.0f} s; see the log of task 0")
+        time.sleep(_LOOK_SECONDS)
+    address = json.loads(files.where.read_text())["address"]
+    ports = Ports.of(int(task.number), task.rank)
+    with _node(task, profile, ports, own_address(), files, [f"--address={address}"]) as process:
+        while process.poll() is None and not files.done.exists():
+            time.sleep(_LOOK_SECONDS)
+        until = time.monotonic() + _END_SECONDS  # a head that ended takes its nodes along a moment before it says so
+        while not files.done.exists():
+            if time.monotonic() > until:
+                raise ClusterError(
+                    f"ray: the node on {task.node} ended with code {process.returncode} before its head did"
+                )
+            time.sleep(_LOOK_SECONDS)
+
+
+@contextmanager
+def _node(
+    task: Task, profile: Profile, ports: Ports, address: str, files: Files, arguments: list[str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A Ray node as a child of this process, its output beside the job's log, until the block ends."""
+    folder = private_folder(os.environ)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    cpus = max(int(os.environ.get("SLURM_CPUS_PER_TASK", "1")), profile.threads_per_expert)
+    store = [f"--object-store-memory={profile.ray.object_store_mb * _MIB}"] if profile.ray.object_store_mb else []
+    start = ["-c", _ON_LOOPBACK] if address == LOOPBACK else ["-m", "ray.scripts.scripts"]
+    command = [
+        sys.executable,
+        *start,
+        "start",
+        "--block",
+        f"--node-ip-address={address}",
+        f"--num-cpus={cpus}",
+        f"--num-gpus={profile.gpus_per_node}",
+        f"--temp-dir={folder}",
+        f"--node-manager-port={ports.node_manager}",
+        f"--object-manager-port={ports.object_manager}",
+        f"--runtime-env-agent-port={ports.runtime_env}",
+        f"--dashboard-agent-listen-port={ports.agent}",
+        f"--dashboard-agent-grpc-port={ports.agent_grpc}",
+        f"--metrics-export-port={ports.metrics}",
+        "--min-worker-port=0",  # workers take what the system gives them
+        "--max-worker-port=0",
+        "--disable-usage-stats",
+        *store,
+        *arguments,
+    ]
+    if "--head" not in arguments:
+        command.remove("--disable-usage-stats")
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    threads = {"OMP_NUM_THREADS": str(profile.threads_per_expert)}
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with (task.folder / f"ray-{task.rank}.log").open("ab") as log:
+        process = subprocess.Popen(  # noqa: S603 - this interpreter
+            command,
+            env={**inherited, **quiet, **threads, **_access(files)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_END_SECONDS)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _access(files: Files) -> dict[str, str]:
+    """What makes Ray demand the token, and show it."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(files.token)}
+
+
+def _await_head(process: subprocess.Popen[bytes], address: str, port: int, task: Task) -> None:
+    until = time.monotonic() + _START_SECONDS
+    while time.monotonic() < until and process.poll() is None:
+        with suppress(OSError), socket.create_connection((address, port), timeout=1):
+            return
+        time.sleep(_LOOK_SECONDS)
+    how = "did not answer in time" if process.poll() is None else f"ended with code {process.returncode}"
+    raise ClusterError(f"ray: the head {how}; see {task.folder / f'ray-{task.rank}.log'}")
+
+
+def _tell(task: Task, profile: Profile, ports: Ports, files: Files) -> None:
+    """How to open the dashboard, in the log and for ``status``."""
+    if not profile.ray.dashboard:
+        return
+    login = os.environ.get("SLURM_SUBMIT_HOST", "LOGIN")
+    port = ports.dashboard
+    line = (
+        f"dashboard: ssh -N -L {port}:{LOOPBACK}:{port} -J {login} {task.node}, then http://localhost:{port} "
+        f"with the token in {files.token}"
+    )
+    print(f"ray: {line}", flush=True)
+    task.write(dashboard=line)

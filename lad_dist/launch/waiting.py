@@ -1,0 +1,82 @@
+"""Staying with a chain of SLURM jobs until it ends: what changes is said, and how it failed. No submitit here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from lad_dist.errors import ClusterError
+from lad_dist.rundir import RunDir
+from lad_dist.status import Follower
+from lad_dist.status.slurm import Queue, TaskState
+
+LOOK_SECONDS = 2.0  # between two looks at the run's files; squeue is asked less often
+PROGRESS_SECONDS = 10.0  # between two lines about one stage's progress
+
+
+def wait(run: RunDir, say: Callable[[str], None]) -> None:
+    """Until no job of the run is queued or at work. Interrupted, the jobs go on.
+
+    Raises:
+        ClusterError: a job did not finish; names it, its reason and its log.
+    """
+    queue, follower, told = Queue(run), Follower(run.root), _Told(say)
+    while True:
+        states = queue.states()
+        told.jobs(states, queue.fault)
+        for stage in follower.read().stages:
+            if stage.state in ("running", "done"):
+                told.progress(stage.name, f"{stage.name}: {stage.state}{', ' if stage.detail else ''}{stage.detail}")
+        if queue.fault is None and not any(one.live for one in states):
+            break
+        time.sleep(LOOK_SECONDS)
+    failed = failure(states, run)
+    if failed is not None:
+        raise failed
+
+
+def failure(states: Sequence[TaskState], run: RunDir) -> ClusterError | None:
+    """What the chain failed of: its first job that did not finish; None if all have."""
+    wrong = [one for one in states if one.state not in ("done", "waiting", "running")]
+    if not wrong:
+        return None
+    first = next((one for one in wrong if one.state in ("failed", "gone")), wrong[0])
+    never = [one.stage for one in wrong if one.state == "cancelled" and one.stage != first.stage]
+    after = f"; not begun, since they need it: {', '.join(dict.fromkeys(never))}" if never else ""
+    log = f"; its log: {first.log}" if first.log.exists() else ""
+    return ClusterError(
+        f"{first.line()}{after}{log}; what is finished is kept, and the same command submits the rest (run folder {run.root})"
+    )
+
+
+class _Told:
+    """Says what is new."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._lines: dict[str, str] = {}
+        self._last: dict[str, float] = {}
+
+    def jobs(self, states: Sequence[TaskState], fault: str | None) -> None:
+        if fault is not None:
+            self._once("squeue", f"SLURM: {fault}")
+        for one in states:
+            known = (one.state, one.words.partition(",")[0])  # not the time left, which always changes
+            if self._lines.get(one.id) != str(known):
+                self._lines[one.id] = str(known)
+                self._say(one.line())
+                if one.dashboard and one.state == "running":
+                    self._once(f"{one.id} dashboard", one.dashboard)
+
+    def progress(self, stage: str, text: str) -> None:
+        if (
+            text != self._lines.get(stage)
+            and time.monotonic() - self._last.get(stage, -PROGRESS_SECONDS) >= PROGRESS_SECONDS
+        ):
+            self._lines[stage], self._last[stage] = text, time.monotonic()
+            self._say(text)
+
+    def _once(self, key: str, text: str) -> None:
+        if self._lines.get(key) != text:
+            self._lines[key] = text
+            self._say(text)

@@ -1,0 +1,116 @@
+"""What SLURM starts on a node in place of the Python that does the work: ``python -m lad_dist.launch.ward ARGUMENTS``.
+
+It starts ``python ARGUMENTS`` as its child, waits for it, and then ends every process that the child has left behind,
+whatever became of the child: a driver that was killed cannot stop its Ray. Processes of a child that died become the ward's
+own (Linux: PR_SET_CHILD_SUBREAPER), however far they have detached themselves; processes that others started never do.
+
+The warning signal, SIGUSR2, is blocked here and so in every process below from its first instruction on: SLURM sends it to
+all processes of a job step, most of which would die of it. The one that is meant takes it with ``sigwait`` (``job.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+WARNING = signal.SIGUSR2
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_END_SECONDS = 3.0  # between asking what was left behind to end, and ending it
+
+
+def main(arguments: list[str]) -> int:
+    """Run ``python ARGUMENTS``; returns its exit code, or 128 + the signal that ended it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [WARNING])
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+        signal.signal(number, lambda *_: None)  # SLURM sends them to the child as well, whose end is waited for
+    adopt_orphans()
+    child = subprocess.Popen([sys.executable, *arguments])  # noqa: S603 - this interpreter
+    try:
+        code = child.wait()
+    finally:
+        end_descendants()
+        shutil.rmtree(private_folder(os.environ), ignore_errors=True)
+    return 128 - code if code < 0 else code
+
+
+def private_folder(environment: Mapping[str, str]) -> Path:
+    """This task's folder for sockets and temporary files: short, since a socket's path may have 107 bytes at most."""
+    user = environment.get("USER") or str(os.getuid())
+    task = f"{environment.get('SLURM_JOB_ID', os.getpid())}-{environment.get('SLURM_PROCID', 0)}"
+    return Path(f"/tmp/r-{user[:12]}-{task}")  # noqa: S108 - /tmp is short, and local to the node
+
+
+@contextmanager
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Environment variables in the block, for this process and those that it starts; None: absent."""
+    before = {name: os.environ.get(name) for name in variables}
+    _set(variables)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent dies. Does nothing where the system cannot."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_descendants() -> None:
+    """End all processes below this one: ask them to, then by force. Returns when none is left."""
+    until = time.monotonic() + _END_SECONDS
+    asked: set[int] = set()
+    while left := descendants(os.getpid()):
+        forced = time.monotonic() > until
+        for pid in left - asked if not forced else left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL if forced else signal.SIGTERM)
+        asked |= left
+        _reap()
+        time.sleep(0.05)
+
+
+def descendants(pid: int) -> set[int]:
+    """The living processes below ``pid``, by their parents as /proc tells them."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError, IndexError, ValueError):
+                # pid (name) state ppid ...; the name may hold spaces and parentheses
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state != "Z" or int(parent) == os.getpid():  # a zombie of ours is still to be reaped
+                    children.setdefault(int(parent), []).append(int(entry.name))
+    found: set[int] = set()
+    waiting = [pid]
+    while waiting:
+        below = [child for child in children.get(waiting.pop(), []) if child not in found]
+        found.update(below)
+        waiting += below
+    return found
+
+
+def _reap() -> None:
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""Soft-label adjustment, DD-Ranking's scores and the paired comparison, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lad_dist.evaluate.labels import TAUS, adsa
+from lad_dist.evaluate.paired import paired
+from lad_dist.evaluate.ranking import augmentation_robust_score, label_robust_score
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def test_labels_that_are_biased_by_the_priors_get_back_their_balance():
+    """Fair logits plus 0.8 log pi: tau 0.8 makes every class as confident as the others, which no other tau does."""
+    counts, labels = (100, 10, 1), torch.arange(3).repeat_interleave(4)
+    fair = 3.0 * torch.nn.functional.one_hot(labels, 3)
+    log_priors = (torch.tensor(counts) / 111).log()
+    p_SK, tau = adsa(fair + 0.8 * log_priors, labels, counts)
+    assert tau == 0.8
+    torch.testing.assert_close(p_SK, fair.softmax(1), rtol=1e-5, atol=1e-6)
+
+
+def test_adjusted_labels_by_hand():
+    logits, labels = torch.tensor([[1.0, 0.0], [0.5, 1.0]]), torch.tensor([0, 1])
+    p_SK, tau = adsa(logits, labels, (9, 1))
+    # own-class odds are e^(1 - tau log 9) and e^(0.5 + tau log 9): equal at tau = 0.25 / log 9 = 0.1138, 0.11 on the grid
+    assert tau == 0.11
+    gap = 1 - 0.11 * math.log(9)
+    assert float(p_SK[0, 0]) == pytest.approx(1 / (1 + math.exp(-gap)), rel=1e-6)
+    assert p_SK.sum(1).tolist() == pytest.approx([1, 1])
+
+
+def test_balanced_data_and_labels_without_bias_are_left_alone():
+    labels = torch.arange(4).repeat(3)
+    logits = torch.nn.functional.one_hot(labels, 4).float()
+    for counts in ((5, 5, 5, 5), (50, 20, 10, 5)):
+        p_SK, tau = adsa(logits, labels, counts)
+        assert tau == 0
+        torch.testing.assert_close(p_SK, logits.softmax(1))
+    assert TAUS[0] == 0 and TAUS[-1] == 3 and len(TAUS) == 301
+
+
+# --- DD-Ranking -------------------------------------------------------------------------------------------------------
+
+
+def test_label_robust_score_by_hand():
+    """HLR = 0.8 - 0.5, IOR = 0.6 - 0.4; alpha = 0.5 * 0.2 - 0.5 * 0.3 = -0.05; (e^-0.05 - e^-1) / (e - e^-1)."""
+    assert label_robust_score(0.8, 0.5, 0.6, 0.4) == pytest.approx(0.248192, abs=1e-6)
+    assert label_robust_score(0.8, 0.5, 0.6, 0.4, weight=1.0) == pytest.approx(
+        (math.exp(0.2) - math.exp(-1)) / (math.e - math.exp(-1))
+    )
+    assert label_robust_score(1.0, 0.0, 0.0, 1.0) == 0  # the worst
+    assert label_robust_score(0.0, 1.0, 1.0, 0.0) == pytest.approx(1)
+    assert label_robust_score(0.5, 0.5, 0.4, 0.4) == pytest.approx((1 - math.exp(-1)) / (math.e - math.exp(-1)))
+
+
+def test_augmentation_robust_score_by_hand():
+    """beta = 0.25 * (0.6 - 0.5) + 0.75 * (0.4 - 0.45) = -0.0125."""
+    expected = (math.exp(-0.0125) - math.exp(-1)) / (math.e - math.exp(-1))
+    assert augmentation_robust_score(0.6, 0.5, 0.4, 0.45, weight=0.25) == pytest.approx(expected)
+    assert augmentation_robust_score(1, 0, 1, 0) == pytest.approx(1)
+
+
+def test_percent_are_no_fractions():
+    with pytest.raises(AssertionError, match="fractions"):
+        label_robust_score(80, 50, 60, 40)
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def rows(values: dict[int, float], source: str = "distilled", architecture: str = "convnet") -> list[dict]:
+    return [{"source": source, "architecture": architecture, "seed": s, "overall": v} for s, v in values.items()]
+
+
+def test_pairs_by_hand():
+    """Differences 0.1, 0.2, 0.3: mean 0.2, deviation 0.1, error 0.1 / sqrt 3, t = 2 sqrt 3 with two degrees."""
+    found = paired(rows({0: 0.5, 1: 0.7, 2: 0.9, 7: 0.1}), rows({2: 0.6, 1: 0.5, 0: 0.4, 8: 0.9}))
+    assert found.seeds == (0, 1, 2) and found.differences == pytest.approx((0.1, 0.2, 0.3))
+    assert found.mean == pytest.approx(0.2) and found.error == pytest.approx(0.1 / 3**0.5)
+    assert found.t == pytest.approx(2 * 3**0.5) and found.degrees == 2
+    low, high = found.interval
+    assert low == pytest.approx(0.1, abs=0.02) and high == pytest.approx(0.3, abs=0.02)  # 1 in 27 is all of one kind
+    assert found == paired(rows({0: 0.5, 1: 0.7, 2: 0.9}), rows({0: 0.4, 1: 0.5, 2: 0.6}))
+
+
+def test_pairs_of_other_sources_architectures_and_figures():
+    a, b = rows({0: 0.5}, "random", "resnet18"), rows({0: 0.4}, "random", "resnet18")
+    assert paired(a, b) is None and paired(a, b, source="random", architecture="resnet18").mean == pytest.approx(0.1)
+    assert paired(a, b, "ece", "random", "resnet18") is None
+
+
+def test_one_pair_and_equal_differences_have_no_t():
+    one = paired(rows({3: 0.5}), rows({3: 0.4}))
+    assert (one.error, one.t, one.interval, one.degrees) == (None, None, None, 0)
+    equal = paired(rows({0: 0.5, 1: 0.5}), rows({0: 0.5, 1: 0.5}))
+    assert equal.mean == 0 and equal.error == 0 and equal.t is None and equal.interval == (0, 0)
+
+
+def test_importing_the_comparison_is_cheap():
+    code = "import sys, lad_dist.evaluate.paired; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

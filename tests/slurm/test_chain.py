@@ -1,0 +1,263 @@
+"""Whole jobs on a real SLURM of two virtual nodes: submitted, cancelled, killed, out of time, and what comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import stat
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lad_dist.distilled import DistilledSet
+from lad_dist.progress import read_events
+from lad_dist.rundir import RunDir
+from lad_dist.status.slurm import read_submissions, squeue
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+LOCAL = ("--on", "local", "--threads", 1, "--fleet", "off", "--device", "cpu")
+
+
+def jobs_of(run: Path) -> dict[str, str]:
+    """The newest job of every stage."""
+    return {job.stage: job.id for submission in read_submissions(RunDir(run)) for job in submission.jobs}
+
+
+def buffer_rows(run: Path) -> dict[tuple[str, int, int], bytes]:
+    """The weights of every checkpoint of the run's buffer. How they are cut into files depends on when a job stopped."""
+    from lad_dist.trajectories.reader import Buffer
+
+    buffer, rows = Buffer(run / "trajectories"), {}
+    for stage in ("representation", "classifier"):
+        for expert in range(10):
+            for epoch in range((buffer.last_contiguous_epoch(stage, expert) or -1) + 1):
+                rows[stage, expert, epoch] = hashlib.sha256(buffer.read(stage, expert, epoch).tobytes()).digest()
+    return rows
+
+
+def same_set(run: Path, other: Path, tolerance: float = 1e-3) -> None:
+    ours, theirs = DistilledSet.load(run / "distilled"), DistilledSet.load(other / "distilled")
+    for name in ("images", "label_logits"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+    assert ours.lr == pytest.approx(theirs.lr, rel=tolerance)
+
+
+def kinds(run: Path) -> list[str]:
+    return [event["kind"] for event in read_events(run / "events.jsonl")]
+
+
+def wait_for_events(run: Path, kind: str, count: int, seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while (run / "events.jsonl").exists() is False or kinds(run).count(kind) < count:
+        assert time.monotonic() < until, f"no {count} events {kind} within {seconds} s"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def reference(lad: Any) -> Any:
+    """The same job in one process on this machine."""
+
+    def make(job: Path, verb: str = "run") -> Path:
+        out = job.parent / "reference"
+        lad(verb, job, "--out", out, *LOCAL)
+        return out
+
+    return make
+
+
+def test_a_cancelled_chain_is_completed_by_the_same_command(slurm, lad, reference):
+    job, run = lad.job(), lad.folder / "run"
+    slow = lad.profile("slow.yaml", stages={"experts": {"options": {}}}, setup=["sleep 20"])
+    waiting = lad.start("run", job, "--on", slow, "--out", run, "--wait")
+    while "experts" not in (ids := jobs_of(run) if run.exists() else {}) or slurm.state(ids["experts"]) != "RUNNING":
+        assert waiting.poll() is None, waiting.communicate()
+        time.sleep(0.2)
+    while "report" not in (ids := jobs_of(run)):
+        time.sleep(0.1)
+    subprocess.run(["scancel", ids["experts"]], check=True)
+    out, err = lad.ended(waiting, code=11)
+    assert re.search(rf"error: experts, job {ids['experts']}_\d: cancelled", err) and "scancel" in err
+    assert "not begun, since they need it: distill, evaluate, report" in err
+    assert all(slurm.state(ids[stage]) == "CANCELLED" for stage in ids)
+    status, _ = lad("status", run)
+    assert f"experts, job {ids['experts']}_0: cancelled (scancel)" in status
+    assert f"distill, job {ids['distill']}: cancelled, since a stage before it did not finish" in status
+    slurm.nothing_left(*ids.values())
+
+    out, _ = lad("run", job, "--on", lad.profile(), "--out", run, "--wait")
+    again = jobs_of(run)
+    assert set(again) == {"experts", "distill", "evaluate", "report"} and not set(again.values()) & set(ids.values())
+    for stage, number in again.items():
+        script = re.search(rf"^{stage}: job {number}.*: (/\S+)$", out, re.MULTILINE)
+        assert script and Path(script[1]).read_text().startswith("#!/bin/bash")
+    assert f"lad-dist cancel {run}" in out and "/%j/" in out
+    assert "over" not in slurm.live()
+    alone = reference(job)
+    assert buffer_rows(run) == buffer_rows(alone)
+    same_set(run, alone)
+    rows = json.loads((run / "evaluation/results.json").read_text())["rows"]
+    assert sorted((r["source"], r["seed"]) for r in rows) == [
+        ("distilled", 0),
+        ("distilled", 1),
+        ("random", 0),
+        ("random", 1),
+    ]
+    assert (run / "report/index.html").exists()
+    slurm.nothing_left(*again.values())
+    out, _ = lad("run", job, "--on", lad.profile(), "--out", run)
+    assert "all stages are done; nothing was submitted" in out
+
+
+def seconds_each(lad: Any) -> tuple[float, float]:
+    """Of an epoch and of an iteration on this machine, now."""
+    run = lad.folder / "speed"
+    job = lad.job(experts={"count": 1, "epochs": 30}, distill={"iterations": 30}, evaluate={"seeds": 1})
+    lad("experts", job, "--out", run, *LOCAL)
+    lad("distill", job, "--out", run, "--on", "local", "--threads", 1, "--device", "cpu")
+    times: dict[str, list[float]] = {}
+    for event in read_events(run / "events.jsonl"):
+        times.setdefault(event["kind"], []).append(event["time"])
+    epochs, iterations = times["expert-epoch"], times["iteration"]
+    return (epochs[-1] - epochs[0]) / (len(epochs) - 1), (iterations[-1] - iterations[0]) / (len(iterations) - 1)
+
+
+@pytest.mark.timeout(600)
+def test_a_time_limit_in_the_middle_of_experts_and_distillation(slurm, lad):
+    """SLURM looks at limits every 30 s: the warning comes 29 to 59 s after a job began, of which setup sleeps 30."""
+    epoch, iteration = seconds_each(lad)
+    job = lad.job(experts={"count": 1, "epochs": math.ceil(33 / epoch), "epochs_per_part": 50},
+                  distill={"iterations": math.ceil(33 / iteration), "checkpoint_every": 10_000},
+                  evaluate={"seeds": 1, "baselines": []})  # fmt: skip
+    sleep = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then sleep 30; fi'
+    short = {"time_minutes": 1, "options": {}}
+    profile = lad.profile(warning_seconds=1, setup=[sleep], stages={"experts": {**short, "nodes": 1}, "distill": short})
+    run = lad.folder / "run"
+    waiting = lad.start("distill", job, "--on", profile, "--out", run)  # the experts are queued before
+    waiting.communicate(timeout=60)
+    slurm_cancel = subprocess.run(["scancel", *jobs_of(run).values()], check=True)
+    assert slurm_cancel.returncode == 0
+    lad("run", job, "--on", profile, "--out", run, "--wait", timeout=540)
+    ids = jobs_of(run)
+    logs = Path(read_submissions(RunDir(run))[-1].logs)
+    for stage in ("experts", "distill"):
+        told = (logs / ids[stage] / f"{ids[stage]}_0_log.out").read_text()
+        assert "SIGUSR2: SLURM will end this job soon" in told and "Requeued job" in told, told
+        assert json.loads((logs / ids[stage] / "task.json").read_text())["restarts"] >= 1
+    events = list(read_events(run / "events.jsonl"))
+    done = [e["iteration"] for e in events if e["kind"] == "iteration"]
+    assert done == list(range(1, len(done) + 1)), "an iteration was lost or repeated, though the warning came in time"
+    assert [e["stage"] for e in events if e["kind"] == "stage-stopped"] == ["experts", "distill"]
+    alone = lad.folder / "reference"
+    lad("run", job, "--out", alone, *LOCAL)
+    assert buffer_rows(run) == buffer_rows(alone)
+    same_set(run, alone, 1e-2)
+    slurm.nothing_left(*ids.values())
+
+
+def test_a_fleet_over_two_nodes_survives_the_warning(slurm, lad, reference):
+    job, run = lad.job(experts={"epochs": 120, "epochs_per_part": 5}), lad.folder / "run"
+    profile = lad.profile(stages={"experts": {"mode": "fleet"}})
+    lad("experts", job, "--on", profile, "--out", run)
+    number = jobs_of(run)["experts"]
+    wait_for_events(run, "expert-epoch", 10)
+    status, _ = lad("status", run)
+    line = re.search(r"dashboard: ssh -N -L (\d+):127\.0\.0\.1:\1 -J \S+ n1, .* token in (\S+)", status)
+    assert line and stat.S_IMODE(Path(line[2]).stat().st_mode) == 0o600
+    before = slurm.processes(number)
+    assert sum("raylet" in name.split(" ")[0] for name in before.values()) == 2, before  # one for each node
+    subprocess.run(["scancel", "--signal=USR2", number], check=True)  # as SLURM does before the limit
+    deadline = time.monotonic() + 120
+    while slurm.state(number) != "COMPLETED":
+        assert time.monotonic() < deadline, slurm.state(number)
+        time.sleep(0.5)
+    (logs,) = (run / "slurm" / "logs").iterdir()
+    assert "Requeued job" in (logs / number / f"{number}_0_log.out").read_text()
+    assert kinds(run).count("ray-started") == 2 and "expert-restarted" not in kinds(run)
+    assert buffer_rows(run) == buffer_rows(reference(job, "experts"))
+    slurm.nothing_left(number)
+    assert not list(Path("/tmp").glob(f"r-*-{number}-*")) and not Path(line[2]).exists()
+
+
+def test_a_killed_driver_is_noticed_and_takes_its_ray_along_and_no_other(slurm, lad):
+    from ray_nodes import RayNodes, session
+
+    job, run = lad.job(experts={"epochs": 2000}), lad.folder / "run"
+    others = RayNodes()
+    try:
+        other = others.head(cpus=1)
+        known = len(session(other))
+        waiting = lad.start(
+            "experts", job, "--on", lad.profile(stages={"experts": {"mode": "fleet"}}), "--out", run, "--wait"
+        )
+        while not run.exists() or "experts" not in jobs_of(run):
+            time.sleep(0.2)
+        number = jobs_of(run)["experts"]
+        wait_for_events(run, "expert-epoch", 2)
+        processes = slurm.processes(number)
+        drivers = [
+            pid for pid, name in processes.items() if " -m submitit.core._submit" in name and "launch.ward" not in name
+        ]
+        head = min(drivers, key=lambda pid: "SLURM_PROCID=0" not in Path(f"/proc/{pid}/environ").read_text())
+        began = time.monotonic()
+        os.kill(head, signal.SIGKILL)
+        _, err = lad.ended(waiting, code=11, timeout=60)
+        assert time.monotonic() - began < 30
+        assert f"error: experts, job {number}: failed on n[1-2]" in err and "its log: " in err
+        slurm.nothing_left(number)
+        assert not list(Path("/tmp").glob(f"r-*-{number}-*"))
+        assert len(session(other)) == known
+    finally:
+        others.close()
+
+
+def test_a_job_that_died_without_a_word_is_noticed(slurm, lad):
+    job, run = lad.job(experts={"epochs": 5000}), lad.folder / "run"
+    waiting = lad.start("run", job, "--on", lad.profile(), "--out", run, "--wait")
+    while not run.exists() or "report" not in jobs_of(run):
+        time.sleep(0.2)
+    ids = jobs_of(run)
+    wait_for_events(run, "expert-epoch", 1)
+    rows = squeue([ids["experts"]])
+    assert {row["state"] for row in rows.values()} == {"RUNNING"}
+    members = subprocess.run(
+        ["squeue", "-h", "-r", f"--jobs={ids['experts']}", "--format=%A"], capture_output=True, text=True
+    )
+    killed = [pid for member in members.stdout.split() for pid in slurm.processes(member)]
+    began = time.monotonic()
+    assert killed
+    for pid in killed:
+        with __import__("contextlib").suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    _, err = lad.ended(waiting, code=11, timeout=60)
+    assert time.monotonic() - began < 30
+    assert "failed on n" in err and "not begun, since they need it: distill, evaluate, report" in err
+    slurm.nothing_left(*members.stdout.split())
+
+
+def test_submitting_again_and_cancel(slurm, lad):
+    job, run = lad.job(), lad.folder / "run"
+    profile = lad.profile(setup=["sleep 300"])
+    lad("run", job, "--on", profile, "--out", run)
+    ids = jobs_of(run)
+    out, _ = lad("run", job, "--on", profile, "--out", run)
+    assert jobs_of(run) == ids and f"already queued: distill, job {ids['distill']}: pending (Dependency)" in out
+    status, _ = lad("status", run)
+    assert re.search(rf"experts, job {ids['experts']}_0: (pending|running on n1, \S+ left)", status)
+    out, _ = lad("cancel", run)
+    assert f"cancelled: report, job {ids['report']}" in out
+    for number in ids.values():
+        deadline = time.monotonic() + 20
+        while slurm.state(number) != "CANCELLED":
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    assert "none of its jobs is queued or at work" in lad("cancel", run)[0]
+    slurm.nothing_left(*ids.values())
