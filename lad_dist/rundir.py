@@ -7,7 +7,9 @@ trajectories.uri           instead: where the buffer lies in an object store; wh
 candidates/                sets to choose from, where distill.select is not last
 checkpoints/distill/iteration-N/   one shard per rank, to resume from
 distilled/                 the artefact (see distilled.py)
-evaluation/results.json    one row per (source, architecture, seed)
+evaluation/rows/           one file per (source, architecture, seed); see results.py
+evaluation/results.json    the table merged from them
+evaluation/chosen/         the real images that baselines chose
 report/                    index.html, synthetic.png
 slurm/jobs.json            what was submitted to SLURM; logs/SUBMISSION/ beside it
 """

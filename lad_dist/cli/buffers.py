@@ -84,11 +84,12 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Gets the folders representation/ and classifier/.")],
     to: Annotated[Form, typer.Option("--to", help="pt: replay_buffer_N.pt, as MTT, DATM and LAD read them.")] = Form.pt,
     stage: Annotated[Which, typer.Option(help="What to write.")] = Which.both,
-    experts_per_file: Annotated[int, typer.Option(min=1, help="As many are held in memory.")] = 10,
+    experts_per_file: Annotated[int, typer.Option(min=1, help="As peers' code reads them: 10.")] = 10,
+    force: Annotated[bool, typer.Option("--force", help="Replace replay_buffer_N.pt files that are there.")] = False,
 ) -> None:
     """Write the complete experts to files that the code of other methods reads."""
     from lad_dist.interrupts import as_exceptions
-    from lad_dist.trajectories.pt_files import complete_experts, export_pt
+    from lad_dist.trajectories.replay import complete_experts, export_pt
 
     buffer = _buffer(folder)
     with as_exceptions():
@@ -98,6 +99,7 @@ def export(
             stage.stages,
             experts_per_file,
             lambda file: terminal.stdout().print(str(file), soft_wrap=True),
+            force,
         )
     for each in stage.stages:
         whole = complete_experts(buffer, each)
@@ -143,7 +145,7 @@ def _importing(files: dict[Stage, list[Path]], first_expert: int) -> Callable[[P
 
     def stage_of(pipeline: Pipeline) -> None:
         from lad_dist.experts.train import ExpertTrainer
-        from lad_dist.trajectories.pt_files import import_pt
+        from lad_dist.trajectories.replay import import_pt
         from lad_dist.trajectories.reader import Buffer
 
         e, location, say = pipeline.recipe.experts, pipeline.run.trajectories, pipeline.screen.say
@@ -174,7 +176,7 @@ def _importing(files: dict[Stage, list[Path]], first_expert: int) -> Callable[[P
 def _pt_files(sources: Sequence[Path], stage: Stage, which: Which) -> list[Path]:
     """The files of one stage that the sources mean, in order. Raises TrajectoryError."""
     from lad_dist.errors import TrajectoryError
-    from lad_dist.trajectories.pt_files import pt_files
+    from lad_dist.trajectories.replay import pt_files
 
     files: list[Path] = []
     for source in (source.expanduser() for source in sources):

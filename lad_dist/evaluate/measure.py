@@ -21,7 +21,15 @@ from lad_dist.data.prepare import PreparedData
 from lad_dist.data.prepared import PreparedSet
 from lad_dist.evaluate.accuracy import accuracy
 from lad_dist.evaluate.labels import adsa
-from lad_dist.evaluate.sources import Source, description, drawn_as, load_distilled, settings_of, training_set
+from lad_dist.evaluate.sources import (
+    Source,
+    description,
+    drawn_as,
+    load_distilled,
+    of_everything,
+    settings_of,
+    training_set,
+)
 from lad_dist.evaluate.train import Counters, Settings, TrainingSet, train, train_together
 from lad_dist.models.convnet import ConvNet, feature_side
 from lad_dist.models.zoo import network
@@ -161,7 +169,8 @@ class _Work:
         if architecture != "convnet" or e.norm != "instance" or e.together == "off":
             return False
         side = feature_side(images.size, images.channels, 0)
-        first_block = self.settings.batch * m.width * side * side
+        everything = len(self.data.train) if of_everything(self.source) else self.recipe.ipc * self.data.classes
+        first_block = min(self.settings.batch, everything) * m.width * side * side
         return e.together == "on" or (self.data.device.type == "cpu" and first_block <= TOGETHER_VALUES)
 
     def measure(self, rows: Sequence[results.Row], task: Task, unless_published: bool = False) -> None:

@@ -33,7 +33,8 @@ LOOPBACK = "127.0.0.1"
 _FIRST_PORT, _PORTS, _EACH = 11_000, 20_000, 10  # below the ports that Linux hands out itself; ten for each node
 _TRIES = 50
 _START_SECONDS = 180.0  # that the head may take; imports over a network file system are slow
-_END_SECONDS = 15.0  # that Ray may take to end
+_END_SECONDS = 5.0  # that Ray may take to end
+_HEAD_SECONDS = 15.0  # until a head that has ended says so
 _LOOK_SECONDS = 0.2
 _MIB = 2**20
 # `ray start` takes 127.0.0.1 for the host's address in the network, where several virtual nodes of one host have none.
@@ -148,7 +149,7 @@ def serve(task: Task, profile: Profile) -> None:
     with _node(task, profile, ports, own_address(), files, [f"--address={address}"]) as process:
         while process.poll() is None and not files.done.exists():
             time.sleep(_LOOK_SECONDS)
-        until = time.monotonic() + _END_SECONDS  # a head that ended takes its nodes along a moment before it says so
+        until = time.monotonic() + _HEAD_SECONDS  # a head that ended takes its nodes along a moment before it says so
         while not files.done.exists():
             if time.monotonic() > until:
                 raise ClusterError(
@@ -203,6 +204,9 @@ def _node(
         )
     try:
         yield process
+    except BaseException:  # SLURM, which has asked this task to end, waits a few seconds only; a node has nothing to save
+        process.kill()
+        raise
     finally:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 WARNING = signal.SIGUSR2
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-_END_SECONDS = 3.0  # between asking what was left behind to end, and ending it
+_END_SECONDS = 1.5  # between asking what was left behind to end, and ending it
 
 
 def main(arguments: list[str]) -> int:

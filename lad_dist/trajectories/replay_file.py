@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lad_dist.errors import TrajectoryError
+from lad_dist.errors import LadDistError, TrajectoryError
 from lad_dist.trajectories.schema import BufferMeta, Stage
 
 Vector = npt.NDArray[np.float32]
@@ -96,6 +96,8 @@ def _refused(path: Path) -> Iterator[None]:
     """Turn whatever reading a file raises into a ``TrajectoryError`` that names it."""
     try:
         yield
+    except LadDistError:  # an interruption, which says nothing about the file
+        raise
     except OSError as cause:
         if cause.errno in (
             None,
@@ -184,11 +186,13 @@ def check_values(where: str, checkpoints: Checkpoints, meta: BufferMeta, backbon
                 "where the classifier stage is frozen; valid: second-stage files made from these first-stage experts, in the "
                 "same order"
             )
-    if vector(checkpoints[0]).tobytes() == vector(checkpoints[-1]).tobytes():
-        raise TrajectoryError(
-            f"{where}: its first checkpoint equals its last, so there is no trajectory; code that keeps `p.detach().cpu()` of "
-            "a network on a CPU saves its last weights for every epoch; valid: checkpoints that were copied (`.clone()`)"
-        )
+    first_P = vector(checkpoints[0]).tobytes()
+    for epoch in {1, len(checkpoints) - 1} - {0}:
+        if vector(checkpoints[epoch]).tobytes() == first_P:
+            raise TrajectoryError(
+                f"{where}: epoch {epoch} equals epoch 0, so there is no trajectory; code that keeps `p.detach().cpu()` of a "
+                "network on a CPU saves its last weights for every epoch; valid: checkpoints that were copied (`.clone()`)"
+            )
 
 
 def vector(tensors: Sequence[Tensor]) -> Vector:

@@ -164,7 +164,7 @@ def test_a_time_limit_in_the_middle_of_experts_and_distillation(slurm, lad):
 
 
 def test_a_fleet_over_two_nodes_survives_the_warning(slurm, lad, reference):
-    job, run = lad.job(experts={"epochs": 120, "epochs_per_part": 5}), lad.folder / "run"
+    job, run = lad.job(experts={"epochs": 80, "epochs_per_part": 5}), lad.folder / "run"
     profile = lad.profile(stages={"experts": {"mode": "fleet"}})
     lad("experts", job, "--on", profile, "--out", run)
     number = jobs_of(run)["experts"]

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from lad_dist.errors import StorageError, TrajectoryError
+from lad_dist.errors import Interrupted, StorageError, TrajectoryError
 from lad_dist.models.convnet import build
 from lad_dist.models.layout import Layout
 from lad_dist.seeds import rng
@@ -429,7 +429,7 @@ FAULTS = {
     "double": (broken(lambda x: _set(x[0][0], 0, x[0][0][0].double())), r"torch\.float64.*valid: dense torch\.float32"),
     "sparse": (broken(lambda x: _set(x[0][0], 1, x[0][0][1].to_sparse())), r"features\.0\.bias is a sparse_coo tensor"),
     "not finite": (broken(lambda x: x[1][3][9].fill_(torch.nan)), r"expert 1, epoch 3: 3 values of classifier\.bias are NaN"),
-    "no movement": (broken(lambda x: _set(x, 0, [x[0][0]] * 4)), "first checkpoint equals its last"),
+    "no movement": (broken(lambda x: _set(x, 0, [x[0][0]] * 4)), "expert 0: epoch [13] equals epoch 0, so there is no trajectory"),
     "a network's state": (broken(lambda x: _set(x[0], 1, {"w": torch.zeros(1)})), "epoch 1: is a dict"),
     "numbers": (broken(lambda x: _set(x[0], 1, [1, 2])), r"epoch 1: is a list of 2 \(int\)"),
     "no experts": (broken(lambda x: x.clear()), "holds a list of 0"),
@@ -548,6 +548,18 @@ def test_random_damage_never_escapes_as_another_error(tmp_path, meta, protocol):
             import_pt([path], tmp_path / f"buffer-{trial}", meta, "representation", 3)
         except TrajectoryError as error:
             assert str(path) in str(error)
+
+
+def test_an_interruption_is_not_taken_for_damage(tmp_path, meta, monkeypatch):
+    """SIGTERM is an exception wherever the code happens to be, for example in torch.load."""
+    folder = save(theirs(meta, 1), tmp_path / "theirs")
+
+    def stop(*args, **options):
+        raise Interrupted("interrupted by SIGTERM")
+
+    monkeypatch.setattr(torch, "load", stop)
+    with pytest.raises(Interrupted):
+        take(folder, tmp_path / "buffer", meta)
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
