@@ -145,8 +145,8 @@ def _importing(files: dict[Stage, list[Path]], first_expert: int) -> Callable[[P
 
     def stage_of(pipeline: Pipeline) -> None:
         from lad_dist.experts.train import ExpertTrainer
-        from lad_dist.trajectories.replay import import_pt
         from lad_dist.trajectories.reader import Buffer
+        from lad_dist.trajectories.replay import import_pt
 
         e, location, say = pipeline.recipe.experts, pipeline.run.trajectories, pipeline.screen.say
         trainer = ExpertTrainer(pipeline.recipe, pipeline.data, location)

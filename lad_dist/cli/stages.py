@@ -94,9 +94,13 @@ def _execute(
 
 
 def _print_results(pipeline: Pipeline) -> None:
-    from lad_dist import results
+    """The table of results, once where a launcher has started several ranks."""
+    from lad_dist import ranks, results
     from lad_dist.status import print_results
 
+    where = ranks.place()
+    if where is not None and where.rank != 0:
+        return
     print_results(results.read(pipeline.run.results), terminal.stdout())
     _say_where(pipeline)
 

@@ -83,6 +83,7 @@ def carry_out(order: Order) -> Ended:
     print(f"job {task.id}, task {task.rank} of {task.tasks} on {task.node}: {order.stage} of {order.run}", flush=True)
     warning = Warning()
     try:
+        _import_all()
         with as_exceptions(), warning:
             _stage(order, task)
     except Interrupted as stopped:
@@ -101,6 +102,18 @@ def carry_out(order: Order) -> Ended:
         raise
     task.write(state="finished")
     return "finished"
+
+
+def _import_all() -> None:
+    """What takes long to import, and swallows an interruption meanwhile: until the warning is waited for, it stays pending."""
+    import sklearn.datasets
+    import torch
+
+    from lad_dist import pipeline
+    from lad_dist.data import prepare
+    from lad_dist.trajectories import reader
+
+    _ = torch, sklearn.datasets, pipeline, prepare, reader
 
 
 class Warning:

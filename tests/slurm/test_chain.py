@@ -130,37 +130,43 @@ def seconds_each(lad: Any) -> tuple[float, float]:
     return (epochs[-1] - epochs[0]) / (len(epochs) - 1), (iterations[-1] - iterations[0]) / (len(iterations) - 1)
 
 
+def wait_for_a_look(slurm: Any) -> None:
+    """Until SLURM has just looked at the time limits, which it does every 30 s."""
+    log = slurm.folder / "log" / "slurmctld.log"
+    subprocess.run(["scontrol", "setdebug", "debug2"], check=True)
+    seen, deadline = log.read_text().count("Testing job time limits"), time.monotonic() + 40
+    while log.read_text().count("Testing job time limits") == seen:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 @pytest.mark.timeout(600)
-def test_a_time_limit_in_the_middle_of_experts_and_distillation(slurm, lad):
-    """SLURM looks at limits every 30 s: the warning comes 29 to 59 s after a job began, of which setup sleeps 30."""
+def test_a_time_limit_of_a_minute_in_the_middle_of_experts_and_distillation(slurm, lad):
+    """A job that begins after one of SLURM's looks is warned at the next one, 30 s old: it has then 30 s left, below 10 + 30."""
     epoch, iteration = seconds_each(lad)
-    job = lad.job(experts={"count": 1, "epochs": math.ceil(33 / epoch), "epochs_per_part": 50},
-                  distill={"iterations": math.ceil(33 / iteration), "checkpoint_every": 10_000},
-                  evaluate={"seeds": 1, "baselines": []})  # fmt: skip
-    sleep = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then sleep 30; fi'
-    short = {"time_minutes": 1, "options": {}}
-    profile = lad.profile(warning_seconds=1, setup=[sleep], stages={"experts": {**short, "nodes": 1}, "distill": short})
-    run = lad.folder / "run"
-    waiting = lad.start("distill", job, "--on", profile, "--out", run)  # the experts are queued before
-    waiting.communicate(timeout=60)
-    slurm_cancel = subprocess.run(["scancel", *jobs_of(run).values()], check=True)
-    assert slurm_cancel.returncode == 0
-    lad("run", job, "--on", profile, "--out", run, "--wait", timeout=540)
-    ids = jobs_of(run)
-    logs = Path(read_submissions(RunDir(run))[-1].logs)
-    for stage in ("experts", "distill"):
-        told = (logs / ids[stage] / f"{ids[stage]}_0_log.out").read_text()
-        assert "SIGUSR2: SLURM will end this job soon" in told and "Requeued job" in told, told
-        assert json.loads((logs / ids[stage] / "task.json").read_text())["restarts"] >= 1
-    events = list(read_events(run / "events.jsonl"))
-    done = [e["iteration"] for e in events if e["kind"] == "iteration"]
-    assert done == list(range(1, len(done) + 1)), "an iteration was lost or repeated, though the warning came in time"
-    assert [e["stage"] for e in events if e["kind"] == "stage-stopped"] == ["experts", "distill"]
+    job = lad.job(experts={"count": 1, "epochs": math.ceil(30 / epoch), "epochs_per_part": 1000},
+                  distill={"iterations": math.ceil(30 / iteration), "checkpoint_every": 10_000})  # fmt: skip
+    profile, run = lad.profile(time_minutes=1, warning_seconds=10), lad.folder / "run"
     alone = lad.folder / "reference"
-    lad("run", job, "--out", alone, *LOCAL)
+    for stage in ("experts", "distill"):
+        wait_for_a_look(slurm)
+        lad(stage, job, "--on", profile, "--out", run, "--wait")
+    for stage, progress in (("experts", "expert-epoch"), ("distill", "iteration")):
+        number = jobs_of(run)[stage]
+        (told,) = (run / "slurm" / "logs").glob(f"*/{number}/{number}_0_log.out")
+        for said in ("SIGUSR2: SLURM will end this job soon", "the job is requeued", "Requeued job"):
+            assert said in told.read_text()
+        assert json.loads((told.parent / "task.json").read_text())["restarts"] >= 1
+        events = [e for e in read_events(run / "events.jsonl") if e["kind"] == progress or e.get("stage") == stage]
+        stopped = [e["kind"] for e in events].index("stage-stopped")
+        assert [e["kind"] for e in events[:stopped]].count(progress) > 0
+        steps = [(e.get("stage"), e.get("epoch"), e.get("iteration")) for e in events if e["kind"] == progress]
+        assert len(steps) == len(set(steps)), "something was done again, though the warning came in time to save it"
+        slurm.nothing_left(number)
+    lad("experts", job, "--out", alone, *LOCAL)
+    lad("distill", job, "--out", alone, "--on", "local", "--threads", 1, "--device", "cpu")
     assert buffer_rows(run) == buffer_rows(alone)
     same_set(run, alone, 1e-2)
-    slurm.nothing_left(*ids.values())
 
 
 def test_a_fleet_over_two_nodes_survives_the_warning(slurm, lad, reference):
