@@ -49,11 +49,14 @@ def test_the_recipe_is_a_recipe():
 def test_commands_exist(line):
     import typer
 
-    verb = line.split()[0]
-    group = typer.main.get_command(app)
-    assert verb in group.commands
+    command = typer.main.get_command(app)
+    for word in line.split():
+        if not hasattr(command, "commands"):
+            break
+        assert word in command.commands
+        command = command.commands[word]
+    assert not hasattr(command, "commands")
     for option in re.findall(r"--[a-z-]+", line):
-        command = group.commands[verb]
         assert any(option in p.opts for p in command.params), option
 
 

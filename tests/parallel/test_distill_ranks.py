@@ -114,7 +114,7 @@ def wait_for_iteration(run, process, iteration: int) -> None:
     raise AssertionError(f"iteration {iteration} was never reached\n{out}\n{err}")
 
 
-LONG = {"iterations": 40, "checkpoint_every": 5}
+LONG = {"iterations": 24, "checkpoint_every": 5}
 _undisturbed: list[DistilledSet] = []
 
 
