@@ -2,11 +2,12 @@
 
     python benchmarks/methods.py digits-lt --ipc 2 5 --methods lad datm --seeds 0 1 2 --write
     python benchmarks/methods.py fashion-mnist-lt --methods lad datm mtt --seeds 0 1 2 --write
+    python benchmarks/methods.py fashion-mnist-lt --methods lad --factors 10 50 100 200 500 1000 --seeds 0 --write --name sweep
 
-The experts are trained once into a shared buffer; then --workers processes of one thread each take the runs in turn. Every
-run is an ordinary `lad-dist` run folder under --out, so an interrupted comparison continues where it was.
-Random real images and the whole set are measured in the runs of the first method. `--write` puts the table into
-benchmarks/results/NAME.md.
+The experts are trained once for each imbalance factor into a shared buffer; then --workers processes of one thread each take
+the runs in turn. Every run is an ordinary `lad-dist` run folder under --out, so an interrupted comparison continues where it was,
+and --report-only makes the table of what is there. The baselines (--baselines: real images, ways to train on the whole set) are
+measured in the runs of the first method. `--write` puts the table into benchmarks/results/NAME.md.
 """
 
 from __future__ import annotations
@@ -25,24 +26,37 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = ("overall", "head", "medium", "tail")
+NAMES = {
+    "random": "random real",
+    "k-center": "k-center real",
+    "graph-cut": "graph-cut real",
+    "herding": "herding real",
+    "full": "the whole long-tailed set",
+    "full-balanced": "the whole set, balanced sampling",
+    "full-logit-adjusted": "the whole set, logit adjustment",
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One distillation: a method at an IPC with a seed."""
+    """One distillation: a method at an IPC and an imbalance factor (None: the recipe's own) with a seed."""
 
     method: str
     ipc: int
+    factor: float | None
     seed: int
-    baselines: bool
+    baselines: tuple[str, ...]
 
     def folder(self, out: Path) -> Path:
-        return out / f"{self.method}-ipc{self.ipc}-seed{self.seed}"
+        factor = "" if self.factor is None else f"-f{self.factor:g}"
+        return out / f"{self.method}{factor}-ipc{self.ipc}-seed{self.seed}"
 
 
 def command(args: argparse.Namespace, verb: str, run: Run) -> list[str]:
     sets = [f"method={run.method}", f"ipc={run.ipc}", f"seed={run.seed}", *args.set]
-    sets += [] if run.baselines else ["evaluate.baselines=[]"]
+    sets += [] if run.factor is None else [f"data.imbalance_factor={run.factor:g}"]
+    sets += [f"evaluate.baselines=[{','.join(run.baselines)}]"]
+    sets += [f"evaluate.architectures=[{','.join(args.architectures)}]"]
     options = [part for s in sets for part in ("--set", s)]
     return [
         sys.executable,
@@ -71,16 +85,17 @@ def execute(args: argparse.Namespace, verb: str, run: Run) -> float:
     return time.monotonic() - began
 
 
-def rows_of(args: argparse.Namespace, runs: list[Run], source: str) -> list[list[dict[str, float]]]:
-    """Per run the rows of one source."""
+def rows_of(args: argparse.Namespace, runs: list[Run], source: str, architecture: str) -> list[list[dict[str, float]]]:
+    """Per run that has them the rows of one source and architecture."""
     found = []
     for run in runs:
-        doc = json.loads((run.folder(args.out) / "evaluation" / "results.json").read_text())
-        found.append([row for row in doc["rows"] if row["source"] == source])
+        file = run.folder(args.out) / "evaluation" / "results.json"
+        rows = json.loads(file.read_text())["rows"] if file.exists() else []
+        found.append([row for row in rows if row["source"] == source and row["architecture"] == architecture])
     return [rows for rows in found if rows]
 
 
-def line(name: str, ipc: str, groups: list[list[dict[str, float]]]) -> str:
+def line(name: str, groups: list[list[dict[str, float]]]) -> str:
     """A table row: the mean over distillation seeds of the mean over networks, and the deviation over distillation seeds."""
     cells = []
     for figure in FIGURES:
@@ -88,7 +103,7 @@ def line(name: str, ipc: str, groups: list[list[dict[str, float]]]) -> str:
         spread = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
         cells.append(f"{statistics.mean(means):.1f}{spread}")
     networks = sum(len(rows) for rows in groups)
-    return f"| {name} | {ipc} | {' | '.join(cells)} | {len(groups)} x {networks // len(groups)} |"
+    return f"| {name} | {' | '.join(cells)} | {len(groups)} x {networks // len(groups)} |"
 
 
 def cpu() -> str:
@@ -103,7 +118,8 @@ def cpu() -> str:
 def seconds_of(args: argparse.Namespace, run: Run) -> dict[str, float]:
     """Seconds per stage from the run's events."""
     spent: dict[str, float] = {}
-    for text in (run.folder(args.out) / "events.jsonl").read_text().splitlines():
+    file = run.folder(args.out) / "events.jsonl"
+    for text in file.read_text().splitlines() if file.exists() else ():
         event = json.loads(text)
         if event["kind"] in ("stage-finished", "stage-stopped"):
             spent[event["stage"]] = spent.get(event["stage"], 0.0) + event["seconds"]
@@ -111,33 +127,60 @@ def seconds_of(args: argparse.Namespace, run: Run) -> dict[str, float]:
 
 
 def table(args: argparse.Namespace, runs: list[Run]) -> str:
-    lines = ["| method | IPC | overall | head | medium | tail | seeds x networks |", "|---|---|---|---|---|---|---|"]
-    for ipc in args.ipc:
-        for method in args.methods:
-            lines.append(
-                line(
-                    method,
-                    str(ipc),
-                    rows_of(args, [r for r in runs if (r.method, r.ipc) == (method, ipc)], "distilled"),
-                )
-            )
-        lines.append(line("random real", str(ipc), rows_of(args, [r for r in runs if r.ipc == ipc], "random")))
-    full = rows_of(args, [r for r in runs if r.ipc == args.ipc[0]], "full")
-    lines.append(line("the whole long-tailed set", "", full))
+    """One table for all architectures; what has not been measured yet is left out."""
+    lines = [
+        "| network | factor | IPC | trained on | overall | head | medium | tail | seeds x networks |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for architecture in args.architectures:
+        for factor in args.factors:
+            there = [r for r in runs if r.factor == factor]
+            for ipc in args.ipc:
+                these = [r for r in there if r.ipc == ipc]
+                wanted = [(m, [r for r in these if r.method == m], "distilled") for m in args.methods]
+                wanted += [(NAMES.get(b, b), these, b) for b in args.baselines if not b.startswith("full")]
+                # The whole set has no IPC: it is measured with the first.
+                wanted += [
+                    (NAMES.get(b, b), these, b) for b in args.baselines if b.startswith("full") and ipc == args.ipc[0]
+                ]
+                for name, among, source in wanted:
+                    groups = rows_of(args, among, source, architecture)
+                    if groups:
+                        images = "" if source.startswith("full") else str(ipc)
+                        shown = "own" if factor is None else f"{factor:g}"
+                        lines.append(line(f"{architecture} | {shown} | {images} | {name}", groups))
     return "\n".join(lines)
 
 
 def cost(args: argparse.Namespace, runs: list[Run]) -> str:
-    """Median seconds per stage and method."""
-    lines = ["| method | IPC | distillation, s | evaluation of its set, s |", "|---|---|---|---|"]
-    for ipc in args.ipc:
-        for method in args.methods:
-            spent = [seconds_of(args, r) for r in runs if (r.method, r.ipc) == (method, ipc)]
-            medians = [
-                f"{statistics.median(s[stage] for s in spent):.0f}" for stage in ("distill", "evaluate distilled")
-            ]
-            lines.append(f"| {method} | {ipc} | {' | '.join(medians)} |")
+    """Median seconds per stage and method, and the sum of everything."""
+    lines = ["| method | factor | IPC | distillation, s | evaluation of its set, s |", "|---|---|---|---|---|"]
+    for factor in args.factors:
+        for ipc in args.ipc:
+            for method in args.methods:
+                spent = [seconds_of(args, r) for r in runs if (r.method, r.ipc, r.factor) == (method, ipc, factor)]
+                spent = [s for s in spent if "distill" in s and "evaluate distilled" in s]
+                if spent:
+                    medians = [
+                        f"{statistics.median(s[stage] for s in spent):.0f}"
+                        for stage in ("distill", "evaluate distilled")
+                    ]
+                    shown = "own" if factor is None else f"{factor:g}"
+                    lines.append(f"| {method} | {shown} | {ipc} | {' | '.join(medians)} |")
+    whole = sum(sum(seconds_of(args, run).values()) for run in runs)
+    lines += ["", f"Everything together, baselines and experts included: {whole / 3600:.1f} hours of one thread."]
     return "\n".join(lines)
+
+
+def plan(args: argparse.Namespace) -> list[Run]:
+    """The runs, seed by seed, so that an interrupted comparison has whole seeds."""
+    return [
+        Run(method, ipc, factor, seed, tuple(args.baselines) if method == args.methods[0] else ())
+        for seed in args.seeds
+        for factor in args.factors
+        for ipc in args.ipc
+        for method in args.methods
+    ]
 
 
 def main() -> None:
@@ -146,10 +189,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["lad", "datm"])
     parser.add_argument("--ipc", nargs="+", type=int, default=None, help="default: the recipe's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--factors", nargs="+", type=float, default=[None], help="default: the recipe's own")
+    parser.add_argument("--architectures", nargs="+", default=["convnet"])
+    parser.add_argument("--baselines", nargs="*", default=["random", "full"])
     parser.add_argument("--set", action="append", default=[], help="passed on to every run")
     parser.add_argument("--out", type=Path, default=None, help="default: runs/methods/JOB")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--name", default=None, help="name of the results file; default: the job's")
+    parser.add_argument("--report-only", action="store_true", help="the table of what is there; nothing is run")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     from lad_dist import recipe_file
@@ -159,18 +206,16 @@ def main() -> None:
     args.ipc = args.ipc or [recipe.ipc]
     args.out = args.out or Path("runs/methods") / recipe.name
     args.out.mkdir(parents=True, exist_ok=True)
-    runs = [
-        Run(method, ipc, seed, method == args.methods[0])
-        for ipc in args.ipc
-        for seed in args.seeds
-        for method in args.methods
-    ]
-    execute(args, "experts", runs[0])
-    with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(lambda run: execute(args, "run", run), runs))
-    expert_seconds = seconds_of(args, runs[0]).get("experts", 0.0)
+    runs = plan(args)
+    if not args.report_only:
+        first = {run.factor: run for run in reversed(runs)}
+        for factor in args.factors:
+            execute(args, "experts", first[factor])
+        with ThreadPoolExecutor(args.workers) as pool:
+            list(pool.map(lambda run: execute(args, "run", run), runs))
+    expert_seconds = sum(seconds_of(args, run).get("experts", 0.0) for run in runs)
     experts = f"took {expert_seconds:.0f} s" if expert_seconds > 1 else "were in the buffer already"
-    shown = " ".join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != "--write")])
+    shown = " ".join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a not in ("--write", "--report-only"))])
     text = (
         f"# {recipe.name}: methods compared\n\n{date.today().isoformat()}, {cpu()}, {args.workers} processes of one thread; "
         f"command: `python benchmarks/{shown}`.\nPercent; mean over distillation seeds (each the mean of its networks) ± the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -117,10 +118,13 @@ def test_a_cancelled_chain_is_completed_by_the_same_command(slurm, lad, referenc
     assert "all stages are done; nothing was submitted" in out
 
 
+STEADY = {"lr_images": 0.01, "lr_labels": 0.01, "lr_alpha": 0.0, "checkpoint_every": 10_000}  # over thousands of iterations
+
+
 def seconds_each(lad: Any) -> tuple[float, float]:
     """Of an epoch and of an iteration on this machine, now."""
     run = lad.folder / "speed"
-    job = lad.job(experts={"count": 1, "epochs": 30}, distill={"iterations": 30}, evaluate={"seeds": 1})
+    job = lad.job(experts={"count": 1, "epochs": 30}, distill={**STEADY, "iterations": 30}, evaluate={"seeds": 1})
     lad("experts", job, "--out", run, *LOCAL)
     lad("distill", job, "--out", run, "--on", "local", "--threads", 1, "--device", "cpu")
     times: dict[str, list[float]] = {}
@@ -145,7 +149,7 @@ def test_a_time_limit_of_a_minute_in_the_middle_of_experts_and_distillation(slur
     """A job that begins after one of SLURM's looks is warned at the next one, 30 s old: it has then 30 s left, below 10 + 30."""
     epoch, iteration = seconds_each(lad)
     job = lad.job(experts={"count": 1, "epochs": math.ceil(30 / epoch), "epochs_per_part": 1000},
-                  distill={"iterations": math.ceil(30 / iteration), "checkpoint_every": 10_000})  # fmt: skip
+                  distill={**STEADY, "iterations": math.ceil(30 / iteration)})  # fmt: skip
     profile, run = lad.profile(time_minutes=1, warning_seconds=10), lad.folder / "run"
     alone = lad.folder / "reference"
     for stage in ("experts", "distill"):
@@ -164,9 +168,9 @@ def test_a_time_limit_of_a_minute_in_the_middle_of_experts_and_distillation(slur
         assert len(steps) == len(set(steps)), "something was done again, though the warning came in time to save it"
         slurm.nothing_left(number)
     lad("experts", job, "--out", alone, *LOCAL)
-    lad("distill", job, "--out", alone, "--on", "local", "--threads", 1, "--device", "cpu")
+    lad("distill", job, "--out", alone, "--on", "local", "--ranks", 2, "--threads", 1, "--device", "cpu")
     assert buffer_rows(run) == buffer_rows(alone)
-    same_set(run, alone, 1e-2)
+    same_set(run, alone, 1e-6)  # as many ranks: the same sums, over thousands of iterations
 
 
 def test_a_fleet_over_two_nodes_survives_the_warning(slurm, lad, reference):
@@ -200,7 +204,6 @@ def test_a_killed_driver_is_noticed_and_takes_its_ray_along_and_no_other(slurm, 
     others = RayNodes()
     try:
         other = others.head(cpus=1)
-        known = len(session(other))
         waiting = lad.start(
             "experts", job, "--on", lad.profile(stages={"experts": {"mode": "fleet"}}), "--out", run, "--wait"
         )
@@ -208,7 +211,7 @@ def test_a_killed_driver_is_noticed_and_takes_its_ray_along_and_no_other(slurm, 
             time.sleep(0.2)
         number = jobs_of(run)["experts"]
         wait_for_events(run, "expert-epoch", 2)
-        processes = slurm.processes(number)
+        known, processes = set(session(other)), slurm.processes(number)
         drivers = [
             pid for pid, name in processes.items() if " -m submitit.core._submit" in name and "launch.ward" not in name
         ]
@@ -220,7 +223,7 @@ def test_a_killed_driver_is_noticed_and_takes_its_ray_along_and_no_other(slurm, 
         assert f"error: experts, job {number}: failed on n[1-2]" in err and "its log: " in err
         slurm.nothing_left(number)
         assert not list(Path("/tmp").glob(f"r-*-{number}-*"))
-        assert len(session(other)) == known
+        assert len(known) > 2 and known <= set(session(other))
     finally:
         others.close()
 
@@ -241,7 +244,7 @@ def test_a_job_that_died_without_a_word_is_noticed(slurm, lad):
     began = time.monotonic()
     assert killed
     for pid in killed:
-        with __import__("contextlib").suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     _, err = lad.ended(waiting, code=11, timeout=60)
     assert time.monotonic() - began < 30
