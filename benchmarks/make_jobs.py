@@ -1,4 +1,7 @@
-"""Write jobs/*.yaml for every cell of the published tables: ``python benchmarks/make_jobs.py [FOLDER]``.
+"""Write jobs/*.yaml for every cell of the published tables and beyond them: ``python benchmarks/make_jobs.py [FOLDER]``.
+
+Beyond: imbalance factors up to 1000 on CIFAR-10-LT and Fashion-MNIST-LT (whose jobs/fashion-mnist-lt.yaml is written by hand and
+read here), ImageNet-LT and Places-LT.
 
 Results: Zhao et al., "Distilling Long-tailed Datasets", arXiv 2408.14506. Settings: the authors' configurations,
 github.com/ichbill/LTDD, folder configs (as of commit e03585d and before). The files are committed; a test compares them
@@ -207,24 +210,53 @@ data:
     return name, text + _EXPERTS + distill_section(cell, large=False) + _EVALUATE
 
 
-def imagenet_lt(like: Cell) -> tuple[str, str]:
-    """ImageNet-LT at 64x64 with another cell's settings: (name, text)."""
-    name = "imagenet-lt-f256-ipc10"
+@dataclass(frozen=True)
+class Lists:
+    """A data set that is published as lists of ``path label`` lines."""
+
+    name: str
+    title: str
+    stem: str
+    classes: str
+    images: str
+    epoch: str
+
+
+IMAGENET_LT = Lists(
+    "imagenet-lt-f256-ipc10",
+    "ImageNet-LT at 64x64",
+    "ImageNet_LT",
+    "1000 classes of 1280 to 5 training images (factor 256, as the lists are)",
+    "115,846 training images",
+    "1280",
+)
+PLACES_LT = Lists(
+    "places-lt-f996-ipc10",
+    "Places-LT at 64x64",
+    "Places_LT",
+    "365 classes of 4980 to 5 training images (factor 996, as the lists are)",
+    "62,500 training images",
+    "4980",
+)
+
+
+def from_lists(data: Lists, like: Cell) -> tuple[str, str]:
+    """A data set of lists at 64x64 with another cell's settings: (name, text)."""
     text = f"""\
-# ImageNet-LT at 64x64: 1000 classes of 1280 to 5 training images (factor 256, as the lists are), 10 images per class.
+# {data.title}: {data.classes}, 10 images per class.
 # Purpose:   a large natural long tail. The settings are UNPUBLISHED: no table has this cell.
-# Command:   lad-dist run {name} --set data.root=FOLDER    (the two lists and their images)
-# Cost:      not measured yet. 115,846 training images; a classifier epoch draws 1280 of each class.
+# Command:   lad-dist run {data.name} --set data.root=FOLDER    (the two lists and their images)
+# Cost:      not measured yet. {data.images}; a classifier epoch draws {data.epoch} of each class.
 # Result:    none is known.
 # Settings:  those of {like.name}, with fewer experts and simpler whitening.
 # Lists:     Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", 2019 (lines of "path label").
-name: {name}
+name: {data.name}
 method: lad
 ipc: {like.ipc}
 data:
   dataset: list
-  train: ImageNet_LT_train.txt
-  test: ImageNet_LT_test.txt
+  train: {data.stem}_train.txt
+  test: {data.stem}_test.txt
   image_size: 64
   fit: center-crop
   imbalance: natural                 # the lists are long-tailed already
@@ -236,15 +268,67 @@ experts:
   epochs: 100
   classifier_epochs: 10
 """
-    return name, text + distill_section(like, large=True) + _EVALUATE
+    return data.name, text + distill_section(like, large=True) + _EVALUATE
+
+
+def cifar10_beyond(factor: int, like: Cell) -> tuple[str, str]:
+    """CIFAR-10-LT at a factor that no table has: (name, text)."""
+    name = f"cifar10-lt-f{factor}-ipc{like.ipc}"
+    text = f"""\
+# CIFAR-10-LT, imbalance factor {factor}, {like.ipc} images per class.
+# Purpose:   a longer tail than the published ones (5000 down to {5000 // factor} images). UNPUBLISHED: no table has this cell.
+# Command:   lad-dist run {name}
+# Cost:      {COST}.
+#            {NOT_MEASURED}
+# Result:    none is known.
+# Settings:  those of {like.name}.
+name: {name}
+method: lad
+ipc: {like.ipc}
+data:
+  dataset: cifar10
+  imbalance_factor: {factor}
+"""
+    return name, text + _EXPERTS + distill_section(like, large=False) + _EVALUATE
+
+
+FASHION = Path(__file__).parents[1] / "jobs" / "fashion-mnist-lt.yaml"
+
+
+def fashion(factor: int) -> tuple[str, str]:
+    """jobs/fashion-mnist-lt.yaml at another factor: (name, text)."""
+    name = f"fashion-mnist-lt-f{factor}"
+    body = "".join(
+        line for line in FASHION.read_text(encoding="utf-8").splitlines(keepends=True) if not line.startswith("#")
+    )
+    body = body.replace("name: fashion-mnist-lt\n", f"name: {name}\n")
+    body = body.replace("imbalance_factor: 100\n", f"imbalance_factor: {factor}\n")
+    smallest = 1000 // factor
+    text = f"""\
+# Fashion-MNIST-LT: 28x28 grey images, factor {factor} (1000 down to {smallest} image{"s" if smallest > 1 else ""} per class).
+# Purpose:   how the result depends on the imbalance; fashion-mnist-lt is the same at factor 100.
+# Command:   lad-dist run {name}
+# Cost:      as fashion-mnist-lt.
+# Result:    benchmarks/results/fashion-mnist-lt-sweep.md has all factors, at 16x16.
+# Settings:  those of fashion-mnist-lt, chosen at factor 100.
+"""
+    return name, text + body
+
+
+def published() -> dict[str, str]:
+    """The text of every file with the published protocol, by its stem."""
+    cells = {cell.name: cell for cell in (*cifar10(), *cifar100(), *tiny_imagenet())}
+    files = {name: document(cell) for name, cell in cells.items()}
+    large = cells["tiny-imagenet-lt-f20-ipc10"]
+    files.update([cifar10_jpeg(cells["cifar10-lt-f100-ipc10"])])
+    files.update([from_lists(IMAGENET_LT, large), from_lists(PLACES_LT, large)])
+    files.update(cifar10_beyond(factor, cells["cifar10-lt-f200-ipc10"]) for factor in (500, 1000))
+    return files
 
 
 def jobs() -> dict[str, str]:
     """The text of every file by its stem."""
-    cells = {cell.name: cell for cell in (*cifar10(), *cifar100(), *tiny_imagenet())}
-    files = {name: document(cell) for name, cell in cells.items()}
-    files.update([cifar10_jpeg(cells["cifar10-lt-f100-ipc10"]), imagenet_lt(cells["tiny-imagenet-lt-f20-ipc10"])])
-    return files
+    return published() | dict(fashion(factor) for factor in (10, 50, 200, 500, 1000))
 
 
 def main() -> None:

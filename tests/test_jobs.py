@@ -32,8 +32,16 @@ def test_every_cell_of_the_published_tables_has_a_recipe() -> None:
     wanted = {f"cifar10-lt-f{f}-ipc{i}" for f in (10, 50, 100, 200) for i in (10, 20, 50)}
     wanted |= {f"cifar100-lt-f{f}-ipc{i}" for f in (10, 20, 50) for i in (10, 20, 50)}
     wanted |= {f"tiny-imagenet-lt-f{f}-ipc{i}" for f in (10, 20, 100) for i in (10, 20)}
-    wanted |= {"digits-lt", "cifar10-jpeg-lt-f100-ipc10", "imagenet-lt-f256-ipc10"}
+    wanted |= {"digits-lt", "cifar10-jpeg-lt-f100-ipc10", "imagenet-lt-f256-ipc10", "places-lt-f996-ipc10"}
     assert wanted <= names
+
+
+def test_imbalance_factors_from_10_to_1000() -> None:
+    def factors(dataset: str) -> set[float]:
+        recipes = (recipe_file.load(file) for file in FILES)
+        return {r.data.imbalance_factor for r in recipes if r.data.dataset == dataset and r.ipc == 10}
+
+    assert {10, 50, 100, 200, 500, 1000} <= factors("cifar10") & factors("fashion-mnist")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -57,7 +65,7 @@ def test_every_generated_line_is_short(generator: ModuleType) -> None:
 
 
 def test_published_cells_keep_the_published_protocol(generator: ModuleType) -> None:
-    for name in generator.jobs():
+    for name in generator.published():
         recipe = recipe_file.load(ROOT / "jobs" / f"{name}.yaml")
         assert recipe.evaluate.lr is None and recipe.evaluate.epochs == 1000 and recipe.distill.iterations == 10_000
         assert (
@@ -73,6 +81,8 @@ def test_published_cells_keep_the_published_protocol(generator: ModuleType) -> N
         ("cifar10-lt-f200-ipc50", 5000, 10, 25),
         ("cifar100-lt-f50-ipc10", 500, 100, 10),
         ("tiny-imagenet-lt-f100-ipc20", 500, 200, 5),
+        ("cifar10-lt-f1000-ipc10", 5000, 10, 5),
+        ("fashion-mnist-lt-f1000", 1000, 10, 1),
     ],
 )
 def test_the_factors_leave_images_in_every_class(name: str, n_max: int, classes: int, tail: int) -> None:

@@ -48,10 +48,21 @@ _KNOWN = {
     "cifar100": _Known(3, 32, 100, 500, 10_000),
     "tiny-imagenet": _Known(3, 64, 200, 500, 10_000),
 }
-# Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019: 115,846 images, 1280 to 5 per class.
-_IMAGENET_LT = "ImageNet_LT_train.txt"
-_IMAGENET_LT_CLASSES, _IMAGENET_LT_IMAGES, _IMAGENET_LT_TEST = 1000, 115_846, 50_000
-_IMAGENET_LT_LARGEST, _IMAGENET_LT_SMALLEST = 1280, 5
+@dataclass(frozen=True)
+class _Lists:
+    title: str
+    classes: int
+    train: int
+    test: int
+    largest: int  # training images of a class
+    smallest: int
+
+
+# Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019, and the lists that belong to it.
+_LISTS = {
+    "ImageNet_LT_train.txt": _Lists("ImageNet-LT", 1000, 115_846, 50_000, 1280, 5),
+    "Places_LT_train.txt": _Lists("Places-LT", 365, 62_500, 36_500, 4980, 5),
+}
 
 
 def facts_of(config: DataConfig) -> Facts:
@@ -76,7 +87,7 @@ def published(config: DataConfig) -> Facts | None:
     """What is published about the data set; None where that is nothing. Raises DataError for an impossible long tail."""
     known = _KNOWN.get(config.dataset)
     if known is None:
-        return _imagenet_lt(config)
+        return _of_lists(config)
     pool = known.per_class - config.validation_per_class
     if config.imbalance == "natural":
         counts: tuple[int, ...] = (pool,) * known.classes
@@ -93,23 +104,22 @@ def published(config: DataConfig) -> Facts | None:
     )
 
 
-def _imagenet_lt(config: DataConfig) -> Facts | None:
-    """The lists of ImageNet-LT: class sizes on an exponential of the published ends, levelled to the published total."""
-    if config.dataset != "list" or config.train is None or Path(config.train).name != _IMAGENET_LT:
+def _of_lists(config: DataConfig) -> Facts | None:
+    """Lists that are published: class sizes on an exponential of the published ends, levelled to the published total."""
+    known = _LISTS.get(Path(config.train).name) if config.dataset == "list" and config.train is not None else None
+    if known is None or config.image_size is None:
         return None
-    if config.image_size is None:
-        return None
-    shape = exponential_counts(_IMAGENET_LT_LARGEST, _IMAGENET_LT_CLASSES, _IMAGENET_LT_LARGEST / _IMAGENET_LT_SMALLEST)
-    middle = (_IMAGENET_LT_IMAGES - _IMAGENET_LT_LARGEST - _IMAGENET_LT_SMALLEST) / (sum(shape) - shape[0] - shape[-1])
-    inner = [max(_IMAGENET_LT_SMALLEST, min(_IMAGENET_LT_LARGEST, int(n * middle))) for n in shape[1:-1]]
-    short = _IMAGENET_LT_IMAGES - shape[0] - shape[-1] - sum(inner)
+    shape = exponential_counts(known.largest, known.classes, known.largest / known.smallest)
+    middle = (known.train - known.largest - known.smallest) / (sum(shape) - shape[0] - shape[-1])
+    inner = [max(known.smallest, min(known.largest, int(n * middle))) for n in shape[1:-1]]
+    short = known.train - shape[0] - shape[-1] - sum(inner)
     step = 1 if short > 0 else -1
-    for i in range(abs(short)):  # rounding
-        inner[len(inner) // 3 + i % (len(inner) // 3)] += step
+    for i in range(abs(short)):  # rounding, and what the smallest classes were raised by: over the larger classes
+        inner[i % (2 * len(inner) // 3)] += step
     return Facts(
         config.channels or 3,
         config.image_size,
         (shape[0], *inner, shape[-1]),
-        _IMAGENET_LT_TEST,
-        "what is published about ImageNet-LT (its lists are not here)",
+        known.test,
+        f"what is published about {known.title} (its lists are not here)",
     )

@@ -196,8 +196,17 @@ def test_published_counts_are_those_of_the_recipe():
     facts = published(DataConfig(dataset="cifar100", imbalance_factor=50))
     assert facts.counts == exponential_counts(500, 100, 50) and (facts.channels, facts.size) == (3, 32)
     assert published(DataConfig(dataset="cifar10", imbalance="natural", validation_per_class=10)).train == 49_900
-    lists = published(recipe_file.load(catalog.find_job("imagenet-lt-f256-ipc10").recipe).data)
-    assert (lists.train, lists.classes, max(lists.counts), min(lists.counts)) == (115_846, 1000, 1280, 5)
+
+
+@pytest.mark.parametrize(("job", "train", "test", "classes", "largest"), [
+    ("imagenet-lt-f256-ipc10", 115_846, 50_000, 1000, 1280),
+    ("places-lt-f996-ipc10", 62_500, 36_500, 365, 4980),
+])  # fmt: skip
+def test_published_counts_of_lists(job, train, test, classes, largest):
+    """Liu et al., CVPR 2019."""
+    lists = published(recipe_file.load(catalog.find_job(job).recipe).data)
+    assert (lists.train, lists.test, lists.classes, max(lists.counts), min(lists.counts)) == (train, test, classes, largest, 5)
+    assert list(lists.counts) == sorted(lists.counts, reverse=True)
 
 
 def test_data_that_are_here_are_looked_at():

@@ -148,8 +148,8 @@ def wait_for_a_look(slurm: Any) -> None:
 def test_a_time_limit_of_a_minute_in_the_middle_of_experts_and_distillation(slurm, lad):
     """A job that begins after one of SLURM's looks is warned at the next one, 30 s old: it has then 30 s left, below 10 + 30."""
     epoch, iteration = seconds_each(lad)
-    job = lad.job(experts={"count": 1, "epochs": math.ceil(30 / epoch), "epochs_per_part": 1000},
-                  distill={**STEADY, "iterations": math.ceil(30 / iteration)})  # fmt: skip
+    job = lad.job(experts={"count": 1, "epochs": math.ceil(45 / epoch), "epochs_per_part": 1000},
+                  distill={**STEADY, "iterations": math.ceil(45 / iteration)})  # fmt: skip
     profile, run = lad.profile(time_minutes=1, warning_seconds=10), lad.folder / "run"
     alone = lad.folder / "reference"
     for stage in ("experts", "distill"):
