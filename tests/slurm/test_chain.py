@@ -146,15 +146,21 @@ def wait_for_a_look(slurm: Any) -> None:
 
 @pytest.mark.timeout(600)
 def test_a_time_limit_of_a_minute_in_the_middle_of_experts_and_distillation(slurm, lad):
-    """A job that begins after one of SLURM's looks is warned at the next one, 30 s old: it has then 30 s left, below 10 + 30."""
+    """A job that begins after one of SLURM's looks is warned at the next one, 30 s old: it has then 30 s left, below 10 + 30.
+
+    The first 15 s it sleeps, so that 20 s of work outlast the warning.
+    """
     epoch, iteration = seconds_each(lad)
-    job = lad.job(experts={"count": 1, "epochs": math.ceil(45 / epoch), "epochs_per_part": 1000},
-                  distill={**STEADY, "iterations": math.ceil(45 / iteration)})  # fmt: skip
-    profile, run = lad.profile(time_minutes=1, warning_seconds=10), lad.folder / "run"
+    job = lad.job(experts={"count": 1, "epochs": math.ceil(20 / epoch), "epochs_per_part": 1000},
+                  distill={**STEADY, "iterations": math.ceil(20 / iteration)})  # fmt: skip
+    sleep = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then sleep 15; fi'
+    profile, run = lad.profile(time_minutes=1, warning_seconds=10, setup=[sleep]), lad.folder / "run"
     alone = lad.folder / "reference"
-    for stage in ("experts", "distill"):
+    for stage, how in (("experts", ("--fleet", "off")), ("distill", ("--ranks", 2))):
+        reference = lad.start(stage, job, "--out", alone, "--on", "local", *how, "--threads", 1, "--device", "cpu")
         wait_for_a_look(slurm)
         lad(stage, job, "--on", profile, "--out", run, "--wait")
+        lad.ended(reference)
     for stage, progress in (("experts", "expert-epoch"), ("distill", "iteration")):
         number = jobs_of(run)[stage]
         (told,) = (run / "slurm" / "logs").glob(f"*/{number}/{number}_0_log.out")
@@ -167,8 +173,6 @@ def test_a_time_limit_of_a_minute_in_the_middle_of_experts_and_distillation(slur
         steps = [(e.get("stage"), e.get("epoch"), e.get("iteration")) for e in events if e["kind"] == progress]
         assert len(steps) == len(set(steps)), "something was done again, though the warning came in time to save it"
         slurm.nothing_left(number)
-    lad("experts", job, "--out", alone, *LOCAL)
-    lad("distill", job, "--out", alone, "--on", "local", "--ranks", 2, "--threads", 1, "--device", "cpu")
     assert buffer_rows(run) == buffer_rows(alone)
     same_set(run, alone, 1e-6)  # as many ranks: the same sums, over thousands of iterations
 

@@ -1,0 +1,99 @@
+"""Write docs/recipes.md from the models of recipe.py and profile.py: ``python docs/make_recipes.py``."""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from lad_dist.profile import Profile
+from lad_dist.recipe import Recipe
+
+INTRO = """\
+# Recipes and profiles, field by field
+
+*Written by `python docs/make_recipes.py` from `lad_dist/recipe.py` and `lad_dist/profile.py`.*
+
+A recipe (`jobs/*.yaml`) says what to compute, a profile (`cluster/*.yaml`, `--on`) says where. Both are YAML. A key that does
+not exist is refused with the nearest one that does; all faults are reported at once. `--set` sets any field of the recipe:
+
+    lad-dist run digits-lt --set distill.iterations=500 --set data.imbalance_factor=40 --out runs/digits-lt-f40
+
+The resolved recipe, every field spelled out, is saved as `recipe.yaml` of the run. A recipe may be a file or the name of one
+that ships (`lad-dist jobs`).
+"""
+
+
+def shown(kind: Any) -> str:
+    """A type as people write it: ``number >= 0``'s bounds come from the field."""
+    if get_origin(kind) is typing.Annotated:
+        return shown(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(shown(k) for k in get_args(kind) if k is not type(None))
+    if get_origin(kind) is typing.Literal:
+        return ", ".join(f"`{'off' if v is False else v}`" for v in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"list of {shown(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return "mapping"
+    return {int: "integer", float: "number", bool: "true, false", str: "text"}.get(
+        kind, getattr(kind, "__name__", str(kind))
+    )
+
+
+def bounds(field: FieldInfo) -> str:
+    """`>= 0, < 1` of a field."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    found = [
+        f"{signs[n]} {getattr(m, n):g}" for m in _metadata(field) for n in signs if getattr(m, n, None) is not None
+    ]
+    return ", ".join(dict.fromkeys(found))
+
+
+def _metadata(field: FieldInfo) -> list[Any]:
+    kinds = (field.annotation, *get_args(field.annotation))
+    inner = [m for kind in kinds for m in getattr(kind, "__metadata__", ())]
+    return [*field.metadata, *(one for m in inner for one in (m.metadata if isinstance(m, FieldInfo) else [m]))]
+
+
+def rows(model: type[BaseModel], prefix: str) -> list[str]:
+    lines = ["| field | values | default | |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        if section(field) is not None:
+            continue
+        default = field.get_default(call_default_factory=True)
+        text = (
+            "none" if default is None else ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        )
+        values = " ".join(part for part in (shown(field.annotation), bounds(field)) if part)
+        description = " ".join((field.description or "").split()).replace("|", "\\|")
+        lines.append(f"| `{prefix}{name}` | {values} | {text or 'empty'} | {description} |")
+    return lines
+
+
+def section(field: FieldInfo) -> type[BaseModel] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def chapter(model: type[BaseModel], title: str, prefix: str = "", depth: int = 2) -> list[str]:
+    summary = " ".join((model.__doc__ or "").split("\n\n")[0].replace("``", "`").split())
+    lines = [f"{'#' * depth} {title}", "", *([summary, ""] if summary else []), *rows(model, prefix), ""]
+    for name, field in model.model_fields.items():
+        inner = section(field)
+        if inner is not None:
+            lines += chapter(inner, f"`{prefix}{name}`", f"{prefix}{name}.", depth + 1)
+    return lines
+
+
+def text() -> str:
+    """The whole page."""
+    return INTRO + "\n" + "\n".join([*chapter(Recipe, "Recipe"), *chapter(Profile, "Profile")]).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "recipes.md").write_text(text(), encoding="utf-8")
