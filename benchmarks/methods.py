@@ -215,7 +215,8 @@ def main() -> None:
             list(pool.map(lambda run: execute(args, "run", run), runs))
     expert_seconds = sum(seconds_of(args, run).get("experts", 0.0) for run in runs)
     experts = f"took {expert_seconds:.0f} s" if expert_seconds > 1 else "were in the buffer already"
-    shown = " ".join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a not in ("--write", "--report-only"))])
+    mine = {"--write", "--report-only", "--out", str(args.out)}  # what does not change the figures
+    shown = " ".join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a not in mine)])
     text = (
         f"# {recipe.name}: methods compared\n\n{date.today().isoformat()}, {cpu()}, {args.workers} processes of one thread; "
         f"command: `python benchmarks/{shown}`.\nPercent; mean over distillation seeds (each the mean of its networks) ± the "

@@ -49,7 +49,9 @@ class Pipeline:
 
     def all(self) -> None:
         """Everything that is not done yet. With ``buffer.start_after``, distillation begins while experts still train."""
-        if self._experts_needed_live():
+        if self._imported():
+            self.distill()
+        elif self._experts_needed_live():
             self._distill_alongside_experts()
         else:
             self.experts()
@@ -86,6 +88,12 @@ class Pipeline:
             if error is not None:
                 raise error
 
+    def _imported(self) -> bool:
+        """Whether the distilled set was made elsewhere, so that experts would be trained for nothing."""
+        from lad_dist.distilled import DistilledSet
+
+        return self.run.distilled.exists() and DistilledSet.load(self.run.distilled).meta.method != self.recipe.method
+
     def _experts_needed_live(self) -> bool:
         """Whether the recipe lets distillation begin with a part of the experts, and neither of the two is done.
 
@@ -119,7 +127,8 @@ class Pipeline:
         record = None if replay is None else Record.read(replay, self.recipe, self.run)
         if self.run.distilled.exists():
             made = DistilledSet.load(self.run.distilled).meta
-            return self._already("distill", f"{self.run.distilled} is there (iteration {made.iteration})")
+            how = f"iteration {made.iteration}" if made.method == self.recipe.method else made.method
+            return self._already("distill", f"{self.run.distilled} is there ({how})")
         with self._stage("distill"):
             self._distill(record)
             if self.recipe.distill.select != "last":

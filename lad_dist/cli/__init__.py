@@ -6,6 +6,7 @@
     cluster.py    cancel, and what run does on SLURM
     looking.py    status, compare, jobs, clusters
     buffers.py    buffer inspect, buffer verify, buffer export, buffer import
+    exchange.py   export, import
     terminal.py   output, and the types of ``errors.py`` as one message and an exit code
 
 A verb is a function, named in ``VERBS`` in the order in which ``--help`` lists them. Whatever is slow to import is
@@ -20,7 +21,7 @@ from typing import Annotated
 import typer
 
 from lad_dist import __version__
-from lad_dist.cli import buffers, cluster, looking, plan, stages, terminal
+from lad_dist.cli import buffers, cluster, exchange, looking, plan, stages, terminal
 from lad_dist.cli.options import default_out, expanded
 
 __all__ = ["app", "default_out", "main"]
@@ -35,6 +36,8 @@ VERBS: tuple[Callable[..., None], ...] = (
     looking.status,
     cluster.cancel,
     looking.compare,
+    exchange.export,
+    exchange.import_,
     looking.jobs,
     looking.clusters,
 )
@@ -55,7 +58,7 @@ app = typer.Typer(
 buffer_app = typer.Typer(no_args_is_help=True, help="Look into a trajectory buffer; exchange it with other tools.")
 
 for verb in VERBS:
-    app.command()(expanded(verb))
+    app.command(verb.__name__.rstrip("_"))(expanded(verb))
 for verb in BUFFER_VERBS:
     buffer_app.command(verb.__name__.rstrip("_"))(expanded(verb))
 app.add_typer(buffer_app, name="buffer")

@@ -1,18 +1,20 @@
 """Data sets in Parquet: one row per image, the image encoded (PNG, JPEG, ...), the label an integer.
 
 The image column is binary, or a struct with a binary field ``bytes`` as the Hugging Face hub writes it.
+``write_rows`` and ``read_rows`` are for the files of ``exchange/``: small tables, written and read whole.
 """
 
 from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -200,3 +202,70 @@ def _class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None
     if b"classes" in metadata:
         return tuple(name.strip() for name in metadata[b"classes"].decode().split(","))
     return None
+
+
+# --- whole tables, for exchange -----------------------------------------------------------------------------------------
+
+Cells = npt.NDArray[Any] | Sequence[bytes] | Sequence[str] | Sequence[Mapping[str, object]]
+
+
+def write_rows(path: Path, columns: Mapping[str, Cells], metadata: Mapping[str, str]) -> None:
+    """Write a table to ``path`` as given (publishing it is the caller's); every page carries its checksum.
+
+    columns: an array (N,) is a column of its type, an array (N, D) one of lists of length D; bytes, strings and
+    structs (of ``bytes`` and ``path``, as the Hugging Face hub has images) come as sequences. metadata: of the schema.
+    Raises OSError where the file cannot be written.
+    """
+    arrays = {name: _array(cells) for name, cells in columns.items()}
+    schema = pa.schema([(name, array.type) for name, array in arrays.items()], metadata=dict(metadata))
+    table = pa.Table.from_arrays(list(arrays.values()), schema=schema)
+    pq.write_table(
+        table, path, row_group_size=_ROWS_AT_ONCE, compression="zstd", use_dictionary=False, write_page_checksum=True
+    )
+
+
+def _array(cells: Cells) -> pa.Array:
+    if isinstance(cells, np.ndarray):
+        flat = pa.array(np.ascontiguousarray(cells).reshape(-1))
+        return flat if cells.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, cells.shape[1])
+    if cells and isinstance(cells[0], Mapping):
+        return pa.array(cells, type=pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    return pa.array(cells)
+
+
+def read_rows(path: Path, numbers: Sequence[str]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+    """The columns named in ``numbers`` as arrays, (N,) or, where they hold lists of one length D, (N, D); the metadata.
+
+    Raises DataError where the file is missing, damaged, or lacks such a column.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+            schema = parquet.schema_arrow
+            missing = [name for name in numbers if name not in schema.names]
+            if missing:
+                raise DataError(
+                    f"{path}: column {missing[0]!r} is missing; the columns are {', '.join(map(str, schema.names))}"
+                )
+            table = parquet.read(columns=list(numbers))
+        columns = {name: _numbers(path, name, table.column(name).combine_chunks()) for name in numbers}
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+    try:
+        return columns, {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: its metadata are not text ({error})") from error
+
+
+def _numbers(path: Path, name: str, column: pa.Array) -> npt.NDArray[Any]:
+    length, values = 0, column
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if is_list or pa.types.is_fixed_size_list(column.type):
+        values = column.flatten()
+        length = len(values) // max(1, len(column))
+        lengths = pc.list_value_length(column)
+        if column.null_count or not bool(pc.all(pc.equal(lengths, length)).as_py()):
+            raise DataError(f"{path}: column {name!r} holds lists of several lengths; valid: one length")
+    if values.null_count or not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        raise DataError(f"{path}: column {name!r} holds {column.type}; valid: numbers in every row")
+    flat: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    return flat.reshape(len(column), length) if length else flat

@@ -93,7 +93,7 @@ def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
         "source": source,
         "split": recipe.evaluate.split,
         "selection": distilled.meta.selection if distilled else "none",
-        "method": recipe.method if distilled else source,
+        "method": distilled.meta.method if distilled else source,
         "ipc": None if of_everything(source) else recipe.ipc,
         "set_id": _set_id(recipe, run, source),
         "settings": asdict(settings) | {"augment": settings.augment.model_dump(mode="json"), "labels": _labels(source)},

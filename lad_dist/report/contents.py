@@ -46,7 +46,8 @@ class Contents:
             else ", natural imbalance"
         )
         images = f"{r.ipc} image{'s' if r.ipc > 1 else ''} per class"
-        return f"{tables.DATASETS[r.data.dataset]}{tail}: {images}, {tables.METHODS[r.method]}, seed {r.seed}"
+        method = self.distilled.meta.method if self.distilled else r.method  # of an imported set not the recipe's
+        return f"{tables.DATASETS[r.data.dataset]}{tail}: {images}, {tables.METHODS.get(method, method)}, seed {r.seed}"
 
 
 def read(recipe: Recipe, run: RunDir) -> Contents:

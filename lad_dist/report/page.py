@@ -228,7 +228,7 @@ def _facts(found: Contents) -> list[tuple[str, str]]:
         ("Experts hash", r.experts_hash()),
         ("Data fingerprint", meta.data_fingerprint if meta else data["fingerprint"] if data else ""),
         ("Seeds", f"{r.seed} (distillation and evaluation), {r.experts.seed} (experts)"),
-        ("Iteration of the set", f"{meta.iteration:,} of {r.distill.iterations:,}" if meta else ""),
+        ("Iteration of the set", _iteration(found)),
         ("Learned alpha", f"{meta.lr:.6g}" if meta else ""),
         ("Initial set", "; ".join(f"{k.replace('_', ' ')}: {v}" for k, v in meta.label_source.items()) if meta else ""),
         ("Made with", ", ".join(f"{k} {v}" for k, v in versions.items())),
@@ -240,6 +240,14 @@ def _facts(found: Contents) -> list[tuple[str, str]]:
         ("Recorded", " to ".join(_when(t) for t in (found.history.began, found.history.ended) if t is not None)),
     ]
     return [(label, value) for label, value in facts if value]
+
+
+def _iteration(found: Contents) -> str:
+    """Which iteration's set it is, of how many; nothing of an imported set, which no iteration of this run made."""
+    meta = found.distilled.meta if found.distilled else None
+    if meta is None or meta.method != found.recipe.method:
+        return ""
+    return f"{meta.iteration:,} of {found.recipe.distill.iterations:,}"
 
 
 def _when(seconds: float) -> str:

@@ -1,0 +1,105 @@
+"""What every exported folder says of itself: where the set comes from, what its numbers mean. Written as lad_dist.json."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from lad_dist.distilled import DistilledSet
+
+Form = Literal["pt", "png", "folder", "parquet", "hf"]
+ABOUT = "lad_dist.json"  # its presence says that a folder is an export, which --force may replace
+WHITENING = "whitening.safetensors"
+FORMAT = "lad-dist distilled set 1"
+IMPORTED = "imported"  # as ``DistilledMeta.method``, and as ``selection`` where nothing is known of it
+_LONGEST_NAME = 60
+
+_LAD = "Zhao et al., Distilling Long-tailed Datasets, CVPR 2025, arXiv:2408.14506"
+_DATM = "Guo et al., Towards Lossless Dataset Distillation via Difficulty-Aligned Trajectory Matching, ICLR 2024, arXiv:2310.05773"
+_MTT = "Cazenavette et al., Dataset Distillation by Matching Training Trajectories, CVPR 2022, arXiv:2203.11932"
+_TESLA = "Cui et al., Scaling Up Dataset Distillation to ImageNet-1K with Constant Memory, ICML 2023, arXiv:2211.10586"
+_OF_METHOD = {
+    "lad": (_LAD, _DATM, _MTT, _TESLA),
+    "lad-without-wma": (_LAD, _DATM, _MTT, _TESLA),
+    "lad-without-adm": (_LAD, _DATM, _MTT, _TESLA),
+    "datm": (_DATM, _MTT, _TESLA),
+    "mtt": (_MTT, _TESLA),
+}
+_OF_DATASET = {
+    "digits": "Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998",
+    "fashion-mnist": "Xiao et al., Fashion-MNIST, 2017, arXiv:1708.07747",
+    "cifar10": "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+    "cifar100": "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+    "tiny-imagenet": "Le and Yang, Tiny ImageNet Visual Recognition Challenge, Stanford CS 231N, 2015",
+}
+
+
+def is_hard(distilled: DistilledSet) -> bool:
+    """Whether every label says its class and nothing else, as MTT's do."""
+    one_hot_SK = F.one_hot(distilled.labels.long(), len(distilled.meta.class_names)).float()
+    return torch.equal(distilled.soft_labels, one_hot_SK)
+
+
+def about(distilled: DistilledSet, form: Form) -> dict[str, Any]:
+    """The document of lad_dist.json: counts, shapes, learning rate, whitening, how the set was made, whom to cite."""
+    meta, whitening = distilled.meta, distilled.whitening
+    recipe = {**meta.recipe}
+    if isinstance(recipe.get("data"), dict):  # where the data lay is nobody else's business
+        recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in ("root", "download")}
+    how: dict[str, Any] = {"kind": whitening.kind, "eps": whitening.eps}
+    if whitening.kind == "standardize":
+        how |= {"mean": whitening.mean.tolist(), "std": whitening.inverse.tolist()}
+    if form in ("folder", "parquet", "hf"):
+        how["file"] = WHITENING
+    return {
+        "format": FORMAT,
+        "form": form,
+        "dataset": meta.dataset,
+        "method": meta.method,
+        "selection": meta.selection,
+        "iteration": meta.iteration,
+        "ipc": meta.ipc,
+        "images": len(distilled),
+        "shape": list(distilled.images.shape[1:]),
+        "class_names": list(meta.class_names),
+        "training_images_per_class": list(meta.counts),
+        "imbalance_factor": imbalance_factor(distilled),
+        "lr": meta.lr,
+        "labels": "hard" if is_hard(distilled) else "soft",
+        "whitening": how,
+        "data_fingerprint": meta.data_fingerprint,
+        "recipe_hash": meta.recipe_hash,
+        "recipe": recipe,
+        "versions": meta.versions,
+        "cite": citations(distilled),
+    }
+
+
+def imbalance_factor(distilled: DistilledSet) -> float | None:
+    """Training images of the largest class over those of the smallest; None where a class has none."""
+    counts = distilled.meta.counts
+    return max(counts) / min(counts) if min(counts, default=0) else None
+
+
+def citations(distilled: DistilledSet) -> list[str]:
+    """Whom a publication that uses the set should cite: method, then data set. Empty where neither is known."""
+    method, dataset = distilled.meta.method, distilled.meta.dataset.split("/")[0]
+    return [*_OF_METHOD.get(method, ()), *([_OF_DATASET[dataset]] if dataset in _OF_DATASET else [])]
+
+
+def as_json(document: dict[str, Any]) -> str:
+    """One text for files and for the schema of Parquet."""
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def class_folders(class_names: tuple[str, ...]) -> list[str]:
+    """A name for each class that every file system takes, in whose order sorting by name leaves them: ``003-Angora_cat``."""
+    width = max(3, len(str(len(class_names) - 1)))
+    plain = (unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode() for name in class_names)
+    clean = (re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:_LONGEST_NAME] for name in plain)
+    return [f"{c:0{width}d}-{name}".rstrip("-") for c, name in enumerate(clean)]

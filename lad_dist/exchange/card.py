@@ -1,0 +1,127 @@
+"""README.md of a Hugging Face data set: its YAML head, which the hub and ``datasets`` read, and its text.
+
+The head is written as JSON values, which YAML contains, so that no class name needs quoting of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lad_dist.distilled import DistilledSet
+from lad_dist.exchange.about import citations, imbalance_factor, is_hard
+from lad_dist.exchange.tables import HF_FILE, hf_features
+
+_MOST_CLASSES = 100  # listed with their training images
+
+_TEXT = """
+# {title}
+
+{count} synthetic images, {ipc} per class of {classes}, distilled from {dataset} ({total:,} training images{tail}).
+A network is trained on them instead of on the {total:,}. Method: {method}{how}.
+
+| column | what it holds |
+|---|---|
+| `image` | the picture: whitening undone, clipped and rounded to 8 bits, to look at |
+| `label` | the class |
+| `soft_label` | {labels}: {classes} probabilities |
+| `label_logits` | the logits of which they are the softmax |
+| `whitened` | the learned image, {values} float32 values, flattened from {shape}: what networks are trained on |
+
+Learned learning rate: `{lr!r}`. Whitening: `{whitening}`, fitted on the training images and stored in `whitening.safetensors`;
+real images go through it before a network sees them. `lad_dist.json` says how the set was made.
+
+```python
+import datasets, torch
+
+train = datasets.load_dataset("{repository}", split="train").with_format("torch")
+images = train["whitened"][:].reshape(-1, {dimensions})
+soft_labels = train["soft_label"][:]
+```
+
+`lad-dist import JOB DIR --from hf` evaluates the set; it restores every bit.
+{counts}
+## Licence
+
+Not chosen here: add `license:` to the head of this file. The images were made from {dataset}, whose terms may apply to them.
+
+## Citation
+
+{cite}
+"""
+
+
+def card(distilled: DistilledSet) -> str:
+    """The text of README.md."""
+    return (
+        "---\n"
+        + "".join(f"{key}: {_json(value)}\n" for key, value in _head(distilled).items())
+        + "---\n"
+        + _text(distilled)
+    )
+
+
+def _head(distilled: DistilledSet) -> dict[str, Any]:
+    """What ``datasets`` and the hub read. ``license`` is left to whoever publishes the set."""
+    features = [_yaml_feature(name, feature) for name, feature in hf_features(distilled).items()]
+    return {
+        "pretty_name": _title(distilled),
+        "tags": ["dataset-distillation", "long-tailed", "lad-dist"],
+        "task_categories": ["image-classification"],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": HF_FILE}]}],
+        "dataset_info": {"features": features},
+    }
+
+
+def _yaml_feature(name: str, feature: dict[str, Any]) -> dict[str, Any]:
+    """A column as the head has it."""
+    if feature["_type"] == "Image":
+        return {"name": name, "dtype": "image"}
+    if feature["_type"] == "ClassLabel":
+        return {"name": name, "dtype": {"class_label": {"names": {str(c): n for c, n in enumerate(feature["names"])}}}}
+    return {"name": name, "sequence": feature["feature"]["dtype"], "length": feature["length"]}
+
+
+def _text(distilled: DistilledSet) -> str:
+    meta, whitening = distilled.meta, distilled.whitening
+    factor, shape = imbalance_factor(distilled), distilled.images.shape[1:]
+    rows = "".join(
+        f"| {_cell(name)} | {count:,} |\n" for name, count in zip(meta.class_names, meta.counts, strict=False)
+    )
+    listed = (
+        f"\n## Training images\n\n| class | images |\n|---|---|\n{rows}" if len(meta.counts) <= _MOST_CLASSES else ""
+    )
+    iterations = f", iteration {meta.iteration:,}, chosen by: {meta.selection}" if meta.iteration else ""
+    return _TEXT.format(
+        title=_title(distilled),
+        count=f"{len(distilled):,}",
+        ipc=meta.ipc,
+        classes=len(meta.class_names),
+        dataset=meta.dataset,
+        total=sum(meta.counts),
+        tail="" if factor is None else f", imbalance factor {factor:g}",
+        method=meta.method,
+        how=iterations,
+        labels="hard labels" if is_hard(distilled) else "the learned soft label",
+        values=distilled.images[0].numel(),
+        shape=tuple(shape),
+        dimensions=", ".join(map(str, shape)),
+        lr=meta.lr,
+        whitening=whitening.kind,
+        repository="PATH",
+        counts=listed,
+        cite="\n".join(f"- {each}" for each in citations(distilled))
+        or "Whoever made the set, and the data set that it was made from.",
+    )
+
+
+def _title(distilled: DistilledSet) -> str:
+    return f"Distilled {distilled.meta.dataset.split('/')[0]}, {distilled.meta.ipc} images per class"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

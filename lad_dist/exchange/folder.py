@@ -1,0 +1,73 @@
+"""Pictures in folders: torchvision's ImageFolder with soft labels beside it; and grids alone.
+
+images/000-airplane/00000.png    one folder per class, in the order of the labels; whitening undone
+labels.csv                       file, class index, and a column per class with the probability
+lad_dist.json                    learning rate, whitening, how the set was made
+whitening.safetensors            the whitening itself, as data/whitening.py reads it
+README.md                        what the files are, and what PNG loses
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from lad_dist.distilled import DistilledSet
+from lad_dist.exchange.about import WHITENING, class_folders
+from lad_dist.exchange.pictures import Progress, pixels, png, png_grid
+
+PRECISION = (
+    "The images were learned as whitened float32 values. These PNG files hold them with the whitening undone, clipped to "
+    "[0, 1] and rounded to 8 bits, so a network trained on them learns from slightly other images than the set's own, and "
+    "where learned values lay outside [0, 1] from clearly other ones. The exact values are in the formats pt, parquet and hf."
+)
+_README = """# {title}
+
+{count} images distilled from {dataset}, {ipc} per class, by lad-dist.
+
+- `images/`: one folder per class, named by the label and the class; `torchvision.datasets.ImageFolder("images")` reads it.
+- `labels.csv`: for every image its file, its class, and a column per class with the soft label's probabilities.
+- `lad_dist.json`: the learning rate to train with (`lr`), the whitening, and how the set was made.
+- `whitening.safetensors`: the whitening, fitted on the training images: real images go through it before a network sees them.
+
+{precision}
+"""
+
+
+def write_folder(distilled: DistilledSet, folder: Path, on_images: Progress) -> None:
+    """Write all but lad_dist.json into ``folder``."""
+    meta, names = distilled.meta, class_folders(distilled.meta.class_names)
+    pictures_SHHC, labels = pixels(distilled, on_images), distilled.labels.tolist()
+    width = max(5, len(str(len(labels) - 1)))
+    files = [f"images/{names[c]}/{i:0{width}d}.png" for i, c in enumerate(labels)]
+    for name in names:  # a class without images is still a class
+        (folder / "images" / name).mkdir(parents=True)
+    for file, picture in zip(files, pictures_SHHC, strict=True):
+        (folder / file).write_bytes(png(picture))
+    with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as target:
+        table = csv.writer(target)
+        table.writerow(["file", "class_index", *(f"{c}_{name}" for c, name in enumerate(meta.class_names))])
+        for file, c, p_K in zip(files, labels, distilled.soft_labels.numpy(), strict=True):
+            table.writerow([file, c, *(np.format_float_positional(p, unique=True, trim="-") for p in p_K)])
+    distilled.whitening.to("cpu").save(folder / WHITENING)
+    text = _README.format(
+        title=f"Distilled {meta.dataset.split('/')[0]}",
+        count=len(labels),
+        dataset=meta.dataset,
+        ipc=meta.ipc,
+        precision=PRECISION,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_grids(distilled: DistilledSet, folder: Path, on_images: Progress) -> None:
+    """Write grid.png, a row per class, and classes/CLASS.png, that row alone; all but lad_dist.json."""
+    pictures_SHHC, names = pixels(distilled, on_images), class_folders(distilled.meta.class_names)
+    rows = [pictures_SHHC[distilled.labels == c] for c in range(len(names))]
+    (folder / "grid.png").write_bytes(png_grid(rows))
+    (folder / "classes").mkdir()
+    for name, row in zip(names, rows, strict=True):
+        if len(row):
+            (folder / "classes" / f"{name}.png").write_bytes(png_grid([row]))

@@ -1,0 +1,90 @@
+"""A distilled set that was read from elsewhere, and what its labels mean.
+
+S images, K classes, C channels, H side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lad_dist.errors import DistilledError
+
+Labels = Literal["logits", "probabilities", "indices"]
+LABELS: tuple[Labels, ...] = ("logits", "probabilities", "indices")
+_HARD_LABEL_LOGIT = 200.0  # as distillation with hard labels has it: softmax of it among zeros is one-hot in float32
+_SMALLEST = 1e-30  # probabilities below have no logarithm that float32's softmax gives back
+_SUM_WITHIN = 1e-3  # of 1: what rows of probabilities in half precision keep
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """What was read. ``labels``: logits or probabilities float32 (S, K), or class indices int64 (S,), as ``kind`` says."""
+
+    where: Path
+    images_SCHH: Tensor
+    labels: Tensor
+    kind: Labels
+    labels_from: str  # the file or column, for messages
+    lr: float
+    source: str  # name and checksum, kept in the imported set
+    classes_S: Tensor | None = None  # the class of each image, where the file says it
+    about: dict[str, Any] | None = None  # what our own exports say of themselves
+
+    def logits(self, classes: int) -> Tensor:
+        """Label logits float32 (S, K), whose softmax is the label."""
+        if self.kind == "logits":
+            return self.labels
+        if self.kind == "probabilities":
+            return self.labels.clamp_min(_SMALLEST).log()
+        return _HARD_LABEL_LOGIT * F.one_hot(self.labels, classes).float()
+
+
+def kind_of(labels: Tensor, asked: Labels | None, where: str) -> Labels:
+    """What a label tensor holds: what was ``asked`` for, if it can be that; else what it can only be.
+
+    Raises DistilledError where it cannot be that, or where it could be more than one thing.
+    """
+    shape = f"{labels.dtype} of shape {tuple(labels.shape)}".removeprefix("torch.")
+    whole = not labels.is_floating_point() or bool((labels == labels.round()).all())
+    if labels.ndim == 1:
+        if asked not in (None, "indices"):
+            raise DistilledError(
+                f"{where}: holds {shape}; {asked} have shape (images, classes); valid: --labels indices"
+            )
+        if not whole:
+            raise DistilledError(
+                f"{where}: holds {shape} with fractions; valid: whole class indices, or (images, classes)"
+            )
+        return "indices"
+    if labels.ndim != 2:
+        raise DistilledError(f"{where}: holds {shape}; valid: (images,) class indices, or (images, classes)")
+    if asked == "indices":
+        raise DistilledError(
+            f"{where}: holds {shape}; class indices have shape (images,); valid: --labels logits or probabilities"
+        )
+    fault = _not_probabilities(labels)
+    if asked == "probabilities" and fault:
+        raise DistilledError(
+            f"{where}: is not probabilities: {fault}; valid: rows of 0 or more that sum to 1, or --labels logits"
+        )
+    if asked is None and not fault:
+        raise DistilledError(
+            f"{where}: every row sums to 1, as probabilities do, while the code of DATM and LAD reads logits; say which with "
+            "--labels probabilities or --labels logits"
+        )
+    return asked or "logits"
+
+
+def _not_probabilities(labels_SK: Tensor) -> str:
+    """Why these are no probabilities; empty where they may be."""
+    values = labels_SK.double()
+    if bool((values < 0).any()):
+        return f"the smallest value is {float(values.min()):.4g}"
+    worst = values.sum(1)[(values.sum(1) - 1).abs().argmax()] if len(values) else torch.tensor(1.0)
+    return f"a row sums to {float(worst):.4g}" if abs(float(worst) - 1) > _SUM_WITHIN else ""

@@ -1,0 +1,162 @@
+"""images_best.pt, labels_best.pt, lr_best.pt: what the code of MTT, DATM and LAD saves of its best iteration.
+
+    images_best.pt   float32 (S, C, H, H), whitened, class after class
+    labels_best.pt   float32 (S, K), logits, of which the loss takes the softmax (DATM, LAD); int64 (S,), classes (MTT)
+    lr_best.pt       float32 (), the learned learning rate; a Python float in some versions; MTT saves none
+
+Sources: ``distill.py`` of GeorgeCazenavette/mtt-distillation; ``distill/DATM.py`` and ``distill/evaluation.py`` of
+NUS-HPC-AI-Lab/DATM, which reads the three files with ``torch.load``; ``distill/DAM-ED_tesla.py`` of ichbill/LTDD, which
+writes them into a folder ``Normal``.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lad_dist.distilled import DistilledSet
+from lad_dist.errors import DistilledError, LadDistError
+from lad_dist.exchange.about import is_hard
+from lad_dist.exchange.incoming import Incoming, Labels, kind_of
+
+IMAGES, LABELS, LR = "images_best.pt", "labels_best.pt", "lr_best.pt"
+
+
+def write(distilled: DistilledSet, folder: Path) -> None:
+    """Write the three files. Labels that only say the class are written as MTT has them, others as logits."""
+    labels = distilled.labels.long() if is_hard(distilled) else distilled.label_logits.float()
+    tensors = {IMAGES: distilled.images.float(), LABELS: labels, LR: torch.tensor(distilled.lr, dtype=torch.float32)}
+    for name, tensor in tensors.items():
+        with (folder / name).open("wb") as file:
+            try:
+                torch.save(tensor.detach().cpu().contiguous().clone(), file)
+            except (
+                RuntimeError
+            ) as error:  # where the disk is full, torch says that it is at a wrong position of the file
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+
+def read(folder: Path, lr: float | None = None, labels: Labels | None = None) -> Incoming:
+    """The files of a folder, which are not trusted: nothing but tensors and numbers is made of them.
+
+    ``lr`` is used instead of lr_best.pt; ``labels`` says what labels_best.pt holds where that cannot be seen.
+
+    Raises:
+        DistilledError: a file is missing, damaged, holds code or something else, or the three do not fit together.
+    """
+    if not folder.is_dir():
+        raise DistilledError(f"{folder}: is not a folder; valid: one with {IMAGES}, {LABELS} and {LR}")
+    images = _tensor(folder / IMAGES)
+    if images.ndim != 4 or not images.is_floating_point() or len(images) == 0:
+        raise DistilledError(
+            f"{folder / IMAGES}: holds {_kind(images)}; valid: floating-point images of shape (images, channels, side, side)"
+        )
+    given = _tensor(folder / LABELS)
+    for name, tensor in ((IMAGES, images), (LABELS, given)):
+        wrong = int((~tensor.isfinite()).sum())
+        if wrong:
+            raise DistilledError(f"{folder / name}: {wrong} values are NaN or infinite; valid: finite numbers")
+    kind = kind_of(given, labels, str(folder / LABELS))
+    if len(given) != len(images):
+        raise DistilledError(
+            f"{folder / LABELS}: has {len(given)} labels where {IMAGES} has {len(images)} images; valid: one for each"
+        )
+    names = [IMAGES, LABELS]
+    if lr is None:
+        lr = _rate(folder / LR)
+        names.append(LR)
+    return Incoming(
+        folder,
+        images.float().contiguous(),
+        given.long() if kind == "indices" else given.float().contiguous(),
+        kind,
+        str(folder / LABELS),
+        lr,
+        "; ".join(f"{name} sha256:{hashlib.sha256((folder / name).read_bytes()).hexdigest()}" for name in names),
+    )
+
+
+def check_rate(lr: float, where: str) -> float:
+    """``lr`` if networks can be trained with it. Raises DistilledError."""
+    if not (math.isfinite(lr) and lr > 0):
+        raise DistilledError(f"{where}: the learning rate is {lr:g}; valid: a finite number above 0")
+    return lr
+
+
+def _rate(path: Path) -> float:
+    if not path.exists():
+        raise DistilledError(
+            f"{path}: is missing, so the learning rate is not known; MTT's code saves none; valid: the file, or --lr RATE"
+        )
+    content = _load(path)
+    if isinstance(content, Tensor) and content.numel() == 1 and not content.is_complex():
+        content = content.item()
+    if isinstance(content, bool) or not isinstance(content, int | float):
+        raise DistilledError(f"{path}: holds {_kind(content)}; valid: one number, or say it with --lr RATE")
+    return check_rate(float(content), str(path))
+
+
+def _tensor(path: Path) -> Tensor:
+    """A dense tensor of real numbers, on the CPU and detached. Raises DistilledError."""
+    if not path.exists():
+        raise DistilledError(f"{path}: is missing; valid: a folder with {IMAGES}, {LABELS} and {LR}")
+    content = _load(path)
+    if (
+        not isinstance(content, Tensor)
+        or content.layout != torch.strided
+        or content.is_complex()
+        or content.is_quantized
+    ):
+        raise DistilledError(f"{path}: holds {_kind(content)}; valid: one dense tensor, as torch.save writes it")
+    return content.detach()
+
+
+def _load(path: Path) -> Any:
+    """What a file of torch.save holds, if that is tensors and plain values. Raises DistilledError."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+                wrong = archive.testzip()
+            if wrong is not None:
+                raise ValueError(f"its record {wrong} does not match its checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except LadDistError:  # an interruption, which says nothing about the file
+        raise
+    except OSError as cause:
+        if cause.errno in (None, errno.EINVAL):  # a place in the file that the file itself names, and has not
+            raise _damaged(path, cause) from cause
+        raise DistilledError(f"{path}: cannot be read: {cause.strerror}; valid: a readable file") from cause
+    except Exception as cause:  # the bytes decide what zipfile, the unpickler and torch stumble over
+        code = re.search(r"GLOBAL ([^\s]+)", str(cause))  # what the pickle names, and torch refuses to import
+        if code:
+            raise DistilledError(
+                f"{path}: was not loaded: it asks for {code[1]}, and a distilled set needs nothing but tensors; "
+                "valid: a tensor as torch.save writes it"
+            ) from cause
+        raise _damaged(path, cause) from cause
+
+
+def _damaged(path: Path, cause: Exception) -> DistilledError:
+    reason = (str(cause).splitlines() or [""])[0].removesuffix(".") or repr(cause)
+    if "weights only" in reason.lower() or "weights_only" in reason:  # torch then advises to load without protection
+        reason = "its pickle cannot be understood"
+    return DistilledError(
+        f"{path}: is damaged, or not a file of torch.save: {reason}; valid: a tensor as torch.save writes it"
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        layout = str(value.layout).removeprefix("torch.")
+        return f"a {layout} tensor of {str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,64 @@
+"""An exported folder appears whole or not at all, and replaces nothing but another export."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lad_dist.errors import DistilledError, StorageError
+from lad_dist.exchange.about import ABOUT, FORMAT
+from lad_dist.rundir import RunDir, host_name, process_lives, remove
+
+_TEMPORARY = re.compile(r"\.tmp-(\w+)-([0-9]+)-.*")
+
+
+@contextmanager
+def published_export(out: Path, force: bool) -> Iterator[Path]:
+    """``with published_export(out, force) as temporary``: write there; on success the folder is renamed to ``out``.
+
+    Raises:
+        DistilledError: ``out`` is there and not empty, and ``force`` is not given, or ``out`` is not an export.
+        StorageError: it cannot be written.
+    """
+    refuse_what_is_there(out, force)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in out.parent.glob(".tmp-*"):
+            match = _TEMPORARY.fullmatch(leftover.name)
+            if match and match[1] == host_name() and not process_lives(int(match[2])):
+                remove(leftover)
+    except OSError as error:
+        raise StorageError(
+            f"{out}: cannot be written: {error.strerror or error}; choose another folder with --out"
+        ) from error
+    with RunDir(out.parent).publish_folder(out) as temporary:
+        yield temporary
+
+
+def refuse_what_is_there(out: Path, force: bool) -> None:
+    """Raise DistilledError where ``out`` must not be replaced: without ``force`` all that is there, with it all but exports."""
+    try:
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+    except OSError as error:
+        raise StorageError(
+            f"{out}: cannot be looked at: {error.strerror or error}; choose another folder with --out"
+        ) from error
+    if not is_export(out):
+        raise DistilledError(
+            f"{out}: is there already and is not an export of lad-dist, so it is not replaced; choose another folder with --out"
+        )
+    if not force:
+        raise DistilledError(f"{out}: is there already; --force replaces it, or choose another folder with --out")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether an export made the folder."""
+    try:
+        said = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(said, dict) and said.get("format") == FORMAT
