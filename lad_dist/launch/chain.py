@@ -23,14 +23,17 @@ from lad_dist.rundir import RunDir
 def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str]) -> list[str]:
     """Those of ``wanted`` that are not done, in order; the report is written again after anything else.
 
-    Raises TrajectoryError where the buffer is damaged or another recipe's, RunDirError where results are damaged.
+    A set that was made elsewhere needs no experts. Raises TrajectoryError where the buffer is damaged or another recipe's,
+    DistilledError where the distilled set is damaged, RunDirError where results are damaged.
     """
     from lad_dist.distill.live import all_stages, complete
+    from lad_dist.distilled import DistilledSet
     from lad_dist.trajectories.reader import Buffer
 
     left = []
+    imported = run.distilled.exists() and DistilledSet.load(run.distilled).meta.method != recipe.method
     buffer = Buffer(run.trajectories, expected_hash=recipe.experts_hash())
-    if len(complete(buffer, all_stages(recipe), recipe.experts.count)) < recipe.experts.count:
+    if not imported and len(complete(buffer, all_stages(recipe), recipe.experts.count)) < recipe.experts.count:
         left.append("experts")
     if not run.distilled.exists():
         left.append("distill")

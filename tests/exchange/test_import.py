@@ -12,10 +12,14 @@ import pytest
 import torch
 
 import lad_dist
+from lad_dist import recipe_file
 from lad_dist.errors import DistilledError
 from lad_dist.exchange import pt
 from lad_dist.exchange.incoming import kind_of
+from lad_dist.launch.chain import stages_left
+from lad_dist.pipeline import STAGES
 from lad_dist.progress import read_events
+from lad_dist.rundir import RunDir
 
 IMAGES, LABELS, LR = "images_best.pt", "labels_best.pt", "lr_best.pt"
 
@@ -67,6 +71,8 @@ def test_a_set_as_datm_saves_it_is_evaluated_here(theirs, brought, lad, job, tmp
     assert made.meta.method == made.meta.selection == "imported" and made.meta.dataset == "digits/train"
     assert f"{LABELS} sha256:" in made.meta.versions["imported from"]
 
+    recipe, run = recipe_file.load(job), RunDir(tmp_path / "run")
+    assert stages_left(recipe, run, STAGES) == ["evaluate", "report"]  # what a SLURM chain would hold
     before = (tmp_path / "run" / "distilled" / "meta.json").read_bytes()
     for verb in ("evaluate", "run"):
         ended = lad(verb, job, "--out", tmp_path / "run", "--set", "evaluate.baselines=[]")
