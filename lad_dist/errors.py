@@ -11,6 +11,7 @@
     |-- ExpertError              9   an expert kept failing, or the Ray cluster that trains experts is gone
     |-- RankError               10   a rank of a distributed distillation is gone, or never came
     |-- ClusterError            11   SLURM refused a job, cannot be reached, or a job of the chain did not finish
+    |-- DoctorError             12   a check of `lad-dist doctor` failed
     `-- Interrupted            130   Ctrl-C or SIGTERM; what was finished is kept
 
 Messages follow one pattern: *where* (file or field), *what* was wrong, *what* is valid or what to do.
@@ -89,6 +90,12 @@ class ClusterError(LadDistError):
     """SLURM refused a job, cannot be reached, or a job did not finish."""
 
     exit_code = 11
+
+
+class DoctorError(LadDistError):
+    """A check of the environment failed; names them."""
+
+    exit_code = 12
 
 
 class Interrupted(LadDistError):

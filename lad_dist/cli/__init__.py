@@ -3,6 +3,7 @@
     options.py    what the verbs of a job are told (JOB, --out, --set, --on, ...), declared once
     stages.py     run, experts, distill, evaluate, report
     plan.py       plan
+    doctor.py     doctor
     cluster.py    cancel, and what run does on SLURM
     looking.py    status, compare, jobs, clusters
     buffers.py    buffer inspect, buffer verify, buffer export, buffer import
@@ -21,7 +22,7 @@ from typing import Annotated
 import typer
 
 from lad_dist import __version__
-from lad_dist.cli import buffers, cluster, exchange, looking, plan, stages, terminal
+from lad_dist.cli import buffers, cluster, doctor, exchange, looking, plan, stages, terminal
 from lad_dist.cli.options import default_out, expanded
 
 __all__ = ["app", "default_out", "main"]
@@ -33,6 +34,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     stages.evaluate,
     stages.report,
     plan.plan,
+    doctor.doctor,
     looking.status,
     cluster.cancel,
     looking.compare,

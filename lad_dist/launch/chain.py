@@ -109,7 +109,7 @@ def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission:
         **_optional(s, own, gpus),
         "slurm_signal_delay_s": s.warning_seconds,
         "slurm_comment": f"lad-dist {submission}",
-        "slurm_setup": _setup(s.setup),
+        "slurm_setup": setup_lines(s.setup),
         **_options(s, own, tasks * nodes > 1),
     }
     inside = profile.model_copy(
@@ -138,7 +138,7 @@ def _optional(s: SlurmConfig, own: StageOnSlurm, gpus: int) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _setup(lines: Sequence[str]) -> list[str]:
+def setup_lines(lines: Sequence[str]) -> list[str]:
     """The profile's lines; one that fails ends the job and is named in its log."""
     if not lines:
         return []

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -185,6 +186,21 @@ def _check(job: Job) -> None:
     except ClusterError as error:
         why = str(error).removeprefix("sbatch: ")
         raise ClusterError(_REFUSED.format(stage=job.stage, why=why)) from error
+
+
+def refusal(stage: str, recipe: Recipe, profile: Profile) -> str | None:
+    """Why SLURM would not take a stage's job; None: it would. Nothing is submitted.
+
+    Raises RecipeError where the profile's numbers contradict each other, or an option is not submitit's.
+    """
+    wanted = request(stage, recipe, profile, "doctor", "doctor")
+    executor = _executor(Path(tempfile.gettempdir()), profile, wanted.parameters)
+    script = executor._executor._make_submission_file_text("true", "doctor")
+    try:
+        slurm_command(["sbatch", "--test-only"], text=script, unless=_NOT_NOW)
+    except ClusterError as error:
+        return str(error).removeprefix("sbatch: ")
+    return None
 
 
 def cancel(run: RunDir) -> list[TaskState]:

@@ -1,0 +1,38 @@
+"""``lad-dist doctor``: the environment, checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lad_dist.cli import terminal
+from lad_dist.cli.options import JobOptions
+
+
+def doctor(
+    on: Annotated[
+        str, typer.Option(metavar="PROFILE", help="Where runs are to go: a profile's name, or a file.")
+    ] = "local",
+    out: Annotated[Path, typer.Option(help="The folder that run folders will be in.")] = Path("runs"),
+    wait: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="How long the job on SLURM may take.")] = 120.0,
+) -> None:
+    """Check the environment: versions, GPUs, ranks, folders, Ray, SLURM; each line ok, warn or fail, with what to do."""
+    from rich.text import Text
+
+    from lad_dist.doctor import examine
+    from lad_dist.errors import DoctorError
+    from lad_dist.interrupts import as_exceptions
+
+    profile = JobOptions("", on=on).profile()
+    screen, colours = terminal.stdout(), {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    failed: list[str] = []
+    with as_exceptions():
+        for one in examine(profile, out, wait):
+            line = Text(one.line())
+            line.stylize(colours[one.level], 0, 5)
+            screen.print(line, soft_wrap=True)
+            failed += [one.name] if one.level == "fail" else []
+    if failed:
+        raise DoctorError(f"{len(failed)} check{'s' if len(failed) > 1 else ''} failed: {', '.join(dict.fromkeys(failed))}")

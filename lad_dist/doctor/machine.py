@@ -1,0 +1,228 @@
+"""Checks of the machine that asks: Python, packages, GPUs, ranks, folders and their clock, Ray."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from lad_dist import ranks
+from lad_dist.doctor.findings import Finding, fail, ok, warn
+from lad_dist.errors import LadDistError
+from lad_dist.profile import Profile
+
+OLDEST, NEWEST = (3, 11), (3, 13)
+GB = 10**9
+LITTLE_GB, TOO_LITTLE_GB = 10, 1  # of free disk: an expert of CIFAR-10 takes 0.11 GB
+FEW_INODES = 10_000
+CLOCK_SECONDS = 2.0
+DASHBOARD_PORT = 8265
+_TORCHVISION_AHEAD = 15  # torch 2.N goes with torchvision 0.(N + 15), since 2.0
+_RANKS_SECONDS = 60.0
+
+
+def software() -> Iterator[Finding]:
+    """Python and every package that lad-dist depends on, against the ranges that it declares."""
+    here, shown = sys.version_info[:2], sys.version.split()[0]
+    if here < OLDEST:
+        yield fail("python", f"{shown}", f"use Python {_dotted(OLDEST)} or newer")
+    elif here > NEWEST:
+        yield warn(
+            "python", f"{shown} is newer than what lad-dist is tested with", f"prefer {_dotted(NEWEST)} or older"
+        )
+    else:
+        yield ok("python", f"{shown}, {sys.executable}")
+    wrong = [text for need in sorted(requires("lad-dist") or ()) if "extra ==" not in need for text in _unmet(need)]
+    if wrong:
+        yield fail(
+            "packages", "; ".join(wrong), "pip install -U lad-dist, or see its constraints.txt for a set that works"
+        )
+    else:
+        named = ("lad-dist", "torch", "torchvision", "ray", "submitit", "pyarrow")
+        yield ok("packages", ", ".join(f"{name} {version(name)}" for name in named))
+    yield from _torch_pair()
+
+
+def _unmet(need: str) -> list[str]:
+    """``["torch 2.1 is installed, needed: 2.8 or newer"]``; requirements here have a name and a lower bound only."""
+    name, _, least = re.sub(r"\[[^\]]*\]", "", need).replace(" ", "").partition(">=")
+    try:
+        there = version(name)
+    except PackageNotFoundError:
+        return [f"{name} is not installed"]
+    return [f"{name} {there} is installed, needed: {least} or newer"] if _numbers(there) < _numbers(least) else []
+
+
+def _torch_pair() -> Iterator[Finding]:
+    try:
+        torch, vision = version("torch"), version("torchvision")
+    except PackageNotFoundError:
+        return  # said above
+    if _numbers(vision)[:2] != (0, _numbers(torch)[1] + _TORCHVISION_AHEAD):
+        fitting = f"0.{_numbers(torch)[1] + _TORCHVISION_AHEAD}"
+        yield warn("torchvision", f"{vision} was not made for torch {torch}", f"pip install 'torchvision=={fitting}.*'")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3])
+
+
+def _dotted(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))
+
+
+def gpus(profile: Profile) -> Iterator[Finding]:
+    """The GPUs that torch sees, against what the profile counts on here."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if profile.launcher == "local" and (profile.device == "cuda" or profile.gpus_per_node):
+            yield fail("gpu", f"torch {torch.__version__} sees none, and the profile counts on one{_driver()}",
+                       "install the driver, or a torch built for CUDA; or take a profile with device: cpu")  # fmt: skip
+        else:
+            yield ok("gpu", f"none here{_driver()}; {os.cpu_count()} CPU cores")
+        return
+    count = torch.cuda.device_count()
+    for index in range(count):
+        free, total = torch.cuda.mem_get_info(index)
+        text = f"{index}: {torch.cuda.get_device_name(index)}, {free / GB:.0f} of {total / GB:.0f} GB free"
+        if free < total / 2:
+            yield warn("gpu", text, "other processes use it: nvidia-smi shows whose they are")
+        else:
+            yield ok("gpu", text)
+    yield ok("cuda", f"torch is built for CUDA {torch.version.cuda}{_driver()}")
+    if profile.launcher == "local" and profile.gpus_per_node > count:
+        yield fail("gpu", f"{count} of the profile's {profile.gpus_per_node} are here", "lower gpus_per_node")
+
+
+def _driver() -> str:
+    """``, driver 550.54``; nothing where there is no nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return f", driver {done.stdout.split()[0]}" if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def ranks_meet(profile: Profile) -> Iterator[Finding]:
+    """Two processes that add up a number, over NCCL between GPUs, else gloo. One GPU: one process."""
+    import torch
+
+    cuda = profile.device != "cpu" and torch.cuda.is_available()
+    backend, world = ("NCCL", min(2, torch.cuda.device_count())) if cuda else ("gloo", 2)
+    if world == 1:
+        yield ok("ranks", "one GPU, so one rank: there is nobody to talk to")
+        return
+    began = time.monotonic()
+    try:
+        ranks.launch(world, add_up, (cuda,), restarts=0, say=lambda _: None)
+    except (LadDistError, OSError) as error:
+        todo = "set NCCL_DEBUG=INFO and try again" if cuda else "look for a firewall on the loopback device"
+        yield fail("ranks", f"{world} processes did not meet over {backend}: {error}", todo)
+    else:
+        yield ok("ranks", f"{world} processes met over {backend} and added up, in {time.monotonic() - began:.0f} s")
+
+
+def add_up(cuda: bool) -> None:
+    """What each process of ``ranks_meet`` does. Raises RankError if the others do not come, or the sum is wrong."""
+    import torch
+
+    from lad_dist.errors import RankError
+
+    where = ranks.place()
+    assert where is not None, "ranks.launch says who one is"
+    device = torch.device("cuda", where.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    with ranks.joined(where, device, _RANKS_SECONDS) as group:
+        total = float(group.total(torch.ones(1, device=device)))
+        if total != group.world:
+            raise RankError(f"{group.world} ones add up to {total}")
+
+
+def folders(out: Path) -> Iterator[Finding]:
+    """Room for runs and for temporary files, and whether the clock of the folder's host agrees with this one's."""
+    there = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    yield from _room("runs", there)
+    yield from _clock(there)
+    yield from _room("temporary", Path(tempfile.gettempdir()))
+
+
+def _room(name: str, folder: Path) -> Iterator[Finding]:
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".lad-dist-doctor-"):
+            pass
+    except OSError as error:
+        yield fail(name, f"{folder}: cannot be written: {error.strerror}", _elsewhere(name))
+        return
+    facts = os.statvfs(folder)
+    free = facts.f_bavail * facts.f_frsize / GB
+    inodes = facts.f_favail if facts.f_files else None  # some file systems do not count them
+    text = f"{folder}: {free:.0f} GB free" + ("" if inodes is None else f", {inodes:,} files more")
+    if free < TOO_LITTLE_GB or inodes == 0:
+        yield fail(name, text, f"make room, or {_elsewhere(name)}")
+    elif free < LITTLE_GB or (inodes is not None and inodes < FEW_INODES):
+        yield warn(name, text, "lad-dist plan JOB says what a job takes")
+    else:
+        yield ok(name, text)
+
+
+def _elsewhere(name: str) -> str:
+    return "set TMPDIR to another folder" if name == "temporary" else "choose another folder with --out"
+
+
+def _clock(folder: Path) -> Iterator[Finding]:
+    before = time.time()
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".lad-dist-doctor-") as file:
+            stamped = os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return  # said above
+    ahead = stamped - (before + time.time()) / 2
+    if abs(ahead) > CLOCK_SECONDS:
+        text = f"{folder}: its host's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this one"
+        yield warn("clock", text, "let both follow a time server: files' times say who is still at work on an expert")
+    else:
+        yield ok("clock", "agrees with that of the folder's host")
+
+
+def ray_ready(profile: Profile) -> Iterator[Finding]:
+    """Whether Ray is installed, a named cluster answers, and a cluster of one's own finds its dashboard's port free."""
+    try:
+        there = version("ray")
+    except PackageNotFoundError:
+        yield fail("ray", "is not installed", "pip install 'ray[default]', or train with --fleet off")
+        return
+    address = profile.ray.address or os.environ.get("RAY_ADDRESS")
+    if address and re.fullmatch(r"\S+:\d+", address):
+        host, _, port = address.rpartition(":")
+        if _answers(host.strip("[]"), int(port)):
+            yield ok("ray", f"{there}; {address} answers")
+        else:
+            yield fail(
+                "ray", f"nothing answers at {address}", "start that cluster, or unset ray.address and RAY_ADDRESS"
+            )
+    elif _answers("127.0.0.1", DASHBOARD_PORT):
+        found = f"{there}; port {DASHBOARD_PORT} is taken, so a dashboard of ours gets another one"
+        yield ok("ray", f"{found}, which it prints")
+    else:
+        yield ok("ray", f"{there}; a cluster of its own starts on 127.0.0.1, dashboard on port {DASHBOARD_PORT}")
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,70 @@
+"""``lad-dist doctor`` on a real SLURM: what is right, what is wrong, and nothing left in the queue or the folder."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slurm
+
+
+def wait_until(reached, seconds):
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def examined(slurm, lad, profile, code, *said, more=()):
+    before = slurm.live()
+    out, err = lad("doctor", "--on", profile, "--out", lad.folder / "runs", *more, code=code)
+    for text in said:
+        assert text in out + err, out + err
+    assert slurm.live() == before
+    assert not (lad.folder / "runs").exists() or list((lad.folder / "runs").iterdir()) == []
+    return out
+
+
+def test_all_is_well(slurm, lad):
+    out = examined(slurm, lad, lad.profile(), 0, "ok    experts        SLURM would take its job", "ok    accounting")
+    assert "ok    shared folder  n" in out and "ok    node's python" in out and "fail" not in out and "warn" not in out
+
+
+def test_an_unknown_partition(slurm, lad):
+    examined(slurm, lad, lad.profile(partition="gpux"), 12, "gpux: unknown here -> set slurm.partition; there are: main",
+             "error: 1 check failed: partition")  # fmt: skip
+
+
+def test_a_log_folder_that_cannot_be_written(slurm, lad):
+    (lad.folder / "file").touch()
+    examined(slurm, lad, lad.profile(logs=str(lad.folder / "file" / "logs")), 12, "fail  logs", "Not a directory")
+
+
+def test_a_missing_module(slurm, lad):
+    out = examined(
+        slurm,
+        lad,
+        lad.profile(setup=["module load nowhere"]),
+        12,
+        "module: command not found",
+        "-> correct slurm.setup",
+    )
+    assert "fail  job            failed on n" in out
+
+
+def test_asking_for_more_than_there_is(slurm, lad):
+    profile = lad.profile(stages={"distill": {"gpus_per_node": 8, "tasks_per_node": 1}})
+    examined(slurm, lad, profile, 12, "fail  distill", "Requested node configuration is not available")
+
+
+def test_nodes_that_are_busy(slurm, lad):
+    busy = ["sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 100"]
+    number = subprocess.run(busy, check=True, capture_output=True, text=True, cwd=lad.folder).stdout.strip()
+    try:
+        wait_until(lambda: slurm.state(number) == "RUNNING", 20)
+        examined(slurm, lad, lad.profile(), 0, "warn  job            still pending after 4 s (", more=("--wait", 4))
+    finally:
+        subprocess.run(["scancel", number], check=True)
+        wait_until(lambda: slurm.state(number) == "CANCELLED", 20)
