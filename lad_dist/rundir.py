@@ -116,6 +116,10 @@ class RunDir:
         return self.root / "report"
 
     @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
     def slurm_jobs(self) -> Path:
         return self.root / "slurm" / "jobs.json"
 

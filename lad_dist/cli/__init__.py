@@ -5,7 +5,7 @@
     plan.py       plan
     doctor.py     doctor
     cluster.py    cancel, and what run does on SLURM
-    looking.py    status, compare, jobs, clusters
+    looking.py    status, compare, tensorboard, jobs, clusters
     buffers.py    buffer inspect, buffer verify, buffer export, buffer import
     exchange.py   export, import
     terminal.py   output, and the types of ``errors.py`` as one message and an exit code
@@ -38,6 +38,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     looking.status,
     cluster.cancel,
     looking.compare,
+    looking.tensorboard,
     exchange.export,
     exchange.import_,
     looking.jobs,

@@ -30,6 +30,23 @@ def status(
         raise typer.Exit(how_one_leaves.exit_code) from None
 
 
+def tensorboard(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until every stage is done.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How often --watch looks.")] = 5.0,
+) -> None:
+    """A run's losses, alpha and accuracies for TensorBoard, into DIR/tensorboard (needs the package tensorboard)."""
+    from lad_dist.errors import Interrupted
+    from lad_dist.interrupts import as_exceptions
+    from lad_dist.status.tensorboard import write
+
+    try:
+        with as_exceptions():
+            write(folder, every if watch else None, lambda text: terminal.stdout().print(text, soft_wrap=True))
+    except Interrupted as how_one_leaves:
+        raise typer.Exit(how_one_leaves.exit_code) from None
+
+
 def compare(folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]) -> None:
     """The results of several runs in one table."""
     from lad_dist.status import compare_table
