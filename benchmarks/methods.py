@@ -27,6 +27,9 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 FIGURES = ("overall", "head", "medium", "tail")
 NAMES = {
+    "distilled-hard": "the first method's images, hard labels",
+    "distilled-plain": "the first method's set, no augmentation",
+    "random-plain": "random real, no augmentation",
     "random": "random real",
     "k-center": "k-center real",
     "graph-cut": "graph-cut real",
@@ -138,6 +141,10 @@ def table(args: argparse.Namespace, runs: list[Run]) -> str:
             for ipc in args.ipc:
                 these = [r for r in there if r.ipc == ipc]
                 wanted = [(m, [r for r in these if r.method == m], "distilled") for m in args.methods]
+                wanted += [
+                    (f"{m}, labels by ADSA", [r for r in these if r.method == m], "distilled-adsa")
+                    for m in args.methods
+                ]
                 wanted += [(NAMES.get(b, b), these, b) for b in args.baselines if not b.startswith("full")]
                 # The whole set has no IPC: it is measured with the first.
                 wanted += [

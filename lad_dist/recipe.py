@@ -28,6 +28,8 @@ Baseline = Literal[
     "full-balanced",
     "full-logit-adjusted",
     "distilled-hard",
+    "distilled-plain",
+    "random-plain",
 ]
 Method = Literal["lad", "datm", "mtt", "lad-without-wma", "lad-without-adm"]
 
@@ -235,7 +237,7 @@ class EvaluateConfig(_Section):
     baselines: tuple[Baseline, ...] = Field(
         ("random", "full"),
         description="what `run` measures beside the distilled set: real images chosen at the same IPC, ways to train on the "
-        "whole long-tailed set, or the distilled images with hard labels",
+        "whole long-tailed set, the distilled images with hard labels, or a set without augmentation (...-plain)",
     )
     split: Literal["test", "validation"] = Field("test", description="what accuracy is measured on")
     architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = Field(

@@ -20,10 +20,11 @@ LEVEL = {
 }  # fmt: skip
 STAGES = ("experts", "distill", "evaluate", "report")
 SAME_LEVEL = {  # within a level, only these
-    ("distilled", "data"), ("launch", "status"), ("doctor", "launch"), ("doctor", "status"), ("recipe_file", "recipe"), ("recipe_file", "errors"),
+    ("distilled", "data"), ("launch", "status"), ("doctor", "launch"), ("doctor", "status"),
+    ("recipe_file", "recipe"), ("recipe_file", "errors"),
     ("profile", "recipe"), ("rundir", "recipe"), ("rundir", "recipe_file"), ("rundir", "errors"), ("rundir", "location"),
     ("location", "errors"),
-    ("results", "errors"), ("results", "rundir"), ("catalog", "errors"),
+    ("results", "errors"), ("results", "rundir"), ("results", "seeds"), ("catalog", "errors"),
     ("interrupts", "errors"), ("data", "recipe"), ("ranks", "errors"),
     ("models", "data"),  # torchvision, which one file of data/ imports
 }  # fmt: skip

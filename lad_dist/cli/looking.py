@@ -49,9 +49,12 @@ def tensorboard(
 
 def compare(folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]) -> None:
     """The results of several runs in one table."""
-    from lad_dist.status import compare_table
+    from lad_dist.status import compare_notes, compare_table
 
-    terminal.stdout().print(compare_table(folders))
+    screen = terminal.stdout()
+    screen.print(compare_table(folders))
+    for note in compare_notes(folders):
+        screen.print(note, soft_wrap=True)
 
 
 def jobs() -> None:

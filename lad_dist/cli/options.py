@@ -55,6 +55,8 @@ class Baseline(StrEnum):
     full_balanced = "full-balanced"
     full_logit_adjusted = "full-logit-adjusted"
     distilled_hard = "distilled-hard"
+    distilled_plain = "distilled-plain"
+    random_plain = "random-plain"
 
 
 FleetOption = Annotated[

@@ -3,6 +3,8 @@
     distilled               the run's distilled set
     distilled-adsa          its images, with soft labels adjusted for the long tail (labels.py)
     distilled-hard          its images, with their class as label
+    distilled-plain         the set as it is, trained on without augmentation
+    random-plain            the images of random, without augmentation
     random, k-center, ...   real images at the same IPC (baselines.py)
     full                    the whole long-tailed set
     full-balanced           the same, sampled class by class
@@ -38,7 +40,9 @@ Source = Literal[
     "distilled",
     "distilled-adsa",
     "distilled-hard",
+    "distilled-plain",
     "random",
+    "random-plain",
     "k-center",
     "herding",
     "graph-cut",
@@ -60,7 +64,7 @@ def of_everything(source: Source) -> bool:
 
 def drawn_as(source: Source) -> str:
     """The source whose initialisation, order and augmentation draws this one shares."""
-    return "distilled" if of_distilled(source) else "full" if of_everything(source) else source
+    return "distilled" if of_distilled(source) else "full" if of_everything(source) else source.removesuffix("-plain")
 
 
 def settings_of(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> Settings:
@@ -70,7 +74,7 @@ def settings_of(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
         "momentum": e.momentum,
         "weight_decay": e.weight_decay,
         "decay": e.decay,
-        "augment": recipe.augment,
+        "augment": recipe.augment.model_copy(update={"operations": ()}) if source.endswith("-plain") else recipe.augment,
     }
     if of_everything(source):
         return Settings(
@@ -121,7 +125,7 @@ def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
         return TrainingSet(rows_of(images_SCHH, p_SK.to(data.device)), len(images_SCHH))
     if of_everything(source):
         return everything(data)
-    if source == "random":
+    if source.startswith("random"):
         picked = baselines.random_real(recipe, data, seed)
     else:
         picked = baselines.chosen_real(recipe, data, run, source, _network_for_features(recipe, data, run))
@@ -151,14 +155,14 @@ def load_distilled(recipe: Recipe, data: PreparedData, run: RunDir) -> Distilled
 
 
 def _labels(source: Source) -> str:
-    return {"distilled": "soft", "distilled-adsa": "soft, adjusted by ADSA"}.get(source, "hard")
+    return {"distilled": "soft", "distilled-plain": "soft", "distilled-adsa": "soft, adjusted by ADSA"}.get(source, "hard")
 
 
 def _set_id(recipe: Recipe, run: RunDir, source: Source) -> str:
     """What the networks are trained on: a distilled set's checksum, or the name of the real set."""
     if of_distilled(source):
         return str(json.loads((run.distilled / "meta.json").read_text())["sha256"]["tensors.safetensors"])
-    return f"{source}, seed {recipe.seed}, {recipe.experts_hash()[:16]}"
+    return f"{drawn_as(source)}, seed {recipe.seed}, {recipe.experts_hash()[:16]}"
 
 
 def _network_for_features(recipe: Recipe, data: PreparedData, run: RunDir) -> Callable[[], ConvNet]:

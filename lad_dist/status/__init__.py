@@ -11,7 +11,15 @@ rest.
 """
 
 from lad_dist.status.read import SILENT_SECONDS, Follower, RunStatus, StageStatus, read_status
-from lad_dist.status.show import compare_table, print_results, print_status, results_notes, results_table, status_lines
+from lad_dist.status.show import (
+    compare_notes,
+    compare_table,
+    print_results,
+    print_status,
+    results_notes,
+    results_table,
+    status_lines,
+)
 from lad_dist.status.watch import watch
 
 __all__ = [
@@ -19,6 +27,7 @@ __all__ = [
     "Follower",
     "RunStatus",
     "StageStatus",
+    "compare_notes",
     "compare_table",
     "print_results",
     "print_status",

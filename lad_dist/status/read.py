@@ -107,7 +107,13 @@ class Follower:
         notes = [*slurm, *([self._shelf.fault] if self._shelf.fault else [])]
         if experts.state == "running" and log.ray is not None:
             notes.append(_ray(log.ray.get("dashboard"), log.ray.get("address"), log.ray.get("namespace")))
-        version = (*self._queue.version, log.count, tuple(stage.state for stage in stages), len(rows), self._shelf.fault)
+        version = (
+            *self._queue.version,
+            log.count,
+            tuple(stage.state for stage in stages),
+            len(rows),
+            self._shelf.fault,
+        )
         return RunStatus(run.root, recipe, tuple(stages), log.error, tuple(rows), tuple(lines), tuple(notes), version)
 
     def _read_recipe(self) -> Recipe:

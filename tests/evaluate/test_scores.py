@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lad_dist.evaluate.labels import TAUS, adsa
-from lad_dist.evaluate.paired import paired
-from lad_dist.evaluate.ranking import augmentation_robust_score, label_robust_score
+from lad_dist.results.paired import paired
+from lad_dist.results.ranking import augmentation_robust_score, label_robust_score, scores
 
 # --- labels -----------------------------------------------------------------------------------------------------------
 
@@ -104,6 +104,55 @@ def test_one_pair_and_equal_differences_have_no_t():
 
 
 def test_importing_the_comparison_is_cheap():
-    code = "import sys, lad_dist.evaluate.paired; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    code = "import sys, lad_dist.results.paired; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_scores_of_a_run_need_the_networks_that_they_compare():
+    def row(source, overall, architecture="convnet"):
+        return {"source": source, "architecture": architecture, "overall": overall}
+
+    rows = [row("distilled", 0.6), row("distilled", 0.8), row("random", 0.5), row("full", 0.9), row("full", 0.9, "mlp")]
+    assert scores(rows) == {}
+    rows.append(row("distilled-hard", 0.6))
+    assert scores(rows) == {"convnet": {"LRS": pytest.approx(label_robust_score(0.9, 0.6, 0.7, 0.5))}}
+    rows += [row("distilled-plain", 0.4), row("random-plain", 0.3)]
+    assert scores(rows)["convnet"]["ARS"] == pytest.approx(augmentation_robust_score(0.7, 0.5, 0.4, 0.3))
+
+
+def test_a_run_prints_its_scores_and_trains_plain_sets_without_augmentation(pipeline_of):
+    from lad_dist import results
+    from lad_dist.status.show import results_notes
+
+    wanted = ["distilled-hard", "distilled-plain", "random", "random-plain", "full"]
+    pipeline = pipeline_of("scored", evaluate={"seeds": 1, "baselines": wanted})
+    pipeline.all()
+    rows = {row["source"]: row for row in results.read(pipeline.run.results)}
+    assert rows["distilled-plain"]["settings"]["augment"]["operations"] == []
+    assert rows["distilled"]["settings"]["augment"]["operations"] != []
+    for plain in ("distilled-plain", "random-plain"):
+        same = rows[plain.removesuffix("-plain")]
+        assert rows[plain]["set_id"] == same["set_id"] and rows[plain]["settings"]["lr"] == same["settings"]["lr"]
+    (note,) = [n for n in results_notes(list(rows.values())) if n.startswith("DD-Ranking")]
+    assert "convnet: LRS 0." in note and ", ARS 0." in note
+
+
+def test_compare_says_how_much_runs_differ_seed_by_seed(pipeline_of):
+    from lad_dist import results
+    from lad_dist.status import compare_notes
+
+    folders = []
+    for name, extra in (("one", (0.0, 0.0, 0.0)), ("two", (0.02, 0.04, 0.06))):
+        run = pipeline_of(name).run
+        base = {"source": "distilled", "architecture": "convnet"}
+        results.write(
+            run.results, [{**base, "seed": s, "overall": 0.5 + 0.1 * s + d, "tail": 0.4} for s, d in enumerate(extra)]
+        )
+        folders.append(run.root)
+    overall, tail = compare_notes(folders)
+    assert overall.startswith(
+        "two - one, convnet, overall: +4.0 +- 1.2 (standard error) points over 3 paired seeds, t = 3.5 with 2"
+    )
+    assert tail == "two - one, convnet, tail: +0.0 +- 0.0 (standard error) points over 3 paired seeds"
+    assert list(compare_notes(folders[:1])) == []

@@ -26,7 +26,9 @@ SOURCES = (
     "distilled",
     "distilled-adsa",
     "distilled-hard",
+    "distilled-plain",
     "random",
+    "random-plain",
     "k-center",
     "herding",
     "graph-cut",
@@ -35,7 +37,8 @@ SOURCES = (
     "full-logit-adjusted",
 )
 """What networks are trained on, in the order of every table. ``distilled-adsa`` and ``distilled-hard`` are the distilled
-images with adjusted and with hard labels; ``full-...`` are other ways to train on the whole long-tailed set."""
+images with adjusted and with hard labels, ``...-plain`` a set without augmentation; ``full-...`` are other ways to train on the
+whole long-tailed set."""
 
 _KEY = ("source", "architecture", "seed")
 _ONLY_IN_ROWS = ("confusion",)  # K x K numbers

@@ -20,6 +20,9 @@ whose networks see a tail: HLR is then negative, and counts in favour.
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def label_robust_score(
@@ -40,6 +43,30 @@ def augmentation_robust_score(
     """ARS in [0, 1], from accuracies in [0, 1] with the method's augmentation and without any (``..._plain``)."""
     _check(synthetic_augmented, random_augmented, synthetic_plain, random_plain, weight)
     return _scaled(weight * (synthetic_augmented - random_augmented) + (1 - weight) * (synthetic_plain - random_plain))
+
+
+def scores(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """By architecture LRS and ARS from a run's rows (means of overall accuracy over seeds), each where its networks are there.
+
+    LRS needs the sources full, distilled-hard, distilled, random; ARS distilled, random, distilled-plain, random-plain.
+    """
+    by: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        by.setdefault((row["architecture"], row["source"]), []).append(row["overall"])
+    means = {key: statistics.fmean(values) for key, values in by.items()}
+    found: dict[str, dict[str, float]] = {}
+    for architecture in dict.fromkeys(name for name, _ in means):
+        of = {source: mean for (name, source), mean in means.items() if name == architecture}
+        lrs = [of.get(s) for s in ("full", "distilled-hard", "distilled", "random")]
+        ars = [of.get(s) for s in ("distilled", "random", "distilled-plain", "random-plain")]
+        mine = {}
+        if None not in lrs:
+            mine["LRS"] = label_robust_score(*(x for x in lrs if x is not None))
+        if None not in ars:
+            mine["ARS"] = augmentation_robust_score(*(x for x in ars if x is not None))
+        if mine:
+            found[architecture] = mine
+    return found
 
 
 def _scaled(value: float) -> float:
