@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lad_dist.data import augment
 from lad_dist.data.prepare import PreparedData
+from lad_dist.distill.alignment import alignment
 from lad_dist.distill.live import LiveExperts
 from lad_dist.distill.memory import choose_path
 from lad_dist.distill.replay import Record, check_not_replayed
@@ -214,7 +215,7 @@ class Distillation:
         results = [(p, self.student.run(synthetic, p.phase, path)) for p in phases]
         agreed = self._agree(results)
         self._check_finite(state, results, agreed)
-        kept, figures = self._copy(state), self._figures(results, agreed)
+        kept, figures, aligned = self._copy(state), self._figures(results, agreed), self._alignment(state, results)
         with deferred():  # the record too: an iteration that was done and not recorded could not be replayed
             state.optimizers.step([(p.weight, result) for p, result in results])
             if float(self.ranks.total(torch.tensor(0.0 if state.finite() else 1.0, device=self.device))) == 0:
@@ -234,6 +235,7 @@ class Distillation:
                 windows=[[p.stage, p.window.expert, p.window.epoch] for p in phases],
                 gradient=path,
                 **figures,
+                alignment=aligned,
                 pixel_gradient_norm=[float(f"{x:.4g}") for x in agreed.class_squares_K.sqrt().tolist()],
             )
         if agreed.stop:
@@ -339,6 +341,14 @@ class Distillation:
             figures[f"norm_ratio_{p.stage}"] = float(r.match.norm_ratio)
             figures[f"student_loss_{p.stage}"] = student_loss
         return figures
+
+    def _alignment(self, state: State, results: list[tuple[NamedPhase, PhaseResult]]) -> dict[str, dict[str, float]]:
+        """Per phase: how far the student follows the expert, by class group. The same on every rank, before the step."""
+        alpha, layout, counts = state.alpha, self.student.layout, self.facts.counts
+        return {
+            p.stage: alignment(p.phase.start_P, p.phase.target_P, r.gradient_sum_P, alpha, layout, counts)
+            for p, r in results
+        }
 
 
 @dataclass(frozen=True)

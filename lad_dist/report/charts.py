@@ -12,10 +12,10 @@ from html import escape
 
 from markupsafe import Markup
 
+from lad_dist.report.drawing import Frame, svg, text, text_width, tick_text, ticks, upright_title
 from lad_dist.report.history import Curve, smoothed, thinned
 
 RAW_POINTS, SMOOTH_POINTS = 600, 240
-_CHARACTER = 6.9  # width of a usual character of the charts' text, about; fonts differ
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,6 @@ class Line:
     curve: Curve
     smooth: bool = True  # draw the curve faintly, and its running mean over it
     band: Sequence[tuple[float, float, float]] = ()
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The plotting area inside a drawing, and the ranges of its axes."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-    x: tuple[float, float]
-    y: tuple[float, float]
-
-    def px(self, x: float) -> float:
-        return self.left + (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1) * (self.right - self.left)
-
-    def py(self, y: float) -> float:
-        return self.bottom - (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1) * (self.bottom - self.top)
 
 
 def line_chart(
@@ -78,13 +60,13 @@ def line_chart(
         y = frame.py(reference[0])
         parts.append(
             f'<line class="reference" x1="{frame.left}" x2="{frame.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            + _text(frame.right - 2, y - 5, reference[1], "end")
+            + text(frame.right - 2, y - 5 if y - 18 > frame.top else y + 14, reference[1], "end")
         )
     parts += [_drawn(line, frame) for line in lines]
     parts.append(_legend([(line.name, line.colour) for line in lines], frame.left, 14))
     if above:
-        parts.append(_text(frame.right, 14, f"{above} value{'s' if above > 1 else ''} above the axis", "end"))
-    return _svg(title, width, height, parts)
+        parts.append(text(frame.right, 14, f"{above} value{'s' if above > 1 else ''} above the axis", "end"))
+    return svg(title, width, height, parts)
 
 
 def _scaled(line: Line, scale: float) -> Line:
@@ -141,29 +123,24 @@ def _grid(frame: Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], x_ti
     for y in y_ticks:
         at = frame.py(y)
         parts.append(f'<line class="grid" x1="{frame.left}" x2="{frame.right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(_text(frame.left - 7, at + 4, _number(y, y_ticks), "end"))
+        parts.append(text(frame.left - 7, at + 4, tick_text(y, y_ticks), "end"))
     for x in x_ticks:
         at = frame.px(x)
         parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{frame.bottom}" y2="{frame.bottom + 4}"/>')
-        parts.append(_text(at, frame.bottom + 17, _number(x, x_ticks), "middle"))
+        parts.append(text(at, frame.bottom + 17, tick_text(x, x_ticks), "middle"))
     parts.append(f'<line class="axis" x1="{frame.left}" x2="{frame.right}" y1="{frame.bottom}" y2="{frame.bottom}"/>')
     if x_title:
-        parts.append(_text((frame.left + frame.right) / 2, frame.bottom + 37, x_title, "middle"))
-    parts.append(_upright(frame, y_title))
+        parts.append(text((frame.left + frame.right) / 2, frame.bottom + 37, x_title, "middle"))
+    parts.append(upright_title(frame, y_title))
     return "".join(parts)
-
-
-def _upright(frame: Frame, title: str) -> str:
-    middle = (frame.top + frame.bottom) / 2
-    return f'<text transform="translate(12 {middle:.1f}) rotate(-90)" text-anchor="middle">{escape(title)}</text>'
 
 
 def _legend(entries: Sequence[tuple[str, str]], left: float, y: float) -> str:
     parts, x = [], left
     for name, colour in entries:
         parts.append(f'<rect class="fill {colour}" x="{x:.1f}" y="{y - 9}" width="10" height="10" rx="2"/>')
-        parts.append(_text(x + 15, y, name))
-        x += 15 + _width(name) + 18
+        parts.append(text(x + 15, y, name))
+        x += 15 + text_width(name) + 18
     return "".join(parts)
 
 
@@ -196,14 +173,14 @@ def class_chart(
     bands: (name, how many classes) from the left. width: of the drawing; a narrow one serves small screens.
     """
     classes, bars = len(names), len(names) <= BARS_UP_TO
-    slot = (width - 76) / max(classes, 1)
+    slot = (width - 84) / max(classes, 1)
     shown = [name if len(name) <= 14 else name[:13] + "…" for name in names]
-    upright = bars and max(map(_width, shown)) > slot - 4
-    below = (max(map(_width, shown)) * 0.75 + 24) if upright else 24
+    upright = bars and max(map(text_width, shown)) > slot - 4
+    below = (max(map(text_width, shown)) * 0.75 + 24) if upright else 24
     top, height = 50.0, 230.0
-    accuracy = Frame(62, top, width - 14, top + height, (0, classes), (0, 100))
+    accuracy = Frame(70, top, width - 14, top + height, (0, classes), (0, 100))
     images = Frame(
-        62,
+        70,
         accuracy.bottom + 34,
         width - 14,
         accuracy.bottom + 34 + 76,
@@ -220,16 +197,16 @@ def class_chart(
         for c, name in enumerate(shown):
             x, y = images.px(c + 0.5), images.bottom + 16
             parts.append(
-                _text(x, y, name, "end", f"rotate(-45 {x:.1f} {y:.1f})") if upright else _text(x, y, name, "middle")
+                text(x, y, name, "end", f"rotate(-45 {x:.1f} {y:.1f})") if upright else text(x, y, name, "middle")
             )
     else:
         parts.append(
-            _text(
+            text(
                 (images.left + images.right) / 2, images.bottom + 17, f"{classes} classes, by training images", "middle"
             )
         )
     parts.append(_legend([(s.name, s.colour) for s in series], accuracy.left, 14))
-    return _svg(title, width, round(images.bottom + below), parts)
+    return svg(title, width, round(images.bottom + below), parts)
 
 
 def _bands(bands: Sequence[tuple[str, int]], frame: Frame, bottom: float) -> str:
@@ -238,7 +215,7 @@ def _bands(bands: Sequence[tuple[str, int]], frame: Frame, bottom: float) -> str
         if not size:
             continue
         left, right = frame.px(start), frame.px(start + size)
-        parts.append(_text((left + right) / 2, frame.top - 10, name, "middle"))
+        parts.append(text((left + right) / 2, frame.top - 10, name, "middle"))
         if start:
             parts.append(f'<line class="divider" x1="{left:.1f}" x2="{left:.1f}" y1="{frame.top - 18}" y2="{bottom}"/>')
         start += size
@@ -280,57 +257,14 @@ def _count_bars(names: Sequence[str], counts: Sequence[int], frame: Frame, slot:
     for p in powers:
         y = frame.py(p)
         parts.append(f'<line class="grid" x1="{frame.left}" x2="{frame.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(frame.left - 7, y + 4, f"{10**p:,}", "end"))
+        parts.append(text(frame.left - 7, y + 4, f"{10**p:,}", "end"))
     for c, count in enumerate(counts):
         y, x = frame.py(max(math.log10(max(count, 1)), 0.03)), frame.px(c) + slot * 0.1
         parts.append(
             f'<rect class="fill count" x="{x:.1f}" y="{y:.1f}" width="{slot * 0.8:.2f}" '
             f'height="{frame.bottom - y:.1f}"><title>{escape(names[c])}: {count:,} training images</title></rect>'
         )
-        if slot > _width(f"{count:,}") + 2:
-            parts.append(_text(frame.px(c + 0.5), y - 4, f"{count:,}", "middle"))
-    parts.append(_upright(frame, "images (log)"))
+        if slot > 1.2 * text_width(f"{count:,}"):
+            parts.append(text(frame.px(c + 0.5), y - 4, f"{count:,}", "middle"))
+    parts.append(upright_title(frame, "images (log)"))
     return "".join(parts)
-
-
-# --- small parts --------------------------------------------------------------------------------
-
-
-def ticks(low: float, high: float, about: int, whole: bool = False) -> list[float]:
-    """``about`` round numbers from at or below ``low`` to at or above ``high``, or within them where ``whole``."""
-    if not high > low:
-        return [low]
-    rough = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
-    if whole:
-        step = max(math.ceil(step), 1)
-        first, last = math.ceil(low / step), math.floor(high / step)
-    else:
-        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, last + 1)]
-
-
-def _number(value: float, among: Sequence[float]) -> str:
-    """A tick's text: as many decimals as its neighbours need, a true minus sign."""
-    step = abs(among[1] - among[0]) if len(among) > 1 else abs(value) or 1.0
-    if value and (step < 1e-4 or step >= 1e7):
-        return f"{value:.3g}".replace("-", "−")
-    decimals = next((d for d in range(7) if abs(step * 10**d - round(step * 10**d)) < 1e-6), 6)
-    return f"{value:,.{decimals}f}".replace("-", "−")
-
-
-def _width(text: str) -> float:
-    """About how wide a text is: a page has no fonts of its own that could be measured beforehand."""
-    return sum(_CHARACTER * (0.55 if c in "fijlrtI.,:' " else 1.4 if c in "mwMW" else 1.0) for c in text)
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", transform: str = "") -> str:
-    turned = f' transform="{transform}"' if transform else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}>{escape(text)}</text>'
-
-
-def _svg(title: str, width: int, height: int, parts: Sequence[str]) -> Markup:
-    body = "".join(parts)
-    # Safe: every text above went through ``escape``; the rest are numbers and this file's own names.
-    return Markup(f'<svg role="img" aria-label="{escape(title)}" viewBox="0 0 {width} {height}">{body}</svg>')  # noqa: S704

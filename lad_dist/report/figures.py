@@ -16,6 +16,17 @@ from lad_dist.report.contents import Contents
 
 COLOURS = {"distilled": "s1", "random": "s2", "full": "s3"}
 WIDE, NARROW = 1060, 420  # widths of the chart by class, for large and small screens
+PARTS = (("head", "head", "s1"), ("medium", "medium", "s2"), ("tail", "tail", "s3"))
+ALIGNED = (
+    (
+        "cosine",
+        "Direction",
+        "cosine",
+        (0.0, "at right angles"),
+        "1 is the expert's direction, below 0 is away from it.",
+    ),
+    ("norm_ratio", "Length", "norm ratio", (1.0, "as far as the expert"), "1 is as far as the expert went."),
+)
 
 
 def _by_source(found: Contents) -> dict[str, list[list[float]]]:
@@ -94,12 +105,6 @@ def distill_charts(found: Contents) -> list[Figure]:
     def chart(title: str, lines: list[Line], y_title: str, note: str, **options: Any) -> Figure:
         return Figure(title, charts.line_chart(title, lines, "iteration", y_title, **options), note)
 
-    thirds = head_medium_tail(found.counts)["by_thirds"] if found.counts else {}
-    gradient = [
-        Line(name, colour, history.class_curve("pixel_gradient_norm", thirds[name]))
-        for name, colour in zip(("head", "medium", "tail"), ("s1", "s2", "s3"), strict=True)
-        if name in thirds
-    ]
     figures = [
         chart(
             "Matching loss",
@@ -117,6 +122,19 @@ def distill_charts(found: Contents) -> list[Figure]:
             "Cosine between the displacements of student and expert: 1 is the expert's direction.",
         ),
         chart(
+            "Length of the student's displacement",
+            by_phase("norm_ratio"),
+            "norm ratio",
+            "Norm of the student's displacement over the expert's, over the weights that the phase compares.",
+            reference=(1.0, "as far as the expert"),
+        ),
+        chart(
+            "Loss of the student",
+            by_phase("student_loss"),
+            "soft cross-entropy",
+            "On the synthetic images, mean over the student's steps; weighted by class where the phase weights it.",
+        ),
+        chart(
             "Learning rate of the student, alpha",
             [Line("alpha", "s1", history.curve("alpha"), smooth=False)],
             "alpha",
@@ -124,12 +142,42 @@ def distill_charts(found: Contents) -> list[Figure]:
         ),
         chart(
             "Gradient of the pixels",
-            gradient,
+            _pixel_gradients(found),
             "norm, mean over classes",
             "How strongly the images of head, medium and tail classes are pulled.",
         ),
     ]
     return [f for f in figures if f.chart]
+
+
+def _pixel_gradients(found: Contents) -> list[Line]:
+    thirds = head_medium_tail(found.counts)["by_thirds"] if found.counts else {}
+    return [
+        Line(label, colour, found.history.class_curve("pixel_gradient_norm", thirds[part]))
+        for part, label, colour in PARTS
+        if part in thirds
+    ]
+
+
+def alignment_charts(found: Contents) -> list[Figure]:
+    """How far the student follows the expert in the last layer's rows of head, medium and tail classes, by phase."""
+    joint = found.recipe.distill.matching == "joint"
+    backbone = ("backbone", "backbone", "s4")
+    phases = (
+        ("representation", "all weights" if joint else "representation", (*PARTS, backbone)),
+        ("classifier", "classifier", PARTS),
+    )
+    out = []
+    for figure, what, y_title, reference, meaning in ALIGNED:
+        for phase, name, parts in phases:
+            title = f"{what} by class group, {name} phase"
+            lines = [
+                Line(label, colour, found.history.alignment_curve(phase, f"{figure}_{part}"))
+                for part, label, colour in parts
+            ]
+            chart = charts.line_chart(title, lines, "iteration", y_title, reference=reference)
+            out.append(Figure(title, chart, meaning))
+    return [f for f in out if f.chart]
 
 
 def expert_charts(found: Contents) -> list[Figure]:

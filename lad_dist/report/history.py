@@ -52,6 +52,15 @@ class History:
                 curve.append((i, statistics.mean(values)))
         return curve
 
+    def alignment_curve(self, phase: str, name: str) -> Curve:
+        """A figure of a phase's gradient alignment, for example ``cosine_tail``; without the iterations that lack it."""
+        curve: Curve = []
+        for i in sorted(self.iterations):
+            figures = (self.iterations[i].get("alignment") or {}).get(phase) or {}
+            if figures.get(name) is not None:
+                curve.append((i, figures[name]))
+        return curve
+
     def expert_curve(self, stage: str, name: str, offset: int = 0) -> tuple[Curve, list[tuple[float, float, float]]]:
         """Per epoch of a stage (plus ``offset``): the mean over experts, and (epoch, smallest, largest)."""
         by_epoch: dict[int, list[float]] = {}

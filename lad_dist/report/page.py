@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lad_dist import __version__, recipe_file, results
 from lad_dist.data.longtail import FEW_SHOT_BELOW, MANY_SHOT_ABOVE, head_medium_tail
 from lad_dist.recipe import Recipe
-from lad_dist.report import contents, figures, pictures, tables
+from lad_dist.report import confusion, contents, figures, pictures, published, tables
 from lad_dist.report.contents import Contents
 from lad_dist.rundir import RunDir
 
@@ -58,10 +58,13 @@ def render(found: Contents, shown: pictures.Gallery | None) -> str:
         lead=_lead(found),
         missing=_missing(found),
         results=_results(found),
+        published=_published(found),
         groups=_groups(found),
         class_charts=figures.class_charts(found),
         class_table=figures.class_table(found),
+        confusions=confusion.confusion_charts(found),
         distill_charts=figures.distill_charts(found),
+        alignment_charts=figures.alignment_charts(found),
         expert_charts=figures.expert_charts(found),
         experts_seen=found.history.experts_seen,
         gallery=_gallery(shown),
@@ -129,6 +132,20 @@ def _results(found: Contents) -> dict[str, Any] | None:
         "optimistic": selection == "test-as-published",
         "split": " and ".join(sorted({row["split"] for row in found.rows})),
         "mixed": [tables.SOURCES.get(s, s) for s in mixed],
+    }
+
+
+def _published(found: Contents) -> dict[str, Any] | None:
+    """Published figures beside the run's own, where data set, imbalance factor and IPC are the same."""
+    figures_of_cell = published.beside(found.recipe, found.counts)
+    if not figures_of_cell:
+        return None
+    summaries = results.summary(row for row in found.rows if row["split"] == "test")
+    model = found.recipe.model
+    return {
+        "lines": tables.published_lines(figures_of_cell, summaries),
+        "citation": published.CITATION,
+        "own": f"depth {model.depth}, width {model.width}",
     }
 
 

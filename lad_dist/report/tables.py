@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lad_dist.report.published import PublishedFigure
 
 Row = Mapping[str, Any]
 
@@ -16,7 +19,9 @@ SOURCES = {
     "distilled": "Distilled",
     "distilled-adsa": "Distilled, labels adjusted (ADSA)",
     "distilled-hard": "Distilled, hard labels",
+    "distilled-plain": "Distilled, no augmentation",
     "random": "Random real",
+    "random-plain": "Random real, no augmentation",
     "k-center": "Real, k-center greedy",
     "herding": "Real, herding",
     "graph-cut": "Real, graph-cut",
@@ -124,6 +129,24 @@ def calibration_lines(summaries: Iterable[Row]) -> list[ResultLine]:
         )
         for row in summaries
         if row.get("balanced") is not None and row.get("ece") is not None
+    ]
+
+
+def published_lines(published: Iterable[PublishedFigure], summaries: Iterable[Row]) -> list[ResultLine]:
+    """Published figures, each beside the run's own of the same source, method and architecture (a dash where it has none)."""
+    own = {}
+    for row in summaries:
+        method = row.get("method") if row["source"] == "distilled" else ""
+        own[row["source"], method, row["architecture"]] = plus_minus(row.get("overall"), row.get("overall_std"))
+    return [
+        ResultLine(
+            p.source,
+            source_title({"source": p.source, "method": p.method}),
+            p.architecture,
+            "",
+            (own.get((p.source, p.method, p.architecture), MISSING), f"{p.percent:.1f}"),
+        )
+        for p in published
     ]
 
 

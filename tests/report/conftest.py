@@ -36,19 +36,22 @@ def make_run(tmp_path: Path) -> MakeRun:
         experts: bool = True,
         events: bool = True,
         architectures: tuple[str, ...] = ("convnet",),
+        factor: float = 20.0,
+        n_max: int = 120,
+        confusion: bool = True,
         sets: tuple[str, ...] = (),
     ) -> tuple[Recipe, RunDir]:
         doc = {
             "name": "report-test",
             "ipc": ipc,
-            "data": {"dataset": "digits", "imbalance_factor": 20.0},
+            "data": {"dataset": "digits", "imbalance_factor": factor},
             "experts": {"count": 2, "epochs": 6, "classifier_epochs": 3},
             "distill": {"iterations": iterations, "start_epoch_max": 3, "window_epochs": 2},
             "evaluate": {"seeds": 3, "lr": 0.05},
         }
         recipe = recipe_file.from_document(doc, sets)
         run = RunDir.open(tmp_path / "run", recipe)
-        counts = exponential_counts(120, classes, 20.0)
+        counts = exponential_counts(n_max, classes, factor)
         if events:
             _write_events(run, recipe, counts, experts=experts)
         if distilled:
@@ -65,6 +68,8 @@ def make_run(tmp_path: Path) -> MakeRun:
                 for seed in range(3)
             ]
             results.write(run.results, rows)
+            for row in rows if confusion else ():
+                results.put(run.results, {**row, "confusion": _confusion(row["per_class"])})
         return recipe, run
 
     return make
@@ -129,6 +134,17 @@ def _row(recipe: Recipe, counts: tuple[int, ...], source: str, architecture: str
     }
 
 
+def _confusion(per_class: list[float]) -> list[list[int]]:
+    """Of 100 images of each class: what is missed is taken for the class before (class 0: the last one)."""
+    classes = len(per_class)
+    matrix = [[0] * classes for _ in per_class]
+    for c, accuracy in enumerate(per_class):
+        right = round(100 * accuracy)
+        matrix[c][c] += right
+        matrix[c][c - 1] += 100 - right
+    return matrix
+
+
 def _write_events(run: RunDir, recipe: Recipe, counts: tuple[int, ...], experts: bool) -> None:
     e, events = recipe.experts, Events(run.events)
     events.emit("data", name="digits/train", fingerprint="f" * 64, counts=list(counts), test=540, seconds=0.1)
@@ -168,6 +184,19 @@ def event_of_iteration(i: int, classes: int) -> dict[str, Any]:
         "loss_classifier": 0.8 - 0.001 * i + wave,
         "cosine_representation": 0.4 + wave,
         "cosine_classifier": 0.5 + wave,
+        "norm_ratio_representation": 0.6 + wave,
+        "norm_ratio_classifier": 0.3 + wave,
+        "student_loss_representation": 1.2 - 0.001 * i + wave,
+        "student_loss_classifier": 1.1 - 0.001 * i + wave,
+        "alignment": {
+            phase: {
+                f"{figure}_{part}": level + wave
+                for figure in ("cosine", "norm_ratio")
+                for part, level in (("head", 0.6), ("medium", 0.4), ("tail", -0.1), ("backbone", 0.5))
+                if (phase, part) != ("classifier", "backbone")
+            }
+            for phase in ("representation", "classifier")
+        },
         "pixel_gradient_norm": [0.1 / (c + 1) for c in range(classes)],
     }
 

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from lad_dist.report.charts import ClassSeries, Line, class_chart, line_chart, ticks
+from lad_dist.report.charts import ClassSeries, Line, class_chart, line_chart
+from lad_dist.report.drawing import ticks
 from lad_dist.report.history import Curve, smoothed, thinned
 
 
