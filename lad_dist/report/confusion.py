@@ -1,0 +1,165 @@
+"""Confusion matrices: which classes a network takes for which, by class and by groups of classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from markupsafe import Markup
+
+from lad_dist.data.longtail import head_medium_tail
+from lad_dist.report import tables
+from lad_dist.report.contents import Contents
+from lad_dist.report.drawing import Frame, svg, text, text_width, upright_title
+
+NUMBERS_UP_TO = 12  # classes whose cells have room for a number
+CELLS_UP_TO = 30  # classes that are named, and drawn cell by cell
+_LEVELS = 10  # of colour, where cells are too many to be drawn one by one
+
+
+def confusion_chart(
+    title: str, names: Sequence[str], shares: Sequence[Sequence[float]], bands: Sequence[tuple[str, int]]
+) -> Markup:
+    """A confusion matrix: row = true class, column = predicted class, both in the order given (largest first).
+
+    shares: of the images of the true class, as fractions. bands: (name, how many classes) in that order. Colour grows with the
+    square root of the share, so that small shares show.
+    """
+    classes, few = len(names), len(names) <= CELLS_UP_TO
+    shown = [name if len(name) <= 10 else name[:9] + "…" for name in names] if few else []
+    labels = max([text_width(name) for name in (*shown, *(name for name, _ in bands))])
+    side, left, top = 360.0, 36 + labels, 46.0
+    frame = Frame(left, top, left + side, top + side, (0, classes), (classes, 0))
+    slot = side / classes
+    upright = few and max(map(text_width, shown)) > slot - 2
+    most = 0.55 if classes <= NUMBERS_UP_TO else 1.0  # a number must stay readable on its cell
+    parts = [_confusion_cells(names, shares, frame, slot, most) if few else _confusion_levels(shares, frame, slot)]
+    parts.append(
+        f'<rect class="edge" x="{left:.1f}" y="{top:.1f}" width="{side:.1f}" height="{side:.1f}"/>'
+        + _confusion_bands(bands, frame, labelled=not few)
+    )
+    for c, name in enumerate(shown):
+        x, y = frame.px(c + 0.5), frame.bottom + 15
+        parts.append(text(left - 6, frame.py(c + 0.5) + 4, name, "end"))
+        parts.append(text(x, y, name, "end", f"rotate(-45 {x:.1f} {y:.1f})") if upright else text(x, y, name, "middle"))
+    below = labels * 0.75 + 32 if upright else 38
+    parts += [
+        upright_title(frame, "true class"),
+        text(left + side / 2, frame.bottom + below, "predicted class", "middle"),
+    ]
+    parts.append(_share_legend(left, most))
+    return svg(title, round(left + side + 14), round(frame.bottom + below + 10), parts)
+
+
+def _confusion_cells(
+    names: Sequence[str], shares: Sequence[Sequence[float]], frame: Frame, slot: float, most: float
+) -> str:
+    parts = []
+    for true, row in enumerate(shares):
+        for said, share in enumerate(row):
+            if share <= 0:
+                continue
+            x, y, percent = frame.px(said), frame.py(true), 100 * share
+            about = f"{names[true]} taken for {names[said]}: {percent:.1f} %"
+            parts.append(
+                f'<rect class="fill s1" x="{x:.1f}" y="{y:.1f}" width="{slot:.1f}" height="{slot:.1f}" '
+                f'fill-opacity="{most * math.sqrt(share):.3f}"><title>{escape(about)}</title></rect>'
+            )
+            if len(names) <= NUMBERS_UP_TO and percent >= 0.5:
+                x, y = x + slot / 2, y + slot / 2 + 4
+                parts.append(f'<text class="cell" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{percent:.0f}</text>')
+    return "".join(parts)
+
+
+def _confusion_levels(shares: Sequence[Sequence[float]], frame: Frame, slot: float) -> str:
+    """Many classes: one path per level of colour; a share too small for the first level is left out."""
+    paths: list[list[str]] = [[] for _ in range(_LEVELS + 1)]
+    for true, row in enumerate(shares):
+        for said, share in enumerate(row):
+            level = round(_LEVELS * math.sqrt(share))
+            if level:
+                paths[level].append(f"M{frame.px(said):.1f} {frame.py(true):.1f}h{slot:.2f}v{slot:.2f}h-{slot:.2f}z")
+    return "".join(
+        f'<path class="fill s1" fill-opacity="{level / _LEVELS:.2f}" d="{"".join(cells)}"/>'
+        for level, cells in enumerate(paths)
+        if cells
+    )
+
+
+def _confusion_bands(bands: Sequence[tuple[str, int]], frame: Frame, labelled: bool) -> str:
+    parts, start = [], 0
+    for name, size in bands:
+        if not size:
+            continue
+        x, y = frame.px(start), frame.py(start)
+        if start:
+            parts.append(f'<line class="divider" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.top}" y2="{frame.bottom}"/>')
+            parts.append(f'<line class="divider" x1="{frame.left}" x2="{frame.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        if labelled:
+            parts.append(text(frame.px(start + size / 2), frame.bottom + 17, name, "middle"))
+            parts.append(text(frame.left - 6, frame.py(start + size / 2) + 4, name, "end"))
+        start += size
+    return "".join(parts)
+
+
+def _share_legend(left: float, most: float) -> str:
+    parts, x = [text(left, 14, "share of the true class's images")], left
+    for percent in (1, 10, 50, 100):
+        parts.append(
+            f'<rect class="fill s1" x="{x:.1f}" y="22" width="14" height="14" '
+            f'fill-opacity="{most * math.sqrt(percent / 100):.3f}"/>'
+        )
+        parts.append(text(x + 19, 33, f"{percent} %"))
+        x += 19 + text_width(f"{percent} %") + 16
+    return "".join(parts)
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A confusion matrix, and how much of each group of classes is taken for which group: (group, percentages)."""
+
+    title: str
+    chart: Markup
+    note: str
+    groups: list[tuple[str, list[str]]]
+
+
+def confusion_charts(found: Contents) -> list[Confusion]:
+    """Of the distilled set and of the whole set, on the first architecture, summed over the networks that tell theirs."""
+    if not found.rows:
+        return []
+    architecture = found.rows[0]["architecture"]
+    order = sorted(range(len(found.counts)), key=lambda c: -found.counts[c])
+    thirds = {name: of for name, of in head_medium_tail(found.counts)["by_thirds"].items() if of}
+    names, bands = [found.class_names[c] for c in order], [(name, len(of)) for name, of in thirds.items()]
+    out = []
+    for key in ("distilled", "full"):
+        told = [
+            row["confusion"]
+            for row in found.rows
+            if (row["source"], row["architecture"]) == (key, architecture) and row.get("confusion")
+        ]
+        if not told:
+            continue
+        total = [[sum(one[true][said] for one in told) for said in order] for true in order]
+        shares = [[n / (sum(row) or 1) for n in row] for row in total]
+        title = f"Confusion: {tables.SOURCES[key][0].lower()}{tables.SOURCES[key][1:]}"
+        networks = f"{len(told)} networks added up" if len(told) > 1 else "1 network"
+        note = f"{architecture}, {networks}. A row is a true class; classes with the most training images first."
+        out.append(Confusion(title, confusion_chart(title, names, shares, bands), note, _by_group(total, bands)))
+    return out
+
+
+def _by_group(total: list[list[int]], bands: list[tuple[str, int]]) -> list[tuple[str, list[str]]]:
+    """Per true group: the percentage of its images that are taken for a class of each group."""
+    spans, start = [], 0
+    for name, size in bands:
+        spans.append((name, slice(start, start + size)))
+        start += size
+    out = []
+    for name, rows in spans:
+        into = [sum(sum(row[columns]) for row in total[rows]) for _, columns in spans]
+        out.append((name, [tables.percent(n / sum(into)) if sum(into) else tables.MISSING for n in into]))
+    return out
