@@ -47,14 +47,24 @@ def tensorboard(
         raise typer.Exit(how_one_leaves.exit_code) from None
 
 
-def compare(folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]) -> None:
-    """The results of several runs in one table."""
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also make a page: results, curves and images side by side.")
+    ] = None,
+) -> None:
+    """The results of several runs in one table, and, with --out, on one page."""
     from lad_dist.status import compare_notes, compare_table
 
     screen = terminal.stdout()
     screen.print(compare_table(folders))
     for note in compare_notes(folders):
         screen.print(note, soft_wrap=True)
+    if out is not None:
+        from lad_dist.report.compare import write_comparison
+
+        write_comparison(folders, out)
+        screen.print(f"page: {out}", soft_wrap=True)
 
 
 def jobs() -> None:

@@ -116,16 +116,24 @@ def compare_table(runs: Sequence[Path]) -> Table:
         rows = results.read(RunDir.existing(folder).results)
         if not rows:
             raise RunDirError(f"{folder}: holds no results yet; `lad-dist evaluate {folder}` makes them")
-        for entry, line in zip(results.summary(rows), tables.result_lines(results.summary(rows)), strict=True):
-            members = [r for r in rows if (r["source"], r["architecture"]) == (entry["source"], entry["architecture"])]
-            what = (entry["source"], entry["architecture"], members[0]["set_id"], members[0]["settings"], len(members))
+        for line in tables.result_lines(results.summary(rows)):
+            members = [r for r in rows if (r["source"], r["architecture"]) == (line.key, line.architecture)]
+            what = (line.key, line.architecture, members[0]["set_id"], members[0]["settings"], len(members))
             if what in shown:
                 continue
             shown.append(what)
             ipc = "" if members[0]["ipc"] is None else str(members[0]["ipc"])
-            label = tables.METHODS.get(entry["method"], entry["source"])
-            table.add_row(folder.name, label, *line.figures, ipc, line.seeds)
+            table.add_row(folder.name, _short(members[0]), *line.figures, ipc, line.seeds)
     return table
+
+
+def _short(row: results.Row) -> str:
+    """``LAD``, ``LAD, hard labels``, ``Random real, resnet18``: what a row's networks were trained on, for a narrow column."""
+    title = tables.SOURCES.get(row["source"], str(row["source"]))
+    if row["source"].startswith("distilled"):
+        _, comma, how = title.partition(",")
+        title = f"{tables.METHODS.get(row['method'], row['method'])}{comma}{how}"
+    return title if row["architecture"] == "convnet" else f"{title}, {row['architecture']}"
 
 
 def compare_notes(runs: Sequence[Path]) -> Iterator[str]:

@@ -71,6 +71,8 @@ def scalars(event: Event) -> Iterator[tuple[str, float, int]]:
         step = event["iteration"]
         found = {"distill/alpha": event.get("alpha"), "distill/seconds": event.get("seconds")}
         found |= {f"distill/{name}/{phase}": event.get(f"{name}_{phase}") for name in _OF_PHASE for phase in _PHASES}
+        aligned = event.get("alignment") or {}
+        found |= {f"alignment/{phase}/{name}": value for phase, of in aligned.items() for name, value in of.items()}
     elif kind == "evaluated":
         step = event["seed"]
         source = f"evaluate/{event['source']}/{event['architecture']}"

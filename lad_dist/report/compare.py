@@ -1,0 +1,240 @@
+"""Several runs side by side on one page that needs nothing else: results, differences in pairs, curves, images, cost.
+
+Everything comes from the runs' folders. A baseline that runs share, the same images trained on alike, is shown once.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lad_dist import __version__, recipe_file, results
+from lad_dist.data.longtail import head_medium_tail
+from lad_dist.errors import RunDirError, StorageError
+from lad_dist.recipe import Recipe
+from lad_dist.report import charts, contents, pictures, tables
+from lad_dist.report.charts import Line
+from lad_dist.report.contents import Contents
+from lad_dist.report.figures import NARROW, WIDE, Figure
+from lad_dist.report.history import Curve, History
+from lad_dist.results.paired import paired
+from lad_dist.rundir import RunDir, published
+
+COLOURS = ("s1", "s2", "s3", "s4", "s5", "s6")
+MOST_RUNS = len(COLOURS)
+WIDTHS = (("wide", WIDE), ("narrow", NARROW))
+_CURVES = (  # figure of an iteration, title, y axis, how to read it
+    ("loss", "Matching loss", "relative squared distance", "1: the student stays where it started; 0: it arrives."),
+    ("cosine", "Direction of the student", "cosine", "Cosine between the displacements of student and expert."),
+    ("norm_ratio", "Length of the student's way", "norm ratio", "Over the expert's, over the weights compared."),
+)
+_PARTS = (("head", "Head classes"), ("medium", "Medium classes"), ("tail", "Tail classes"), ("backbone", "Backbone"))
+_PHASES = ("representation", "classifier")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A run, how it is called on the page, and its colour."""
+
+    name: str
+    colour: str
+    found: Contents
+
+
+def write_comparison(folders: Sequence[Path], out: Path) -> None:
+    """Publish the page at ``out``.
+
+    Raises:
+        RunDirError: a folder is no run or holds no results; there are too many, or one twice.
+        DistilledError: a distilled set is damaged.
+        StorageError: the page cannot be written.
+    """
+    if out.is_dir():
+        raise StorageError(f"{out}: is a folder; valid: a file, for example {out / 'compare.html'}")
+    if len(folders) > MOST_RUNS:
+        raise RunDirError(f"compare: {len(folders)} runs; valid on one page: at most {MOST_RUNS}")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise RunDirError("compare: a run is named twice; valid: different run folders")
+    runs = []
+    for name, colour, folder in zip(_names(folders), COLOURS, folders, strict=False):
+        run = RunDir.existing(folder)
+        found = contents.read(recipe_file.load(run.recipe), run)
+        if not found.rows:
+            raise RunDirError(f"{folder}: holds no results yet; `lad-dist evaluate {folder}` makes them")
+        runs.append(Named(name, colour, found))
+    with published(out) as temporary:
+        temporary.write_text(render(runs), encoding="utf-8")
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Folder names, with as many of their parents as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    length = 1
+    while len({p[-length:] for p in parts}) < len(parts):
+        length += 1
+    return ["/".join(p[-length:]) for p in parts]
+
+
+def render(runs: Sequence[Named]) -> str:
+    """The page as HTML text."""
+    environment = Environment(
+        loader=PackageLoader("lad_dist.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("compare.html").render(
+        runs=runs,
+        differing=_differing([run.found.recipe for run in runs]),
+        lines=_result_lines(runs),
+        headings=("run", *tables.headings()),
+        selections=_selections(runs),
+        pairs=_pairs(runs),
+        classes=_class_figures(runs),
+        curves=_curves(runs),
+        alignment=_alignment(runs),
+        images=_images(runs),
+        costs=[(run.name, _cost(run.found)) for run in runs],
+        version=__version__,
+    )
+
+
+def _differing(recipes: Sequence[Recipe]) -> list[tuple[str, list[str]]]:
+    """Fields in which the recipes differ, and each one's value; their names are shown anyhow."""
+    flat = [_flat(recipe.model_dump(mode="json")) for recipe in recipes]
+    fields = [name for name in flat[0] if name != "name" and any(one[name] != flat[0][name] for one in flat)]
+    return [(name, [str(one[name]) for one in flat]) for name in fields]
+
+
+def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in document.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def _result_lines(runs: Sequence[Named]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(colour, source, cells) by run, source and architecture; of what runs share, the first run's."""
+    lines: list[tuple[str, str, tuple[str, ...]]] = []
+    shown: set[tuple[object, ...]] = set()
+    for run in runs:
+        for line in tables.result_lines(results.summary(run.found.rows)):
+            members = [r for r in run.found.rows if (r["source"], r["architecture"]) == (line.key, line.architecture)]
+            what = (line.key, line.architecture, members[0]["set_id"], str(members[0]["settings"]), len(members))
+            if what not in shown:
+                shown.add(what)
+                colour = run.colour if line.key.startswith("distilled") else ""
+                lines.append((colour, line.key, (run.name, *line.cells())))
+    return lines
+
+
+def _selections(runs: Sequence[Named]) -> list[str]:
+    """How each run's iteration was chosen, and on what accuracy was measured, a sentence each."""
+    notes = []
+    for run in runs:
+        chosen = {row["selection"] for row in run.found.rows if row["source"] == "distilled"}
+        splits = " and ".join(sorted({row["split"] for row in run.found.rows}))
+        told = " ".join(tables.SELECTION.get(one, one) for one in sorted(chosen))
+        notes.append(f"{run.name}: measured on the {splits} set. {told}")
+    return notes
+
+
+def _pairs(runs: Sequence[Named]) -> list[tuple[str, ...]]:
+    """What every other run's distilled set has more than the first's, over networks of the same seed: cells of a table."""
+    first, *others = runs
+    lines: list[tuple[str, ...]] = []
+    for run in others:
+        for architecture in dict.fromkeys(row["architecture"] for row in run.found.rows):
+            for figure in tables.FIGURES:
+                found = paired(run.found.rows, first.found.rows, figure, architecture=architecture)
+                if found is None:
+                    continue
+                interval = found.interval and "{:+.1f} to {:+.1f}".format(*(100 * x for x in found.interval))
+                lines.append((
+                    f"{run.name} \N{MINUS SIGN} {first.name}", architecture, figure, f"{100 * found.mean:+.1f}",
+                    "" if found.error is None else f"{100 * found.error:.1f}", str(len(found.seeds)),
+                    "" if found.t is None else f"{found.t:.1f}", interval or "",
+                ))  # fmt: skip
+    return lines
+
+
+def _class_figures(runs: Sequence[Named]) -> list[tuple[str, list[tuple[str, Markup]]]]:
+    """Accuracy by class of the distilled sets, where the runs have the same classes and counts: (title, (CSS class, chart))."""
+    first = runs[0].found
+    if any((run.found.counts, run.found.class_names) != (first.counts, first.class_names) for run in runs):
+        return []
+    figures: list[tuple[str, list[tuple[str, Markup]]]] = []
+    order = sorted(range(len(first.counts)), key=lambda c: -first.counts[c])
+    names, counts = [first.class_names[c] for c in order], [first.counts[c] for c in order]
+    thirds = head_medium_tail(first.counts)["by_thirds"]
+    bands = [(name, len(thirds[name])) for name in ("head", "medium", "tail")]
+    for architecture in dict.fromkeys(row["architecture"] for run in runs for row in run.found.rows):
+        series = []
+        for run in runs:
+            mine = [r for r in run.found.rows if (r["source"], r["architecture"]) == ("distilled", architecture)]
+            if mine:
+                means = [statistics.mean(row["per_class"][c] for row in mine) for c in order]
+                series.append(charts.ClassSeries(run.name, run.colour, means, None))
+        if series:
+            title = f"Accuracy by class, {architecture}"
+            drawn = [(css, charts.class_chart(title, names, counts, series, bands, width)) for css, width in WIDTHS]
+            figures.append((title, drawn))
+    return figures
+
+
+def _overlaid(
+    runs: Sequence[Named], title: str, y_title: str, note: str, curve: Callable[[History], Curve], smooth: bool = True
+) -> Figure:
+    lines = [Line(run.name, run.colour, curve(run.found.history), smooth) for run in runs]
+    return Figure(title, charts.line_chart(title, lines, "iteration", y_title), note)
+
+
+def _curves(runs: Sequence[Named]) -> list[Figure]:
+    figures = []
+    for name, title, y_title, note in _CURVES:
+        for phase in _PHASES:
+            of = f"{name}_{phase}"
+            figures.append(_overlaid(runs, f"{title}, {phase} phase", y_title, note, lambda h, of=of: h.curve(of)))  # type: ignore[misc]
+    note = "Learned with the images."
+    figures.append(
+        _overlaid(runs, "Learning rate of the student, alpha", "alpha", note, lambda h: h.curve("alpha"), False)
+    )
+    return [figure for figure in figures if figure.chart != Markup("")]
+
+
+def _alignment(runs: Sequence[Named]) -> list[Figure]:
+    """The cosine of student and expert in the classifier's rows of each class group, and in the backbone."""
+    figures = []
+    note = "Cosine of the student's displacement with the expert's, over these weights. Thick: running mean."
+    for phase in _PHASES:
+        for part, words in _PARTS:
+
+            def curve(history: History, phase: str = phase, name: str = f"cosine_{part}") -> Curve:
+                return history.alignment_curve(phase, name)
+
+            figures.append(_overlaid(runs, f"{words}, {phase} phase", "cosine", note, curve))
+    return [figure for figure in figures if figure.chart != Markup("")]
+
+
+def _images(runs: Sequence[Named]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """By class: (run, its images as data URIs)."""
+    by_class: dict[str, list[tuple[str, list[str]]]] = {}
+    for run in runs:
+        if run.found.distilled is None:
+            continue
+        shown = pictures.gallery(run.found.distilled)
+        for name, images in zip(shown.names, shown.synthetic_GMHHC, strict=True):
+            by_class.setdefault(name, []).append((run.name, pictures.data_uris(images, shown.lossless)))
+    return list(by_class.items())
+
+
+def _cost(found: Contents) -> list[tuple[str, str, str]]:
+    """(stage, time, peak memory of the host)."""
+    return [(c.stage, tables.duration(c.seconds), tables.gigabytes(c.host_bytes)) for c in found.history.costs.values()]

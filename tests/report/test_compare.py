@@ -1,0 +1,117 @@
+"""Several runs on one page: what it shows, that a browser loads it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lad_dist import results
+from lad_dist.cli import app
+from lad_dist.errors import RunDirError, StorageError
+from lad_dist.report.compare import write_comparison
+
+
+def browser() -> str | None:
+    return next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+
+
+@pytest.fixture
+def two_runs(make_run, tmp_path) -> list[Path]:
+    """Two runs of one recipe but for the method; the second is 4 points better for every seed, on two architectures."""
+    _, run = make_run(architectures=("convnet", "resnet18"))
+    first, second = run.root.rename(tmp_path / "first"), tmp_path / "second"
+    shutil.copytree(first, second)
+    text = (second / "recipe.yaml").read_text()
+    (second / "recipe.yaml").write_text(text.replace("weighted_loss: true", "weighted_loss: false"))
+    for file in (second / "evaluation" / "rows").glob("distilled-*.json"):
+        row = json.loads(file.read_text())
+        file.write_text(json.dumps(row | {"overall": row["overall"] + 0.04, "set_id": "another"}))
+    return [first, second]
+
+
+def tables_of(text: str) -> dict[str, int]:
+    """Rows in the body of every labelled table."""
+    found = re.findall(r'<table[^>]*aria-label="([^"]+)".*?<tbody>(.*?)</tbody>', text, re.DOTALL)
+    return {label: body.count("<tr") for label, body in found}
+
+
+def test_what_the_page_shows(two_runs, tmp_path):
+    write_comparison(two_runs, tmp_path / "pages" / "compare.html")
+    text = (tmp_path / "pages" / "compare.html").read_text()
+    rows = tables_of(text)
+    assert rows["Runs"] == 2 and rows["Where the recipes differ"] == 1 and "distill.weighted_loss" in text
+    assert rows["Accuracy by run and source"] == 6 + 2  # random and the whole set are the same in both, and shown once
+    assert rows["Differences in pairs"] == 2 * len(results.FIGURES) and rows["Cost"] >= 2
+    assert re.search(r"second − first</th><td>convnet</td><td>overall</td><td class=\"number\">\+4\.0</td>", text)
+    charts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(charts) > 8
+    for chart in charts:
+        assert "first" in chart and "second" in chart and "aria-label=" in chart
+    uris = re.findall(r'<img src="([^"]*)"', text)
+    assert len(uris) == 2 * 10 * 2 and all(uri.startswith("data:image/") for uri in uris)
+    assert "http" not in re.sub(r'xmlns="[^"]*"', "", text)
+
+
+@pytest.mark.skipif(browser() is None and os.environ.get("CI") != "true", reason="no chromium to load the page in")
+def test_a_browser_loads_it_without_a_console_message(two_runs, tmp_path):
+    assert browser() is not None, "CI needs chromium (apt-get install chromium)"
+    page = tmp_path / "compare.html"
+    write_comparison(two_runs, page)
+    command = [str(browser()), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+               "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--log-level=0",
+               "--dump-dom", page.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    assert done.stdout.count("<svg") == page.read_text().count("<svg") > 0
+
+
+def test_runs_of_other_data_have_no_common_chart_of_classes(two_runs, make_run, tmp_path):
+    _, other = make_run(names=[f"another {c}" for c in range(10)])
+    write_comparison([two_runs[0], other.root], tmp_path / "compare.html")
+    text = (tmp_path / "compare.html").read_text()
+    assert "Accuracy by class" not in text and "another 3" in text
+
+
+def test_runs_of_one_name_are_told_apart(two_runs, tmp_path):
+    again = tmp_path / "elsewhere" / "first"
+    shutil.copytree(two_runs[1], again)
+    write_comparison([two_runs[0], again], tmp_path / "compare.html")
+    assert "elsewhere/first" in (tmp_path / "compare.html").read_text()
+
+
+def test_a_run_that_has_no_set_yet(two_runs, tmp_path):
+    shutil.rmtree(two_runs[1] / "distilled")
+    write_comparison(two_runs, tmp_path / "compare.html")
+    assert len(re.findall(r'<img src="', (tmp_path / "compare.html").read_text())) == 10 * 2
+
+
+def test_what_is_refused_leaves_nothing(two_runs, tmp_path):
+    page = tmp_path / "compare.html"
+    with pytest.raises(RunDirError, match="7 runs; valid on one page: at most 6"):
+        write_comparison([tmp_path / str(i) for i in range(7)], page)
+    with pytest.raises(RunDirError, match="named twice"):
+        write_comparison([two_runs[0], two_runs[0]], page)
+    with pytest.raises(RunDirError, match="nowhere"):
+        write_comparison([two_runs[0], tmp_path / "nowhere"], page)
+    shutil.rmtree(two_runs[1] / "evaluation")
+    with pytest.raises(RunDirError, match="second: holds no results yet"):
+        write_comparison(two_runs, page)
+    assert not page.exists()
+    with pytest.raises(StorageError, match="is a folder"):
+        write_comparison(two_runs[:1], tmp_path)
+
+
+def test_the_command_says_where_the_page_is(two_runs, tmp_path):
+    done = CliRunner().invoke(app, ["compare", *map(str, two_runs), "--out", str(tmp_path / "compare.html")])
+    assert done.exit_code == 0, done.output
+    assert f"page: {tmp_path / 'compare.html'}" in done.output and (tmp_path / "compare.html").exists()
+    assert "second - first, convnet, overall: +4.0 +- 0.0 (standard error) points over 3 paired seeds" in done.output
