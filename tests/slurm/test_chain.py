@@ -201,6 +201,20 @@ def test_a_fleet_over_two_nodes_survives_the_warning(slurm, lad, reference):
     assert not list(Path("/tmp").glob(f"r-*-{number}-*")) and not Path(line[2]).exists()
 
 
+def test_requeues_end_where_the_profile_says(slurm, lad):
+    """A warning counts as that of the limit where the limit is near, which with a limit of one minute it always is."""
+    job, run = lad.job(experts={"count": 1, "epochs": 5000}), lad.folder / "run"
+    profile = lad.profile(max_requeues=0, time_minutes=1, warning_seconds=10)
+    waiting = lad.start("experts", job, "--on", profile, "--out", run, "--wait")
+    wait_for_events(run, "expert-epoch", 2)
+    number = jobs_of(run)["experts"]
+    subprocess.run(["scancel", "--signal=USR2", number], check=True)  # as SLURM does before the limit
+    _, err = lad.ended(waiting, code=11, timeout=60)
+    assert "ran out of time and was requeued as often as slurm.max_requeues allows" in err
+    assert kinds(run).count("stage-stopped") == 1  # what was done is saved all the same
+    slurm.nothing_left(number)
+
+
 def test_a_killed_driver_is_noticed_and_takes_its_ray_along_and_no_other(slurm, lad):
     from ray_nodes import RayNodes, session
 
