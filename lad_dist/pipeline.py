@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 
     from lad_dist.data.prepare import PreparedData
     from lad_dist.distill.replay import Record
-    from lad_dist.evaluate.sources import Source
     from lad_dist.ranks import Place
-    from lad_dist.results import Row
+    from lad_dist.results import Row, Source
 
 STAGES = ("experts", "distill", "evaluate", "report")
 

@@ -22,7 +22,6 @@ from lad_dist.data.prepared import PreparedSet
 from lad_dist.evaluate.accuracy import accuracy
 from lad_dist.evaluate.labels import adsa
 from lad_dist.evaluate.sources import (
-    Source,
     description,
     drawn_as,
     load_distilled,
@@ -35,6 +34,7 @@ from lad_dist.models.convnet import ConvNet, feature_side
 from lad_dist.models.zoo import network
 from lad_dist.progress import Events, Screen, Task
 from lad_dist.recipe import Recipe
+from lad_dist.results import Source
 from lad_dist.rundir import RunDir
 
 TOGETHER_VALUES = 2**17

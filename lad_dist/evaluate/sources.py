@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,22 +34,8 @@ from lad_dist.evaluate.labels import adsa
 from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train
 from lad_dist.models.convnet import ConvNet, build
 from lad_dist.recipe import Recipe
+from lad_dist.results import Source
 from lad_dist.rundir import RunDir
-
-Source = Literal[
-    "distilled",
-    "distilled-adsa",
-    "distilled-hard",
-    "distilled-plain",
-    "random",
-    "random-plain",
-    "k-center",
-    "herding",
-    "graph-cut",
-    "full",
-    "full-balanced",
-    "full-logit-adjusted",
-]
 
 
 def of_distilled(source: Source) -> bool:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lad_dist import __version__, recipe_file, results
@@ -23,6 +22,7 @@ from lad_dist.report.charts import Line
 from lad_dist.report.contents import Contents
 from lad_dist.report.figures import NARROW, WIDE, Figure
 from lad_dist.report.history import Curve, History
+from lad_dist.report.page import template
 from lad_dist.results.paired import paired
 from lad_dist.rundir import RunDir, published
 
@@ -83,14 +83,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def render(runs: Sequence[Named]) -> str:
     """The page as HTML text."""
-    environment = Environment(
-        loader=PackageLoader("lad_dist.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("compare.html").render(
+    return template("compare.html").render(
         runs=runs,
         differing=_differing([run.found.recipe for run in runs]),
         lines=_result_lines(runs),

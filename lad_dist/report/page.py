@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from lad_dist import __version__, recipe_file, results
 from lad_dist.data.longtail import FEW_SHOT_BELOW, MANY_SHOT_ABOVE, head_medium_tail
@@ -45,14 +45,7 @@ def write_report(recipe: Recipe, run: RunDir) -> None:
 
 def render(found: Contents, shown: pictures.Gallery | None) -> str:
     """The page as HTML text."""
-    environment = Environment(
-        loader=PackageLoader("lad_dist.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
+    return template("page.html").render(
         run=found,
         recipe=found.recipe,
         lead=_lead(found),
@@ -75,6 +68,18 @@ def render(found: Contents, shown: pictures.Gallery | None) -> str:
         synthetic_file=SYNTHETIC,
         initial_file=INITIAL,
     )
+
+
+def template(name: str) -> Template:
+    """A page of ``templates/``, which escapes what is put into it and complains of what is missing."""
+    environment = Environment(
+        loader=PackageLoader("lad_dist.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def _lead(found: Contents) -> list[tuple[str, str]]:

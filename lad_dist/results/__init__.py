@@ -14,7 +14,7 @@ import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lad_dist.errors import RunDirError
 from lad_dist.rundir import published
@@ -22,7 +22,7 @@ from lad_dist.rundir import published
 Row = dict[str, Any]
 FIGURES = ("overall", "head", "medium", "tail")
 MORE_FIGURES = ("balanced", "ece")  # of rows written since they are measured
-SOURCES = (
+Source = Literal[
     "distilled",
     "distilled-adsa",
     "distilled-hard",
@@ -35,7 +35,8 @@ SOURCES = (
     "full",
     "full-balanced",
     "full-logit-adjusted",
-)
+]
+SOURCES: tuple[str, ...] = get_args(Source)
 """What networks are trained on, in the order of every table. ``distilled-adsa`` and ``distilled-hard`` are the distilled
 images with adjusted and with hard labels, ``...-plain`` a set without augmentation; ``full-...`` are other ways to train on the
 whole long-tailed set."""
