@@ -143,6 +143,8 @@ class RunDir:
             for leftover in (*root.glob(".tmp-*"), *root.glob("[a-z]*/.tmp-*"), *root.glob("[a-z]*/[a-z]*/.tmp-*")):
                 if _abandoned(leftover):
                     remove(leftover)
+            # Looked at before the recipe is: what another process of the same run makes meanwhile is no stranger's.
+            strange = any(p.name != "events.jsonl" and not p.name.startswith(".tmp-") for p in root.iterdir())
             if run.recipe.exists():
                 saved = recipe_file.load(run.recipe)
                 changed = differences(saved.model_dump(mode="json"), recipe.model_dump(mode="json"))
@@ -151,7 +153,7 @@ class RunDir:
                         f"{root}: belongs to a run of another recipe ({'; '.join(changed)}); "
                         "choose another folder with --out, or remove this one"
                     )
-            elif any(p for p in root.iterdir() if p.name != "events.jsonl"):
+            elif strange:
                 raise RunDirError(
                     f"{root}: is not empty and not a run folder (no recipe.yaml); choose another with --out"
                 )

@@ -7,12 +7,15 @@ of processes, with the same draws. The counters are hashed (SHA-256) into the 12
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
 Counter = int | str
+
+_global_generator = threading.RLock()
 
 
 def key(seed: int, *counters: Counter) -> int:
@@ -30,10 +33,11 @@ def rng(seed: int, *counters: Counter) -> np.random.Generator:
 def torch_seeded(seed: int, *counters: Counter) -> Iterator[None]:
     """Run a block (the construction of a network) under torch's CPU generator seeded from (seed, counters).
 
-    The state of the global generator is restored afterwards, so nothing outside the block notices.
+    The state of the global generator is restored afterwards, so nothing outside the block notices. Blocks of several
+    threads wait for each other: the generator is one for the whole process.
     """
     import torch
 
-    with torch.random.fork_rng(devices=[]):
+    with _global_generator, torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, *counters) % 2**63)
         yield

@@ -103,7 +103,10 @@ def own_data(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder to call lad-dist in, whose shipped recipe digits-lt is a small one; ``place(line)`` returns what it printed."""
+    """A folder to call lad-dist in, whose shipped recipe digits-lt is a small one; ``place(line)`` returns what it printed.
+
+    ``place.folder`` is the folder.
+    """
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "lad_dist", folder / "site" / "lad_dist", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("jobs", "cluster"):
@@ -123,6 +126,7 @@ def place(tmp_path_factory):
         return done.stdout
 
     call("run digits-lt")
+    call.folder = folder
     return call
 
 
@@ -130,7 +134,8 @@ def place(tmp_path_factory):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_run(place, page):
-    """In the order of the page."""
+    """In the order of the page, each page by itself: what another one exported is out of the way."""
+    shutil.rmtree(place.folder / "exports", ignore_errors=True)
     for line in dict.fromkeys(commands(page)):
         if not any(re.search(pattern, line) for pattern in NOT_RUN):
             place(line)

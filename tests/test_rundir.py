@@ -132,6 +132,24 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
     assert names(tmp_path) == ["thesis.tex"]
 
 
+def test_a_folder_that_another_process_of_the_run_is_just_making(tmp_path, monkeypatch):
+    """As the tasks of an array do that start together: its recipe is being published, or appears between two looks."""
+    (tmp_path / ".tmp-elsewhere-1-abc.yaml").write_text("being written on another host")
+    RunDir.open(tmp_path, Recipe())
+    (tmp_path / "recipe.yaml").rename(tmp_path / "later.yaml")
+    look = type(tmp_path).iterdir
+
+    def iterdir(folder):
+        seen = list(look(folder))
+        if (tmp_path / "later.yaml").exists():
+            (tmp_path / "later.yaml").rename(tmp_path / "recipe.yaml")
+        return iter(seen)
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", iterdir)
+    RunDir.open(tmp_path, Recipe())
+    assert (tmp_path / "recipe.yaml").exists() and not (tmp_path / "later.yaml").exists()
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunDirError, match="Not a directory; choose another folder with --out"):

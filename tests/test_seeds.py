@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -55,3 +56,14 @@ def test_torch_seeded_restores_after_an_error():
         torch.randn(3)
         raise KeyError
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_threads_draw_what_they_draw_alone():
+    def draw(which: int) -> torch.Tensor:
+        with torch_seeded(1, "init", which):
+            return torch.stack([torch.randn(500) for _ in range(50)])
+
+    alone = [draw(which) for which in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(draw, [*range(8)] * 5))
+    assert all(torch.equal(together[i], alone[i % 8]) for i in range(40))
