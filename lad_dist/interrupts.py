@@ -8,26 +8,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lad_dist.errors import Interrupted
+from lad_dist.errors import Interrupted, LadDistError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def as_exceptions() -> Iterator[None]:
-    """Inside the block Ctrl-C and SIGTERM raise ``Interrupted`` in the main thread, so that ``finally`` blocks run."""
+    """Inside the block Ctrl-C and SIGTERM raise ``Interrupted`` in the main thread, so that ``finally`` blocks run.
+
+    Where the signal arrives while a library's C code calls Python, the library may report an error of its own instead
+    (torch, reading the length of a sequence: ``ValueError``). Any such error after a signal is ``Interrupted`` to the caller;
+    what we raise ourselves, and what the system refuses (``OSError``), is told as it is.
+    """
+    arrived: list[Interrupted] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         for s in _SIGNALS:  # a second Ctrl-C must not tear apart what the first one saves
             # Not SIG_IGN: one that has already arrived would be reported as "ignored due to race condition", with a traceback.
             signal.signal(s, lambda number, frame: None)
-        raise Interrupted(
-            f"interrupted by {signal.Signals(number).name}; what is finished is kept, and the same command continues"
+        arrived.append(
+            Interrupted(
+                f"interrupted by {signal.Signals(number).name}; what is finished is kept, and the same command continues"
+            )
         )
+        raise arrived[0]
 
     previous = {s: signal.signal(s, stop) for s in _SIGNALS}
     try:
         yield
+    except (LadDistError, OSError):
+        raise
+    except Exception as error:
+        if arrived:
+            raise arrived[0] from error
+        raise
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)

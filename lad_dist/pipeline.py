@@ -234,9 +234,18 @@ def distill_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, recor
     """What each process that ``Pipeline.distill`` starts on this machine does. ``kind`` of device: cpu or cuda."""
     import torch
 
-    threads = profile.threads or max(1, (os.cpu_count() or 1) // profile.world)
-    torch.set_num_threads(threads)
+    prepare_rank(profile, profile.world)
     distill_as_rank(Pipeline(recipe, run, profile, torch.device(kind), Screen(), Events(run.events)), record)
+
+
+def prepare_rank(profile: Profile, world: int) -> None:
+    """torch's threads, and what is done with freed memory, of a process that is one of ``world`` on this machine."""
+    import torch
+
+    from lad_dist import allocator
+
+    torch.set_num_threads(profile.threads or max(1, (os.cpu_count() or 1) // world))
+    allocator.keep_freed_memory()
 
 
 def distill_as_rank(pipeline: Pipeline, record: Record | None) -> None:
@@ -269,7 +278,7 @@ def evaluate_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, sour
 
     where = ranks.place()
     assert where is not None
-    torch.set_num_threads(profile.threads or max(1, (os.cpu_count() or 1) // where.world))
+    prepare_rank(profile, where.world)
     screen = Screen() if where.rank == 0 else Screen.silent()
     with as_exceptions(), closing(Events(run.events)) as events:
         evaluate_as_rank(Pipeline(recipe, run, profile, torch.device(kind), screen, events), source, rows, where)
@@ -326,8 +335,10 @@ class _Stage:
         self.events.emit("stage-started", stage=self.name, **self.fields)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        from lad_dist.allocator import give_back
         from lad_dist.progress import peak_memory_bytes
 
+        give_back()
         seconds = round(time.perf_counter() - self.began, 3)
         ended = "stage-finished" if kind is None else "stage-stopped"
         self.events.emit(

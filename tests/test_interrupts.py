@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 
 import pytest
 
-from lad_dist.errors import Interrupted
+from lad_dist.errors import Interrupted, StorageError
 from lad_dist.interrupts import as_exceptions
 
 
@@ -37,3 +38,26 @@ def test_a_second_signal_does_not_tear_apart_what_the_first_one_saves():
             os.kill(os.getpid(), signal.SIGINT)
             saved.append("whole")
     assert saved == ["whole"]
+
+
+def test_a_signal_within_a_library_that_reports_an_error_of_its_own():
+    """As torch does where it reads the shape of a sequence: its C code forgets the exception and raises another."""
+    with pytest.raises(Interrupted, match="interrupted by SIGTERM") as raised, as_exceptions():
+        with suppress(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+    assert isinstance(raised.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("error", [StorageError("the disk is full"), OSError(28, "No space left on device")])
+def test_an_error_while_the_interrupted_work_is_saved_is_told(error):
+    with pytest.raises(type(error)), as_exceptions():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            raise error
+
+
+def test_an_error_without_a_signal_stays_what_it_is():
+    with pytest.raises(ZeroDivisionError), as_exceptions():
+        _ = 1 / 0

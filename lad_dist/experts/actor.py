@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lad_dist import errors
+from lad_dist import allocator, errors
 from lad_dist.data.datasets import DataSplits, ImageSet
 from lad_dist.data.prepare import PreparedData
 from lad_dist.data.prepared import PreparedSet
@@ -114,6 +114,7 @@ class ExpertActor:
 
     def __init__(self, orders: Orders, data: SharedData) -> None:
         torch.set_num_threads(orders.threads)
+        allocator.keep_freed_memory()
         self._orders, self._data = orders, data
 
     def train(self, expert: int) -> Iterator[Report]:

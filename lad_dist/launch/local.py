@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lad_dist import ranks
+from lad_dist import allocator, ranks
 from lad_dist.errors import RecipeError, StorageError
 from lad_dist.interrupts import as_exceptions
 from lad_dist.location import is_uri
@@ -78,7 +78,7 @@ def store_of(named: Path | str | None, profile: Profile) -> Path | str | None:
 
 
 def prepare_device(profile: Profile) -> torch.device:
-    """The device of a profile, with torch's thread count set. Raises RecipeError for a GPU that is not there."""
+    """The device of a profile, with torch's thread count set, and memory kept for it. Raises RecipeError for a GPU that is not there."""
     import torch
 
     if profile.threads is not None:
@@ -86,4 +86,6 @@ def prepare_device(profile: Profile) -> torch.device:
     if profile.device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("profile: device: cuda, but torch sees no CUDA GPU here; auto or cpu are valid")
     name = profile.device if profile.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        allocator.keep_freed_memory()
     return torch.device(name)
