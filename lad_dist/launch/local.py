@@ -78,7 +78,11 @@ def store_of(named: Path | str | None, profile: Profile) -> Path | str | None:
 
 
 def prepare_device(profile: Profile) -> torch.device:
-    """The device of a profile, with torch's thread count set, and memory kept for it. Raises RecipeError for a GPU that is not there."""
+    """The device of a profile, with torch's thread count set, and freed memory kept for a CPU.
+
+    Raises:
+        RecipeError: the profile asks for a GPU that is not there.
+    """
     import torch
 
     if profile.threads is not None:

@@ -32,7 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CACHE_VALUES = 2**18  # values of one tensor worked on at a time on a CPU; 1 MiB in float32
+from lad_dist.models.asked import asked
+
+CACHE_VALUES = 2**19  # values of one tensor worked on at a time on a CPU; 2 MiB in float32
 _aten = torch.ops.aten
 
 
@@ -77,14 +79,22 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u_BChh: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dgamma, dbeta = _Backward.apply(u_BChh.contiguous(), *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        wanted = asked(ctx)[1:]  # gamma and beta; no network ends before this operation
+        dx, dgamma, dbeta = _Backward.apply(u_BChh.contiguous(), *ctx.saved_tensors, wanted)  # type: ignore[no-untyped-call]
         return dx, dgamma, dbeta, None
 
 
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, u_BChh: Tensor, x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, mean: Tensor, rstd: Tensor
+        ctx: Any,
+        u_BChh: Tensor,
+        x_BCHH: Tensor,
+        gamma_C: Tensor,
+        beta_C: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
         dx = torch.empty_like(x_BCHH)
         dgamma, dbeta = torch.zeros_like(gamma_C), torch.zeros_like(beta_C)
@@ -104,10 +114,12 @@ class _Backward(torch.autograd.Function):
                 channels,
                 pixels,
                 channels,
-                [True, True, True],
+                [True, *wanted],
             )
-            dgamma += dgamma_part
-            dbeta += dbeta_part
+            if wanted[0]:
+                dgamma += dgamma_part
+            if wanted[1]:
+                dbeta += dbeta_part
         ctx.save_for_backward(u_BChh, x_BCHH, gamma_C, beta_C, mean, rstd)
         return dx, dgamma, dbeta
 
@@ -118,7 +130,7 @@ class _Backward(torch.autograd.Function):
         a_BCHH = a_BCHH.contiguous()
         count = x_BCHH.shape[2] * x_BCHH.shape[3]
         by_u, by_x = torch.empty_like(u_BChh), torch.empty_like(x_BCHH)
-        by_gamma = torch.zeros_like(gamma_C) if ctx.needs_input_grad[2] else None
+        by_gamma = torch.zeros_like(gamma_C) if asked(ctx)[2] else None
         c, e, gamma = c_C.view(1, -1, 1, 1), e_C.view(1, -1, 1, 1), gamma_C.view(1, -1, 1, 1)
         for rows in _chunks(x_BCHH):
             a, s = a_BCHH[rows], rstd[rows]
@@ -137,7 +149,7 @@ class _Backward(torch.autograd.Function):
             out.addcmul_(a, s * q_a).addcmul_(g, s * q_g)
             if by_gamma is not None:
                 by_gamma += (s * inner).sum(dim=(0, 2, 3)) * count
-        return by_u, by_x, by_gamma, None, None, None
+        return by_u, by_x, by_gamma, None, None, None, None
 
 
 def _chunks(x_BCHH: Tensor) -> list[slice]:

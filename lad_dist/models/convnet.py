@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lad_dist.errors import DataError
 from lad_dist.models.block import NormReluPool
+from lad_dist.models.convolution import Convolution
 from lad_dist.seeds import torch_seeded
 
 
@@ -53,7 +54,8 @@ class ConvNet(nn.Module):
         for block in range(depth):
             first = block == 0
             padding = 3 if first and channels == 1 else 1
-            layers[str(4 * block)] = nn.Conv2d(channels if first else width, width, kernel_size=3, padding=padding)
+            convolution = Convolution if fused else nn.Conv2d
+            layers[str(4 * block)] = convolution(channels if first else width, width, kernel_size=3, padding=padding)
             if norm == "instance":
                 layers[str(4 * block + 1)] = NormReluPool(width, fused=fused)
             else:

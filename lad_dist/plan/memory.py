@@ -26,7 +26,7 @@ PATHS = ("keep", "recompute")
 _GRAPH = {"representation": 2.5, "classifier": 1.25}
 _PASSING = {
     ("cpu", "representation"): 4.2,
-    ("cpu", "classifier"): 1.7,
+    ("cpu", "classifier"): 2.2,
     ("cuda", "representation"): 9.0,
     ("cuda", "classifier"): 6.0,
 }

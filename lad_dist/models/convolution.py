@@ -1,0 +1,88 @@
+"""A convolution with its own first and second derivative, for gradients that are differentiated again.
+
+torch's second derivative of a convolution takes the output's gradient as the weights of a convolution as large as the image,
+which libraries are not made for. Written out, every term is an ordinary convolution of the batch:
+
+    forward     y = x * w + b
+    backward    from g = dL/dy:  dx = g *' w (transposed),  dw = W(x, g) (correlation over images and pixels),  db = sum g
+    second      from the cotangents a of dx, c of dw, e of db, the scalar phi = <a, dx> + <c, dw> + <e, db> has the derivatives
+                by g      a * w + x * c + e      one convolution of (a, x) with (w, c) side by side
+                by x      g *' c
+                by w      W(a, g)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lad_dist.models.asked import asked
+
+_aten = torch.ops.aten
+
+
+class Convolution(nn.Conv2d):
+    """A convolution of stride 1, computed as above; its parameters are those of ``nn.Conv2d``."""
+
+    def forward(self, x_BCHH: Tensor) -> Tensor:
+        """(B, C, H, H) to (B, W, H', H')."""
+        assert self.stride == (1, 1) and self.groups == 1 and isinstance(self.padding, tuple)
+        out: Tensor = _Forward.apply(x_BCHH, self.weight, self.bias, self.padding)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, padding: tuple[int, int]) -> Tensor:
+        ctx.padding = padding
+        ctx.save_for_backward(x, w)
+        return torch.conv2d(x, w, b, padding=padding)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        dx, dw, db = _Backward.apply(g, x, w, ctx.padding, asked(ctx))  # type: ignore[no-untyped-call]
+        return dx, dw, db, None
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, w: Tensor, padding: tuple[int, int], wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        ctx.padding = padding
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g, x, w)
+        dx, dw, db = _derivatives(g, x, w, padding, wanted)
+        return dx, dw, db
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, a: Tensor | None, c: Tensor | None, e: Tensor | None) -> tuple[Tensor | None, ...]:
+        (g, x, w), padding = ctx.saved_tensors, ctx.padding
+        by_g = by_x = by_w = None
+        pairs = [(image, weight) for image, weight in ((a, w), (x, c)) if image is not None and weight is not None]
+        by_g_asked, by_x_asked, by_w_asked = asked(ctx)
+        if by_g_asked and pairs:
+            images, weights = (torch.cat(tensors, dim=1) for tensors in zip(*pairs, strict=True))
+            by_g = torch.conv2d(images, weights, e, padding=padding)
+        elif by_g_asked and e is not None:
+            by_g = e.view(1, -1, 1, 1).expand_as(g)
+        if by_x_asked and c is not None:
+            by_x = _derivatives(g, x, c, padding, (True, False, False))[0]
+        if by_w_asked and a is not None:
+            by_w = _derivatives(g, a, w, padding, (False, True, False))[1]
+        return by_g, by_x, by_w, None, None
+
+
+def _derivatives(
+    g: Tensor, x: Tensor, w: Tensor, padding: tuple[int, int], wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """(dx, dw, db) of x * w + b from g, those that are wanted."""
+    out: tuple[Tensor | None, ...] = _aten.convolution_backward(
+        g, x, w, [w.shape[0]], [1, 1], list(padding), [1, 1], False, [0, 0], 1, list(wanted)
+    )
+    return out
