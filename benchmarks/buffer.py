@@ -415,6 +415,7 @@ def main() -> None:
     )
     parser.add_argument("--windows", type=int, default=300, help="windows of each measurement (default 300)")
     parser.add_argument("--folder", type=Path, help="where to put the files meanwhile; default: the temporary folder")
+    parser.add_argument("--json", type=Path, help="write what was measured into this file")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.parent.name}/{RESULTS.name}")
     parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -424,7 +425,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="buffer-benchmark-", dir=asked.folder) as name:
         folder = Path(name)
         sizes = write_both(folder, asked.experts, asked.epochs)
-        text = report(asked, sizes, measure(asked, folder))
+        found = measure(asked, folder)
+    text = report(asked, sizes, found)
+    if asked.json:
+        asked.json.write_text(json.dumps({**found, "sizes": sizes}))
     print(text)
     if asked.write:
         RESULTS.parent.mkdir(exist_ok=True)

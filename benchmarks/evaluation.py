@@ -56,11 +56,14 @@ def measure(case: Case, way: str, threads: int, seeds: list[int], device: str) -
     """(seconds, processor seconds) of training the networks of ``seeds`` once, after one epoch to warm up."""
     import torch
 
+    from lad_dist.allocator import keep_freed_memory
     from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train, train_together
     from lad_dist.models.convnet import build
     from lad_dist.recipe import AugmentConfig
 
     torch.set_num_threads(threads)
+    if device == "cpu":
+        keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(case.images, case.channels, case.size, case.size, generator=generator).to(device)
     p_SK = torch.randn(case.images, CLASSES, generator=generator).softmax(1).to(device)
@@ -145,6 +148,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))), help="by number, from 0")
+    parser.add_argument("--json", type=Path, help="write what was measured into this file")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -178,6 +182,8 @@ def main() -> None:
         f"The machine's load was {statistics.mean(load):.1f} on average.\n\n{table(measured)}\n"
     )
     print(text)
+    if args.json:
+        args.json.write_text(json.dumps(measured))
     if args.write:
         RESULTS.write_text(text)
 

@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("--classifier-epochs", type=int, default=10)
     parser.add_argument("--actors", type=int, default=2, help="on CPUs")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path, help="write what was measured into this file")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     rows = []
@@ -235,6 +236,8 @@ def main() -> None:
             print(f"{way.name}: {row.per_hour:.1f} experts per hour, {row.wall:.0f} s in all", file=sys.stderr)
     text = page(args, rows)
     print(text)
+    if args.json:
+        args.json.write_text(json.dumps([{**vars(row), "per_hour": row.per_hour} for row in rows]))
     if args.write:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / ("fleet-cuda.md" if args.device == "cuda" else "fleet.md")).write_text(text)

@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
+from lad_dist import allocator, recipe_file
 from lad_dist import ranks as ranks_module
-from lad_dist import recipe_file
 from lad_dist.data import augment
 from lad_dist.distill.shards import Share
 from lad_dist.distill.student import Batch, Phase, Student, SyntheticSet
@@ -99,6 +99,8 @@ def measure_on_rank(out: str, settings: dict[str, Any]) -> None:
     device = torch.device("cpu") if s.device == "cpu" else torch.device("cuda", where.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        allocator.keep_freed_memory()
     torch.set_num_threads(s.threads)
     if where.world == 1:
         raise SystemExit("benchmarks/ranks.py: one rank has nobody to share with; at least 2 are needed")
