@@ -21,7 +21,7 @@ types: install
 	$(BIN)/mypy
 
 unit: install
-	$(BIN)/python -m pytest
+	$(BIN)/python tests/side_by_side.py
 
 install: $(VENV)/installed
 

@@ -1,6 +1,6 @@
 """Seconds of one step of each kind where nothing is measured: a table of devices.
 
-Two sorts of devices. A CPU's rates are *measured*: benchmarks/results/step.txt. A GPU's are *assumed*: operations, bytes
+Two sorts of devices. A CPU's rates are *measured*: benchmarks/results/all.json. A GPU's are *assumed*: operations, bytes
 and FLOPs of a step are counted, and divided by a stated part of what the card's data sheet promises.
 """
 
@@ -63,18 +63,18 @@ ASSUMED_FLOPS = 0.3  # of the card's rate: convolutions of 128 channels are smal
 ASSUMED_BANDWIDTH = 0.7  # of the card's: passes over tensors larger than its caches
 ASSUMED_LAUNCH = 10e-6  # seconds of host time per torch operation, eager mode
 
-CPU_SOURCE = "measured on an AMD EPYC, 2 threads, by benchmarks/step.py"
+CPU_SOURCE = "measured on an AMD EPYC, 2 threads, by benchmarks/all.py"
 CPU_THREADS = 2
 _CPU_SHAPES = Shapes(3, 32, 10, 128, 3)
-# (seconds, images) of a step: benchmarks/results/step.txt. evaluate/train is half of GSAM's two passes.
+# (seconds, images) of a step: benchmarks/results/all.json. evaluate/train is half of GSAM's two passes.
 CPU_SECONDS = {
-    "representation/keep": (0.5563, 100),
-    "representation/recompute": (0.6772, 100),
-    "classifier/keep": (0.1287, 100),
-    "classifier/recompute": (0.1475, 100),
-    "experts/representation": (0.9691, 256),
-    "experts/classifier": (0.1806, 256),
-    "evaluate/train": (0.9691 / 2, 256),
+    "representation/keep": (0.3614, 100),
+    "representation/recompute": (0.4396, 100),
+    "classifier/keep": (0.1034, 100),
+    "classifier/recompute": (0.138, 100),
+    "experts/representation": (0.5933, 256),
+    "experts/classifier": (0.1006, 256),
+    "evaluate/train": (0.5933 / 2, 256),
 }
 _CPU_OPERATION = 8e-6  # seconds per torch operation beside its work, as measured on one image
 

@@ -47,6 +47,13 @@ def test_the_estimate_is_within_a_quarter_of_the_measured_peak(shapes, images, s
     assert estimate == pytest.approx(measured_peak(shapes, images, steps, phase, path), rel=0.25)
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="other systems do not tell the peak")
+def test_recomputing_takes_no_more_for_more_steps():
+    """Measured: eight times the student steps, the same peak (within 5% of a process's)."""
+    few, many = (measured_peak(COLOUR, 60, steps, "representation", "recompute") for steps in (10, 80))
+    assert abs(many - few) < 0.05 * (memory.PROCESS["cpu"] + few)
+
+
 def test_keeping_grows_with_the_steps_and_recomputing_does_not():
     batches = Batches(100, 100)
 
