@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lad_dist.allocator import keep_freed_memory
 from lad_dist.data import augment
 from lad_dist.distill.student import Batch, Phase, Student, SyntheticSet
 from lad_dist.models.convnet import build, flat_parameters
@@ -43,6 +44,7 @@ def main() -> None:
     *sizes, phase, path = sys.argv[1:]
     width, channels, size, classes, depth, images, steps = (int(n) for n in sizes)
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every process of lad-dist that computes on a CPU
     student, synthetic, whole = problem(width, channels, size, classes, depth, images, steps, phase)
     small, few, first = problem(width, channels, size, classes, depth, 2, 1, phase)
     small.run(few, first, path)  # kernels are compiled and buffers made once
