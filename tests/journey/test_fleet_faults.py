@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -282,7 +283,8 @@ def ports(pids: set[int]) -> set[str]:
 
     psutil, found = import_module("psutil"), set()  # Ray's own copy
     for pid in pids:
-        found |= {c.laddr.ip for c in psutil.Process(pid).net_connections(kind="inet") if c.status == "LISTEN"}
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended since the list was made
+            found |= {c.laddr.ip for c in psutil.Process(pid).net_connections(kind="inet") if c.status == "LISTEN"}
     return found
 
 
