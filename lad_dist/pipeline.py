@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from lad_dist.data.prepare import PreparedData
+    from lad_dist.distill.early import Early
     from lad_dist.distill.replay import Record
     from lad_dist.ranks import Place
     from lad_dist.results import Row, Source
@@ -147,7 +148,16 @@ class Pipeline:
             what = (self.recipe, self.run, self.profile, self.device.type, record)
             ranks.launch(self.profile.world, distill_rank, what, self.profile.rank_restarts, self.screen.say)
         else:
-            distill(self.recipe, self.data, self.run, self.events, self.screen, self.device, record=record)
+            early = self.early()
+            distill(self.recipe, self.data, self.run, self.events, self.screen, self.device, record=record, early=early)
+
+    def early(self) -> Early:
+        """What measures the set while it is being distilled; the other ranks, where there are any, never wait long for it."""
+        from lad_dist.distill.early import Early
+        from lad_dist.evaluate.early import EarlyEvaluation
+
+        longest = self.profile.rank_timeout / 10
+        return Early(self.recipe, EarlyEvaluation(self.recipe, self.data), self.events, self.screen, longest)
 
     def evaluate(self, source: str) -> None:
         """Measure what networks learn from a source (``evaluate/sources.py``), one row per architecture and seed.
@@ -266,7 +276,8 @@ def distill_as_rank(pipeline: Pipeline, record: Record | None) -> None:
     p = dataclasses.replace(p, device=device)
     with as_flag() as flag, ranks.joined(where, device, pipeline.profile.rank_timeout) as joined:
         data = p.data if joined.first else None
-        distill(p.recipe, data, p.run, p.events, p.screen, device, joined, flag, record)
+        early = p.early() if joined.first else None
+        distill(p.recipe, data, p.run, p.events, p.screen, device, joined, flag, record, early)
 
 
 def evaluate_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, source: Source, rows: list[Row]) -> None:

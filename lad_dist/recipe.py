@@ -214,6 +214,11 @@ class DistillConfig(_Section):
     checkpoint_every: Annotated[Int, Field(ge=1)] = Field(
         100, description="iterations between checkpoints for resuming"
     )
+    early_evaluation: Annotated[Float, Field(ge=0, le=0.5)] = Field(
+        0.02,
+        description="share of the time that quick measurements of the set may take, at checkpoints; they are shown and "
+        "recorded and choose nothing; 0: none",
+    )
 
 
 class EvaluateConfig(_Section):

@@ -22,6 +22,7 @@ from torch import Tensor
 from lad_dist.data import augment
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distill.alignment import alignment
+from lad_dist.distill.early import Early
 from lad_dist.distill.live import LiveExperts
 from lad_dist.distill.memory import choose_path
 from lad_dist.distill.replay import Record, check_not_replayed
@@ -62,11 +63,12 @@ def distill(
     ranks: Ranks = ALONE,
     flag: StopFlag | None = None,
     record: Record | None = None,
+    early: Early | None = None,
 ) -> None:
     """Distill from the last checkpoint on, and publish the distilled set. All ranks call it.
 
     Only rank 0 needs ``data``. ``flag`` is what tells a rank among several to stop (all stop together, after an iteration).
-    ``record``: replay this one, instead of drawing windows.
+    ``record``: replay this one, instead of drawing windows. ``early``, on rank 0: measure the set on its way.
 
     Raises:
         RunDirError: what is there already was not distilled by ``record``, or by another one.
@@ -85,10 +87,12 @@ def distill(
             live = stack.enter_context(closing(LiveExperts(buffer, recipe, ranks, flag)))
             live.wait(screen, events)
         work = stack.enter_context(closing(Distillation(recipe, facts, run, device, ranks, flag, buffer, live, record)))
-        _distill(work, data, events, screen)
+        _distill(work, data, events, screen, early)
 
 
-def _distill(work: Distillation, data: PreparedData | None, events: Events, screen: Screen) -> None:
+def _distill(
+    work: Distillation, data: PreparedData | None, events: Events, screen: Screen, early: Early | None
+) -> None:
     recipe, run, ranks = work.recipe, work.run, work.ranks
     state = work.resume(screen) or work.start(data, screen, events)
     path, why = work.choose_path(state)
@@ -100,9 +104,13 @@ def _distill(work: Distillation, data: PreparedData | None, events: Events, scre
     try:
         with screen.task("distill", total, "iterations", done=state.iteration) as task:
             while state.iteration < total:
+                began = time.perf_counter()
                 task.advance(1, **work.iterate(state, work.recorded_path(state.iteration) or path, events))
+                seconds = time.perf_counter() - began
                 if state.iteration % recipe.distill.checkpoint_every == 0 and state.iteration < total:
                     state.save(run.distill_checkpoint, recipe, ranks)
+                    if early is not None and early.wanted(seconds * ranks.world):
+                        early.look(work.whole(state))
                 if recipe.distill.select != "last" and state.iteration % recipe.distill.select_every == 0:
                     work.publish(state, run.candidate(state.iteration), data)
     except (Interrupted, NumericalError):
@@ -198,12 +206,15 @@ class Distillation:
         """Publish the whole set as it is; it passes through a checkpoint, from which rank 0 reads the other shares."""
         state.save(self.run.distill_checkpoint, self.recipe, self.ranks)
         if data is not None:
-            whole = state
-            if self.ranks.world > 1:
-                loaded = State.load(self.run.distill_checkpoint, self.recipe, torch.device("cpu"))
-                assert loaded is not None, "it has just been saved"
-                whole = loaded
-            publish(self.recipe, data, whole, self.run, folder)
+            publish(self.recipe, data, self.whole(state), self.run, folder)
+
+    def whole(self, state: State) -> State:
+        """Every rank's share of ``state``, which has just been saved."""
+        if self.ranks.world == 1:
+            return state
+        loaded = State.load(self.run.distill_checkpoint, self.recipe, torch.device("cpu"))
+        assert loaded is not None, "it has just been saved"
+        return loaded
 
     # --- one iteration ----------------------------------------------------------------------------------------------
 

@@ -169,7 +169,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _trajectory_hash(recipe: Recipe) -> str:
     """The hash of what determines the course of a distillation: how it is evaluated or saved does not."""
     doc = recipe.model_dump(mode="json", include={"method", "ipc", "seed", "distill"})
-    free = ("gradient", "memory_gb", "checkpoint_every", "iterations")
+    free = ("gradient", "memory_gb", "checkpoint_every", "early_evaluation", "iterations")
     doc["distill"] = {k: v for k, v in doc["distill"].items() if k not in free}
     doc["buffer"] = {"start_after": recipe.buffer.start_after}
     doc["experts"] = recipe.experts_hash()

@@ -7,8 +7,7 @@ import shutil
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distilled import DistilledSet
 from lad_dist.evaluate.accuracy import accuracy
-from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train
-from lad_dist.models.convnet import build
+from lad_dist.evaluate.early import trained
 from lad_dist.progress import Events, Screen
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
@@ -21,39 +20,13 @@ def select(recipe: Recipe, data: PreparedData, run: RunDir, events: Events, scre
     protocol does: its results are optimistic, and every row and table made from them says so.
     """
     split = "validation" if recipe.distill.select == "validation" else "test"
-    images, e = data.evaluation_set(split), recipe.evaluate
-    shapes, best = data.splits.train, (-1.0, run.distilled)
+    images, best = data.evaluation_set(split), (-1.0, run.distilled)
     folders = sorted(run.candidate(0).parent.glob("iteration-*"))
     with screen.task(f"select on {split}", len(folders), "candidates") as task:
         for folder in folders:
             candidate = DistilledSet.load(folder)
-            settings = Settings(
-                e.epochs,
-                e.batch,
-                candidate.lr if e.lr is None else e.lr,
-                e.momentum,
-                e.weight_decay,
-                e.decay,
-                recipe.augment,
-            )
-            network = build(
-                shapes.channels,
-                shapes.size,
-                shapes.num_classes,
-                recipe.model.width,
-                recipe.model.depth,
-                seed=recipe.seed,
-                purpose=("select", "convnet"),
-            ).to(data.device)
-            pixels, p = candidate.images.to(data.device), candidate.soft_labels.to(data.device)
-            train(
-                network,
-                TrainingSet(rows_of(pixels, p), len(pixels)),
-                settings,
-                recipe.seed,
-                ("select",),
-                lambda: None,
-            )
+            pixels, p = candidate.images, candidate.soft_labels
+            network = trained(recipe, data, pixels, p, candidate.lr, recipe.evaluate.epochs, "select")
             found = accuracy(network, images, data.counts).overall
             events.emit("candidate", iteration=candidate.meta.iteration, split=split, overall=found)
             best = max(best, (found, folder), key=lambda pair: pair[0])

@@ -32,6 +32,7 @@ class History:
 
     data: Event | None = None
     iterations: dict[int, Event] = field(default_factory=dict)
+    early: dict[int, Event] = field(default_factory=dict)
     expert_epochs: dict[tuple[str, int, int], Event] = field(default_factory=dict)  # by stage, expert, epoch
     costs: dict[str, StageCost] = field(default_factory=dict)
     distill_started: Event | None = None
@@ -41,6 +42,14 @@ class History:
     def curve(self, name: str) -> Curve:
         """A figure of the iterations, for example ``alpha``; empty where no iteration has it."""
         return [(i, self.iterations[i][name]) for i in sorted(self.iterations) if name in self.iterations[i]]
+
+    def early_curve(self, name: str) -> Curve:
+        """A group's accuracy of the quick measurements, for example ``tail``; a gap where a network could not be trained.
+
+        Empty with fewer than two of them, which make no curve.
+        """
+        known = [i for i in sorted(self.early) if self.early[i].get(name) is not None]
+        return [(i, self.early[i].get(name)) for i in sorted(self.early)] if len(known) > 1 else []
 
     def class_curve(self, name: str, classes: Sequence[int]) -> Curve:
         """The mean over some classes of a figure that iterations give per class."""
@@ -104,9 +113,12 @@ def read_history(events: Iterable[Event]) -> History:
             h.data = event
         elif kind == "iteration":
             h.iterations[event["iteration"]] = event
+        elif kind == "early-evaluation":
+            h.early[event["iteration"]] = event
         elif kind == "distill-started":
             h.distill_started = event
             h.iterations = {i: e for i, e in h.iterations.items() if i <= event["iteration"]}
+            h.early = {i: e for i, e in h.early.items() if i <= event["iteration"]}
         elif kind == "expert-epoch":
             h.expert_epochs[event["stage"], event["expert"], event["epoch"]] = event
         elif kind in ("stage-finished", "stage-stopped"):

@@ -253,14 +253,14 @@ def test_choosing_continues_after_an_interruption(pipeline_of, monkeypatch):
     whole.distill()
     calls = []
 
-    def train(*args, original=select_module.train):
+    def train(*args, original=select_module.trained):
         calls.append(args)
         if len(calls) == 2:
             raise NumericalError("stop")
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(select_module, "train", train)
+        patch.setattr(select_module, "trained", train)
         with pytest.raises(NumericalError):
             broken.distill()
     assert not broken.run.distilled.exists()

@@ -355,3 +355,30 @@ def test_a_browser_loads_the_page_without_a_console_message(make_run: MakeRun, t
     broken = tmp_path / "broken.html"  # the check itself can fail: the policy on the page refuses a script, loudly
     broken.write_text(text.replace("</main>", "<script>1</script></main>"), encoding="utf-8")
     assert console_of(broken, tmp_path / "profile")[1]
+
+
+# --- quick measurements on the way ------------------------------------------------------------------------------------
+
+
+def look_at(run: RunDir, iteration: int, **figures: float | None) -> None:
+    Events(run.events).emit("early-evaluation", iteration=iteration, split="test", epochs=3, seconds=1.0, **figures)
+
+
+def test_accuracy_on_the_way(make_run):
+    recipe, run = make_run()
+    look_at(run, 10, overall=0.5, head=0.8, medium=0.5, tail=0.25)
+    assert not read_history(read_events(run.events)).early_curve("head")  # a single point is no curve
+    look_at(run, 20, error="the training loss is nan")
+    look_at(run, 30, overall=0.6, head=0.75, medium=0.625, tail=0.5)
+    history = read_history(read_events(run.events))
+    assert history.early_curve("tail") == [(10, 0.25), (20, None), (30, 0.5)]
+    write_report(recipe, run)
+    assert "Accuracy on the way" in (run.root / "report" / "index.html").read_text()
+    Events(run.events).emit("distill-started", iteration=15)
+    assert list(read_history(read_events(run.events)).early) == [10]  # measured again when the run comes by again
+
+
+def test_no_accuracy_on_the_way(make_run):
+    recipe, run = make_run()
+    write_report(recipe, run)
+    assert "Accuracy on the way" not in (run.root / "report" / "index.html").read_text()

@@ -1,0 +1,110 @@
+"""When the set is measured while it is being distilled: as often as a share of the time allows.
+
+The measurement itself belongs to another stage and is handed in (``Measure``).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lad_dist.distill.state import State
+from lad_dist.errors import NumericalError
+from lad_dist.progress import Events, Screen
+from lad_dist.recipe import Recipe
+
+
+class Figures(Protocol):
+    """Accuracies in [0, 1]; a group without classes has None."""
+
+    @property
+    def overall(self) -> float: ...
+    @property
+    def head(self) -> float | None: ...
+    @property
+    def medium(self) -> float | None: ...
+    @property
+    def tail(self) -> float | None: ...
+
+
+class Measure(Protocol):
+    """Trains a network on (images (S, C, H, H), label probabilities (S, K), alpha) and measures it on ``split``."""
+
+    @property
+    def split(self) -> str: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batches(self) -> int: ...
+    def __call__(self, images_SCHH: Tensor, p_SK: Tensor, alpha: float, /) -> Figures: ...
+
+
+class Budget:
+    """Lets work take at most ``share`` of the time since this was made, and no piece of it longer than ``longest`` seconds.
+
+    Before the first piece of work its length is not known: ``guess`` seconds are taken for it.
+    """
+
+    def __init__(
+        self, share: float, longest: float = math.inf, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.share, self.longest, self.spent, self._clock, self._began = share, longest, 0.0, clock, clock()
+        self._last: float | None = None
+
+    def allows(self, guess: float) -> bool:
+        """Whether one more piece of work, as long as the last, keeps within the share."""
+        expected = guess if self._last is None else self._last
+        in_time = self.spent + expected <= self.share * (self._clock() - self._began)
+        return self.share > 0 and expected <= self.longest and in_time
+
+    def spend(self, seconds: float) -> None:
+        """``seconds`` went into a piece of work."""
+        self._last = seconds
+        self.spent += seconds
+
+
+class Early:
+    """Measures the set where the budget allows it. On rank 0 only: the others wait, so ``longest`` seconds at most."""
+
+    def __init__(
+        self, recipe: Recipe, measure: Measure, events: Events, screen: Screen, longest: float = math.inf
+    ) -> None:
+        self._recipe, self._measure, self._events, self._screen = recipe, measure, events, screen
+        self.budget = Budget(recipe.distill.early_evaluation, longest)
+
+    def wanted(self, seconds_per_iteration: float) -> bool:
+        """Whether there is time for it, where an iteration takes so long on one rank.
+
+        A batch of the measurement takes no longer than a mean student step, which has second derivatives to compute.
+        """
+        d = self._recipe.distill
+        steps = d.student_steps + (d.student_steps_classifier if d.matching == "decoupled" else 0)
+        return self.budget.allows(seconds_per_iteration * self._measure.batches / steps)
+
+    def look(self, state: State) -> None:
+        """Measure a whole set and record what was found. A set that cannot be trained on is recorded, too."""
+        began, o = time.perf_counter(), state.optimizers
+        figures: dict[str, float | str | None]
+        try:
+            found = self._measure(o.images_SCHH, torch.softmax(o.logits_SK, dim=1), float(o.alpha))
+        except NumericalError as error:
+            figures, said = {"error": str(error)}, f"no accuracy: {error}"
+        else:
+            figures = {name: getattr(found, name) for name in ("overall", "head", "medium", "tail")}
+            said = f"{found.overall:.1%} overall" + ("" if found.tail is None else f", {found.tail:.1%} tail")
+        seconds = time.perf_counter() - began
+        self.budget.spend(seconds)
+        self._events.emit(
+            "early-evaluation",
+            iteration=state.iteration,
+            split=self._measure.split,
+            epochs=self._measure.epochs,
+            seconds=round(seconds, 3),
+            **figures,
+        )
+        self._screen.say(f"distill: iteration {state.iteration}, a first look ({self._measure.epochs} epochs): {said}")

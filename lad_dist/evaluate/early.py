@@ -1,0 +1,101 @@
+"""A first idea of what a set is worth while it is still being distilled.
+
+A ConvNet is trained on the set for a tenth of ``evaluate.epochs``, for 1,000 batches at most, and measured on 2,000 images at
+most: a small part of a full measurement over several seeds. Its level lies below the final one. Nothing is chosen by it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from lad_dist.data.prepare import PreparedData
+from lad_dist.data.prepared import PreparedSet
+from lad_dist.evaluate.accuracy import Accuracy, accuracy
+from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train
+from lad_dist.models.convnet import ConvNet, build
+from lad_dist.recipe import Recipe
+from lad_dist.seeds import rng
+
+PART_OF_EPOCHS = 10
+MOST_BATCHES = 1000
+MOST_IMAGES = 2000
+
+
+class EarlyEvaluation:
+    """Measures synthetic sets of one recipe on the images that ``distill.select`` or ``evaluate.split`` names.
+
+    Every call begins from the same network with the same draws, so that a difference comes from the set.
+    """
+
+    def __init__(self, recipe: Recipe, data: PreparedData) -> None:
+        self._recipe, self._data = recipe, data
+        self.split = "validation" if recipe.distill.select == "validation" else recipe.evaluate.split
+        self._images: PreparedSet | None = None
+
+    @property
+    def batches(self) -> int:
+        """How many batches one measurement trains on or looks at."""
+        return self.epochs * self._batches_per_epoch + -(-MOST_IMAGES // self._recipe.evaluate.batch)
+
+    @property
+    def _batches_per_epoch(self) -> int:
+        return -(-self._data.classes * self._recipe.ipc // self._recipe.evaluate.batch)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of training, at least one."""
+        return max(1, min(self._recipe.evaluate.epochs // PART_OF_EPOCHS, MOST_BATCHES // self._batches_per_epoch))
+
+    def __call__(self, images_SCHH: torch.Tensor, p_SK: torch.Tensor, alpha: float) -> Accuracy:
+        """``images_SCHH`` whitened; ``p_SK`` label probabilities; ``alpha`` the learned learning rate.
+
+        Raises:
+            NumericalError: the loss left the finite numbers.
+        """
+        if self._images is None:
+            self._images = self._sample()
+        network = trained(self._recipe, self._data, images_SCHH, p_SK, alpha, self.epochs, "early")
+        return accuracy(network, self._images, self._data.counts)
+
+    def _sample(self) -> PreparedSet:
+        """At most 2,000 images of the split, drawn once."""
+        splits = self._data.splits
+        images = splits.test if self.split == "test" else splits.validation
+        assert images is not None, "the recipe was checked to hold out validation images"
+        rows = rng(self._recipe.seed, "early", "images").permutation(len(images))[:MOST_IMAGES]
+        rows_N = torch.from_numpy(np.sort(rows))
+        return PreparedSet(
+            images.images_NCHW[rows_N], images.labels_N[rows_N], self._data.whitening, self._data.device
+        )
+
+
+def trained(
+    recipe: Recipe,
+    data: PreparedData,
+    images_SCHH: torch.Tensor,
+    p_SK: torch.Tensor,
+    alpha: float,
+    epochs: int,
+    purpose: str,
+) -> ConvNet:
+    """The recipe's ConvNet, trained on a set with the recipe's settings; ``purpose`` keeps its draws apart.
+
+    Raises:
+        NumericalError: the loss left the finite numbers.
+    """
+    e, m, shapes = recipe.evaluate, recipe.model, data.splits.train
+    lr = alpha if e.lr is None else e.lr
+    settings = Settings(epochs, e.batch, lr, e.momentum, e.weight_decay, e.decay, recipe.augment)
+    network = build(
+        shapes.channels,
+        shapes.size,
+        shapes.num_classes,
+        m.width,
+        m.depth,
+        seed=recipe.seed,
+        purpose=(purpose, "convnet"),
+    ).to(data.device)
+    pixels, p = images_SCHH.to(data.device), p_SK.to(data.device)
+    train(network, TrainingSet(rows_of(pixels, p), len(pixels)), settings, recipe.seed, (purpose,), lambda: None)
+    return network

@@ -1,0 +1,178 @@
+"""Quick measurements on the way: they keep to their share of the time, change nothing, and never end a run."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lad_dist.distill.early import Budget, Early
+from lad_dist.distill.loop import distill
+from lad_dist.distilled import DistilledSet
+from lad_dist.errors import NumericalError
+from lad_dist.evaluate.early import MOST_BATCHES, MOST_IMAGES, EarlyEvaluation
+from lad_dist.progress import Events, Screen, read_events
+from lad_dist.ranks import ALONE
+
+CPU = torch.device("cpu")
+FOUND = SimpleNamespace(overall=0.75, head=0.9, medium=0.75, tail=None)
+
+
+class Clock:
+    """Seconds that pass only where the test says so."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Measure:
+    """Stands in for the evaluation; ``outcome`` is what it finds or raises."""
+
+    split, epochs, batches = "test", 3, 10
+
+    def __init__(self, outcome=FOUND):
+        self.outcome, self.seen = outcome, []
+
+    def __call__(self, images_SCHH, p_SK, alpha):
+        self.seen.append((images_SCHH.clone(), p_SK, alpha))
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+def looks(run) -> list[dict]:
+    return [e for e in read_events(run.events) if e["kind"] == "early-evaluation"]
+
+
+# --- the budget -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.005, 0.02, 0.3])
+@pytest.mark.parametrize("length", [0.01, 3.0, 500.0])
+def test_work_keeps_within_its_share_at_every_moment(share, length):
+    clock = Clock()
+    budget, times = Budget(share, clock=clock), 0
+    for _ in range(20_000):
+        clock.now += 1.0  # an iteration
+        if budget.allows(guess=length):
+            clock.now += length
+            budget.spend(length)
+            times += 1
+        assert budget.spent <= share * clock.now
+    assert times >= math.floor(min(20_000, share * 20_000 / length) / 2)  # and is done where there is time
+
+
+def test_a_guess_counts_only_until_the_length_is_known():
+    clock = Clock()
+    budget = Budget(0.1, clock=clock)
+    clock.now = 100.0
+    assert budget.allows(10.0) and not budget.allows(10.1)
+    budget.spend(2.0)
+    assert budget.allows(1e9)
+
+
+def test_no_share_and_the_longest():
+    clock = Clock()
+    clock.now = 0.0
+    none, short = Budget(0.0, clock=clock), Budget(0.5, longest=30.0, clock=clock)
+    clock.now = 1e6
+    assert not none.allows(0.0)
+    assert short.allows(30.0) and not short.allows(30.1)
+
+
+# --- in a distillation --------------------------------------------------------------------------------------------------
+
+
+def distilled_with(pipeline, measure, share=0.5, eager=True):
+    """The set, distilled with measurements that take (as it seems) no time where ``eager``."""
+    p = pipeline
+    early = Early(p.recipe, measure, p.events, Screen.silent())
+    early.budget = Budget(share)
+    if eager:
+        early.wanted = lambda seconds: True
+    distill(p.recipe, p.data, p.run, p.events, Screen.silent(), CPU, ALONE, early=early)
+    return (p.run.distilled / "tensors.safetensors").read_bytes()
+
+
+def test_it_is_recorded_and_the_set_is_the_same(pipeline_of):
+    plain = pipeline_of("plain")
+    without = distilled_with(plain, Measure(), eager=False, share=0.0)
+    assert looks(plain.run) == []
+    measure, pipeline = Measure(), pipeline_of("measured")
+    assert distilled_with(pipeline, measure) == without
+    found = looks(pipeline.run)
+    assert [e["iteration"] for e in found] == [2, 4]  # checkpoints every two; at the sixth comes the full evaluation
+    assert [(e["overall"], e["tail"], e["split"], e["epochs"]) for e in found] == [(0.75, None, "test", 3)] * 2
+    images, p_SK, alpha = measure.seen[0]
+    assert images.shape[0] == len(p_SK) and torch.allclose(p_SK.sum(1), torch.ones(len(p_SK))) and alpha > 0
+
+
+def test_a_set_that_cannot_be_trained_on_ends_nothing(pipeline_of):
+    pipeline = pipeline_of()
+    distilled_with(pipeline, Measure(NumericalError("evaluation: the training loss is nan")))
+    assert [("overall" in e, e["error"]) for e in looks(pipeline.run)] == [
+        (False, "evaluation: the training loss is nan")
+    ] * 2
+    assert DistilledSet.load(pipeline.run.distilled).meta.iteration == 6
+
+
+def test_a_short_run_has_no_time_for_it(pipeline_of):
+    pipeline, measure = pipeline_of(), Measure()
+    measure.batches = 10**9
+    distilled_with(pipeline, measure, eager=False)
+    assert measure.seen == []
+
+
+def test_what_is_guessed_before_the_first(pipeline_of):
+    pipeline, clock = pipeline_of(distill={"student_steps": 3, "student_steps_classifier": 2}), Clock()
+    early = Early(pipeline.recipe, Measure(), Events.nowhere(), Screen.silent())
+    early.budget = Budget(0.1, clock=clock)
+    clock.now = 100.0  # 10 s may be spent; 10 batches at a fifth of an iteration's seconds each
+    assert early.wanted(5.0) and not early.wanted(5.1)
+
+
+# --- the measurement ------------------------------------------------------------------------------------------------------
+
+
+def test_the_real_one_learns_and_leaves_no_trace(pipeline_of):
+    pipeline = pipeline_of(evaluate={"epochs": 400, "lr": 0.05})
+    measure = EarlyEvaluation(pipeline.recipe, pipeline.data)
+    assert measure.epochs == 40 and measure.split == "test"
+    images, labels = pipeline.data.train.batch(torch.arange(len(pipeline.data.train)))
+    order = labels.argsort(stable=True)
+    p = torch.nn.functional.one_hot(labels[order], pipeline.data.classes).float()
+    before = torch.get_rng_state()
+    first, again = (measure(images[order], p, 0.01) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before) and first == again
+    assert first.overall > 1.5 / pipeline.data.classes
+    assert sum(map(sum, first.confusion)) == min(MOST_IMAGES, len(pipeline.data.splits.test))
+
+
+def test_held_out_images_are_looked_at_where_they_choose(pipeline_of):
+    pipeline = pipeline_of(data={"validation_per_class": 3}, distill={"select": "validation"})
+    measure = EarlyEvaluation(pipeline.recipe, pipeline.data)
+    images, labels = pipeline.data.train.batch(torch.arange(8))
+    found = measure(images, torch.nn.functional.one_hot(labels, pipeline.data.classes).float(), 0.01)
+    assert measure.split == "validation"
+    assert sum(map(sum, found.confusion)) == len(pipeline.data.splits.validation)
+
+
+@pytest.mark.parametrize(("epochs", "batch", "expected"), [(5, 128, 1), (1000, 128, 100), (10**6, 1, None)])
+def test_how_long_it_trains(pipeline_of, epochs, batch, expected):
+    pipeline = pipeline_of(evaluate={"epochs": epochs, "batch": batch})
+    measure = EarlyEvaluation(pipeline.recipe, pipeline.data)
+    count = pipeline.data.classes * pipeline.recipe.ipc
+    assert measure.epochs == (MOST_BATCHES // count if expected is None else expected)
+    assert measure.batches == measure.epochs * math.ceil(count / batch) + math.ceil(MOST_IMAGES / batch)
+
+
+def test_a_whole_pipeline_takes_it_at_checkpoints(pipeline_of, monkeypatch):
+    pipeline = pipeline_of()
+    monkeypatch.setattr(Budget, "allows", lambda self, guess: True)
+    pipeline.distill()
+    assert [e["iteration"] for e in looks(pipeline.run)] == [2, 4]
+    assert all(0 <= e["overall"] <= 1 and e["seconds"] > 0 for e in looks(pipeline.run))
