@@ -46,7 +46,7 @@ def software() -> Iterator[Finding]:
             "packages", "; ".join(wrong), "pip install -U lad-dist, or see its constraints.txt for a set that works"
         )
     else:
-        named = ("lad-dist", "torch", "torchvision", "ray", "submitit", "pyarrow")
+        named = ("lad-dist", "torch", "torchvision", "ray", "submitit", "pyarrow", "numba")
         yield ok("packages", ", ".join(f"{name} {version(name)}" for name in named))
     yield from _torch_pair()
 

@@ -1,8 +1,9 @@
 """Instance norm, ReLU and 2x2 average pooling as one operation with its own first and second derivative.
 
 Between two convolutions the network is memory-bound, and autograd's second derivative of GroupNorm decomposes into dozens of
-passes over the largest tensors. Here each derivative is written out, and evaluated for a few images at a time so that its
-intermediate results stay in the processor's cache. ``plain`` is the same operation from torch's own pieces.
+passes over the largest tensors. Here each derivative is written out. On a CPU ``models/compiled.py`` evaluates it; without numba,
+and on a GPU, torch's operations do, on a CPU for a few images at a time so that intermediate results stay in the processor's
+cache. ``plain`` is the same operation from torch's own pieces.
 
 Derivation, for one image and channel with N = H*H pixels, m() the mean over them, s = (var + eps)^(-1/2), z = (x - m(x)) s:
 
@@ -25,6 +26,8 @@ Shapes: B images, C channels, H side before pooling, h = H // 2 after it; an odd
 from __future__ import annotations
 
 import functools
+import logging
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,6 +39,7 @@ from lad_dist.models.asked import asked
 
 CACHE_VALUES = 2**19  # values of one tensor worked on at a time on a CPU; 2 MiB in float32
 _aten = torch.ops.aten
+_log = logging.getLogger(__name__)
 
 
 class NormReluPool(nn.Module):
@@ -67,13 +71,9 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float) -> Tensor:
-        batch, channels, height, width = x_BCHH.shape
-        pooled = x_BCHH.new_empty(batch, channels, height // 2, width // 2)
-        mean = x_BCHH.new_empty(batch, channels, 1, 1)
-        rstd = torch.empty_like(mean)
-        for rows in _chunks(x_BCHH):
-            y, mean[rows], rstd[rows] = _group_norm(x_BCHH[rows], gamma_C, beta_C, eps)
-            pooled[rows] = _pool(y.relu_())
+        kernels = _kernels(x_BCHH)
+        forward = _forward if kernels is None else kernels.forward
+        pooled, mean, rstd = forward(x_BCHH, gamma_C, beta_C, eps)
         ctx.save_for_backward(x_BCHH, gamma_C, beta_C, mean, rstd)
         return pooled
 
@@ -96,60 +96,112 @@ class _Backward(torch.autograd.Function):
         rstd: Tensor,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dx = torch.empty_like(x_BCHH)
-        dgamma, dbeta = torch.zeros_like(gamma_C), torch.zeros_like(beta_C)
-        channels, pixels = x_BCHH.shape[1], x_BCHH.shape[2] * x_BCHH.shape[3]
-        for rows in _chunks(x_BCHH):
-            x, s = x_BCHH[rows], rstd[rows]
-            scale = s * gamma_C.view(1, -1, 1, 1)
-            y = torch.addcmul(beta_C.view(1, -1, 1, 1) - mean[rows] * scale, x, scale)
-            g = _masked(u_BChh[rows], y)
-            dx[rows], dgamma_part, dbeta_part = _aten.native_group_norm_backward(
-                g,
-                x,
-                mean[rows].flatten(1),
-                s.flatten(1),
-                gamma_C,
-                len(x),
-                channels,
-                pixels,
-                channels,
-                [True, *wanted],
-            )
-            if wanted[0]:
-                dgamma += dgamma_part
-            if wanted[1]:
-                dbeta += dbeta_part
-        ctx.save_for_backward(u_BChh, x_BCHH, gamma_C, beta_C, mean, rstd)
+        what, kernels = (u_BChh, x_BCHH, gamma_C, beta_C, mean, rstd), _kernels(x_BCHH)
+        dx, dgamma, dbeta = _backward(*what, wanted) if kernels is None else kernels.backward(*what)
+        ctx.save_for_backward(*what)
         return dx, dgamma, dbeta
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, a_BCHH: Tensor, c_C: Tensor, e_C: Tensor) -> tuple[Tensor | None, ...]:
-        u_BChh, x_BCHH, gamma_C, beta_C, mean, rstd = ctx.saved_tensors
-        a_BCHH = a_BCHH.contiguous()
-        count = x_BCHH.shape[2] * x_BCHH.shape[3]
-        by_u, by_x = torch.empty_like(u_BChh), torch.empty_like(x_BCHH)
-        by_gamma = torch.zeros_like(gamma_C) if asked(ctx)[2] else None
-        c, e, gamma = c_C.view(1, -1, 1, 1), e_C.view(1, -1, 1, 1), gamma_C.view(1, -1, 1, 1)
-        for rows in _chunks(x_BCHH):
-            a, s = a_BCHH[rows], rstd[rows]
-            z = torch.addcmul(-mean[rows] * s, x_BCHH[rows], s)
-            y = torch.addcmul(beta_C.view(1, -1, 1, 1), z, gamma)
-            g = _masked(u_BChh[rows], y)
-            m_a, m_g = a.mean(dim=(2, 3), keepdim=True), g.mean(dim=(2, 3), keepdim=True)
-            m_az, m_ag, m_gz = _dot(a, z) / count, _dot(a, g) / count, _dot(g, z) / count
-            scale = gamma * s
-            h = torch.addcmul(e - scale * m_a, z, c - scale * m_az).addcmul_(a, scale)
-            by_u[rows] = _pool(_aten.threshold_backward(h, y, 0))
-            inner = m_ag - m_a * m_g - m_az * m_gz  # k = N gamma inner
-            q_a, q_g = -scale * m_gz, c - scale * m_az  # q = q_a a + q_g g
-            m_q, m_qz = q_a * m_a + q_g * m_g, q_a * m_az + q_g * m_gz
-            out = torch.addcmul(-s * m_q, z, -s * m_qz - gamma * inner * s.square(), out=by_x[rows])
-            out.addcmul_(a, s * q_a).addcmul_(g, s * q_g)
-            if by_gamma is not None:
-                by_gamma += (s * inner).sum(dim=(0, 2, 3)) * count
+        kernels = _kernels(a_BCHH)
+        second = _second if kernels is None else kernels.second
+        by_u, by_x, by_gamma = second(a_BCHH.contiguous(), c_C, e_C, *ctx.saved_tensors)
         return by_u, by_x, by_gamma, None, None, None, None
+
+
+@functools.cache
+def _compiled() -> ModuleType | None:
+    """``models/compiled.py``, or None, and a warning, where it cannot run: this file's own functions do its work then."""
+    try:
+        from lad_dist.models import compiled
+
+        compiled.team()
+    except (ImportError, OSError, AttributeError) as error:
+        _log.warning("norm, ReLU and pooling by torch's operations, several times slower than compiled: %s", error)
+        return None
+    return compiled
+
+
+def _kernels(x_BCHH: Tensor) -> ModuleType | None:
+    """What computes on tensors like this one, if it is not this file."""
+    compiled = _compiled() if x_BCHH.device.type == "cpu" else None
+    return compiled if compiled is not None and x_BCHH.dtype in compiled.DTYPES else None
+
+
+def _forward(x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(pooled, mean, 1 / standard deviation), as ``compiled.forward``."""
+    batch, channels, height, width = x_BCHH.shape
+    pooled = x_BCHH.new_empty(batch, channels, height // 2, width // 2)
+    mean = x_BCHH.new_empty(batch, channels, 1, 1)
+    rstd = torch.empty_like(mean)
+    for rows in _chunks(x_BCHH):
+        y, mean[rows], rstd[rows] = _group_norm(x_BCHH[rows], gamma_C, beta_C, eps)
+        pooled[rows] = _pool(y.relu_())
+    return pooled, mean, rstd
+
+
+def _backward(
+    u_BChh: Tensor,
+    x_BCHH: Tensor,
+    gamma_C: Tensor,
+    beta_C: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dgamma, dbeta), as ``compiled.backward``; zeros for those of the last two that are not wanted."""
+    dx = torch.empty_like(x_BCHH)
+    dgamma, dbeta = torch.zeros_like(gamma_C), torch.zeros_like(beta_C)
+    channels, pixels = x_BCHH.shape[1], x_BCHH.shape[2] * x_BCHH.shape[3]
+    for rows in _chunks(x_BCHH):
+        x, s = x_BCHH[rows], rstd[rows]
+        scale = s * gamma_C.view(1, -1, 1, 1)
+        y = torch.addcmul(beta_C.view(1, -1, 1, 1) - mean[rows] * scale, x, scale)
+        g = _masked(u_BChh[rows], y)
+        shape = (len(x), channels, pixels, channels)
+        dx[rows], dgamma_part, dbeta_part = _aten.native_group_norm_backward(
+            g, x, mean[rows].flatten(1), s.flatten(1), gamma_C, *shape, [True, *wanted]
+        )
+        if wanted[0]:
+            dgamma += dgamma_part
+        if wanted[1]:
+            dbeta += dbeta_part
+    return dx, dgamma, dbeta
+
+
+def _second(
+    a_BCHH: Tensor,
+    c_C: Tensor,
+    e_C: Tensor,
+    u_BChh: Tensor,
+    x_BCHH: Tensor,
+    gamma_C: Tensor,
+    beta_C: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the cotangents of dx, dgamma and dbeta give for (u, x, gamma), as ``compiled.second``."""
+    count = x_BCHH.shape[2] * x_BCHH.shape[3]
+    by_u, by_x, by_gamma = torch.empty_like(u_BChh), torch.empty_like(x_BCHH), torch.zeros_like(gamma_C)
+    c, e, gamma = c_C.view(1, -1, 1, 1), e_C.view(1, -1, 1, 1), gamma_C.view(1, -1, 1, 1)
+    for rows in _chunks(x_BCHH):
+        a, s = a_BCHH[rows], rstd[rows]
+        z = torch.addcmul(-mean[rows] * s, x_BCHH[rows], s)
+        y = torch.addcmul(beta_C.view(1, -1, 1, 1), z, gamma)
+        g = _masked(u_BChh[rows], y)
+        m_a, m_g = a.mean(dim=(2, 3), keepdim=True), g.mean(dim=(2, 3), keepdim=True)
+        m_az, m_ag, m_gz = _dot(a, z) / count, _dot(a, g) / count, _dot(g, z) / count
+        scale = gamma * s
+        h = torch.addcmul(e - scale * m_a, z, c - scale * m_az).addcmul_(a, scale)
+        by_u[rows] = _pool(_aten.threshold_backward(h, y, 0))
+        inner = m_ag - m_a * m_g - m_az * m_gz  # k = N gamma inner
+        q_a, q_g = -scale * m_gz, c - scale * m_az  # q = q_a a + q_g g
+        m_q, m_qz = q_a * m_a + q_g * m_g, q_a * m_az + q_g * m_gz
+        out = torch.addcmul(-s * m_q, z, -s * m_qz - gamma * inner * s.square(), out=by_x[rows])
+        out.addcmul_(a, s * q_a).addcmul_(g, s * q_g)
+        by_gamma += (s * inner).sum(dim=(0, 2, 3)) * count
+    return by_u, by_x, by_gamma
 
 
 def _chunks(x_BCHH: Tensor) -> list[slice]:

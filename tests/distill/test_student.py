@@ -198,7 +198,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def sized(steps: int) -> Problem:
-    return Problem(torch.float32, width=16, side=16, steps=steps, count=40, batch=20)
+    return Problem(torch.float32, width=16, side=16, steps=steps, count=40, batch=40)
 
 
 def peak(problem: Problem, classifier_only: bool, path: str) -> int:
