@@ -7,29 +7,36 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test lint types unit install clean
+.PHONY: demo test lint types unit install develop clean
 
 demo: install
 	@$(BIN)/python benchmarks/demo.py --out $(DEMO)
 
 test: lint types unit
 
-lint: install
+lint: develop
 	$(BIN)/ruff check lad_dist tests benchmarks
 
-types: install
+types: develop
 	$(BIN)/mypy
 
-unit: install
+unit: develop
 	$(BIN)/python tests/side_by_side.py
 
 install: $(VENV)/installed
+
+develop: $(VENV)/installed-for-tests
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "lad-dist needs Python 3.11 or newer; try: make PYTHON=/path/to/python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (torch and ray are large: a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-for-tests: $(VENV)/installed
+	@echo "installing what the tests need (Triton is large)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 

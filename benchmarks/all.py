@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,9 @@ def steps(args: argparse.Namespace) -> Iterator[Row]:
             yield Row(f"rate, {size}: convolution {layer}", rate / 1e9, "GFLOP/s", "more")
         yield Row(f"rate, {size}: copy", found["rates"]["copy"] / 1e9, "GB/s", "more")
     options = ["--width", "32", "--threads", str(args.threads), "--peak-of", "representation/recompute"]
-    few, many = (int(called("step.py", *options, "--steps", n)) for n in ("10", "80"))
+    few, many = (
+        statistics.median(int(called("step.py", *options, "--steps", n)) for _ in range(3)) for n in ("10", "80")
+    )
     yield Row("peak memory, recompute, 10 student steps", few / 2**20, "MiB")
     yield Row("peak memory, recompute, 80 student steps", many / 2**20, "MiB", ratio=many / few, of="10 steps")
 
@@ -133,7 +136,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
         "machine": f"{processor()}, {os.cpu_count()} cores",
         "threads": args.threads,
         "commit": (commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")) or "unknown",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "ray", "pyarrow")}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numba", "ray", "pyarrow")}},
         "load_before": round(os.getloadavg()[0], 2),
     }
 

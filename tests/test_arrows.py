@@ -95,6 +95,7 @@ def test_stages_never_import_each_other(stage):
     ("ray", {"lad_dist.experts.fleet"}),
     ("submitit", {"lad_dist.launch.slurm"}),
     ("numba", {"lad_dist.models.compiled"}),
+    ("triton", {"lad_dist.models.compiled_gpu"}),
     ("torch.distributed", {"lad_dist.ranks"}),
     ("yaml", {"lad_dist.recipe_file", "lad_dist.rundir"}),
 ])  # fmt: skip
@@ -111,15 +112,22 @@ def test_only_the_buffer_and_parquet_data_sets_import_pyarrow():
     assert {m for m in importers("pyarrow") if room(m) != "trajectories"} <= {"lad_dist.data.parquet"}
 
 
+OWN_FILE = (
+    "lad_dist.experts.fleet",
+    "lad_dist.launch.slurm",
+    "lad_dist.models.compiled",
+    "lad_dist.models.compiled_gpu",
+)
+
+
 def test_slow_libraries_are_imported_where_they_are_used():
     """``lad-dist --help`` must not pay for them."""
     for file in FILES:
         body = ast.parse(file.read_text()).body
         top = {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
         top |= {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
-        heavy = {"torchvision", "sklearn", "ray", "submitit", "numba"} & {m.split(".")[0] for m in top}
-        own = ("lad_dist.experts.fleet", "lad_dist.launch.slurm", "lad_dist.models.compiled")
-        assert not heavy or name_of(file) in own, (file, heavy)
+        heavy = {"torchvision", "sklearn", "ray", "submitit", "numba", "triton"} & {m.split(".")[0] for m in top}
+        assert not heavy or name_of(file) in OWN_FILE, (file, heavy)
 
 
 def test_no_module_is_called_utils():

@@ -1,9 +1,9 @@
 """Instance norm, ReLU and 2x2 average pooling as one operation with its own first and second derivative.
 
 Between two convolutions the network is memory-bound, and autograd's second derivative of GroupNorm decomposes into dozens of
-passes over the largest tensors. Here each derivative is written out. On a CPU ``models/compiled.py`` evaluates it; without numba,
-and on a GPU, torch's operations do, on a CPU for a few images at a time so that intermediate results stay in the processor's
-cache. ``plain`` is the same operation from torch's own pieces.
+passes over the largest tensors. Here each derivative is written out. ``models/compiled.py`` evaluates it on a CPU and
+``models/compiled_gpu.py`` on a GPU; where they cannot, torch's operations do, on a CPU for a few images at a time so that
+intermediate results stay in the processor's cache. ``plain`` is the same operation from torch's own pieces.
 
 Derivation, for one image and channel with N = H*H pixels, m() the mean over them, s = (var + eps)^(-1/2), z = (x - m(x)) s:
 
@@ -110,6 +110,14 @@ class _Backward(torch.autograd.Function):
         return by_u, by_x, by_gamma, None, None, None, None
 
 
+def _kernels(x_BCHH: Tensor) -> ModuleType | None:
+    """What computes on tensors like this one, if it is not this file."""
+    device = x_BCHH.device
+    if device.type not in ("cpu", "cuda") or x_BCHH.dtype not in (torch.float32, torch.float64):
+        return None
+    return _compiled() if device.type == "cpu" else _compiled_gpu(device, x_BCHH.dtype, tuple(x_BCHH.shape[2:]))
+
+
 @functools.cache
 def _compiled() -> ModuleType | None:
     """``models/compiled.py``, or None, and a warning, where it cannot run: this file's own functions do its work then."""
@@ -118,15 +126,30 @@ def _compiled() -> ModuleType | None:
 
         compiled.team()
     except (ImportError, OSError, AttributeError) as error:
-        _log.warning("norm, ReLU and pooling by torch's operations, several times slower than compiled: %s", error)
+        _warn("cpu", str(error))
         return None
     return compiled
 
 
-def _kernels(x_BCHH: Tensor) -> ModuleType | None:
-    """What computes on tensors like this one, if it is not this file."""
-    compiled = _compiled() if x_BCHH.device.type == "cpu" else None
-    return compiled if compiled is not None and x_BCHH.dtype in compiled.DTYPES else None
+@functools.cache
+def _compiled_gpu(device: torch.device, dtype: torch.dtype, size: tuple[int, ...]) -> ModuleType | None:
+    """``models/compiled_gpu.py``, or None, and a warning, where it cannot run or computes other numbers than this file."""
+    try:
+        from lad_dist.models import compiled_gpu
+    except ImportError as error:
+        _warn(device.type, str(error))
+        return None
+    with torch.no_grad():
+        against = compiled_gpu.check(torch.empty(0, 0, *size, dtype=dtype, device=device), (_forward, _backward, _second))
+    if against is not None:
+        _warn(device.type, against)
+    return compiled_gpu if against is None else None
+
+
+@functools.cache
+def _warn(device: str, reason: str) -> None:
+    """Say once why torch's operations are used."""
+    _log.warning("norm, ReLU and pooling by torch's operations, slower than compiled (%s): %s", device, reason)
 
 
 def _forward(x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,7 +27,8 @@ class Work:
         return self.per_block * depth + self.operations
 
 
-# Counted by running each kind of step under a dispatch mode (tests/plan/test_speed.py counts again).
+# Counted by running each kind of step under a dispatch mode (tests/plan/test_speed.py counts again), with the block by torch's
+# operations: what models/compiled_gpu.py saves is not measured.
 WORK = {
     "representation/keep": Work(8, 89, 104, 38),
     "representation/recompute": Work(11, 113, 127, 62),

@@ -212,9 +212,12 @@ def test_from_several_threads_of_python_at_a_time(threads):
 @pytest.fixture
 def forgotten():
     """What is known about kernels is found out anew, in the test and after it."""
-    block._compiled.cache_clear()
+    kept = (block._compiled, block._compiled_gpu, block._warn)
+    for each in kept:
+        each.cache_clear()
     yield
-    block._compiled.cache_clear()
+    for each in kept:
+        each.cache_clear()
 
 
 def test_without_numba_torch_computes_it_and_one_line_says_so(forgotten, monkeypatch, caplog):
