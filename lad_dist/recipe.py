@@ -214,6 +214,10 @@ class DistillConfig(_Section):
     checkpoint_every: Annotated[Int, Field(ge=1)] = Field(
         100, description="iterations between checkpoints for resuming"
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of the student's convolutions; how far bfloat16's gradient is from float32's is said at the start",
+    )
     early_evaluation: Annotated[Float, Field(ge=0, le=0.5)] = Field(
         0.02,
         description="share of the time that quick measurements of the set may take, at checkpoints; they are shown and "

@@ -25,6 +25,7 @@ from lad_dist.distill.alignment import alignment
 from lad_dist.distill.early import Early
 from lad_dist.distill.live import LiveExperts
 from lad_dist.distill.memory import choose_path
+from lad_dist.distill.precision import cosines_to_float32, set_precision
 from lad_dist.distill.replay import Record, check_not_replayed
 from lad_dist.distill.shards import Share
 from lad_dist.distill.start import Facts, first_set, publish
@@ -101,6 +102,8 @@ def _distill(
     events.emit("distill-started", iteration=state.iteration, gradient=path, why=why, ranks=members, **replayed)
     screen.say(f"distill: gradient path {path}: {why}")
     total = recipe.distill.iterations
+    if recipe.distill.precision != "float32" and state.iteration < total:
+        work.compare_precision(state, path, screen, events)
     try:
         with screen.task("distill", total, "iterations", done=state.iteration) as task:
             while state.iteration < total:
@@ -142,6 +145,7 @@ class Distillation:
         self.share = Share.of(self.classes * recipe.ipc, ranks)
         m = recipe.model
         module = build(facts.channels, facts.size, self.classes, m.width, m.depth, seed=0, purpose=("template",))
+        set_precision(module, recipe.distill.precision)
         self.student = Student(module.to(device), ranks)
         buffer = buffer or Buffer(run.trajectories, expected_hash=recipe.experts_hash())
         if buffer.meta.data_fingerprint != facts.fingerprint:
@@ -215,6 +219,16 @@ class Distillation:
         loaded = State.load(self.run.distill_checkpoint, self.recipe, torch.device("cpu"))
         assert loaded is not None, "it has just been saved"
         return loaded
+
+    def compare_precision(self, state: State, path: GradientPath, screen: Screen, events: Events) -> None:
+        """Say how far bfloat16 turns the next iteration's gradients."""
+        named = self.phases(state.iteration)
+        synthetic = state.optimizers.synthetic_set()
+        cosines = cosines_to_float32(self.student, synthetic, [p.phase for p in named], path, self.ranks)
+        by_phase = {p.stage: round(cosine, 6) for p, cosine in zip(named, cosines, strict=True)}
+        events.emit("precision", iteration=state.iteration, precision=self.recipe.distill.precision, cosine=by_phase)
+        shown = ", ".join(f"{cosine:.5f} {stage}" for stage, cosine in by_phase.items())
+        screen.say(f"distill: convolutions in bfloat16; cosine of the images' gradient to float32's: {shown}")
 
     # --- one iteration ----------------------------------------------------------------------------------------------
 

@@ -90,6 +90,8 @@ class Windows:
         whole_P = torch.tensor(whole)
         if classifier:
             whole_P[self._layout.span("classifier")] = torch.tensor(classifier[0])
+        if self._device.type == "cuda":  # from pinned memory, without waiting for the steps under way
+            return whole_P.pin_memory().to(self._device, non_blocking=True)
         return whole_P.to(self._device)
 
     def last(self, stage: Stage, expert: int) -> Tensor:

@@ -37,7 +37,7 @@ from lad_dist.recipe import Recipe
 from lad_dist.results import Source
 from lad_dist.rundir import RunDir
 
-TOGETHER_VALUES = 2**17
+TOGETHER_VALUES = 2**18
 """Up to so many values of the first block of one network and batch, ``evaluate.together`` auto trains seeds at once on a CPU:
 above, convolutions fill the processor anyhow (benchmarks/results/evaluation.md)."""
 

@@ -69,13 +69,13 @@ CPU_THREADS = 2
 _CPU_SHAPES = Shapes(3, 32, 10, 128, 3)
 # (seconds, images) of a step: benchmarks/results/all.json. evaluate/train is half of GSAM's two passes.
 CPU_SECONDS = {
-    "representation/keep": (0.3614, 100),
-    "representation/recompute": (0.4396, 100),
-    "classifier/keep": (0.1034, 100),
-    "classifier/recompute": (0.138, 100),
-    "experts/representation": (0.5933, 256),
-    "experts/classifier": (0.1006, 256),
-    "evaluate/train": (0.5933 / 2, 256),
+    "representation/keep": (0.2415, 100),
+    "representation/recompute": (0.3345, 100),
+    "classifier/keep": (0.0806, 100),
+    "classifier/recompute": (0.1152, 100),
+    "experts/representation": (0.457, 256),
+    "experts/classifier": (0.0896, 256),
+    "evaluate/train": (0.457 / 2, 256),
 }
 _CPU_OPERATION = 8e-6  # seconds per torch operation beside its work, as measured on one image
 

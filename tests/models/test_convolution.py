@@ -73,9 +73,9 @@ def test_a_student_step_derives_no_weights_twice(monkeypatch):
     taken: list[tuple[int, tuple[bool, ...]]] = []
     original = convolution._derivatives
 
-    def noting(g, x, w, padding, wanted):
+    def noting(g, x, w, padding, low, wanted):
         taken.append((x.shape[1], tuple(wanted)))
-        return original(g, x, w, padding, wanted)
+        return original(g, x, w, padding, low, wanted)
 
     monkeypatch.setattr(convolution, "_derivatives", noting)
     module = build(3, 16, 4, 8, 2, seed=0, purpose=("test",))

@@ -1,0 +1,47 @@
+"""The student's convolutions in bfloat16, and what that does to the gradient of the images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lad_dist.distill.student import GradientPath, Phase, Student, SyntheticSet
+from lad_dist.models.convolution import Convolution
+from lad_dist.ranks import Ranks
+
+
+def set_precision(module: nn.Module, name: str) -> None:
+    """Let the convolutions of ``module`` compute in "float32" or "bfloat16"."""
+    for each in module.modules():
+        if isinstance(each, Convolution):
+            each.rounded = name == "bfloat16"
+
+
+@contextmanager
+def _computing_in(module: nn.Module, name: str, afterwards: str) -> Iterator[None]:
+    set_precision(module, name)
+    try:
+        yield
+    finally:
+        set_precision(module, afterwards)
+
+
+def cosines_to_float32(
+    student: Student, synthetic: SyntheticSet, phases: Sequence[Phase], path: GradientPath, ranks: Ranks
+) -> list[float]:
+    """For each phase, the cosine between the pixels' gradients in bfloat16 and in float32, over all ranks' images.
+
+    All ranks must call it. Afterwards the student computes in bfloat16.
+    """
+    found = []
+    for phase in phases:
+        with _computing_in(student.module, "float32", afterwards="bfloat16"):
+            exact = student.run(synthetic, phase, path).image_grad_SCHH.double()
+        rough = student.run(synthetic, phase, path).image_grad_SCHH.double()
+        sums = torch.stack([(exact * rough).sum(), exact.square().sum(), rough.square().sum()])
+        dot, first, second = ranks.total(sums).tolist()
+        found.append(dot / max((first * second) ** 0.5, 1e-300))
+    return found
