@@ -178,7 +178,7 @@ def test_epochs_that_died_with_their_process_are_not_counted(run):
     {"expert": 10**9, "stage": "other", "epoch": -1, "loss": None},
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["expert-epoch", "expert-started", "expert-restarted", "expert-failed",
-                                  "expert-finished", "iteration", "ray-started", "stage-finished"])  # fmt: skip
+                                  "expert-finished", "iteration", "early-evaluation", "ray-started", "stage-finished"])  # fmt: skip
 def test_odd_events_harm_nothing(run, kind, fields):
     run.start_fleet()
     run.event(kind, **fields)
@@ -215,6 +215,17 @@ def test_a_buffer_that_cannot_be_listed_hides_nothing_else(run, monkeypatch):
     run.epoch(1, 1)
     found = run.status()
     assert found.notes[0] == "buffer: s3://bucket: is away" and found.experts[0].startswith("expert  1")
+
+
+def test_the_last_look_at_the_set_is_told(run):
+    run.event("stage-started", stage="distill")
+    run.event("iteration", iteration=200, loss_representation=0.9)
+    assert "first look" not in run.status().stages[1].detail
+    for iteration, overall in ((100, 0.5), (200, 0.625)):
+        run.event("early-evaluation", iteration=iteration, overall=overall, tail=None)
+    assert "first look at iteration 200 62.5%" in run.status().stages[1].detail
+    run.event("early-evaluation", iteration=300, error="the loss left the finite numbers")
+    assert "first look" not in run.status().stages[1].detail
 
 
 # --- again and again --------------------------------------------------------------------------------------------------

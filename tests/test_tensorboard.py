@@ -55,11 +55,13 @@ def test_again_begins_afresh_and_watching_ends_with_the_run(run):
 
 def test_numbers_that_are_null_are_left_out(run):
     line = {"time": 1.0, "kind": "iteration", "iteration": 99, "alpha": None, "loss_classifier": 0.5}
+    look = {"time": 2.0, "kind": "early-evaluation", "iteration": 99, "overall": 0.75, "tail": None}
     with run.events.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps(line) + "\n" + json.dumps(look) + "\n")
     assert CliRunner().invoke(app, ["tensorboard", str(run.root)]).exit_code == 0
     found = read_back(run.tensorboard)
     assert 99 in found["distill/loss/classifier"] and 99 not in found["distill/alpha"]
+    assert found["distill/accuracy/overall"] == {99: pytest.approx(0.75)} and "distill/accuracy/tail" not in found
 
 
 def test_without_the_package_there_is_one_error(run, monkeypatch):

@@ -24,10 +24,12 @@ _RECENT = 50  # events that rates are estimated from
 
 @dataclass
 class StageLog:
-    """One stage since it was last started: the event that ended it, its last step, and when its latest steps were."""
+    """One stage since it was last started: the event that ended it, its last step, when its latest steps were, and what
+    the last quick measurement of the set found."""
 
     ended: Event | None = None
     step: Event | None = None
+    early: Event | None = None
     times: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
 
     def add(self, event: Event) -> None:
@@ -86,6 +88,8 @@ class RunLog:
             self.error = f"{name}: {event.get('error')}" if kind == "stage-stopped" else None
         elif kind == "iteration":
             self.stages.setdefault("distill", StageLog()).add(event)
+        elif kind == "early-evaluation":
+            self.stages.setdefault("distill", StageLog()).early = event
         elif kind == "ray-started":
             self.ray = event
         elif kind.startswith("expert-") and isinstance(event.get("expert"), int):

@@ -274,6 +274,9 @@ def _distill(recipe: Recipe, run: RunDir, log: RunLog, now: float) -> StageStatu
     parts += [f"{k.replace('_', ' ')} {_number(v)}" for k, v in at.items() if k.startswith("loss_") and _known(v)]
     if _known(at.get("alpha")):
         parts.append(f"alpha {_number(at['alpha'])}")
+    early = stage_log.early or {}
+    if _known(early.get("overall")):
+        parts.append(f"first look at iteration {early.get('iteration')} {early['overall']:.1%}")
     each = stage_log.seconds_each()
     if state == "running" and each is not None and isinstance(at.get("iteration"), int):
         parts.append(f"about {clock(each * max(total - at['iteration'], 0))} left")

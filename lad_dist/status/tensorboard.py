@@ -59,7 +59,7 @@ def write(folder: Path, every: float | None, say: Callable[[str], None]) -> Path
 
 
 def scalars(event: Event) -> Iterator[tuple[str, float, int]]:
-    """(tag, value, step) of one event: epochs of experts, iterations, measured networks. Numbers that are null are left out."""
+    """(tag, value, step) of one event: epochs of experts, iterations, first looks at the set, measured networks. Numbers that are null are left out."""
     kind = event["kind"]
     found: dict[str, Any] = {}
     step = 0
@@ -73,6 +73,9 @@ def scalars(event: Event) -> Iterator[tuple[str, float, int]]:
         found |= {f"distill/{name}/{phase}": event.get(f"{name}_{phase}") for name in _OF_PHASE for phase in _PHASES}
         aligned = event.get("alignment") or {}
         found |= {f"alignment/{phase}/{name}": value for phase, of in aligned.items() for name, value in of.items()}
+    elif kind == "early-evaluation":
+        step = event["iteration"]
+        found = {f"distill/accuracy/{name}": event.get(name) for name in _ACCURACIES[:4]}
     elif kind == "evaluated":
         step = event["seed"]
         source = f"evaluate/{event['source']}/{event['architecture']}"

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from lad_dist.models import block
 from lad_dist.models import compiled_gpu as kernels
 from lad_dist.models.block import NormReluPool, plain
-from tests.models.test_block import SHAPES, check_equal, derivatives, forgotten, fused, inputs
+from tests.support.blocks import SHAPES, check_equal, derivatives, forgotten, fused, inputs
 
 BY_TORCH = (block._forward, block._backward, block._second)
 __all__ = ["forgotten"]
