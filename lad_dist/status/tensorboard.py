@@ -59,7 +59,10 @@ def write(folder: Path, every: float | None, say: Callable[[str], None]) -> Path
 
 
 def scalars(event: Event) -> Iterator[tuple[str, float, int]]:
-    """(tag, value, step) of one event: epochs of experts, iterations, first looks at the set, measured networks. Numbers that are null are left out."""
+    """(tag, value, step) of one event: epochs of experts, iterations, first looks at the set, measured networks.
+
+    Numbers that are null are left out.
+    """
     kind = event["kind"]
     found: dict[str, Any] = {}
     step = 0
