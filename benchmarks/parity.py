@@ -100,7 +100,7 @@ def phases(golden: Golden, student: Student) -> Rows:
         if len(golden["images"]) % int(golden["batch_syn"]) == 0:  # else index_chunks is no plain table of rows
             batches = [Batch(torch.from_numpy(rows)) for rows in golden[f"{which}/index_chunks"]]
         worst: dict[str, float] = {}
-        for path in ("keep", "recompute"):
+        for path in ("keep", "recompute", "captured"):
             phase = phase_of(golden, student, which, batches)
             result = student.run(synthetic_set(golden), phase, path)  # type: ignore[arg-type]
             for name, value in _quantities(result, phase).items():

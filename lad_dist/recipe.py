@@ -192,8 +192,10 @@ class DistillConfig(_Section):
     )
     momentum_alpha: Annotated[Float, Field(ge=0, lt=1)] = Field(0.5)
     alpha: Annotated[Float, Field(gt=0)] = Field(0.01, description="the student's learning rate at the start")
-    gradient: Literal["auto", "keep", "recompute"] = Field(
-        "auto", description="keep the graphs of all student steps, or recompute them in constant memory; same numbers"
+    gradient: Literal["auto", "keep", "recompute", "captured"] = Field(
+        "auto",
+        description="keep the graphs of all student steps, or recompute them in constant memory, or that with every step "
+        "captured as a CUDA graph; same numbers. auto: keep where it fits, and on a GPU what is faster at the start",
     )
     memory_gb: Annotated[Float, Field(gt=0)] | None = Field(
         None, description="memory that auto may plan with; default: 60% of what is free on the device"

@@ -24,7 +24,7 @@ from lad_dist.data.prepare import PreparedData
 from lad_dist.distill.alignment import alignment
 from lad_dist.distill.early import Early
 from lad_dist.distill.live import LiveExperts
-from lad_dist.distill.memory import choose_path
+from lad_dist.distill.memory import choose_path, faster
 from lad_dist.distill.precision import cosines_to_float32, set_precision
 from lad_dist.distill.replay import Record, check_not_replayed
 from lad_dist.distill.shards import Share
@@ -204,7 +204,21 @@ class Distillation:
         first, here = self.phases(state.iteration)[0].phase, self.ranks.gather(host_name()).count(host_name())
         chosen = choose_path(self.recipe, self.student, state.optimizers.synthetic_set(), first, here)
         every = self.ranks.gather(chosen)
-        return next((one for one in every if one[0] == "recompute"), every[0])
+        fitting, why = next((one for one in every if one[0] == "recompute"), every[0])
+        if self.recipe.distill.gradient != "auto" or not self.student.captured.applies(self.device):
+            return fitting, why
+        path, measured = faster([fitting, "captured"], lambda path: self._phases_by(state, path), self.ranks, self.device)
+        if path != "captured":
+            self.student.captured.clear()
+        return path, f"{measured}; {why}"
+
+    def _phases_by(self, state: State, path: GradientPath) -> None:
+        """The next iteration's gradients, to the end."""
+        synthetic = state.optimizers.synthetic_set()
+        for named in self.phases(state.iteration):
+            self.student.run(synthetic, named.phase, path)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def publish(self, state: State, folder: Path, data: PreparedData | None) -> None:
         """Publish the whole set as it is; it passes through a checkpoint, from which rank 0 reads the other shares."""

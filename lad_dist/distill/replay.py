@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lad_dist import recipe_file
 from lad_dist.distill.student import GradientPath
@@ -164,9 +164,9 @@ def _course(events: Iterable[Event]) -> _Course:
             course.windows = {i: w for i, w in course.windows.items() if i < at}
             course.replayed_from = event.get("replayed_from")
         elif kind == "iteration" and isinstance(at, int):
-            chosen, path = _windows(event.get("windows")), event.get("gradient")
+            chosen, path = _windows(event.get("windows")), event.get("gradient", "")
             course.windows.pop(at - 1, None)
-            if chosen is not None and path in ("keep", "recompute"):
+            if chosen is not None and path in get_args(GradientPath):
                 course.windows[at - 1], course.paths[at - 1] = chosen, path
     return course
 

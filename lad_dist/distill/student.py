@@ -2,9 +2,10 @@
 
 Shapes: S synthetic images, B of one batch, C channels, H side, K classes, P parameters, D features.
 
-Two ways back give the same numbers. *keep* holds every step's graph until the direction v is known: one forward and one
+Three ways back give the same numbers. *keep* holds every step's graph until the direction v is known: one forward and one
 backward per step, then one backward through that backward. *recompute* holds nothing: it walks the N steps once for the
-sum G, then again with graphs, one step at a time, so its memory does not grow with N.
+sum G, then again with graphs, one step at a time, so its memory does not grow with N. *captured* does the same with each
+step as one CUDA graph (``captured.py``), for GPUs that would wait for the host between small kernels.
 
 The classifier phase needs neither: the backbone is frozen at the expert's, so all augmented views go through it once, the
 inner steps touch a linear layer only, and one backward pass per view returns to the pixels.
@@ -23,16 +24,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lad_dist.data import augment
+from lad_dist.distill.captured import Captured
+from lad_dist.distill.losses import linear_gradient, soft_cross_entropy
 from lad_dist.distill.matching import Match, match
 from lad_dist.models import functional
 from lad_dist.models.layout import Layout
 from lad_dist.ranks import ALONE, Ranks
 
-GradientPath = Literal["keep", "recompute"]
+GradientPath = Literal["keep", "recompute", "captured"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,13 @@ class Batch:
     def size(self) -> int:
         """Images in the whole batch."""
         return len(self.rows_B) if self.whole is None else self.whole
+
+    def views(self, synthetic: SyntheticSet, with_graph: bool) -> tuple[Tensor, Tensor]:
+        """(images (B, C, H, H), their augmented views), the second with a graph to the first on demand."""
+        images_BCHH = synthetic.images_SCHH[self.rows_B].requires_grad_(with_graph)
+        with torch.set_grad_enabled(with_graph):
+            views_BCHH = images_BCHH.view_as(images_BCHH) if self.draw is None else augment.apply(images_BCHH, self.draw)
+        return images_BCHH, views_BCHH
 
 
 @dataclass(frozen=True)
@@ -93,19 +102,6 @@ class PhaseResult:
     inner_losses: list[Tensor] = field(default_factory=list)
 
 
-def soft_cross_entropy(
-    logits_BK: Tensor, label_logits_BK: Tensor, class_weights_K: Tensor | None, whole: int | None = None
-) -> Tensor:
-    """l = -(1/B) sum_b sum_c w_c p_bc log q_bc, p = softmax(label logits), q = softmax(student's logits); LAD, section 4.1.
-
-    ``class_weights_K`` None means 1 for every class. ``whole`` is B where the images given are only a part of a batch.
-    """
-    p_BK = F.softmax(label_logits_BK, dim=1)
-    if class_weights_K is not None:
-        p_BK = p_BK * class_weights_K
-    return -(p_BK * F.log_softmax(logits_BK, dim=1)).sum() / (whole or len(logits_BK))
-
-
 class Student:
     """Unrolls phases for one network architecture. Its module supplies the computation, never the weights.
 
@@ -118,6 +114,7 @@ class Student:
         self._backbone = self.layout.span("backbone")
         self._classifier = self.layout.span("classifier")
         self._replica: Replica | None = None
+        self.captured = Captured()
 
     def run(self, synthetic: SyntheticSet, phase: Phase, path: GradientPath) -> PhaseResult:
         """The matching loss of one phase and its gradients.
@@ -125,6 +122,8 @@ class Student:
         Raises:
             NumericalError: the window's two checkpoints are equal.
         """
+        if path == "captured":
+            return self._captured_phase(synthetic, phase)
         if phase.classifier_only:
             return self._classifier_phase(synthetic, phase, path)
         return self._full_phase(synthetic, phase, path)
@@ -212,13 +211,13 @@ class Student:
     # --- only the classifier trains ---------------------------------------------------------------------------------
 
     def _classifier_phase(self, synthetic: SyntheticSet, phase: Phase, path: GradientPath) -> PhaseResult:
-        shapes = [self.layout.shapes[self.layout.names.index(n)] for n in self.layout.classifier]
+        shapes = self._classifier_shapes()
         kept: list[_View] = []
         classifiers = [phase.start_P[self._classifier]]  # theta_i of every step: a linear layer each
         sum_P, losses = torch.zeros_like(classifiers[0]), []
         for batch in phase.batches:
             view = self._view(synthetic, phase, batch, with_graph=path == "keep")
-            gradient_P, loss = _linear_gradient(
+            gradient_P, loss = linear_gradient(
                 classifiers[-1],
                 view.features_BD.detach(),
                 synthetic.logits_SK[batch.rows_B],
@@ -244,7 +243,7 @@ class Student:
             if len(batch.rows_B):
                 features_BD = view.features_BD.detach().requires_grad_()
                 labels_BK = synthetic.logits_SK[batch.rows_B].requires_grad_()
-                gradient_P, _ = _linear_gradient(
+                gradient_P, _ = linear_gradient(
                     classifier_P, features_BD, labels_BK, phase.class_weights_K, shapes, batch.size
                 )
                 feature_grad, label_grad = torch.autograd.grad(
@@ -256,6 +255,46 @@ class Student:
             view.release()
         return result
 
+    def _classifier_shapes(self) -> list[tuple[int, ...]]:
+        return [self.layout.shapes[self.layout.names.index(n)] for n in self.layout.classifier]
+
+    # --- either, a step at a time as a function of tensors ----------------------------------------------------------
+
+    def _captured_phase(self, synthetic: SyntheticSet, phase: Phase) -> PhaseResult:
+        """The steps without graphs, each with its weights w kept, and then each step's way back."""
+        span = self._classifier if phase.classifier_only else slice(len(phase.start_P))
+        others = [t for t in (phase.class_weights_K, phase.start_P if phase.classifier_only else None) if t is not None]
+        weights, losses = [phase.start_P[span]], []
+        sum_w = torch.zeros_like(weights[0])
+        for batch in phase.batches:
+            gradient_w, loss = torch.zeros_like(sum_w), sum_w.new_zeros(())
+            if len(batch.rows_B):
+                _, views_BCHH = batch.views(synthetic, with_graph=False)
+                tensors = (weights[-1], views_BCHH, synthetic.logits_SK[batch.rows_B], *others)
+                gradient_w, loss = self.captured(self._step_of(phase, batch.size, back=False), *tensors)
+            gradient_w = self.ranks.total(gradient_w)
+            losses.append(loss)
+            sum_w = sum_w + gradient_w
+            weights.append(weights[-1] - synthetic.alpha * gradient_w)
+        sum_P, final_P = torch.zeros_like(phase.start_P), phase.start_P.clone()
+        sum_P[span], final_P[span] = sum_w, weights[-1]
+        matched = match(phase.start_P, phase.target_P, sum_P, synthetic.alpha, phase.span)
+        result = _empty_result(matched, synthetic, sum_P, final_P, losses)
+        for batch, w in zip(phase.batches, weights[:-1], strict=True):
+            if not len(batch.rows_B):
+                continue
+            images_BCHH, views_BCHH = batch.views(synthetic, with_graph=True)
+            tensors = (w, views_BCHH.detach(), synthetic.logits_SK[batch.rows_B], matched.direction_P[span], *others)
+            view_grad, label_grad = self.captured(self._step_of(phase, batch.size, back=True), *tensors)
+            (image_grad,) = torch.autograd.grad(views_BCHH, images_BCHH, view_grad)
+            result.image_grad_SCHH.index_add_(0, batch.rows_B, image_grad)
+            result.label_grad_SK.index_add_(0, batch.rows_B, label_grad)
+        return result
+
+    def _step_of(self, phase: Phase, whole: int, back: bool) -> StepFunction:
+        rounded = any(getattr(m, "rounded", False) for m in self.module.modules())
+        return StepFunction(self, phase.classifier_only, phase.class_weights_K is not None, whole, back, rounded)
+
     def _view(self, synthetic: SyntheticSet, phase: Phase, batch: Batch, with_graph: bool) -> _View:
         """The features of this rank's augmented views of one batch under the frozen backbone."""
         with torch.set_grad_enabled(with_graph):
@@ -266,6 +305,41 @@ class Student:
             views_BCHH = images_BCHH if batch.draw is None else augment.apply(images_BCHH, batch.draw)
             features_BD = functional.features(self.module, self.layout.views(phase.start_P.detach()), views_BCHH)
         return _View(images_BCHH, features_BD)
+
+
+@dataclass(frozen=True)
+class StepFunction:
+    """One student step as a function of tensors alone: equal ones compute the same.
+
+    Of w (all weights, or the classifier's), the views (B, C, H, H), the label logits (B, K), on the way back the direction
+    v (as w), then the class weights where there are any, and where only the classifier trains all weights (P,). Gives
+    (g, loss), or on the way back the gradients of v . g by the views and the label logits.
+    """
+
+    student: Student = field(repr=False)
+    classifier_only: bool
+    weighted: bool
+    whole: int
+    back: bool
+    rounded: bool
+
+    def __call__(self, w: Tensor, views_BCHH: Tensor, labels_BK: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        others = list(rest)
+        direction = others.pop(0) if self.back else None
+        class_weights_K = others.pop(0) if self.weighted else None
+        with torch.enable_grad():
+            views_BCHH, labels_BK = (t.detach().requires_grad_(self.back) for t in (views_BCHH, labels_BK))
+            if self.classifier_only:
+                layout, shapes = self.student.layout, self.student._classifier_shapes()
+                features_BD = functional.features(self.student.module, layout.views(others[0].detach()), views_BCHH)
+                gradient, loss = linear_gradient(w.detach(), features_BD, labels_BK, class_weights_K, shapes, self.whole)
+            else:
+                gradient, loss = self.student.step_gradient(
+                    w.detach().requires_grad_(), views_BCHH, labels_BK, class_weights_K, self.back, self.whole
+                )
+            if direction is None:
+                return gradient.detach(), loss
+            return torch.autograd.grad(gradient, [views_BCHH, labels_BK], grad_outputs=direction)
 
 
 class Replica:
@@ -322,31 +396,6 @@ class _View:
 
     def release(self) -> None:
         del self.features_BD
-
-
-def _linear_gradient(
-    classifier_P: Tensor,
-    features_BD: Tensor,
-    label_logits_BK: Tensor,
-    class_weights_K: Tensor | None,
-    shapes: Sequence[tuple[int, ...]],
-    whole: int,
-) -> tuple[Tensor, Tensor]:
-    """(g, loss): the classifier's gradient in closed form, so that differentiating it again costs one small graph.
-
-    With r_bc = w_c p_bc, dl/dlogits_b = (sum_c r_bc) q_b - r_b, over the ``whole`` batch's B; the linear layer then gives
-    dW = dlogits^T F. ``shapes`` are the weight's and the bias's.
-    """
-    weight_shape, bias_shape = shapes
-    count = weight_shape[0] * weight_shape[1]
-    weight_KD, bias_K = classifier_P[:count].view(weight_shape), classifier_P[count:].view(bias_shape)
-    r_BK = F.softmax(label_logits_BK, dim=1)
-    if class_weights_K is not None:
-        r_BK = r_BK * class_weights_K
-    logq_BK = F.log_softmax(F.linear(features_BD, weight_KD, bias_K), dim=1)
-    dlogits_BK = (r_BK.sum(dim=1, keepdim=True) * logq_BK.exp() - r_BK) / whole
-    gradient_P = torch.cat([(dlogits_BK.T @ features_BD).reshape(-1), dlogits_BK.sum(dim=0)])
-    return gradient_P, -(r_BK * logq_BK).sum().detach() / whole
 
 
 def _empty_result(

@@ -139,7 +139,8 @@ def choose_path(recipe: Recipe, shapes: Shapes, free: int, batches: Batches) -> 
     """(gradient path, why), as ``distill/memory.py`` will choose it where ``free`` bytes are free for a rank."""
     d = recipe.distill
     if d.gradient != "auto":
-        return d.gradient, f"distill.gradient is {d.gradient}"
+        path = "recompute" if d.gradient == "captured" else d.gradient  # the same work and memory
+        return path, f"distill.gradient is {d.gradient}"
     needed = memory.auto_bytes(shapes, batches, d.student_steps)
     limit = int(d.memory_gb * 1e9) if d.memory_gb is not None else int(free * FREE_FRACTION)
     path = "keep" if needed <= limit else "recompute"

@@ -96,7 +96,9 @@ def test_killed_between_checkpoints_equals_undisturbed(pipeline_of, undisturbed,
     assert result(pipeline) == result(undisturbed)
 
 
-@pytest.mark.parametrize("fields", [{"gradient": "recompute"}, {"checkpoint_every": 100}, {"memory_gb": 1e-6}])
+@pytest.mark.parametrize(
+    "fields", [{"gradient": "recompute"}, {"gradient": "captured"}, {"checkpoint_every": 100}, {"memory_gb": 1e-6}]
+)
 def test_how_it_is_computed_does_not_change_the_result(pipeline_of, undisturbed, fields):
     pipeline = pipeline_of("otherwise", distill=fields)
     pipeline.distill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,19 +14,20 @@ import torch
 
 from lad_dist import ranks
 from lad_dist.distill.shards import Share
+from lad_dist.distill.student import GradientPath
 from lad_dist.errors import NumericalError, RankError, StorageError
 from lad_dist.ranks import Place, Ranks
 
 CASES = [
     (dtype, path, classifier_only, batch)
     for dtype in (torch.float64, torch.float32)
-    for path in ("keep", "recompute")
+    for path in get_args(GradientPath)
     for classifier_only in (False, True)
     for batch in (9, 4, 1)
 ]
 
 
-FEW = [(torch.float64, path, classifier_only, 3, 1) for path in ("keep", "recompute") for classifier_only in (False, True)]
+FEW = [(torch.float64, path, classifier_only, 3, 1) for path in get_args(GradientPath) for classifier_only in (False, True)]
 
 
 @pytest.mark.parametrize(("world", "cases"), [(2, CASES), (3, CASES), (5, FEW)])
@@ -45,10 +47,11 @@ def test_the_students_gradients_do_not_depend_on_the_number_of_ranks(world, case
 
 
 def test_one_summed_gradient_per_student_step_and_nothing_else(tmp_path):
-    cases = [(torch.float32, p, c, 9) for p in ("keep", "recompute") for c in (False, True)]
+    cases = [(torch.float32, p, c, 9) for p in get_args(GradientPath) for c in (False, True)]
     ranks.launch(2, rank_workers.student_cases, (str(tmp_path), cases), restarts=0, say=print)
-    keep, keep_classifier, recompute, recompute_classifier = torch.load(tmp_path / "rank-1.pt")
+    keep, keep_classifier, recompute, recompute_classifier, *captured = torch.load(tmp_path / "rank-1.pt")
     assert keep["calls"] == keep_classifier["calls"] == recompute_classifier["calls"] == {"total": 4}
+    assert [each["calls"] for each in captured] == [{"total": 4}] * 2
     # one bucket per step on the way there, one sum per step on the way back; "replicate" is once in a student's life
     assert recompute["calls"] == {"replicate": 1, "bucket": 4, "total": 4}
 
