@@ -24,6 +24,9 @@ from torch import Tensor
 
 _FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; what is not finite stays so
 _OPTIONS: dict[str, Any] = {"fastmath": _FAST, "error_model": "numpy", "boundscheck": False}
+# Each kernel is one function of machine code. Where kernels call others, a process that compiles and one that finds the
+# compiled kernels on disk run differently optimised copies of what is called: other sums, other bits.
+_INLINED: dict[str, Any] = {"inline": "always", **_OPTIONS}
 _ENTRY = types.void(types.CPointer(types.int64))
 _HEAD = 6  # integers before the addresses
 _VALUES_AT_A_TIME = 2**15  # some ten microseconds of work
@@ -49,7 +52,7 @@ def _at(typing: Any, address: Any, like: Any) -> Any:
     return types.CPointer(like)(types.int64, like), build
 
 
-@njit(**_OPTIONS)
+@njit(**_INLINED)
 def _forward(data: Any, zero: Any) -> None:
     d = carray(data, _HEAD + 7)  # x, gamma, beta, eps (one value); pooled, mean, rstd
     amount, channels, height, width = d[1], d[3], d[4], d[5]
@@ -86,7 +89,7 @@ def _forward(data: Any, zero: Any) -> None:
         start = _take(data, amount)
 
 
-@njit(**_OPTIONS)
+@njit(**_INLINED)
 def _masked(u: Any, x: Any, scale: Any, shift: Any, row: Any, g: Any) -> None:
     """g = unpool(u) [y > 0] of one plane; ``g`` holds zeros where nothing is pooled, as does the end of ``row``."""
     zero, quarter = x.dtype.type(0), x.dtype.type(0.25)
@@ -100,7 +103,7 @@ def _masked(u: Any, x: Any, scale: Any, shift: Any, row: Any, g: Any) -> None:
                 out[j] = zero if values[j] * scale + shift <= zero else row[j]
 
 
-@njit(**_OPTIONS)
+@njit(**_INLINED)
 def _backward(data: Any, zero: Any) -> None:
     d = carray(data, _HEAD + 9)  # u, x, gamma, beta, mean, rstd; dx, and dgamma and dbeta of every plane
     amount, channels, height, width = d[1], d[3], d[4], d[5]
@@ -131,7 +134,7 @@ def _backward(data: Any, zero: Any) -> None:
         start = _take(data, amount)
 
 
-@njit(**_OPTIONS)
+@njit(**_INLINED)
 def _second(data: Any, zero: Any) -> None:
     d = carray(data, _HEAD + 12)  # a, c, e, u, x, gamma, beta, mean, rstd; by u, by x, and by gamma of every plane
     amount, channels, height, width = d[1], d[3], d[4], d[5]

@@ -17,6 +17,7 @@ from lad_dist.models.block import NormReluPool, plain
 from tests.support.blocks import SHAPES, check_equal, derivatives, forgotten, fused, inputs
 
 __all__ = ["forgotten"]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=[None, 1, 2**18], ids=["compiled", "torch, a chunk per image", "torch, one chunk"])
@@ -186,28 +187,47 @@ def test_with_another_openmp_torch_computes_it(forgotten, monkeypatch, caplog):
 
 
 PROGRAM = """
+import hashlib, sys
 import torch
-from lad_dist.models.block import NormReluPool
-x = torch.linspace(-1, 1, 256).view(2, 2, 8, 8)
-print(float((NormReluPool(2)(x) - NormReluPool(2, fused=False)(x)).detach().abs().max()))
+from tests.support.blocks import derivatives, fused, inputs
+for dtype in sys.argv[1:]:
+    found = derivatives(fused, *inputs(9, 5, 12, dtype=getattr(torch, dtype)))
+    print(dtype, hashlib.sha256(b"".join(t.numpy().tobytes() for t in found)).hexdigest())
 """
+BOTH = ("float32", "float64")
 
 
-def run_with_cache(folder: Path) -> None:
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder)}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0 and float(done.stdout) < 1e-5 and done.stderr == "", done.stderr
+def run_with_cache(folder: Path, *dtypes: str) -> set[str]:
+    """A digest of what a new process computes in each type, with kernels kept in ``folder``."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROGRAM, *dtypes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return set(done.stdout.splitlines())
 
 
-def test_damaged_kernels_on_disk_are_compiled_anew(tmp_path):
-    run_with_cache(tmp_path)
+@pytest.fixture(scope="module")
+def bits(tmp_path_factory):
+    """What a process computes that compiles everything."""
+    return run_with_cache(tmp_path_factory.mktemp("kernels"), *BOTH)
+
+
+def test_the_same_bits_whoever_compiled_and_in_whichever_order(bits, tmp_path):
+    assert len(bits) == 2
+    assert run_with_cache(tmp_path, *reversed(BOTH)) == bits  # compiled in another order
+    assert run_with_cache(tmp_path, *BOTH) == bits  # found on disk
+    assert run_with_cache(tmp_path, "float64") < bits
+
+
+def test_damaged_kernels_on_disk_are_compiled_anew(bits, tmp_path):
+    run_with_cache(tmp_path, "float32")
     files = [f for f in tmp_path.rglob("*") if f.suffix in (".nbi", ".nbc")]
-    assert len(files) == 2
+    assert len(files) == 6
     for file in files:
         file.write_bytes(file.read_bytes()[:10])
-    run_with_cache(tmp_path)
+    assert run_with_cache(tmp_path, "float32") < bits
 
 
-def test_where_no_kernels_can_be_kept(tmp_path):
+def test_where_no_kernels_can_be_kept(bits, tmp_path):
     (tmp_path / "file").touch()
-    run_with_cache(tmp_path / "file")
+    assert run_with_cache(tmp_path / "file", "float32") < bits
