@@ -91,7 +91,8 @@ class Captured:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # thread_local: what other threads ask of CUDA meanwhile, NCCL's for one, does not end the capture
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 results = function(*held)
         return results, graph.replay
 
