@@ -25,7 +25,7 @@ from lad_dist.experts.gsam import gsam_gradient, sgd_step
 from lad_dist.experts.sampling import class_aware_order
 from lad_dist.experts.train import classifier_loss, network_loss
 from lad_dist.models.convnet import ConvNet
-from lad_dist.recipe import AugmentConfig
+from lad_dist.recipe import AugmentConfig, DistillConfig
 from lad_dist.seeds import rng
 
 Golden = dict[str, np.ndarray]
@@ -128,13 +128,15 @@ def end_to_end(golden: Golden, student: Student) -> Rows:
     images, logits, alpha = (tensor(golden, n).clone() for n in ("images", "label_logits", "syn_lr"))
     lr_images, lr_alpha, lr_labels = golden["e2e/lr_img_lr_lr_y"].tolist()
     momentum_images, momentum_alpha, momentum_labels = golden["e2e/momentum_img_lr_y"].tolist()
-    optimizers = Optimizers(
-        images,
-        logits,
-        alpha,
-        lr=(lr_images, lr_labels, lr_alpha),
-        momentum=(momentum_images, momentum_labels, momentum_alpha),
+    config = DistillConfig(
+        lr_images=lr_images,
+        lr_labels=lr_labels,
+        lr_alpha=lr_alpha,
+        momentum_images=momentum_images,
+        momentum_labels=momentum_labels,
+        momentum_alpha=momentum_alpha,
     )
+    optimizers = Optimizers(images, logits, alpha, config)
     lambdas = golden["e2e/lambda_first_second"].tolist()
     losses = []
     for perms in golden["e2e/perms"]:

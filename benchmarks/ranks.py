@@ -83,7 +83,7 @@ class Problem:
     @staticmethod
     def _batch(share: Share, total: int, batch: int, size: int, step: int, device: torch.device) -> Batch:
         rows = rng(0, "rows", step).permutation(total)[:batch]
-        own, drawn = share.part(rows, augment.draw(rng(0, "augment", step), AugmentConfig(), len(rows), size))
+        own, drawn, _ = share.part(rows, augment.draw(rng(0, "augment", step), AugmentConfig(), len(rows), size))
         return Batch(torch.from_numpy(own).to(device), drawn, len(rows))
 
     def iterate(self, path: str) -> None:

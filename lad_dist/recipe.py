@@ -31,11 +31,26 @@ Baseline = Literal[
     "distilled-plain",
     "random-plain",
 ]
-Method = Literal["lad", "datm", "mtt", "lad-without-wma", "lad-without-adm"]
+Method = Literal["lad", "lad-fr", "datm", "mtt", "lad-without-wma", "lad-without-adm"]
+PhaseName = Literal["representation", "classifier", "regression"]
 
 # What each method means, as fields of `distill`. A recipe may still set any of them itself.
 METHODS: dict[str, dict[str, Any]] = {
     "lad": {"matching": "decoupled", "weighted_loss": True, "labels": "soft"},
+    "lad-fr": {
+        "matching": "decoupled",
+        "weighted_loss": True,
+        "labels": "soft",
+        "lambda_representation": 0.0,
+        "lambda_classifier": 0.0,
+        "lambda_regression": 1.0,
+        "optimizer": "adam",
+        "schedule": "cosine",
+        "lr_images": 0.03,
+        "momentum_images": 0.5,
+        "lr_labels": 0.02,
+        "momentum_labels": 0.5,
+    },
     "lad-without-wma": {"matching": "decoupled", "weighted_loss": False, "labels": "soft"},
     "lad-without-adm": {"matching": "joint", "weighted_loss": True, "labels": "soft"},
     "datm": {"matching": "joint", "weighted_loss": False, "labels": "soft"},
@@ -166,6 +181,24 @@ class DistillConfig(_Section):
     class_weight_offset: Annotated[Float, Field(ge=0)] = Field(0.0, description="f in (n_c + f) / (sum n + f)")
     lambda_representation: Annotated[Float, Field(ge=0)] = Field(1.0, description="lambda_1")
     lambda_classifier: Annotated[Float, Field(ge=0)] = Field(1.0, description="lambda_2")
+    lambda_regression: Annotated[Float, Field(ge=0)] = Field(
+        0.0,
+        description="weight of the regression phase (FRePo, arXiv 2206.00719): ridge regression on the set's features must "
+        "predict real images. A phase of weight 0 is left out",
+    )
+    regression_batch: Annotated[Int, Field(ge=1)] = Field(
+        250, description="real images per iteration of the regression phase, every class equally often"
+    )
+    regression_ridge: Annotated[Float, Field(gt=0)] = Field(
+        0.1, description="ridge of the regression, relative to the mean squared norm of the features"
+    )
+    regression_epoch_max: Annotated[Int, Field(ge=1)] = Field(
+        11, description="features are those of representation experts at epochs below this"
+    )
+    regression_targets: Literal["soft", "hard"] = Field(
+        "soft",
+        description="what the regression predicts: the mean soft labels of the classifier experts, or the classes",
+    )
     student_steps: Annotated[Int, Field(ge=1)] = Field(80, description="N, representation (or joint) phase")
     student_steps_classifier: Annotated[Int, Field(ge=1)] = Field(80, description="N, classifier phase")
     batch: Annotated[Int, Field(ge=1)] = Field(
@@ -183,9 +216,15 @@ class DistillConfig(_Section):
     classifier_start_epoch_max: Annotated[Int, Field(ge=1)] = Field(
         1, description="classifier windows start below this epoch; 1: always at epoch 0"
     )
-    lr_images: Annotated[Float, Field(ge=0)] = Field(100.0, description="SGD learning rate of the pixels")
+    optimizer: Literal["sgd", "adam"] = Field(
+        "sgd", description="of pixels and labels; adam takes their momentum as its beta_1"
+    )
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="of the learning rates of pixels and labels; cosine falls to 0 at the last iteration"
+    )
+    lr_images: Annotated[Float, Field(ge=0)] = Field(100.0, description="learning rate of the pixels")
     momentum_images: Annotated[Float, Field(ge=0, lt=1)] = Field(0.5)
-    lr_labels: Annotated[Float, Field(ge=0)] = Field(2.0, description="SGD learning rate of the label logits")
+    lr_labels: Annotated[Float, Field(ge=0)] = Field(2.0, description="learning rate of the label logits")
     momentum_labels: Annotated[Float, Field(ge=0, lt=1)] = Field(0.9)
     lr_alpha: Annotated[Float, Field(ge=0)] = Field(
         1e-5, description="SGD learning rate of the student's learning rate"
@@ -313,6 +352,15 @@ class Recipe(_Section):
         """Whether distillation needs the classifier stage of the experts."""
         return self.distill.matching == "decoupled"
 
+    @property
+    def phases(self) -> tuple[PhaseName, ...]:
+        """The phases of an iteration, in their order: those whose weight is above 0."""
+        d = self.distill
+        found: list[PhaseName] = ["representation"] if d.lambda_representation > 0 else []
+        if self.uses_classifier_experts and d.lambda_classifier > 0:
+            found.append("classifier")
+        return (*found, "regression") if d.lambda_regression > 0 else tuple(found)
+
     def experts_document(self) -> dict[str, Any]:
         """The part of the recipe that determines the experts' rows, apart from the data's own fingerprint."""
         doc = self.model_dump(mode="json")
@@ -346,8 +394,12 @@ def _cross_faults(recipe: Recipe) -> list[str]:
         faults.append(
             f"distill.start_epoch_max: {d.start_epoch_max} is not above distill.start_epoch_min {d.start_epoch_min}"
         )
+    if not recipe.phases:
+        faults.append("distill.lambda_representation: every phase has weight 0; at least one must be above 0")
+    if d.lambda_regression > 0:
+        faults += _regression_faults(recipe)
     last = d.start_epoch_max - 1 + d.window_epochs
-    if last > e.epochs:
+    if "representation" in recipe.phases and last > e.epochs:
         faults.append(
             f"distill.start_epoch_max: a window from epoch {d.start_epoch_max - 1} over {d.window_epochs} epochs ends at {last}, "
             f"past experts.epochs {e.epochs}; at most {e.epochs - d.window_epochs + 1} is valid"
@@ -358,7 +410,7 @@ def _cross_faults(recipe: Recipe) -> list[str]:
             f"{d.start_epoch_min} and not above distill.start_epoch_max {d.start_epoch_max}"
         )
     last = d.classifier_start_epoch_max - 1 + d.window_epochs
-    if recipe.uses_classifier_experts and last > e.classifier_epochs:
+    if "classifier" in recipe.phases and last > e.classifier_epochs:
         faults.append(
             f"distill.classifier_start_epoch_max: a window ends at epoch {last}, past experts.classifier_epochs "
             f"{e.classifier_epochs}"
@@ -375,4 +427,19 @@ def _cross_faults(recipe: Recipe) -> list[str]:
     default = DataConfig.model_fields["imbalance_factor"].default  # a saved recipe spells it out
     if recipe.data.imbalance == "natural" and recipe.data.imbalance_factor != default:
         faults.append("data.imbalance_factor: has no meaning with data.imbalance natural; remove it")
+    return faults
+
+
+def _regression_faults(recipe: Recipe) -> list[str]:
+    d, e, faults = recipe.distill, recipe.experts, []
+    if d.regression_epoch_max - 1 > e.epochs:
+        faults.append(
+            f"distill.regression_epoch_max: {d.regression_epoch_max} reaches past experts.epochs {e.epochs}; at most "
+            f"{e.epochs + 1} is valid"
+        )
+    if d.regression_targets == "soft" and recipe.buffer.start_after is not None:
+        faults.append(
+            "buffer.start_after: soft targets of the regression phase come from all experts; remove it, or set "
+            "distill.regression_targets to hard"
+        )
     return faults

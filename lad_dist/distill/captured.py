@@ -62,7 +62,9 @@ class Captured:
         except Exception as error:  # CUDA's errors in a capture are of many kinds; the function itself still works
             if not self._warned:
                 self._warned = True
-                _log.warning("student steps without CUDA graphs, slower: %s", (str(error) or repr(error)).splitlines()[0])
+                _log.warning(
+                    "student steps without CUDA graphs, slower: %s", (str(error) or repr(error)).splitlines()[0]
+                )
             return function
         return replay
 

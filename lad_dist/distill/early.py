@@ -50,9 +50,7 @@ class Budget:
     Before the first piece of work its length is not known: ``guess`` seconds are taken for it.
     """
 
-    def __init__(
-        self, share: float, longest: float = math.inf, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, share: float, longest: float = math.inf, clock: Callable[[], float] = time.perf_counter) -> None:
         self.share, self.longest, self.spent, self._clock, self._began = share, longest, 0.0, clock, clock()
         self._last: float | None = None
 
@@ -82,8 +80,9 @@ class Early:
 
         A batch of the measurement takes no longer than a mean student step, which has second derivatives to compute.
         """
-        d = self._recipe.distill
-        steps = d.student_steps + (d.student_steps_classifier if d.matching == "decoupled" else 0)
+        d, phases = self._recipe.distill, self._recipe.phases
+        of = {"representation": d.student_steps, "classifier": d.student_steps_classifier, "regression": 1}
+        steps = sum(of[phase] for phase in phases)
         return self.budget.allows(seconds_per_iteration * self._measure.batches / steps)
 
     def look(self, state: State) -> None:

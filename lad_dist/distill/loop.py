@@ -26,18 +26,20 @@ from lad_dist.distill.early import Early
 from lad_dist.distill.live import LiveExperts
 from lad_dist.distill.memory import choose_path, faster
 from lad_dist.distill.precision import cosines_to_float32, set_precision
+from lad_dist.distill.regression import RealBatches, RegressionResult, regress
 from lad_dist.distill.replay import Record, check_not_replayed
 from lad_dist.distill.shards import Share
-from lad_dist.distill.start import Facts, first_set, publish
+from lad_dist.distill.start import Facts, first_set, mean_logits, publish
 from lad_dist.distill.state import State
-from lad_dist.distill.student import Batch, GradientPath, Phase, PhaseResult, Student
+from lad_dist.distill.student import Batch, GradientPath, Phase, PhaseResult, Student, SyntheticSet
+from lad_dist.distill.update import Gradients
 from lad_dist.distill.windows import Window, Windows
 from lad_dist.errors import Interrupted, NumericalError, TrajectoryError
 from lad_dist.interrupts import StopFlag, deferred
 from lad_dist.models.convnet import build
 from lad_dist.progress import Events, Screen
 from lad_dist.ranks import ALONE, Ranks
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import PhaseName, Recipe
 from lad_dist.rundir import RunDir, host_name
 from lad_dist.seeds import rng
 from lad_dist.trajectories.reader import Buffer
@@ -88,6 +90,7 @@ def distill(
             live = stack.enter_context(closing(LiveExperts(buffer, recipe, ranks, flag)))
             live.wait(screen, events)
         work = stack.enter_context(closing(Distillation(recipe, facts, run, device, ranks, flag, buffer, live, record)))
+        work.prepare_regression(data)
         _distill(work, data, events, screen, early)
 
 
@@ -161,6 +164,7 @@ class Distillation:
         weights_K = class_weights(facts.counts, d.class_weights, d.class_weight_offset)
         self._weights_K = weights_K.to(device) if d.weighted_loss else None
         self._class_of_s = torch.from_numpy(self.share.classes(recipe.ipc)).to(device)
+        self._real: RealBatches | None = None
 
     def close(self) -> None:
         """End the reading ahead."""
@@ -190,6 +194,15 @@ class Distillation:
         logits_sK = logits_SK[self.share.rows].to(self.device, copy=True)
         return State(self.recipe, images_sCHH.clone(), logits_sK, images_sCHH.clone(), source)
 
+    def prepare_regression(self, data: PreparedData | None) -> None:
+        """On rank 0, which alone has ``data``: what the regression phase needs of the real images."""
+        if data is None or "regression" not in self.recipe.phases:
+            return
+        teacher = None
+        if self.recipe.distill.regression_targets == "soft":
+            teacher = mean_logits(self.recipe, data, self.student, self.windows)
+        self._real = RealBatches(self.recipe, data, teacher)
+
     def recorded_path(self, iteration: int) -> GradientPath | None:
         """The gradient path that a replayed run took, where the recipe names none itself."""
         if self.record is None or self.recipe.distill.gradient != "auto" or iteration >= len(self.record.paths):
@@ -201,13 +214,17 @@ class Distillation:
         recorded = self.recorded_path(state.iteration)
         if recorded is not None:
             return recorded, "the replayed run took it"
-        first, here = self.phases(state.iteration)[0].phase, self.ranks.gather(host_name()).count(host_name())
-        chosen = choose_path(self.recipe, self.student, state.optimizers.synthetic_set(), first, here)
+        phases, here = self.phases(state.iteration), self.ranks.gather(host_name()).count(host_name())
+        if not phases:
+            return "keep", "no student is trained in the regression phase"
+        chosen = choose_path(self.recipe, self.student, state.optimizers.synthetic_set(), phases[0].phase, here)
         every = self.ranks.gather(chosen)
         fitting, why = next((one for one in every if one[0] == "recompute"), every[0])
         if self.recipe.distill.gradient != "auto" or not self.student.captured.applies(self.device):
             return fitting, why
-        path, measured = faster([fitting, "captured"], lambda path: self._phases_by(state, path), self.ranks, self.device)
+        path, measured = faster(
+            [fitting, "captured"], lambda path: self._phases_by(state, path), self.ranks, self.device
+        )
         if path != "captured":
             self.student.captured.clear()
         return path, f"{measured}; {why}"
@@ -237,6 +254,8 @@ class Distillation:
     def compare_precision(self, state: State, path: GradientPath, screen: Screen, events: Events) -> None:
         """Say how far bfloat16 turns the next iteration's gradients."""
         named = self.phases(state.iteration)
+        if not named:
+            return
         synthetic = state.optimizers.synthetic_set()
         cosines = cosines_to_float32(self.student, synthetic, [p.phase for p in named], path, self.ranks)
         by_phase = {p.stage: round(cosine, 6) for p, cosine in zip(named, cosines, strict=True)}
@@ -250,19 +269,29 @@ class Distillation:
         """One whole iteration; returns the figures to show. Where it raises, ``state`` is as it was before."""
         began, synthetic = time.perf_counter(), state.optimizers.synthetic_set()
         phases = self.phases(state.iteration)
-        self.windows.read_ahead([p.stage for p in phases], state.iteration + 1)
+        self.windows.read_ahead(self.recipe.phases, state.iteration + 1)
         results = [(p, self.student.run(synthetic, p.phase, path)) for p in phases]
-        agreed = self._agree(results)
-        self._check_finite(state, results, agreed)
+        drawn: list[list[str | int]] = [[p.stage, p.window.expert, p.window.epoch] for p in phases]
+        gradients: list[tuple[float, Gradients]] = [(p.weight, result) for p, result in results]
+        regression = None
+        if "regression" in self.recipe.phases:
+            at = self.windows.checkpoint(state.iteration)
+            regression = self._regress(synthetic, at.start_P, state.iteration)
+            drawn.append(["regression", at.expert, at.epoch])
+            gradients.append((self.recipe.distill.lambda_regression, regression))
+        agreed = self._agree(results, gradients)
+        self._check_finite(state, drawn, [g for _, g in gradients], agreed)
         kept, figures, aligned = self._copy(state), self._figures(results, agreed), self._alignment(state, results)
+        if regression is not None:
+            figures |= {"loss_regression": float(regression.loss), "accuracy_regression": float(regression.accuracy)}
         with deferred():  # the record too: an iteration that was done and not recorded could not be replayed
-            state.optimizers.step([(p.weight, result) for p, result in results])
+            state.optimizers.step(gradients, state.iteration)
             if float(self.ranks.total(torch.tensor(0.0 if state.finite() else 1.0, device=self.device))) == 0:
                 state.iteration += 1
             else:
                 self._restore(state, kept)
                 raise NumericalError(
-                    f"iteration {state.iteration + 1}: the step left the finite numbers or made alpha (it was "
+                    f"iteration {state.iteration + 1}: the step produced NaN or Inf or made alpha (it was "
                     f"{float(kept[2]):.3g}) zero or less; the last good state is kept; try a smaller "
                     "distill.lr_images or distill.lr_alpha"
                 )
@@ -271,7 +300,7 @@ class Distillation:
                 iteration=state.iteration,
                 alpha=float(state.alpha),
                 seconds=round(time.perf_counter() - began, 4),
-                windows=[[p.stage, p.window.expert, p.window.epoch] for p in phases],
+                windows=drawn,
                 gradient=path,
                 **figures,
                 alignment=aligned,
@@ -282,44 +311,54 @@ class Distillation:
                 f"interrupted by {self.flag.name or 'a signal to another rank'}; what is finished is kept, and the same "
                 "command continues"
             )
-        shown = {f"loss {stage}": value for stage, value in ((p.stage, figures[f"loss_{p.stage}"]) for p in phases)}
+        shown = {f"loss {phase}": figures[f"loss_{phase}"] for phase in self.recipe.phases}
         return {**shown, "alpha": float(state.alpha)}
 
-    def _agree(self, results: list[tuple[NamedPhase, PhaseResult]]) -> _Agreed:
+    def _regress(self, synthetic: SyntheticSet, theta_P: Tensor, iteration: int) -> RegressionResult:
+        """The regression phase of an iteration. All ranks call it."""
+        real = self.ranks.share(None if self._real is None else self._real.features(self.student, theta_P, iteration))
+        assert real is not None, "rank 0 has the data"
+        (batch,), (places,) = self._batches("regression", iteration, 1)
+        ridge = self.recipe.distill.regression_ridge
+        return regress(self.student, synthetic, batch, places, theta_P, real, ridge)
+
+    def _agree(
+        self, results: list[tuple[NamedPhase, PhaseResult]], gradients: list[tuple[float, Gradients]]
+    ) -> _Agreed:
         """What needs every rank's word: one sum of 1 + 2 x phases + K numbers."""
-        squares_s = torch.stack([p.weight * r.image_grad_SCHH for p, r in results]).sum(0).flatten(1).double()
+        squares_s = torch.stack([weight * g.image_grad_SCHH for weight, g in gradients]).sum(0).flatten(1).double()
         squares_s = squares_s.square().sum(1)
         squares_K = squares_s.new_zeros(self.classes).index_add_(0, self._class_of_s, squares_s)
         broken = [
-            torch.stack([r.match.loss, r.match.alpha_gradient, r.image_grad_SCHH.sum(), r.label_grad_SK.sum()])
+            torch.stack([g.loss, g.alpha_gradient, g.image_grad_SCHH.sum(), g.label_grad_SK.sum()])
             .isfinite()
             .all()
             .logical_not()
-            for _, r in results
+            for _, g in gradients
         ]
         losses = [torch.stack(r.inner_losses).mean() for _, r in results]
         stop = torch.tensor(float(self.flag.name is not None), device=self.device)
         told = torch.cat([torch.stack([stop, *broken, *losses]).double(), squares_K]).nan_to_num(0.0, 0.0, 0.0)
-        stop, *rest = self.ranks.total(told).split([1, len(results), len(results), self.classes])
+        stop, *rest = self.ranks.total(told).split([1, len(broken), len(losses), self.classes])
         return _Agreed(bool(stop > 0), rest[0].tolist(), rest[1].tolist(), rest[2].cpu())
 
     def phases(self, iteration: int) -> list[NamedPhase]:
-        """The phases of an iteration: representation and classifier, or the joint one.
+        """The matching phases of an iteration: representation and classifier, or the joint one.
 
         A function of (seed, iteration), and of the experts that are complete or the windows that are replayed.
         """
         self._look_for_experts()
         d, layout = self.recipe.distill, self.student.layout
-        decoupled = d.matching == "decoupled"
-        window = self.windows.draw("representation", iteration)
-        batches = self._batches("representation", iteration, d.student_steps)
-        first = Phase(
-            window.start_P, window.target_P, batches, layout.span("backbone" if decoupled else "all"), self._weights_K
-        )
-        phases = [NamedPhase("representation", d.lambda_representation, window, first)]
-        if decoupled:
+        phases = []
+        if "representation" in self.recipe.phases:
+            window = self.windows.draw("representation", iteration)
+            batches, _ = self._batches("representation", iteration, d.student_steps)
+            span = layout.span("backbone" if d.matching == "decoupled" else "all")
+            first = Phase(window.start_P, window.target_P, batches, span, self._weights_K)
+            phases.append(NamedPhase("representation", d.lambda_representation, window, first))
+        if "classifier" in self.recipe.phases:
             window = self.windows.draw("classifier", iteration)
-            batches = self._batches("classifier", iteration, d.student_steps_classifier)
+            batches, _ = self._batches("classifier", iteration, d.student_steps_classifier)
             second = Phase(window.start_P, window.target_P, batches, layout.span("all"), classifier_only=True)
             phases.append(NamedPhase("classifier", d.lambda_classifier, window, second))
         return phases
@@ -329,29 +368,35 @@ class Distillation:
         if self._live is not None:
             self.windows.experts = self._live.now()
 
-    def _batches(self, stage: Stage, iteration: int, steps: int) -> list[Batch]:
-        """Fresh permutations of the set, split into batches and refilled when used up, each with its augmentation."""
+    def _batches(self, phase: PhaseName, iteration: int, steps: int) -> tuple[list[Batch], list[Tensor]]:
+        """Fresh permutations of the set, split into batches and refilled when used up, each with its augmentation.
+
+        This rank's part of each, and the places of its images in the whole batch.
+        """
         count, seed = self.classes * self.recipe.ipc, self.recipe.seed
         size = min(self.recipe.distill.batch, count)
-        generator = rng(seed, "distill", iteration, "batches", stage)
+        generator = rng(seed, "distill", iteration, "batches", phase)
         chunks: list[np.ndarray] = []
         while len(chunks) < steps:
             chunks += np.split(generator.permutation(count), range(size, count, size))
-        batches = []
+        batches, places = [], []
         for step, rows in enumerate(chunks[:steps]):
             drawn = augment.draw(
-                rng(seed, "distill", iteration, "augment", stage, step), self.recipe.augment, len(rows), self.size
+                rng(seed, "distill", iteration, "augment", phase, step), self.recipe.augment, len(rows), self.size
             )
-            own, part = self.share.part(rows, drawn)
+            own, part, at = self.share.part(rows, drawn)
             batches.append(Batch(torch.from_numpy(own).to(self.device), part, len(rows)))
-        return batches
+            places.append(torch.from_numpy(at).to(self.device))
+        return batches, places
 
-    def _check_finite(self, state: State, results: list[tuple[NamedPhase, PhaseResult]], agreed: _Agreed) -> None:
-        for (named, result), broken in zip(results, agreed.broken, strict=True):
+    def _check_finite(
+        self, state: State, drawn: list[list[str | int]], gradients: list[Gradients], agreed: _Agreed
+    ) -> None:
+        for (phase, expert, epoch), gradient, broken in zip(drawn, gradients, agreed.broken, strict=True):
             if broken:
                 raise NumericalError(
-                    f"iteration {state.iteration + 1}: the {named.stage} phase left the finite numbers (matching loss "
-                    f"{float(result.match.loss):.3g}, expert {named.window.expert}, start epoch {named.window.epoch}); the last "
+                    f"iteration {state.iteration + 1}: the {phase} phase produced NaN or Inf (loss "
+                    f"{float(gradient.loss):.3g}, expert {expert}, start epoch {epoch}); the last "
                     "good state is kept; try a smaller distill.alpha or distill.lr_images"
                 )
 
@@ -366,7 +411,7 @@ class Distillation:
         o = state.optimizers
         for tensor, before in zip((o.images_SCHH, o.logits_SK, o.alpha), kept[:3], strict=True):
             tensor.copy_(before)
-        o.load_momentum(kept[3])
+        o.load_momentum(kept[3], state.iteration)
 
     # --- what is worth knowing --------------------------------------------------------------------------------------
 

@@ -21,12 +21,12 @@ from lad_dist import recipe_file
 from lad_dist.distill.student import GradientPath
 from lad_dist.errors import RunDirError, TrajectoryError
 from lad_dist.progress import Event, read_events
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import PhaseName, Recipe
 from lad_dist.rundir import RunDir
 from lad_dist.trajectories.reader import Buffer
-from lad_dist.trajectories.schema import STAGES, Stage
+from lad_dist.trajectories.schema import Stage
 
-Chosen = tuple[tuple[Stage, int, int], ...]  # the windows of one iteration: stage, expert, start epoch
+Chosen = tuple[tuple[PhaseName, int, int], ...]  # what the phases of one iteration drew: phase, expert, start epoch
 
 # Fields in which a replay's recipe may differ from the recorded run's: where data lie, how often to save, how to
 # measure, and what only decides which experts are drawn, which the record knows.
@@ -85,9 +85,8 @@ class Record:
         total = recipe.distill.iterations
         if course.experts is None:
             raise _missing(run, "which experts made the initial set", course, total)
-        stages = list(STAGES) if recipe.uses_classifier_experts else ["representation"]
         for i in range(total):
-            if [stage for stage, _, _ in course.windows.get(i, ())] != stages:
+            if tuple(phase for phase, _, _ in course.windows.get(i, ())) != recipe.phases:
                 raise _missing(run, f"iteration {i + 1} of {total}", course, total)
         return cls(
             str(folder),
@@ -96,9 +95,9 @@ class Record:
             tuple(course.paths[i] for i in range(total)),
         )
 
-    def window(self, stage: Stage, iteration: int) -> tuple[int, int]:
+    def window(self, phase: PhaseName, iteration: int) -> tuple[int, int]:
         """(expert, start epoch) that the run drew for a phase of iteration ``iteration`` + 1."""
-        return next((expert, epoch) for at, expert, epoch in self.windows[iteration] if at == stage)
+        return next((expert, epoch) for at, expert, epoch in self.windows[iteration] if at == phase)
 
     def check(self, buffer: Buffer, recipe: Recipe) -> None:
         """Raises TrajectoryError if a checkpoint is not in ``buffer``; names it and the first iteration that needs it."""
@@ -110,11 +109,13 @@ class Record:
         for expert in self.experts:
             self._check_all(buffer, "the initial set", expert, (backbone, last))
         for i, windows in enumerate(self.windows):
-            for stage, expert, epoch in windows:
-                frozen = (backbone,) if stage == "classifier" else ()
-                self._check_all(
-                    buffer, f"iteration {i + 1}", expert, ((stage, epoch), (stage, epoch + length), *frozen)
-                )
+            for phase, expert, epoch in windows:
+                rows: list[tuple[Stage, int]] = [("representation", epoch)]
+                if phase != "regression":
+                    rows = [(phase, epoch), (phase, epoch + length)]
+                if phase == "classifier":
+                    rows.append(backbone)
+                self._check_all(buffer, f"iteration {i + 1}", expert, rows)
 
     def _check_all(self, buffer: Buffer, used_by: str, expert: int, rows: Iterable[tuple[Stage, int]]) -> None:
         for stage, epoch in rows:
@@ -180,7 +181,7 @@ def _windows(value: Any) -> Chosen | None:
         return (
             isinstance(window, list)
             and len(window) == 3
-            and window[0] in STAGES
+            and window[0] in get_args(PhaseName)
             and all(isinstance(x, int) and x >= 0 for x in window[1:])
         )
 

@@ -34,14 +34,15 @@ class Share:
     def rows(self) -> slice:
         return slice(self.first, self.end)
 
-    def part(self, rows_B: np.ndarray, drawn: augment.Draw) -> tuple[np.ndarray, augment.Draw]:
-        """The part of a batch that lies in this share: its rows counted from the share's first, and their augmentation.
+    def part(self, rows_B: np.ndarray, drawn: augment.Draw) -> tuple[np.ndarray, augment.Draw, np.ndarray]:
+        """The part of a batch that lies in this share: its rows counted from the share's first, their augmentation, and their
+        places in the batch.
 
         ``rows_B`` are rows of the whole set and ``drawn`` the parameters of all of them, so a row is augmented alike on
         whichever rank it lies.
         """
         places = np.flatnonzero((rows_B >= self.first) & (rows_B < self.end))
-        return rows_B[places] - self.first, drawn.rows(places)
+        return rows_B[places] - self.first, drawn.rows(places), places
 
     def classes(self, ipc: int) -> np.ndarray:
         """The class of each row of the share, where every class has ``ipc`` rows."""

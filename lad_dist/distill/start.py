@@ -87,6 +87,21 @@ def first_set(
     return images_SCHH.cpu(), logits_SK, source
 
 
+def mean_logits(
+    recipe: Recipe, data: PreparedData, student: Student, windows: Windows
+) -> Callable[[np.ndarray], Tensor]:
+    """Logits (N, K) of training images by number: the mean over the last checkpoints of the experts that label images."""
+    stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
+
+    def of(indices: np.ndarray) -> Tensor:
+        each = (
+            _expert_outputs(functional.logits, data, student, windows.last(stage, e), indices) for e in windows.experts
+        )
+        return torch.stack(list(each)).mean(dim=0)
+
+    return of
+
+
 _Output = Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor]
 
 

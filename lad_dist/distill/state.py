@@ -23,11 +23,20 @@ from lad_dist.distill.shards import Share
 from lad_dist.distill.update import Optimizers
 from lad_dist.errors import DistilledError
 from lad_dist.ranks import ALONE, Ranks
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import DistillConfig, Recipe
 from lad_dist.rundir import publish_shared_folder, remove, save_tensors
 
 _SHARD = re.compile(r"shard-(\d{3,})-of-(\d{3,})\.safetensors")
 _FOLDER = re.compile(r"iteration-(\d{6,})")
+_LATER = (  # fields that the first checkpoints did not know: their defaults leave the hash as it was
+    "lambda_regression",
+    "regression_batch",
+    "regression_ridge",
+    "regression_epoch_max",
+    "regression_targets",
+    "optimizer",
+    "schedule",
+)
 _SHARED = ("alpha", "momentum_alpha")  # the same on every rank; all others are rows of the set
 
 
@@ -50,14 +59,7 @@ class State:
         d = recipe.distill
         alpha = torch.tensor(d.alpha, dtype=torch.float32, device=images_SCHH.device) if alpha is None else alpha
         self.iteration, self.initial_SCHH, self.label_source = iteration, initial_SCHH, label_source
-        self.optimizers = Optimizers(
-            images_SCHH,
-            logits_SK,
-            alpha,
-            lr=(d.lr_images, d.lr_labels, d.lr_alpha),
-            momentum=(d.momentum_images, d.momentum_labels, d.momentum_alpha),
-            learn_labels=d.labels == "soft",
-        )
+        self.optimizers = Optimizers(images_SCHH, logits_SK, alpha, d)
 
     @property
     def alpha(self) -> Tensor:
@@ -138,7 +140,7 @@ class State:
             ) from error
         if metadata["recipe_hash"] != _trajectory_hash(recipe):
             raise DistilledError(f"{newest}: was made by another recipe; remove it to distill from the start")
-        state.optimizers.load_momentum(tensors)
+        state.optimizers.load_momentum(tensors, state.iteration)
         return state
 
 
@@ -169,8 +171,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _trajectory_hash(recipe: Recipe) -> str:
     """The hash of what determines the course of a distillation: how it is evaluated or saved does not."""
     doc = recipe.model_dump(mode="json", include={"method", "ipc", "seed", "distill"})
-    free = ("gradient", "memory_gb", "checkpoint_every", "early_evaluation", "iterations")
-    doc["distill"] = {k: v for k, v in doc["distill"].items() if k not in free}
+    free = ["gradient", "memory_gb", "checkpoint_every", "early_evaluation"]
+    free += [] if recipe.distill.schedule == "cosine" else ["iterations"]  # a cosine depends on where it ends
+    later = {k: DistillConfig.model_fields[k].default for k in _LATER}
+    doc["distill"] = {k: v for k, v in doc["distill"].items() if k not in free and not (k in later and v == later[k])}
     doc["buffer"] = {"start_after": recipe.buffer.start_after}
     doc["experts"] = recipe.experts_hash()
     doc["experts_count"] = recipe.experts.count

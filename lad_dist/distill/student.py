@@ -57,7 +57,9 @@ class Batch:
         """(images (B, C, H, H), their augmented views), the second with a graph to the first on demand."""
         images_BCHH = synthetic.images_SCHH[self.rows_B].requires_grad_(with_graph)
         with torch.set_grad_enabled(with_graph):
-            views_BCHH = images_BCHH.view_as(images_BCHH) if self.draw is None else augment.apply(images_BCHH, self.draw)
+            views_BCHH = (
+                images_BCHH.view_as(images_BCHH) if self.draw is None else augment.apply(images_BCHH, self.draw)
+            )
         return images_BCHH, views_BCHH
 
 
@@ -100,6 +102,16 @@ class PhaseResult:
     gradient_sum_P: Tensor
     final_P: Tensor
     inner_losses: list[Tensor] = field(default_factory=list)
+
+    @property
+    def loss(self) -> Tensor:
+        """L."""
+        return self.match.loss
+
+    @property
+    def alpha_gradient(self) -> Tensor:
+        """dL/dalpha."""
+        return self.match.alpha_gradient
 
 
 class Student:
@@ -332,7 +344,9 @@ class StepFunction:
             if self.classifier_only:
                 layout, shapes = self.student.layout, self.student._classifier_shapes()
                 features_BD = functional.features(self.student.module, layout.views(others[0].detach()), views_BCHH)
-                gradient, loss = linear_gradient(w.detach(), features_BD, labels_BK, class_weights_K, shapes, self.whole)
+                gradient, loss = linear_gradient(
+                    w.detach(), features_BD, labels_BK, class_weights_K, shapes, self.whole
+                )
             else:
                 gradient, loss = self.student.step_gradient(
                     w.detach().requires_grad_(), views_BCHH, labels_BK, class_weights_K, self.back, self.whole

@@ -1,59 +1,105 @@
-"""The outer optimizers: one SGD step each for pixels, labels and the student's learning rate."""
+"""The outer optimizers: one step each for pixels, labels and the student's learning rate."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lad_dist.distill.student import PhaseResult, SyntheticSet
+from lad_dist.distill.student import SyntheticSet
+from lad_dist.recipe import DistillConfig
+
+ADAM_BETA2 = 0.99
+_NAMES = ("images", "labels", "alpha")
+
+
+class Gradients(Protocol):
+    """What a phase's loss says about the set."""
+
+    @property
+    def loss(self) -> Tensor: ...
+    @property
+    def image_grad_SCHH(self) -> Tensor: ...
+    @property
+    def label_grad_SK(self) -> Tensor: ...
+    @property
+    def alpha_gradient(self) -> Tensor: ...
 
 
 class Optimizers:
-    """SGD with momentum on the tensors of a synthetic set, which are updated in place.
+    """The optimizers of a synthetic set, which is updated in place.
 
-    ``lr`` and ``momentum`` are (images, labels, alpha). ``learn_labels`` False leaves the labels as they are.
+    alpha takes SGD with momentum. Pixels and label logits take that too, or Adam (Kingma and Ba, arXiv 1412.6980) with
+    their momentum as beta_1 and 0.99 as beta_2. Hard labels stay as they are.
     """
 
-    def __init__(
-        self,
-        images_SCHH: Tensor,
-        logits_SK: Tensor,
-        alpha: Tensor,
-        *,
-        lr: tuple[float, float, float],
-        momentum: tuple[float, float, float],
-        learn_labels: bool = True,
-    ) -> None:
-        self.images_SCHH, self.logits_SK, self.alpha = images_SCHH, logits_SK, alpha
-        self.learn_labels = learn_labels
-        tensors = (images_SCHH, logits_SK, alpha)
-        groups = [{"params": [t], "lr": rate, "momentum": m} for t, rate, m in zip(tensors, lr, momentum, strict=True)]
-        self._sgd = torch.optim.SGD(groups)
+    def __init__(self, images_SCHH: Tensor, logits_SK: Tensor, alpha: Tensor, config: DistillConfig) -> None:
+        self.images_SCHH, self.logits_SK, self.alpha, self._config = images_SCHH, logits_SK, alpha, config
+        d = config
+        settings = ((d.lr_images, d.momentum_images), (d.lr_labels, d.momentum_labels), (d.lr_alpha, d.momentum_alpha))
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        for name, (lr, momentum) in zip(_NAMES, settings, strict=True):
+            adam = d.optimizer == "adam" and name != "alpha"
+            self._optimizers[name] = (
+                torch.optim.Adam([self._tensor(name)], lr=lr, betas=(momentum, ADAM_BETA2))
+                if adam
+                else torch.optim.SGD([self._tensor(name)], lr=lr, momentum=momentum)
+            )
 
     def synthetic_set(self) -> SyntheticSet:
         """The set as it is now (shares the tensors)."""
         return SyntheticSet(self.images_SCHH, self.logits_SK, self.alpha)
 
-    def step(self, phases: Sequence[tuple[float, PhaseResult]]) -> None:
-        """One step along the sum of lambda times each phase's gradient."""
+    def step(self, phases: Sequence[tuple[float, Gradients]], iteration: int = 0) -> None:
+        """One step along the sum of lambda times each phase's gradient, at the learning rates of ``iteration``."""
         self.images_SCHH.grad = torch.stack([lam * r.image_grad_SCHH for lam, r in phases]).sum(0)
-        self.alpha.grad = torch.stack([lam * r.match.alpha_gradient for lam, r in phases]).sum(0).to(self.alpha.dtype)
-        if self.learn_labels:
+        self.alpha.grad = torch.stack([lam * r.alpha_gradient for lam, r in phases]).sum(0).to(self.alpha.dtype)
+        if self._config.labels == "soft":
             self.logits_SK.grad = torch.stack([lam * r.label_grad_SK for lam, r in phases]).sum(0)
-        self._sgd.step()
-        self._sgd.zero_grad(set_to_none=True)
+        factor = schedule(self._config, iteration)
+        for name, optimizer in self._optimizers.items():
+            group = optimizer.param_groups[0]
+            lr = group["lr"]
+            group["lr"] = lr if name == "alpha" else lr * factor
+            optimizer.step()
+            group["lr"] = lr
+            optimizer.zero_grad(set_to_none=True)
 
     def momentum_tensors(self) -> dict[str, Tensor]:
-        """The momentum buffers by name; a tensor that was never stepped has none."""
-        named = zip(("images", "labels", "alpha"), (self.images_SCHH, self.logits_SK, self.alpha), strict=True)
-        buffers = {name: self._sgd.state[t].get("momentum_buffer") for name, t in named if t in self._sgd.state}
-        return {f"momentum_{name}": b for name, b in buffers.items() if b is not None}
+        """The optimizers' state by name; a tensor that was never stepped has none."""
+        found = {}
+        for name, optimizer in self._optimizers.items():
+            state = optimizer.state.get(self._tensor(name), {})
+            for prefix, key in (("momentum", "momentum_buffer"), ("momentum", "exp_avg"), ("square", "exp_avg_sq")):
+                if state.get(key) is not None:
+                    found[f"{prefix}_{name}"] = state[key]
+        return found
 
-    def load_momentum(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what ``momentum_tensors`` gave, and nothing else."""
-        self._sgd.state.clear()
-        for name, t in (("images", self.images_SCHH), ("labels", self.logits_SK), ("alpha", self.alpha)):
-            if f"momentum_{name}" in tensors:
-                self._sgd.state[t]["momentum_buffer"] = tensors[f"momentum_{name}"].to(t.device, t.dtype).clone()
+    def load_momentum(self, tensors: dict[str, Tensor], iteration: int) -> None:
+        """Put back what ``momentum_tensors`` gave after ``iteration`` iterations, and nothing else."""
+        for name, optimizer in self._optimizers.items():
+            optimizer.state.clear()
+            momentum, square = tensors.get(f"momentum_{name}"), tensors.get(f"square_{name}")
+            if momentum is None:
+                continue
+            tensor = self._tensor(name)
+            momentum = momentum.to(tensor.device, tensor.dtype, copy=True)
+            if square is None:
+                optimizer.state[tensor] = {"momentum_buffer": momentum}
+            else:
+                square = square.to(tensor.device, tensor.dtype, copy=True)
+                step = torch.tensor(float(iteration))
+                optimizer.state[tensor] = {"step": step, "exp_avg": momentum, "exp_avg_sq": square}
+
+    def _tensor(self, name: str) -> Tensor:
+        return {"images": self.images_SCHH, "labels": self.logits_SK, "alpha": self.alpha}[name]
+
+
+def schedule(config: DistillConfig, iteration: int) -> float:
+    """The factor on the learning rates of pixels and labels in iteration ``iteration`` + 1."""
+    if config.schedule == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * iteration / config.iterations)) / 2

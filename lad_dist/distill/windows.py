@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lad_dist.distill.replay import Record
 from lad_dist.models.layout import Layout
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import PhaseName, Recipe
 from lad_dist.seeds import rng
 from lad_dist.trajectories.cache import CheckpointCache, Row
 from lad_dist.trajectories.reader import Buffer
@@ -49,21 +49,27 @@ class Windows:
         grown = (d.start_epoch_max - d.start_epoch_max_first) * min(1.0, iteration / d.start_epoch_growth)
         return d.start_epoch_max_first + int(grown)
 
-    def choose(self, stage: Stage, iteration: int) -> tuple[int, int]:
+    def choose(self, phase: PhaseName, iteration: int) -> tuple[int, int]:
         """(expert, start epoch) of one phase of one iteration: recorded, or both uniform.
 
         A function of (seed, iteration) and of the experts to draw from.
         """
         if self._record is not None:
-            return self._record.window(stage, iteration)
-        d, generator = self._recipe.distill, rng(self._recipe.seed, "distill", iteration, "window", stage)
+            return self._record.window(phase, iteration)
+        d, generator = self._recipe.distill, rng(self._recipe.seed, "distill", iteration, "window", phase)
         expert = self.experts[int(generator.integers(len(self.experts)))]
-        low, high = (
-            (d.start_epoch_min, self.start_bound(iteration))
-            if stage == "representation"
-            else (0, d.classifier_start_epoch_max)
-        )
+        low, high = {
+            "representation": (d.start_epoch_min, self.start_bound(iteration)),
+            "classifier": (0, d.classifier_start_epoch_max),
+            "regression": (0, d.regression_epoch_max),
+        }[phase]
         return expert, int(generator.integers(low, high))
+
+    def checkpoint(self, iteration: int) -> Window:
+        """The checkpoint whose features the regression phase of an iteration uses; a window of no length."""
+        expert, epoch = self.choose("regression", iteration)
+        theta_P = self.weights("representation", expert, epoch)
+        return Window("representation", expert, epoch, theta_P, theta_P)
 
     def draw(self, stage: Stage, iteration: int) -> Window:
         """The window of one phase of one iteration, read from the buffer. Raises as ``weights`` does."""
@@ -71,14 +77,17 @@ class Windows:
         target = epoch + self._recipe.distill.window_epochs
         return Window(stage, expert, epoch, self.weights(stage, expert, epoch), self.weights(stage, expert, target))
 
-    def read_ahead(self, stages: Sequence[Stage], iteration: int) -> None:
+    def read_ahead(self, phases: Sequence[PhaseName], iteration: int) -> None:
         """Begin to read what an iteration will need. New experts until then make this vain, and nothing else."""
         if iteration >= self._recipe.distill.iterations:
             return
         length, rows = self._recipe.distill.window_epochs, list[Row]()
-        for stage in stages:
-            expert, epoch = self.choose(stage, iteration)
-            rows += [row for at in (epoch, epoch + length) for row in self._rows(stage, expert, at)]
+        for phase in phases:
+            expert, epoch = self.choose(phase, iteration)
+            if phase == "regression":
+                rows += self._rows("representation", expert, epoch)
+            else:
+                rows += [row for at in (epoch, epoch + length) for row in self._rows(phase, expert, at)]
         self.checkpoints.prefetch(rows)
 
     def weights(self, stage: Stage, expert: int, epoch: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lad_dist.distill.memory import FREE_FRACTION
 from lad_dist.plan import limits, memory
 from lad_dist.plan.facts import Facts
-from lad_dist.plan.memory import PATHS, PHASES, Batches
+from lad_dist.plan.memory import PATHS, Batches
 from lad_dist.plan.place import Place
 from lad_dist.plan.scaling import (
     RANK_COUNTS,
@@ -151,7 +151,7 @@ def choose_path(recipe: Recipe, shapes: Shapes, free: int, batches: Batches) -> 
 
 
 def _needs(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place, batches: Batches) -> list[Need]:
-    d, device = recipe.distill, place.device
+    device = place.device
     on_device, on_host = memory.data_bytes(facts, shapes, recipe.data.whitening)
     here = "device" if device == "cuda" else "host"
     needs = [
@@ -164,11 +164,8 @@ def _needs(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place, batches: 
     one = limits.expert_process_bytes(recipe, facts, shapes, device, recipe.experts.batch)
     needs.append(Need("experts", "one expert's process, in all", here, one))
     needs.append(Need("experts", "trajectory buffer", "disk", memory.buffer_bytes(recipe, shapes)))
-    phases = PHASES if d.matching == "decoupled" else PHASES[:1]
-    steps = (d.student_steps, d.student_steps_classifier)
     for path in PATHS:
-        for phase, n in zip(phases, steps, strict=False):
-            count = memory.phase_bytes(shapes, batches, phase, path, n, device)
+        for phase, count in memory.phases_of(recipe, shapes, batches, path, device).items():
             needs.append(Need("distill", f"{phase} phase, {path}", here, count))
     for path in PATHS:
         whole = limits.rank_bytes(recipe, facts, shapes, device, batches, path)
@@ -212,8 +209,10 @@ class _Times:
             "experts/classifier": (min(recipe.experts.batch, facts.train), expert_threads),
             "evaluate/train": (min(recipe.evaluate.batch, self.total), rank_threads),
         }
-        if recipe.distill.matching != "decoupled":
+        if not {"classifier", "regression"} & set(recipe.phases):
             del self.kinds[f"classifier/{path}"]
+        if "representation" not in recipe.phases:
+            del self.kinds[f"representation/{path}"]
 
     def measure(self, device: torch.device | None, seconds: float | None) -> list[str]:
         """Calibrate if asked and possible; what is worth knowing about it in words."""
@@ -320,7 +319,10 @@ class _Times:
         found = []
         for phase in self.phases(world):
             seconds, sums, share = iteration((phase,), self.total, d.batch, world, self.place.network)
-            how = f"{d.iterations} iterations of {phase.steps} steps on {share:.3g} images a rank, {seconds:.3g} s each"
+            what = f"{phase.steps} steps on {share:.3g} images a rank"
+            if phase.name == "regression":
+                what = f"{share:.3g} images a rank and {d.regression_batch} real ones"
+            how = f"{d.iterations} iterations of {what}, {seconds:.3g} s each"
             if world > 1:
                 how += f" ({sums / seconds:.0%} of it waiting for sums)"
             found.append(Duration("distill", f"{phase.name} phase", d.iterations * seconds, how))

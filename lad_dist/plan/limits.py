@@ -17,11 +17,8 @@ _MOST_RANKS = 4096
 
 def rank_bytes(recipe: Recipe, facts: Facts, shapes: Shapes, device: str, batches: Batches, path: str) -> int:
     """The most that one rank needs of its device (of the host, on CPUs) during distillation, in all."""
-    phases = memory.PHASES if recipe.distill.matching == "decoupled" else memory.PHASES[:1]
-    steps = (recipe.distill.student_steps, recipe.distill.student_steps_classifier)
-    busiest = max(
-        memory.phase_bytes(shapes, batches, phase, path, n, device) for phase, n in zip(phases, steps, strict=False)
-    )
+    phases = memory.phases_of(recipe, shapes, batches, path, device)
+    busiest = max(phases.values())
     return _standing(recipe, facts, shapes, device) + memory.set_bytes(shapes, batches.rows) + busiest
 
 

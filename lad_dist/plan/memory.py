@@ -85,6 +85,27 @@ def phase_bytes(shapes: Shapes, batches: Batches, phase: str, path: str, steps: 
     return int(graph_bytes(shapes, phase, kept) + 4 * (vectors + passing + results)) + _SMALL
 
 
+def phases_of(recipe: Recipe, shapes: Shapes, batches: Batches, path: str, device: str) -> dict[str, int]:
+    """``phase_bytes`` of every phase of the recipe, by name.
+
+    The regression phase: a classifier step's graph on the synthetic batch, or a pass without a graph over the real images,
+    features of both, and matrices of the size of the batch.
+    """
+    d = recipe.distill
+    steps = {"representation": d.student_steps, "classifier": d.student_steps_classifier}
+    found: dict[str, int] = {}
+    for phase in recipe.phases:
+        if phase != "regression":
+            found[phase] = phase_bytes(shapes, batches, phase, path, steps[phase], device)
+    if "regression" in recipe.phases:
+        batch = min(d.batch, batches.total)
+        features = (batch + d.regression_batch) * (shapes.classifier // shapes.classes + shapes.classes)
+        real = 4 * int(d.regression_batch * (shapes.image * _IMAGES_PER_STEP + 2 * shapes.largest))
+        synthetic = phase_bytes(shapes, batches, "classifier", path, 1, device)
+        found["regression"] = max(synthetic, real) + 4 * (3 * features + 4 * batch**2)
+    return found
+
+
 def auto_bytes(shapes: Shapes, batches: Batches, steps: int) -> int:
     """What ``distill.gradient: auto`` compares with the memory there is: the graphs of the first phase's steps."""
     return int(graph_bytes(shapes, "representation", batches.all_steps(steps)) + 4 * steps * shapes.parameters)

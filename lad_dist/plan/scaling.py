@@ -26,6 +26,7 @@ from lad_dist.plan.shapes import Shapes
 from lad_dist.recipe import Recipe
 
 HELPS_ABOVE = 0.5  # parallel efficiency below which more ranks are called a waste
+WAY_AND_BACK = 2.1  # forward passes that a classifier-phase step takes (plan/speed.py, WORK)
 NEARLY = 1.1  # times the least seconds that still count as fastest
 RANK_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -112,15 +113,20 @@ class Scaling:
 
 def phases_of(recipe: Recipe, shapes: Shapes, path: str, step_of: Callable[[str], StepTime]) -> tuple[PhaseCost, ...]:
     """The phases of an iteration. ``step_of(kind)`` is the time of a student step on one rank."""
-    d = recipe.distill
-    sums = 2 if path == "recompute" else 1
-    kinds = [("representation", d.student_steps, 4 * shapes.parameters, sums)]
-    if d.matching == "decoupled":
-        kinds.append(("classifier", d.student_steps_classifier, 4 * shapes.classifier, 1))
-    return tuple(
-        PhaseCost(name, path, steps, count, per_step, step_of(f"{name}/{path}"))
-        for name, steps, count, per_step in kinds
-    )
+    d, total = recipe.distill, shapes.classes * recipe.ipc
+    steps = {"representation": d.student_steps, "classifier": d.student_steps_classifier}
+    bytes_per_sum = {"representation": 4 * shapes.parameters, "classifier": 4 * shapes.classifier}
+    found = []
+    for name in recipe.phases:
+        if name == "regression":  # a pass there and back over the batch, and one there over the real images
+            step = step_of(f"classifier/{path}")
+            real = d.regression_batch * step.per_image / WAY_AND_BACK
+            features = 4 * min(d.batch, total) * (shapes.classifier // shapes.classes + shapes.classes)
+            found.append(PhaseCost(name, path, 1, features, 1, StepTime(step.per_image, step.per_step + real, step.launch)))
+        else:
+            sums = 2 if path == "recompute" and name == "representation" else 1
+            found.append(PhaseCost(name, path, steps[name], bytes_per_sum[name], sums, step_of(f"{name}/{path}")))
+    return tuple(found)
 
 
 def mean_batch(total: int, batch: int) -> float:

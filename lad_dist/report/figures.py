@@ -118,6 +118,20 @@ def distill_charts(found: Contents) -> list[Figure]:
             reference=(1.0, "no progress"),
         ),
         chart(
+            "Regression loss",
+            [Line("regression", "s4", history.curve("loss_regression"))],
+            "squared error",
+            "Of real images' labels predicted by a linear classifier fitted in closed form to the features of the set: the mean "
+            "over images of the squared distance to the target probabilities.",
+        ),
+        chart(
+            "Regression accuracy",
+            [Line("regression", "s4", history.curve("accuracy_regression"))],
+            "accuracy (%)",
+            "Of the same classifier on its real batch, which holds every class equally often: training images, augmented.",
+            scale=100.0,
+        ),
+        chart(
             "Direction of the student",
             by_phase("cosine"),
             "cosine",

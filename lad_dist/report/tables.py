@@ -33,6 +33,7 @@ MAIN_SOURCES = ("distilled", "random", "full")  # what charts and the page's fir
 CALIBRATION = ("balanced", "ECE", "standard error")
 METHODS = {
     "lad": "LAD",
+    "lad-fr": "LAD with feature regression",
     "datm": "DATM",
     "mtt": "MTT",
     "lad-without-wma": "LAD without weight mismatch avoidance",

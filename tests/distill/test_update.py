@@ -9,6 +9,7 @@ from textbook import Momentum
 from lad_dist.distill.matching import Match
 from lad_dist.distill.student import PhaseResult
 from lad_dist.distill.update import Optimizers
+from lad_dist.recipe import DistillConfig
 
 LR, MOMENTUM, LAMBDAS = (3.0, 0.5, 0.01), (0.5, 0.9, 0.3), (0.7, 1.3)
 
@@ -20,10 +21,18 @@ def phase_result(seed: int) -> PhaseResult:
     return PhaseResult(match, torch.randn(4, 1, 3, 3, generator=draws), torch.randn(4, 2, generator=draws), zero, zero)
 
 
+def config(lr=LR, momentum=MOMENTUM, **fields) -> DistillConfig:
+    names = ("images", "labels", "alpha")
+    rates = {f"lr_{n}": float(x) for n, x in zip(names, lr, strict=True)}
+    return DistillConfig(
+        **rates, **{f"momentum_{n}": float(x) for n, x in zip(names, momentum, strict=True)}, **fields
+    )
+
+
 def optimizers(seed: int = 0, **fields) -> Optimizers:
     draws = torch.Generator().manual_seed(seed)
     tensors = torch.randn(4, 1, 3, 3, generator=draws), torch.randn(4, 2, generator=draws), torch.tensor(0.05)
-    return Optimizers(*tensors, lr=LR, momentum=MOMENTUM, **fields)
+    return Optimizers(*tensors, config(**fields))
 
 
 def phases(step: int) -> list[tuple[float, PhaseResult]]:
@@ -55,7 +64,7 @@ def test_momentum_survives_saving():
     second = optimizers(seed=5)
     for tensor, value in zip((second.images_SCHH, second.logits_SK, second.alpha), values(first), strict=True):
         tensor.copy_(value)
-    second.load_momentum({k: t.clone() for k, t in first.momentum_tensors().items()})
+    second.load_momentum({k: t.clone() for k, t in first.momentum_tensors().items()}, iteration=2)
     straight.step(phases(2))
     second.step(phases(2))
     assert all(torch.equal(a, b) for a, b in zip(values(straight), values(second), strict=True))
@@ -97,7 +106,7 @@ def test_each_rate_is_its_own(which):
     rates = [0.0, 0.0, 0.0]
     rates[which] = 1.0
     draws = optimizers()
-    o = Optimizers(draws.images_SCHH, draws.logits_SK, draws.alpha, lr=tuple(rates), momentum=(0, 0, 0))
+    o = Optimizers(draws.images_SCHH, draws.logits_SK, draws.alpha, config(rates, (0, 0, 0)))
     before = values(o)
     o.step(phases(0))
     assert [not torch.equal(a, b) for a, b in zip(values(o), before, strict=True)] == [i == which for i in range(3)]

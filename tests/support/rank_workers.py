@@ -37,7 +37,7 @@ def student_gradients(
     for step in range(4):
         rows = rng(0, "rows", step).permutation(total)[:batch]
         drawn = augment.draw(rng(0, "augment", step), AugmentConfig(), len(rows), SIZE)
-        own, part = share.part(rows, drawn)
+        own, part, _ = share.part(rows, drawn)
         batches.append(Batch(torch.from_numpy(own), part, len(rows)))
     student = Student(module, ranks)
     layout = student.layout

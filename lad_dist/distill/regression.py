@@ -1,0 +1,145 @@
+"""The regression phase: a linear classifier fitted in closed form to the set's features must predict real images.
+
+Source: Zhou et al., "Dataset Distillation using Neural Feature Regression" (FRePo), NeurIPS 2022, arXiv 2206.00719,
+equation 5. What differs here: the feature networks are checkpoints of the representation experts instead of a pool that is
+trained on the synthetic set; the real batch holds every class equally often, so that the tail counts as much as the head
+without class weights; the targets may be the classifier experts' soft labels.
+
+With the backbone of a checkpoint fixed, F the features of a batch of the set and p its soft labels, ridge regression
+predicts real features R by
+
+    q = 1/K + R F^T (F F^T + ridge * mean(diag F F^T) I)^-1 (p - 1/K)
+
+and the loss is the mean over real images of ||q - target||^2. It is what training a last layer *to the end* on the set
+would do, where a matching phase follows a student for a few steps (benchmarks/notes-convergence.md has what that is worth).
+
+Over ranks, rank 0 computes the real features, which all receive. Every rank computes the features of its own images; their
+sum over ranks, each in its own rows, is the whole batch's. The small regression is then the same everywhere, and each rank
+takes its own rows of the gradient back to its pixels.
+
+Shapes: B images of a synthetic batch, b of them on this rank, R real images, K classes, D features and a constant one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lad_dist.data import augment
+from lad_dist.data.prepare import PreparedData
+from lad_dist.distill.student import Batch, Student, SyntheticSet
+from lad_dist.models import functional
+from lad_dist.recipe import Recipe
+from lad_dist.seeds import rng
+
+
+@dataclass(frozen=True)
+class RealFeatures:
+    """Features (R, D) of real images under one checkpoint, what to predict for them (R, K), and their classes (R,)."""
+
+    features_RD: Tensor
+    targets_RK: Tensor
+    labels_R: Tensor
+
+
+@dataclass(frozen=True)
+class RegressionResult:
+    """The loss, the accuracy on the real batch (0-dim tensors, the same on every rank) and the gradients of this rank's images."""
+
+    loss: Tensor
+    accuracy: Tensor
+    image_grad_SCHH: Tensor
+    label_grad_SK: Tensor
+
+    @property
+    def alpha_gradient(self) -> Tensor:
+        """The student's learning rate takes no part."""
+        return torch.zeros_like(self.loss)
+
+
+class RealBatches:
+    """The real images of every iteration, on rank 0. ``teacher(rows)`` gives the logits of training images for soft targets.
+
+    A batch holds as many images of every class, within a class without repeats as far as they go.
+    """
+
+    def __init__(self, recipe: Recipe, data: PreparedData, teacher: Callable[[np.ndarray], Tensor] | None) -> None:
+        self._recipe, self._data = recipe, data
+        labels_N = data.splits.train.labels_N.numpy()
+        self._members = [np.flatnonzero(labels_N == c) for c in range(data.classes)]
+        self._targets_NK = torch.nn.functional.one_hot(torch.from_numpy(labels_N), data.classes).float()
+        if teacher is not None:
+            self._targets_NK = torch.softmax(teacher(np.arange(len(labels_N))), dim=1)
+
+    @torch.no_grad()
+    def features(self, student: Student, theta_P: Tensor, iteration: int) -> RealFeatures:
+        """The real batch of an iteration as the backbone of ``theta_P`` sees it: a function of (seed, iteration)."""
+        recipe, counters = self._recipe, ("distill", iteration, "regression")
+        draws = rng(recipe.seed, *counters, "real")
+        each = -(-recipe.distill.regression_batch // len(self._members))
+        rows_R = torch.from_numpy(np.concatenate([_some(draws, m, each) for m in self._members]))
+        images_RCHH, labels_R = self._data.train.batch(rows_R)
+        drawn = augment.draw(
+            rng(recipe.seed, *counters, "augment-real"), recipe.augment, len(rows_R), images_RCHH.shape[2]
+        )
+        views_RCHH = augment.apply(images_RCHH, drawn)
+        features_RD = functional.features(student.module, student.layout.views(theta_P), views_RCHH)
+        return RealFeatures(features_RD.cpu(), self._targets_NK[rows_R], labels_R.cpu())
+
+
+def _some(draws: np.random.Generator, members: np.ndarray, count: int) -> np.ndarray:
+    """``count`` members, all of them once before one comes again."""
+    turns = [draws.permutation(members) for _ in range(-(-count // len(members)))]
+    return np.concatenate(turns)[:count]
+
+
+def regress(
+    student: Student,
+    synthetic: SyntheticSet,
+    batch: Batch,
+    rows_in_batch_b: Tensor,
+    theta_P: Tensor,
+    real: RealFeatures,
+    ridge: float,
+) -> RegressionResult:
+    """The regression's loss and its gradients by this rank's images and labels. All ranks call it.
+
+    ``batch`` are this rank's images of a synthetic batch, and ``rows_in_batch_b`` their places in it.
+    """
+    device, classes = theta_P.device, synthetic.logits_SK.shape[1]
+    real_RD = _with_constant(real.features_RD.to(device))
+    targets_RK, labels_R = real.targets_RK.to(device), real.labels_R.to(device)
+    whole_BD = real_RD.new_zeros(batch.size, real_RD.shape[1])
+    whole_BK = real_RD.new_zeros(batch.size, classes)
+    images_bCHH, views_bCHH = batch.views(synthetic, with_graph=True)
+    labels_bK = synthetic.logits_SK[batch.rows_B].requires_grad_()
+    own_bD, own_bK = real_RD.new_zeros(0, real_RD.shape[1]), labels_bK
+    if len(batch.rows_B):
+        views = student.layout.views(theta_P.detach())
+        own_bD = _with_constant(functional.features(student.module, views, views_bCHH))
+        own_bK = torch.softmax(labels_bK, dim=1) - 1 / classes
+        whole_BD[rows_in_batch_b], whole_BK[rows_in_batch_b] = own_bD.detach(), own_bK.detach()
+    features_BD = student.ranks.total(whole_BD).requires_grad_()
+    labels_BK = student.ranks.total(whole_BK).requires_grad_()
+    gram_BB = features_BD @ features_BD.T
+    eye_BB = torch.eye(batch.size, device=device, dtype=gram_BB.dtype)
+    solved_BK = torch.linalg.solve(gram_BB + ridge * gram_BB.diagonal().mean() * eye_BB, labels_BK)
+    predicted_RK = 1 / classes + real_RD @ (features_BD.T @ solved_BK)
+    loss = (predicted_RK - targets_RK).square().sum(dim=1).mean()
+    grad_BD, grad_BK = torch.autograd.grad(loss, [features_BD, labels_BK])
+    image_grad_SCHH, label_grad_SK = torch.zeros_like(synthetic.images_SCHH), torch.zeros_like(synthetic.logits_SK)
+    if len(batch.rows_B):
+        image_grad, label_grad = torch.autograd.grad(
+            [own_bD, own_bK], [images_bCHH, labels_bK], [grad_BD[rows_in_batch_b], grad_BK[rows_in_batch_b]]
+        )
+        image_grad_SCHH[batch.rows_B], label_grad_SK[batch.rows_B] = image_grad, label_grad
+    right = (predicted_RK.detach().argmax(dim=1) == labels_R).float().mean()
+    return RegressionResult(loss.detach(), right, image_grad_SCHH, label_grad_SK)
+
+
+def _with_constant(features_BD: Tensor) -> Tensor:
+    return torch.cat([features_BD, features_BD.new_ones(len(features_BD), 1)], dim=1)
