@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from textbook import Momentum
@@ -24,9 +26,7 @@ def phase_result(seed: int) -> PhaseResult:
 def config(lr=LR, momentum=MOMENTUM, **fields) -> DistillConfig:
     names = ("images", "labels", "alpha")
     rates = {f"lr_{n}": float(x) for n, x in zip(names, lr, strict=True)}
-    return DistillConfig(
-        **rates, **{f"momentum_{n}": float(x) for n, x in zip(names, momentum, strict=True)}, **fields
-    )
+    return DistillConfig(**rates, **{f"momentum_{n}": float(x) for n, x in zip(names, momentum, strict=True)}, **fields)
 
 
 def optimizers(seed: int = 0, **fields) -> Optimizers:
@@ -77,7 +77,7 @@ def test_loading_no_momentum_forgets_what_there_was():
     o.step(phases(0))
     for tensor, value in zip((o.images_SCHH, o.logits_SK, o.alpha), start, strict=True):
         tensor.copy_(value)
-    o.load_momentum({})
+    o.load_momentum({}, iteration=0)
     assert o.momentum_tensors() == {}
     o.step(phases(1))
     fresh.step(phases(1))
@@ -85,7 +85,7 @@ def test_loading_no_momentum_forgets_what_there_was():
 
 
 def test_hard_labels_never_change():
-    o = optimizers(learn_labels=False)
+    o = optimizers(labels="hard")
     before = o.logits_SK.clone()
     for step in range(3):
         o.step(phases(step))
@@ -110,3 +110,36 @@ def test_each_rate_is_its_own(which):
     before = values(o)
     o.step(phases(0))
     assert [not torch.equal(a, b) for a, b in zip(values(o), before, strict=True)] == [i == which for i in range(3)]
+
+
+def test_adam_equals_torch_and_survives_saving():
+    """Pixels and labels by Adam along a cosine; alpha by SGD."""
+    fields = {"optimizer": "adam", "schedule": "cosine", "iterations": 6}
+    ours, saved = optimizers(**fields), optimizers(**fields)
+    images, labels = ours.images_SCHH.clone(), ours.logits_SK.clone()
+    by_hand = torch.optim.Adam(
+        [
+            {"params": [x], "lr": lr, "betas": (m, 0.99)}
+            for x, lr, m in zip((images, labels), LR, MOMENTUM, strict=False)
+        ]
+    )
+    for i in range(6):
+        both = phases(i)
+        for x, name in ((images, "image_grad_SCHH"), (labels, "label_grad_SK")):
+            x.grad = sum(lam * getattr(r, name) for lam, r in both)
+        factor = (1 + math.cos(math.pi * i / 6)) / 2
+        for group, lr in zip(by_hand.param_groups, LR, strict=False):
+            group["lr"] = lr * factor
+        by_hand.step()
+        ours.step(both, i)
+        saved.step(both, i)
+        restored = optimizers(seed=9, **fields)
+        for tensor, value in zip(
+            (restored.images_SCHH, restored.logits_SK, restored.alpha), values(saved), strict=True
+        ):
+            tensor.copy_(value)
+        restored.load_momentum(saved.momentum_tensors(), i + 1)
+        saved = restored
+    for a, b, c in zip(values(ours), values(saved), (images, labels, ours.alpha), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)
