@@ -16,7 +16,7 @@ import torch
 from lad_dist.data.arrays import cifar, digits, fashion_mnist
 from lad_dist.data.decoding import PixelFormat, decode, probe
 from lad_dist.data.folders import image_folder, image_list, tiny_imagenet
-from lad_dist.data.longtail import exponential_counts, hold_out, select
+from lad_dist.data.longtail import exponential_counts, hold_out, reserve_of, select
 from lad_dist.data.parquet import parquet
 from lad_dist.data.sources import Indices, Labels, Source, check_labels
 
@@ -87,7 +87,7 @@ class DataSplits:
     """What the stages work on."""
 
     train: ImageSet  # exponential: class after class, as ``longtail.select`` orders them; natural: in data set order
-    validation: ImageSet | None  # balanced, taken out of the training pool; None unless asked for
+    validation: ImageSet | None  # taken out of the training pool, where a class of few keeps one; None unless asked for
     test: ImageSet
     full_counts: tuple[int, ...]  # images per class of the training pool, before anything was taken out of it
 
@@ -147,10 +147,11 @@ def choose_training_images(
 ) -> tuple[Indices, Indices]:
     """Indices into the training pool: (images to train on, images held out), by labels alone."""
     num_classes, reserve = len(class_names), config.validation_per_class
-    held_out = hold_out(labels_N, reserve, num_classes, class_names)
+    held_out = hold_out(labels_N, reserve, num_classes)
     if config.imbalance == "natural":
         return np.setdiff1d(np.arange(len(labels_N), dtype=np.int64), held_out), held_out
-    smallest = int(np.bincount(labels_N, minlength=num_classes).min()) - reserve
+    smallest = int(np.bincount(labels_N, minlength=num_classes).min())
+    smallest -= reserve_of(smallest, reserve)
     n_max = config.n_max if config.n_max is not None else smallest
     counts = exponential_counts(n_max, num_classes, config.imbalance_factor, class_names)
     return select(labels_N, counts, reserve, class_names), held_out
