@@ -75,13 +75,19 @@ class DataConfig(_Section):
         None, description="images of the largest class; default: size of the smallest class of the training pool"
     )
     validation_per_class: Annotated[Int, Field(ge=0)] = Field(
-        0, description="images per class held out of the training pool, to choose settings on"
+        0,
+        description="images per class held out of the training pool, to choose settings on; a class of no more keeps one image",
     )
     download: Bool = Field(True, description="let torchvision download a missing data set")
     whitening: Literal["zca", "standardize", "none"] = Field(
         "zca", description="fitted on the training set, applied to all"
     )
     zca_eps: Annotated[Float, Field(gt=0)] = Field(0.1, description="added to the eigenvalues of the covariance")
+    normalize_before_zca: Literal["none", "fitted", "published"] = Field(
+        "none",
+        description="(x - mean) / std of each channel before ZCA; fitted: of the training set; published: the constants that the "
+        "official code applies to CIFAR-100-LT",
+    )
 
 
 class ModelConfig(_Section):
@@ -205,6 +211,11 @@ class DistillConfig(_Section):
         description="real images that an expert classifies correctly, at random or by herding on its features; "
         "or any real images of the class",
     )
+    initial_labels: Literal["correct-experts", "one-expert"] = Field(
+        "correct-experts",
+        description="correct-experts: mean logits of the experts that classify the image correctly; one-expert: raw logits of "
+        "one expert drawn at random, wrong ones included, as the official code does for CIFAR-100-LT and Tiny-ImageNet-LT",
+    )
     label_temperature: Annotated[Float, Field(gt=0)] = Field(
         1.0,
         description="the experts' mean logits are divided by this before they become soft labels; above 1 is softer",
@@ -317,6 +328,7 @@ class Recipe(_Section):
         """The part of the recipe that determines the experts' rows, apart from the data's own fingerprint."""
         doc = self.model_dump(mode="json")
         data = {k: v for k, v in doc["data"].items() if k not in ("root", "download")}
+        without_later_defaults(data, normalize_before_zca="none")
         experts = {k: v for k, v in doc["experts"].items() if k not in ("count", "epochs_per_part")}
         return {"data": data, "model": doc["model"], "augment": doc["augment"], "experts": experts}
 
@@ -328,7 +340,16 @@ class Recipe(_Section):
         """SHA-256 (hex) of the whole recipe except where the data lies."""
         doc = self.model_dump(mode="json")
         doc["data"] = {k: v for k, v in doc["data"].items() if k not in ("root", "download")}
+        without_later_defaults(doc["data"], normalize_before_zca="none")
+        without_later_defaults(doc["distill"], initial_labels="correct-experts")
         return _digest(doc)
+
+
+def without_later_defaults(doc: dict[str, Any], **defaults: Any) -> None:
+    """Remove fields that are at these defaults, so that hashes from before the fields existed stay valid."""
+    for name, value in defaults.items():
+        if doc.get(name) == value:
+            del doc[name]
 
 
 def _digest(doc: dict[str, Any]) -> str:
@@ -372,6 +393,11 @@ def _cross_faults(recipe: Recipe) -> list[str]:
                 faults.append(
                     f"data.{field}: must name the {field} split's file for data.dataset {recipe.data.dataset}"
                 )
+    if recipe.data.normalize_before_zca != "none" and recipe.data.whitening != "zca":
+        faults.append(
+            f"data.normalize_before_zca: {recipe.data.normalize_before_zca} has no meaning with data.whitening "
+            f"{recipe.data.whitening}; valid: none, or data.whitening zca"
+        )
     default = DataConfig.model_fields["imbalance_factor"].default  # a saved recipe spells it out
     if recipe.data.imbalance == "natural" and recipe.data.imbalance_factor != default:
         faults.append("data.imbalance_factor: has no meaning with data.imbalance natural; remove it")

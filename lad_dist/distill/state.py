@@ -23,7 +23,7 @@ from lad_dist.distill.shards import Share
 from lad_dist.distill.update import Optimizers
 from lad_dist.errors import DistilledError
 from lad_dist.ranks import ALONE, Ranks
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import Recipe, without_later_defaults
 from lad_dist.rundir import publish_shared_folder, remove, save_tensors
 
 _SHARD = re.compile(r"shard-(\d{3,})-of-(\d{3,})\.safetensors")
@@ -171,6 +171,7 @@ def _trajectory_hash(recipe: Recipe) -> str:
     doc = recipe.model_dump(mode="json", include={"method", "ipc", "seed", "distill"})
     free = ("gradient", "memory_gb", "checkpoint_every", "early_evaluation", "iterations")
     doc["distill"] = {k: v for k, v in doc["distill"].items() if k not in free}
+    without_later_defaults(doc["distill"], initial_labels="correct-experts")
     doc["buffer"] = {"start_after": recipe.buffer.start_after}
     doc["experts"] = recipe.experts_hash()
     doc["experts_count"] = recipe.experts.count
