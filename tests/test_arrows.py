@@ -16,11 +16,12 @@ LEVEL = {
     "experts": 3, "distill": 3, "evaluate": 3, "report": 3, "exchange": 3,
     "trajectories": 4, "distilled": 4, "data": 4, "models": 4,
     "catalog": 5, "recipe": 5, "recipe_file": 5, "results": 5, "profile": 5, "rundir": 5, "progress": 5, "ranks": 5, "seeds": 5,
-    "errors": 5, "interrupts": 5, "location": 5, "allocator": 5,
+    "errors": 5, "interrupts": 5, "location": 5, "allocator": 5, "cores": 5,
 }  # fmt: skip
 STAGES = ("experts", "distill", "evaluate", "report")
 SAME_LEVEL = {  # within a level, only these
     ("distilled", "data"), ("launch", "status"), ("doctor", "launch"), ("doctor", "status"),
+    ("pipeline", "plan"),  # the number of threads
     ("recipe_file", "recipe"), ("recipe_file", "errors"),
     ("profile", "recipe"), ("rundir", "recipe"), ("rundir", "recipe_file"), ("rundir", "errors"), ("rundir", "location"),
     ("location", "errors"),

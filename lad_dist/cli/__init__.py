@@ -24,6 +24,7 @@ import typer
 from lad_dist import __version__
 from lad_dist.cli import buffers, cluster, doctor, exchange, looking, plan, stages, terminal
 from lad_dist.cli.options import default_out, expanded
+from lad_dist.cores import wait_asleep
 
 __all__ = ["app", "default_out", "main"]
 
@@ -69,6 +70,7 @@ app.add_typer(buffer_app, name="buffer")
 
 def main() -> None:
     """The entry point of ``lad-dist``."""
+    wait_asleep()
     terminal.tolerate_any_encoding()
     app()
 

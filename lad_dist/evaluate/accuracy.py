@@ -21,7 +21,8 @@ class Accuracy:
     ``balanced`` is the mean of the accuracies of the classes that the set holds; ``per_class`` is 0 for the others, which no
     mean counts. ``head``, ``medium`` and ``tail`` are means of the classes' accuracies over the thirds of the classes by training
     count; ``by_count`` the same over many (> 100), medium (20 to 100) and few (< 20) training images; None for an empty group.
-    ``ece`` is the expected calibration error over 15 equal bins of confidence. ``confusion[true][predicted]`` are numbers of images.
+    ``ece`` is the expected calibration error over 15 equal bins of confidence. ``confusion[true][predicted]`` are numbers of
+    images.
     """
 
     overall: float

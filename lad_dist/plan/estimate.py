@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lad_dist import cores
 from lad_dist.distill.memory import FREE_FRACTION
 from lad_dist.plan import limits, memory
 from lad_dist.plan.facts import Facts
@@ -105,12 +105,18 @@ def make_plan(
     """The plan. ``buffer`` is where the trajectory buffer will lie (None: in an object store); ``calibrate`` the seconds
     to spend on measuring this device, None for the table (also where ``device`` is None)."""
     shapes = shapes_of(recipe, facts)
+    notes: list[str] = []
+    if calibrate is not None and place.chooses_threads:
+        from lad_dist.plan import threads
+
+        team = threads.choose(recipe, shapes, place.threads, min(threads.SECONDS, calibrate / 3))
+        place = replace(place, team=team.threads)
+        notes.append(f"threads: {team.threads} of {place.threads}: {team.why}")
     batches = Batches(facts.classes * recipe.ipc, recipe.distill.batch, place.world)
     path, why = choose_path(recipe, shapes, place.rank_memory, batches)
     disk = _disk(recipe, shapes, buffer)
     faults = limits.faults(recipe, facts, shapes, place, disk)
     needs = _needs(recipe, facts, shapes, place, batches)
-    notes: list[str] = []
     times = None if faults else _Times(recipe, facts, shapes, place, path)
     if times is not None:
         notes += times.measure(device if place.here else None, calibrate)
@@ -203,7 +209,7 @@ class _Times:
         share = largest_share(self.total, recipe.distill.batch, place.world)
         rank_threads = max(1, int(place.rank_threads(place.world)))
         alone = place.experts_at_a_time == 1
-        expert_threads = place.threads if alone else place.threads_per_expert
+        expert_threads = (place.team or place.threads) if alone else place.threads_per_expert
         # kind -> (images of a step as the job will take it, CPU threads)
         self.kinds = {
             f"representation/{path}": (max(1, round(share)), rank_threads),
@@ -223,7 +229,10 @@ class _Times:
         from lad_dist.plan.calibration import Wanted, calibrate
 
         wanted = [Wanted(kind, *self.kinds[kind]) for kind in self.kinds]
-        found = calibrate(self.recipe, self.shapes, wanted, device, seconds)
+        most = self.place.threads
+        free = float(most) if device.type != "cpu" else cores.obtained(most)
+        busy = free < cores.FREE_ABOVE * most
+        found = calibrate(self.recipe, self.shapes, wanted, device, seconds, busy)
         self._measured = {kind: c.step for kind, c in found.items()}
         self.source = "measured here just now"
         scaled = [
@@ -231,10 +240,11 @@ class _Times:
             for kind, (images, _) in self.kinds.items()
             if found[kind].images < images
         ]
-        notes = ["speed: medians of a few steps on this device, measured just now"]
-        if device.type == "cpu" and hasattr(os, "getloadavg") and os.getloadavg()[0] > self.place.threads + 1:
+        notes = ["speed: the least of a few timings of a step on this device, measured just now"]
+        if busy:
             notes.append(
-                f"the machine is busy (load {os.getloadavg()[0]:.1f}): measured times are longer than they need be"
+                f"the machine is busy: {free:.1f} of {most} cores are free. Times are by the processor's time, so what the job takes "
+                "alone; beside other processes it takes longer"
             )
         return notes + (
             [f"a whole step was too long for the calibration, so scaled up: {'; '.join(scaled)}"] * bool(scaled)
