@@ -56,6 +56,11 @@ class DataConfig(_Section):
     root: Text | None = Field(None, description="data folder; default: $LAD_DIST_DATA, else ./data")
     train: Text | None = Field(None, description="training split: file, folder or pattern under root")
     test: Text | None = Field(None, description="test split: file, folder or pattern under root")
+    test_fraction: Annotated[Float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="image-folder without a test split: this part of each class's training images is the test set, one at least; a "
+        "class of one is not tested",
+    )
     image_column: Text | None = Field(
         None, description="Parquet column of encoded images; default: found by type and name"
     )
@@ -328,7 +333,7 @@ class Recipe(_Section):
         """The part of the recipe that determines the experts' rows, apart from the data's own fingerprint."""
         doc = self.model_dump(mode="json")
         data = {k: v for k, v in doc["data"].items() if k not in ("root", "download")}
-        without_later_defaults(data, normalize_before_zca="none")
+        without_later_defaults(data, **_LATER_DATA)
         experts = {k: v for k, v in doc["experts"].items() if k not in ("count", "epochs_per_part")}
         return {"data": data, "model": doc["model"], "augment": doc["augment"], "experts": experts}
 
@@ -340,9 +345,12 @@ class Recipe(_Section):
         """SHA-256 (hex) of the whole recipe except where the data lies."""
         doc = self.model_dump(mode="json")
         doc["data"] = {k: v for k, v in doc["data"].items() if k not in ("root", "download")}
-        without_later_defaults(doc["data"], normalize_before_zca="none")
+        without_later_defaults(doc["data"], **_LATER_DATA)
         without_later_defaults(doc["distill"], initial_labels="correct-experts")
         return _digest(doc)
+
+
+_LATER_DATA = {"normalize_before_zca": "none", "test_fraction": None}
 
 
 def without_later_defaults(doc: dict[str, Any], **defaults: Any) -> None:
@@ -393,6 +401,11 @@ def _cross_faults(recipe: Recipe) -> list[str]:
                 faults.append(
                     f"data.{field}: must name the {field} split's file for data.dataset {recipe.data.dataset}"
                 )
+    if recipe.data.test_fraction is not None and (recipe.data.dataset != "image-folder" or recipe.data.test is not None):
+        faults.append(
+            "data.test_fraction: takes test images out of an image folder's training split; valid with data.dataset image-folder "
+            "and without data.test"
+        )
     if recipe.data.normalize_before_zca != "none" and recipe.data.whitening != "zca":
         faults.append(
             f"data.normalize_before_zca: {recipe.data.normalize_before_zca} has no meaning with data.whitening "

@@ -346,11 +346,10 @@ class _Times:
             candidates = select.iterations // select.select_every
             sources.append(("select", candidates * each, f"{candidates} candidates, {e.epochs} epochs each"))
         small = f"{e.seeds} networks, {e.epochs} epochs on {self.total} images, {each:.3g} s each"
-        sources += [(s, turns * each, small) for s in ("distilled", *(b for b in e.baselines if b == "random"))]
-        if "full" in e.baselines:
-            whole = e.full_epochs * _epoch(step, self.facts.train, e.full_batch)
-            how = f"{e.seeds} networks, {e.full_epochs} epochs on {self.facts.train} images, {whole:.3g} s each"
-            sources.append(("full", turns * whole, how))
+        sources += [(s, turns * each, small) for s in ("distilled", *(b for b in e.baselines if not b.startswith("full")))]
+        whole = e.full_epochs * _epoch(step, self.facts.train, e.full_batch)
+        how = f"{e.seeds} networks, {e.full_epochs} epochs on {self.facts.train} images, {whole:.3g} s each"
+        sources += [(s, turns * whole, how) for s in e.baselines if s.startswith("full")]
         return [Duration("evaluate", what, seconds, how) for what, seconds, how in sources]
 
 

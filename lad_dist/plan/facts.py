@@ -66,7 +66,7 @@ _LISTS = {
 
 
 def facts_of(config: DataConfig) -> Facts:
-    """What the stages will be given. Nothing is downloaded, and one image is decoded at most.
+    """What the stages will be given. Nothing is downloaded; images that are here are all looked at.
 
     Raises:
         DataError: the data are here and cannot be used, or are not here and nothing is published about them.
