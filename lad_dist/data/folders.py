@@ -104,7 +104,7 @@ def _class_folders(train: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """All images below ``folder``, sorted; hidden files (macOS leaves ``._x.jpg`` in archives) are none."""
     return sorted(
         Path(parent, name)
@@ -127,7 +127,7 @@ def _by_class(
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        of_class = _image_files(split / name)
+        of_class = image_files(split / name)
         if not of_class:
             raise DataError(f"{(split / name).absolute()}: no images of class {name}; valid: at least one")
         files += of_class

@@ -141,6 +141,13 @@ def make_plan(
     )
 
 
+def durations_of(recipe: Recipe, facts: Facts, place: Place) -> list[Duration]:
+    """Every stage of the job by the table of devices, whether it fits or not."""
+    shapes = shapes_of(recipe, facts)
+    path, _ = choose_path(recipe, shapes, place.rank_memory, Batches(facts.classes * recipe.ipc, recipe.distill.batch))
+    return _Times(recipe, facts, shapes, place, path).durations()
+
+
 def choose_path(recipe: Recipe, shapes: Shapes, free: int, batches: Batches) -> tuple[str, str]:
     """(gradient path, why), as ``distill/memory.py`` will choose it where ``free`` bytes are free for a rank."""
     d = recipe.distill
@@ -243,8 +250,8 @@ class _Times:
         notes = ["speed: the least of a few timings of a step on this device, measured just now"]
         if busy:
             notes.append(
-                f"the machine is busy: {free:.1f} of {most} cores are free. Times are by the processor's time, so what the job takes "
-                "alone; beside other processes it takes longer"
+                f"the machine is busy: {free:.1f} of {most} cores are free. Times are by the processor's time, so what the job "
+                "takes alone; beside other processes it takes longer"
             )
         return notes + (
             [f"a whole step was too long for the calibration, so scaled up: {'; '.join(scaled)}"] * bool(scaled)

@@ -110,6 +110,25 @@ def _of_cpu(profile: Profile) -> Place:
     )
 
 
+def two_threads() -> Place:
+    """A CPU of two threads as in the table, with memory enough: what does not depend on this machine."""
+    return Place(
+        device="cpu",
+        name="CPU, 2 threads",
+        here=False,
+        card=None,
+        memory=8 * 10**9,
+        host_memory=8 * 10**9,
+        hosts=1,
+        per_host=1,
+        threads=2,
+        world=1,
+        experts_at_a_time=2,
+        threads_per_expert=1,
+        network=Network(LINKS["loopback"], LINKS["ethernet"], 1),
+    )
+
+
 def _of_gpu_here(profile: Profile, device: torch.device) -> Place:
     import torch
 
