@@ -231,7 +231,34 @@ class Pipeline:
                 f"data: {images.name}, {len(images)} training images ({max(images.counts)} to {min(images.counts)} per "
                 f"class), {len(self._data.splits.test)} test images, {images.channels}x{images.size}x{images.size}"
             )
+            self._choose_threads(images.channels, images.size, images.num_classes)
         return self._data
+
+    def _choose_threads(self, channels: int, size: int, classes: int) -> None:
+        """Work with as many CPU threads as the run did before, else with what a few timed steps are fastest with.
+
+        The profile's number, and that of a rank among others, stand as they are.
+        """
+        from lad_dist import ranks
+        from lad_dist.plan import threads
+        from lad_dist.plan.shapes import Shapes
+
+        if self.device.type != "cpu" or self.profile.threads is not None or self.profile.world > 1 or ranks.place():
+            return
+        import torch
+
+        file, m = self.run.threads, self.recipe.model
+        if file.exists():
+            team = threads.Team.load(file)
+            self.screen.say(f"threads: {team.threads}, as the run began (--threads N changes it, and the last bits)")
+        else:
+            most = threads.most_threads(self.profile)
+            team = threads.choose(self.recipe, Shapes(channels, size, classes, m.width, m.depth), most)
+            team.save(file)
+            if most > 1:
+                self.screen.say(f"threads: {team.threads}: {team.why}")
+        self.events.emit("threads", threads=team.threads, why=team.why)
+        torch.set_num_threads(team.threads)
 
     def _already(self, stage: str, what: str) -> None:
         self.screen.say(f"{stage}: done, {what}")

@@ -153,7 +153,8 @@ class Profile(BaseModel):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU if there is one, else the CPU")
     threads: Annotated[Int, Field(ge=1)] | None = Field(
-        None, description="CPU threads; default: as many as there are cores"
+        None,
+        description="CPU threads; default: what a few steps are fastest with, up to the cores there are, kept with the run",
     )
     buffers: Text | None = Field(
         None, description="folder of shared trajectory buffers, each under its recipe's hash; default: inside the run"

@@ -44,12 +44,6 @@ METHODS: dict[str, dict[str, Any]] = {
         "lambda_representation": 0.0,
         "lambda_classifier": 0.0,
         "lambda_regression": 1.0,
-        "optimizer": "adam",
-        "schedule": "cosine",
-        "lr_images": 0.03,
-        "momentum_images": 0.5,
-        "lr_labels": 0.02,
-        "momentum_labels": 0.5,
     },
     "lad-without-wma": {"matching": "decoupled", "weighted_loss": False, "labels": "soft"},
     "lad-without-adm": {"matching": "joint", "weighted_loss": True, "labels": "soft"},
@@ -71,6 +65,11 @@ class DataConfig(_Section):
     root: Text | None = Field(None, description="data folder; default: $LAD_DIST_DATA, else ./data")
     train: Text | None = Field(None, description="training split: file, folder or pattern under root")
     test: Text | None = Field(None, description="test split: file, folder or pattern under root")
+    test_fraction: Annotated[Float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="image-folder without a test split: this part of each class's training images is the test set, one at least; a "
+        "class of one is not tested",
+    )
     image_column: Text | None = Field(
         None, description="Parquet column of encoded images; default: found by type and name"
     )
@@ -90,13 +89,19 @@ class DataConfig(_Section):
         None, description="images of the largest class; default: size of the smallest class of the training pool"
     )
     validation_per_class: Annotated[Int, Field(ge=0)] = Field(
-        0, description="images per class held out of the training pool, to choose settings on"
+        0,
+        description="images per class held out of the training pool, to choose settings on; a class of no more keeps one image",
     )
     download: Bool = Field(True, description="let torchvision download a missing data set")
     whitening: Literal["zca", "standardize", "none"] = Field(
         "zca", description="fitted on the training set, applied to all"
     )
     zca_eps: Annotated[Float, Field(gt=0)] = Field(0.1, description="added to the eigenvalues of the covariance")
+    normalize_before_zca: Literal["none", "fitted", "published"] = Field(
+        "none",
+        description="(x - mean) / std of each channel before ZCA; fitted: of the training set; published: the constants that the "
+        "official code applies to CIFAR-100-LT",
+    )
 
 
 class ModelConfig(_Section):
@@ -244,6 +249,11 @@ class DistillConfig(_Section):
         description="real images that an expert classifies correctly, at random or by herding on its features; "
         "or any real images of the class",
     )
+    initial_labels: Literal["correct-experts", "one-expert"] = Field(
+        "correct-experts",
+        description="correct-experts: mean logits of the experts that classify the image correctly; one-expert: raw logits of "
+        "one expert drawn at random, wrong ones included, as the official code does for CIFAR-100-LT and Tiny-ImageNet-LT",
+    )
     label_temperature: Annotated[Float, Field(gt=0)] = Field(
         1.0,
         description="the experts' mean logits are divided by this before they become soft labels; above 1 is softer",
@@ -365,6 +375,7 @@ class Recipe(_Section):
         """The part of the recipe that determines the experts' rows, apart from the data's own fingerprint."""
         doc = self.model_dump(mode="json")
         data = {k: v for k, v in doc["data"].items() if k not in ("root", "download")}
+        data = without_later_defaults("data", data)
         experts = {k: v for k, v in doc["experts"].items() if k not in ("count", "epochs_per_part")}
         return {"data": data, "model": doc["model"], "augment": doc["augment"], "experts": experts}
 
@@ -376,7 +387,31 @@ class Recipe(_Section):
         """SHA-256 (hex) of the whole recipe except where the data lies."""
         doc = self.model_dump(mode="json")
         doc["data"] = {k: v for k, v in doc["data"].items() if k not in ("root", "download")}
+        for section in _LATER:
+            doc[section] = without_later_defaults(section, doc[section])
         return _digest(doc)
+
+
+# Fields that came after the first buffers and runs: at their defaults they leave every hash as it was.
+_LATER = {
+    "data": ("normalize_before_zca", "test_fraction"),
+    "distill": (
+        "initial_labels",
+        "lambda_regression",
+        "regression_batch",
+        "regression_ridge",
+        "regression_epoch_max",
+        "regression_targets",
+        "optimizer",
+        "schedule",
+    ),
+}
+
+
+def without_later_defaults(section: str, doc: dict[str, Any]) -> dict[str, Any]:
+    """A section's fields without the later ones that are at their defaults."""
+    fields: dict[str, Any] = {"data": DataConfig, "distill": DistillConfig}[section].model_fields
+    return {k: v for k, v in doc.items() if k not in _LATER[section] or v != fields[k].default}
 
 
 def _digest(doc: dict[str, Any]) -> str:
@@ -424,6 +459,16 @@ def _cross_faults(recipe: Recipe) -> list[str]:
                 faults.append(
                     f"data.{field}: must name the {field} split's file for data.dataset {recipe.data.dataset}"
                 )
+    if recipe.data.test_fraction is not None and (recipe.data.dataset != "image-folder" or recipe.data.test is not None):
+        faults.append(
+            "data.test_fraction: takes test images out of an image folder's training split; valid with data.dataset image-folder "
+            "and without data.test"
+        )
+    if recipe.data.normalize_before_zca != "none" and recipe.data.whitening != "zca":
+        faults.append(
+            f"data.normalize_before_zca: {recipe.data.normalize_before_zca} has no meaning with data.whitening "
+            f"{recipe.data.whitening}; valid: none, or data.whitening zca"
+        )
     default = DataConfig.model_fields["imbalance_factor"].default  # a saved recipe spells it out
     if recipe.data.imbalance == "natural" and recipe.data.imbalance_factor != default:
         faults.append("data.imbalance_factor: has no meaning with data.imbalance natural; remove it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,19 +75,24 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def from_document(doc: dict[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
     """A recipe from a plain mapping; ``source`` names it in messages."""
+    before = doc.get("method")
     doc, sources, faults = apply_overrides(doc, overrides)
     if "method" in sources:
-        _forget_preset(doc, sources)
+        _forget_presets(doc, sources, (before, doc["method"]))
     return validated(Recipe, doc, source, sources, faults)
 
 
-def _forget_preset(doc: dict[str, Any], sources: dict[str, str]) -> None:
-    """A resolved recipe spells its method's fields out; another method must not inherit them."""
+def _forget_presets(doc: dict[str, Any], sources: dict[str, str], methods: Iterable[object]) -> None:
+    """A resolved recipe spells its method's fields out; another method must not inherit them.
+
+    Forgets the fields of the presets of ``methods`` (lad for what is no method), but for those that were set beside.
+    """
     section = doc.get("distill")
     if isinstance(section, dict):
-        for field in next(iter(METHODS.values())):
-            if f"distill.{field}" not in sources:
-                section.pop(field, None)
+        for method in methods:
+            for field in METHODS[method if isinstance(method, str) and method in METHODS else "lad"]:
+                if f"distill.{field}" not in sources:
+                    section.pop(field, None)
 
 
 def apply_overrides(doc: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:

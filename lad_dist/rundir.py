@@ -92,6 +92,11 @@ class RunDir:
         return self.root / "trajectories.uri"
 
     @property
+    def threads(self) -> Path:
+        """How many CPU threads the run works with, and why."""
+        return self.root / "threads.json"
+
+    @property
     def whitening(self) -> Path:
         buffer = self.trajectories
         return (self.root if isinstance(buffer, str) else buffer) / "whitening.safetensors"

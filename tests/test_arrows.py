@@ -12,15 +12,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Arrows point down only: a room imports from rooms of a greater number, or from itself.
 LEVEL = {
-    "cli": 0, "doctor": 1, "status": 1, "launch": 1, "plan": 2, "pipeline": 2,
+    "cli": 0, "doctor": 1, "status": 1, "launch": 1, "plan": 2, "pipeline": 2, "starter": 2,
     "experts": 3, "distill": 3, "evaluate": 3, "report": 3, "exchange": 3,
     "trajectories": 4, "distilled": 4, "data": 4, "models": 4,
     "catalog": 5, "recipe": 5, "recipe_file": 5, "results": 5, "profile": 5, "rundir": 5, "progress": 5, "ranks": 5, "seeds": 5,
-    "errors": 5, "interrupts": 5, "location": 5, "allocator": 5,
+    "errors": 5, "interrupts": 5, "location": 5, "allocator": 5, "cores": 5,
 }  # fmt: skip
 STAGES = ("experts", "distill", "evaluate", "report")
 SAME_LEVEL = {  # within a level, only these
     ("distilled", "data"), ("launch", "status"), ("doctor", "launch"), ("doctor", "status"),
+    ("pipeline", "plan"),  # the number of threads
     ("recipe_file", "recipe"), ("recipe_file", "errors"),
     ("profile", "recipe"), ("rundir", "recipe"), ("rundir", "recipe_file"), ("rundir", "errors"), ("rundir", "location"),
     ("location", "errors"),

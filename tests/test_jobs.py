@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -88,3 +89,75 @@ def test_published_cells_keep_the_published_protocol(generator: ModuleType) -> N
 def test_the_factors_leave_images_in_every_class(name: str, n_max: int, classes: int, tail: int) -> None:
     recipe = recipe_file.load(ROOT / "jobs" / f"{name}.yaml")
     assert exponential_counts(n_max, classes, recipe.data.imbalance_factor)[-1] == tail
+
+
+PIXELS = {"samples_predicted_correctly": "real-correct", "real": "real-random"}
+
+
+def official() -> list[dict[str, str]]:
+    """The numbers of the official configurations, a row for each cell that has one (github.com/ichbill/LTDD, ec8a4b3)."""
+    with (ROOT / "tests" / "golden" / "official_configs.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_cell_with_a_configuration_is_compared() -> None:
+    cells = [row["cell"] for row in official()]
+    assert len(set(cells)) == len(cells) == 22
+    without = {f"cifar100-lt-f50-ipc{i}" for i in (10, 20, 50)} | {f"tiny-imagenet-lt-f100-ipc{i}" for i in (10, 20)}
+    tables = {f.stem for f in FILES if f.stem.startswith(("cifar10-lt", "cifar100-lt", "tiny")) and "f500" not in f.stem}
+    assert tables - {"cifar10-lt-f1000-ipc10"} == set(cells) | without
+
+
+@pytest.mark.parametrize("row", official(), ids=lambda row: row["cell"])
+def test_a_recipe_is_its_official_configuration(row: dict[str, str]) -> None:
+    recipe = recipe_file.load(ROOT / "jobs" / f"{row['cell']}.yaml")
+    d, grows = recipe.distill, row["Sequential_Generation"] == "True"
+    correct = PIXELS[row["pix_init"]] == "real-correct"
+    expected = {
+        "iterations": int(row["Iteration"]),
+        "batch": int(row["batch_syn"]),
+        "student_steps": int(row["syn_steps"]),
+        "student_steps_classifier": int(row["syn_steps_second"]),
+        "window_epochs": int(row["expert_epochs"]),
+        "lambda_representation": float(row["first_stage_lambda"]),
+        "lambda_classifier": float(row["second_stage_lambda"]),
+        "start_epoch_min": int(row["min_start_epoch"]),
+        "start_epoch_max": int(row["max_start_epoch"]),
+        "start_epoch_max_first": int(row["current_max_start_epoch"]) if grows else None,
+        "start_epoch_growth": int(row["expansion_end_epoch"]) if grows else 0,
+        "classifier_start_epoch_max": int(row["second_max_start_epoch"]),
+        "lr_images": float(row["lr_img"]),
+        "lr_labels": float(row["lr_y"]),
+        "lr_alpha": float(row["lr_lr"]),
+        "momentum_labels": float(row["Momentum_y"]),
+        "alpha": float(row["lr_teacher"]),
+        "initial": PIXELS[row["pix_init"]],
+        "initial_labels": "correct-experts" if correct else "one-expert",
+        "weighted_loss": row["weighted_loss"] == "True",
+        "class_weight_offset": float(row["first_weight_factor"]),
+        "labels": "hard" if row["hard_label"] == "True" else "soft",
+    }
+    assert {name: getattr(d, name) for name in expected} == expected
+    assert (recipe.data.whitening == "zca") == (row["zca"] == "True")
+    assert recipe.data.normalize_before_zca == ("published" if recipe.data.dataset == "cifar100" else "none")
+    named = int(row["cell"].rpartition("ipc")[2]), float(row["cell"].split("-f")[1].split("-")[0])
+    assert (recipe.ipc, recipe.data.imbalance_factor) == named
+    asked = int(row["ipc"]), 1 / float(row["imbalance_rate"])
+    differs = {"cifar10-lt-f50-ipc50", "cifar10-lt-f200-ipc50"}  # whose headers say so
+    assert (asked == pytest.approx(named)) == (row["cell"] not in differs)
+
+
+@pytest.mark.parametrize("row", official(), ids=lambda row: row["cell"])
+def test_headers_name_what_differs_from_the_configuration(row: dict[str, str]) -> None:
+    text = (ROOT / "jobs" / f"{row['cell']}.yaml").read_text(encoding="utf-8")
+    empty = row["Sequential_Generation"] == "True" and row["second_current_max_start_epoch"] == "0"
+    assert ("draws start epochs from an empty range" in text) == empty
+    other_ipc = row["ipc"] != row["cell"].rpartition("ipc")[2]
+    assert (f"The configuration says ipc: {row['ipc']}" in text) == other_ipc
+
+
+def test_the_recipes_of_published_cells_say_how_labels_start() -> None:
+    values = {f.stem: recipe_file.load(f).distill.initial_labels for f in FILES}
+    one = {name for name, value in values.items() if value == "one-expert"}
+    assert len([name for name in one if name.startswith(("cifar100", "tiny"))]) == 15
+    assert not [name for name in one if name.startswith(("cifar10-", "digits", "fashion"))]

@@ -173,6 +173,26 @@ def test_jobs_that_need_other_experts_do_not(other):
     assert recipe_file.from_document({}, [other]).experts_hash() != Recipe().experts_hash()
 
 
+def test_fields_that_came_later_leave_hashes_as_they_were_while_at_their_defaults():
+    """The values are those of the default recipe before the fields existed."""
+    from lad_dist.distill.state import _trajectory_hash
+
+    assert Recipe().experts_hash() == "a0628330afa983dfa05e905bdb7a93166a5ccd3ab57a7351b0b597b2bd5a8136"
+    assert _trajectory_hash(Recipe()) == "83cf22f71c2fdd370ed77055b773e4b76ed0cf11019cb06235998a78ced0dde5"
+    zca = recipe_file.from_document({}, ["data.normalize_before_zca=published"])
+    assert zca.experts_hash() != Recipe().experts_hash()
+    labels = recipe_file.from_document({}, ["distill.initial_labels=one-expert"])
+    assert labels.experts_hash() == Recipe().experts_hash()
+    assert _trajectory_hash(labels) != _trajectory_hash(Recipe()) and labels.recipe_hash() != Recipe().recipe_hash()
+
+
+def test_normalising_before_zca_needs_zca():
+    with pytest.raises(RecipeError) as refused:
+        recipe_file.from_document({}, ["data.normalize_before_zca=fitted", "data.whitening=none"])
+    (fault,) = refused.value.faults
+    assert "data.normalize_before_zca=fitted: fitted has no meaning with data.whitening none" in fault
+
+
 def test_the_recipe_hash_forgets_only_where_the_data_lie():
     base = Recipe().recipe_hash()
     assert recipe_file.from_document({}, ["data.root=/x", "data.download=false"]).recipe_hash() == base

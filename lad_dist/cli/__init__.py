@@ -1,6 +1,7 @@
 """The command line: ``lad-dist VERB JOB``. Commands only; what they do is said in ``pipeline.py``.
 
     options.py    what the verbs of a job are told (JOB, --out, --set, --on, ...), declared once
+    init.py       init
     stages.py     run, experts, distill, evaluate, report
     plan.py       plan
     doctor.py     doctor
@@ -22,12 +23,14 @@ from typing import Annotated
 import typer
 
 from lad_dist import __version__
-from lad_dist.cli import buffers, cluster, doctor, exchange, looking, plan, stages, terminal
+from lad_dist.cli import buffers, cluster, doctor, exchange, init, looking, plan, stages, terminal
 from lad_dist.cli.options import default_out, expanded
+from lad_dist.cores import wait_asleep
 
 __all__ = ["app", "default_out", "main"]
 
 VERBS: tuple[Callable[..., None], ...] = (
+    init.init,
     stages.run,
     stages.experts,
     stages.distill,
@@ -69,6 +72,7 @@ app.add_typer(buffer_app, name="buffer")
 
 def main() -> None:
     """The entry point of ``lad-dist``."""
+    wait_asleep()
     terminal.tolerate_any_encoding()
     app()
 

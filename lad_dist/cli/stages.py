@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,11 +17,43 @@ if TYPE_CHECKING:
     from lad_dist.pipeline import Pipeline
 
 
-def run(asked: JobOptions, fleet: FleetOption = None, ranks: RanksOption = None, wait: WaitOption = False) -> None:
+def run(
+    asked: JobOptions,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look: budgets shortened to ten minutes on two CPU cores.")
+    ] = False,
+    fleet: FleetOption = None,
+    ranks: RanksOption = None,
+    wait: WaitOption = False,
+) -> None:
     """Everything that is not done yet: experts, distillation, evaluation, report. Resumes."""
     from lad_dist.pipeline import STAGES
 
+    if quick:
+        asked = _quick(asked)
     _print_results(_execute(asked, [lambda p: p.all()], on_slurm=STAGES, wait=wait, fleet=fleet, ranks=ranks))
+
+
+def _quick(asked: JobOptions) -> JobOptions:
+    """The job with its budgets shortened, in a run folder of its own, saying what was shortened."""
+    from lad_dist.errors import RecipeError
+    from lad_dist.interrupts import as_exceptions
+    from lad_dist.plan.facts import facts_of
+    from lad_dist.plan.quick import SECONDS, quick
+
+    if asked.found_job().run is not None:
+        raise RecipeError(f"--quick: {asked.job} is a run folder, whose recipe stands; valid: a recipe, or no --quick")
+    recipe = asked.recipe()
+    with as_exceptions():
+        made = quick(recipe, facts_of(recipe.data))
+    folder, say = asked.folder(recipe), terminal.stdout().print
+    say(f"quick: about {made.seconds / 60:.1f} min on two CPU cores by the table of `lad-dist plan`", soft_wrap=True)
+    changes = ", ".join(f"{field} {before} -> {now}" for field, before, now in made.changes)
+    say(f"quick: shortened: {changes}" if changes else "quick: nothing had to be shortened", soft_wrap=True)
+    if made.seconds > SECONDS:
+        say("quick: it takes longer on these images; a smaller data.image_size or ipc shortens it", soft_wrap=True)
+    sets = [*(asked.sets or ()), *(f"{field}={now}" for field, _, now in made.changes)]
+    return replace(asked, out=asked.out or folder.with_name(folder.name + "+quick"), sets=sets)
 
 
 def experts(asked: JobOptions, fleet: FleetOption = None, wait: WaitOption = False) -> None:

@@ -16,12 +16,15 @@ import torch
 from lad_dist.data.arrays import cifar, digits, fashion_mnist
 from lad_dist.data.decoding import PixelFormat, decode, probe
 from lad_dist.data.folders import image_folder, image_list, tiny_imagenet
-from lad_dist.data.longtail import exponential_counts, hold_out, select
+from lad_dist.data.longtail import exponential_counts, hold_out, reserve_of, select
 from lad_dist.data.parquet import parquet
 from lad_dist.data.sources import Indices, Labels, Source, check_labels
+from lad_dist.errors import DataError
 
 if TYPE_CHECKING:
     from lad_dist.recipe import DataConfig
+
+_LOOK_AT_ONCE = 1024  # images decoded together, and forgotten
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 
@@ -87,7 +90,7 @@ class DataSplits:
     """What the stages work on."""
 
     train: ImageSet  # exponential: class after class, as ``longtail.select`` orders them; natural: in data set order
-    validation: ImageSet | None  # balanced, taken out of the training pool; None unless asked for
+    validation: ImageSet | None  # taken out of the training pool, where a class of few keeps one; None unless asked for
     test: ImageSet
     full_counts: tuple[int, ...]  # images per class of the training pool, before anything was taken out of it
 
@@ -98,12 +101,8 @@ def load_splits(config: DataConfig, on_progress: Progress | None = None) -> Data
     ``on_progress`` is called with (images done, images in all), from this thread. Raises ``DataError`` with the file or
     field at fault.
     """
-    train, test = _OPENERS[config.dataset](config)
-    num_classes = check_labels(train)
-    check_labels(test, num_classes)
-    class_names = train.class_names or tuple(str(c) for c in range(num_classes))
-    kept, held_out = choose_training_images(train.labels_N, class_names, config)
-    pixel_format = probe(train, config)
+    o = _open(config)
+    train, test, class_names, kept, held_out, pixel_format = o.train, o.test, o.class_names, o.kept, o.held_out, o.pixels
     total = len(kept) + len(held_out) + len(test.labels_N)
     done = 0
 
@@ -125,21 +124,48 @@ def load_splits(config: DataConfig, on_progress: Progress | None = None) -> Data
         train=load(train, kept, "train"),
         validation=load(train, held_out, "validation") if len(held_out) else None,
         test=load(test, np.arange(len(test.labels_N), dtype=np.int64), "test"),
-        full_counts=tuple(np.bincount(train.labels_N, minlength=num_classes).tolist()),
+        full_counts=tuple(np.bincount(train.labels_N, minlength=len(class_names)).tolist()),
     )
 
 
 def look(config: DataConfig) -> tuple[tuple[int, ...], int, PixelFormat]:
-    """(training images per class, test images, pixel format) of what ``load_splits`` would give, decoding one image.
+    """(training images per class, test images, pixel format) of what ``load_splits`` would give, which holds no image.
 
-    Raises ``DataError`` as ``load_splits`` does.
+    Every image is decoded and forgotten, so what ``load_splits`` refuses is refused here. Raises ``DataError`` as it does.
     """
+    o = _open(config)
+    counts = np.bincount(o.train.labels_N[o.kept], minlength=len(o.class_names)).tolist()
+    everything = ((o.train, np.concatenate([o.kept, o.held_out])), (o.test, np.arange(len(o.test.labels_N))))
+    for source, indices in everything:
+        for i in range(0, len(indices), _LOOK_AT_ONCE):
+            decode(source, indices[i : i + _LOOK_AT_ONCE], o.pixels)
+    return tuple(counts), len(o.test.labels_N), o.pixels
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A data set with its labels read and its images chosen."""
+
+    train: Source
+    test: Source
+    class_names: tuple[str, ...]
+    kept: Indices
+    held_out: Indices
+    pixels: PixelFormat
+
+
+def _open(config: DataConfig) -> _Opened:
     train, test = _OPENERS[config.dataset](config)
     num_classes = check_labels(train)
+    if num_classes < 2:
+        raise DataError(f"{train.where}: one class; valid: two or more, which a classifier can tell apart")
+    if config.test_fraction is None:  # else a class of one image is not tested
+        check_labels(test, num_classes)
+    elif not len(test.labels_N):
+        raise DataError(f"{train.where}: every class has one image, so none can be tested; valid: a test split of its own")
     class_names = train.class_names or tuple(str(c) for c in range(num_classes))
-    kept, _ = choose_training_images(train.labels_N, class_names, config)
-    counts = np.bincount(train.labels_N[kept], minlength=num_classes).tolist()
-    return tuple(counts), len(test.labels_N), probe(train, config)
+    kept, held_out = choose_training_images(train.labels_N, class_names, config)
+    return _Opened(train, test, class_names, kept, held_out, probe(train, config))
 
 
 def choose_training_images(
@@ -147,10 +173,11 @@ def choose_training_images(
 ) -> tuple[Indices, Indices]:
     """Indices into the training pool: (images to train on, images held out), by labels alone."""
     num_classes, reserve = len(class_names), config.validation_per_class
-    held_out = hold_out(labels_N, reserve, num_classes, class_names)
+    held_out = hold_out(labels_N, reserve, num_classes)
     if config.imbalance == "natural":
         return np.setdiff1d(np.arange(len(labels_N), dtype=np.int64), held_out), held_out
-    smallest = int(np.bincount(labels_N, minlength=num_classes).min()) - reserve
+    smallest = int(np.bincount(labels_N, minlength=num_classes).min())
+    smallest -= reserve_of(smallest, reserve)
     n_max = config.n_max if config.n_max is not None else smallest
     counts = exponential_counts(n_max, num_classes, config.imbalance_factor, class_names)
     return select(labels_N, counts, reserve, class_names), held_out

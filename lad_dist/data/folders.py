@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lad_dist.data.longtail import within_class_order
 from lad_dist.data.sources import FileSource, data_root, existing_folder
 from lad_dist.errors import DataError
 
@@ -21,12 +22,38 @@ _TEST_FOLDERS = ("test", "val")
 
 
 def image_folder(config: DataConfig) -> tuple[FileSource, FileSource]:
-    """``root/<split>/<class>/**/<image>``: classes in alphabetical order, files too within a class."""
+    """``root/<split>/<class>/**/<image>``: classes in alphabetical order, files too within a class.
+
+    With ``data.test_fraction`` both splits come out of the training folder.
+    """
     root = existing_folder(data_root(config.root), "data.root")
     train = existing_folder(root / (config.train or "train"), "data.train")
+    if config.test_fraction is not None:
+        return split_by_class(_by_class(train, _class_folders(train)), config.test_fraction)
     test = _test_folder(root, config, _TEST_FOLDERS)
     classes = _class_folders(train)
     return _by_class(train, classes), _by_class(test, classes)
+
+
+def split_by_class(source: FileSource, fraction: float) -> tuple[FileSource, FileSource]:
+    """(training, test) images of one source: the first round(n * fraction) of each class's order are test images, one at least
+    and all but one at most."""
+    test_N = np.zeros(len(source.labels_N), dtype=bool)
+    for label in np.unique(source.labels_N):
+        positions = np.flatnonzero(source.labels_N == label)
+        count = min(max(1, round(len(positions) * fraction)), len(positions) - 1)
+        test_N[positions[within_class_order(len(positions))[:count]]] = True
+    train, test = (
+        FileSource(
+            f"{source.where} ({split})",
+            source.labels_N[mask],
+            [file for file, kept in zip(source.files, mask, strict=True) if kept],
+            source.class_names,
+            source.channels,
+        )
+        for split, mask in (("train", ~test_N), ("test", test_N))
+    )
+    return train, test
 
 
 def tiny_imagenet(config: DataConfig) -> tuple[FileSource, FileSource]:
@@ -77,7 +104,7 @@ def _class_folders(train: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """All images below ``folder``, sorted; hidden files (macOS leaves ``._x.jpg`` in archives) are none."""
     return sorted(
         Path(parent, name)
@@ -100,7 +127,7 @@ def _by_class(
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        of_class = _image_files(split / name)
+        of_class = image_files(split / name)
         if not of_class:
             raise DataError(f"{(split / name).absolute()}: no images of class {name}; valid: at least one")
         files += of_class

@@ -59,15 +59,16 @@ def select(
 ) -> Indices:
     """Indices of the kept images, class after class, within a class in the order of ``within_class_order``.
 
-    labels_N: the label of every image, in data set order. counts: images to keep of each class. held_out: how many
-    images at the end of each class's order ``hold_out`` takes. Raises ``DataError`` where a class has fewer images.
+    labels_N: the label of every image, in data set order. counts: images to keep of each class. held_out: what
+    ``hold_out`` was asked to take of the end of each class's order. Raises ``DataError`` where a class has fewer images.
     """
     kept = []
     for c, count in enumerate(counts):
         positions = np.flatnonzero(labels_N == c)
-        available = len(positions) - held_out
+        reserved = reserve_of(len(positions), held_out)
+        available = len(positions) - reserved
         if count > available:
-            reserve = f" after {held_out} were held out for validation" if held_out else ""
+            reserve = f" after {reserved} were held out for validation" if reserved else ""
             raise DataError(
                 f"data.n_max: class {_name(c, class_names)} has {available} images{reserve}, but {count} are to be "
                 "kept; valid: a smaller n_max or validation_per_class, or a larger imbalance_factor"
@@ -76,22 +77,29 @@ def select(
     return np.concatenate(kept).astype(np.int64)
 
 
-def hold_out(labels_N: Indices, per_class: int, num_classes: int, class_names: Sequence[str] | None = None) -> Indices:
+def reserve_of(count: int, per_class: int) -> int:
+    """Images held out of a class of ``count`` where ``per_class`` are asked for: one stays to train on."""
+    return min(per_class, count - 1)
+
+
+def hold_out(labels_N: Indices, per_class: int, num_classes: int) -> Indices:
     """Indices of the validation images, class after class: the last ``per_class`` of each class's order.
 
-    The training set takes a class's order from its start, so holding images out does not change which ones it takes.
-    Raises ``DataError`` where a class would keep nothing to train on.
+    A class of so few images keeps one to train on, and gives the others; a class of one gives none. The training set takes a
+    class's order from its start, so holding images out does not change which ones it takes. Raises ``DataError`` where images
+    are asked for and no class can give any.
     """
     held = []
     for c in range(num_classes):
         positions = np.flatnonzero(labels_N == c)
-        if per_class >= len(positions):
-            raise DataError(
-                f"data.validation_per_class: {per_class} leaves nothing to train on of class {_name(c, class_names)}, "
-                f"which has {len(positions)} images; valid: 0 to {len(positions) - 1}"
-            )
-        held.append(positions[within_class_order(len(positions))[len(positions) - per_class :]])
-    return np.concatenate(held).astype(np.int64)
+        reserved = reserve_of(len(positions), per_class)
+        held.append(positions[within_class_order(len(positions))[len(positions) - reserved :]])
+    held_N = np.concatenate(held).astype(np.int64)
+    if per_class and not len(held_N):
+        raise DataError(
+            f"data.validation_per_class: {per_class}, but every class has one image, which is kept to train on; valid: 0"
+        )
+    return held_N
 
 
 def head_medium_tail(counts: Sequence[int]) -> dict[str, dict[str, tuple[int, ...]]]:

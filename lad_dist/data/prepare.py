@@ -54,7 +54,8 @@ def prepare(
     if whitening_path.exists():
         whitening = Whitening.load(whitening_path, device)
     else:
-        whitening = Whitening.fit(images, recipe.data.whitening, recipe.data.zca_eps, device)
+        d = recipe.data
+        whitening = Whitening.fit(images, d.whitening, d.zca_eps, device, d.normalize_before_zca)
         with published(whitening_path) as temporary:
             whitening.save(temporary)
     train = PreparedSet(images, splits.train.labels_N, whitening, device)

@@ -5,6 +5,8 @@ Pixels are taken in [0, 1] (uint8 / 255) and flattened to D = C*H*W values.
                  (method: Bell and Sejnowski 1997; Coates, Ng and Lee 2011 for eps)
     standardize  (x - mean) / std of each channel
     none         x
+Before ZCA each channel may be normalised, x' = (x - m) / s (``normalize``); that is one linear map with what follows, so the
+stored matrix is diag(1/s) U (S + eps)^(-1/2) U^T with U S U^T the covariance of x', and the inverse is exact.
 ZCA keeps pixels where they are, and its inverse U (S + eps)^(1/2) U^T makes pictures of whitened images again.
 
 Cost of zca: N D^2 multiply-adds for the covariance and about 10 D^3 for the eigenvectors; about 5 D^2 numbers of memory
@@ -28,7 +30,11 @@ from safetensors import SafetensorError, safe_open
 from lad_dist.errors import DataError, StorageError
 
 Kind = Literal["zca", "standardize", "none"]
+Normalize = Literal["none", "fitted", "published"]
 Shape = tuple[int, int, int]  # C, H, W
+PUBLISHED_STD = (0.2023, 0.1994, 0.2010)
+"""Of red, green and blue, as the official code normalises CIFAR-100-LT (github.com/ichbill/LTDD, utils/utils_baseline.py). Its
+means (0.4914, 0.4822, 0.4465) drop out: ZCA subtracts the mean of what it is given."""
 
 _FORMAT = "lad-dist whitening 1"
 _FLOAT64_UP_TO = 4096  # values per image, D
@@ -63,7 +69,12 @@ class Whitening:
 
     @classmethod
     def fit(
-        cls, images_NCHW: torch.Tensor, kind: Kind, eps: float = 0.1, device: torch.device | str = "cpu"
+        cls,
+        images_NCHW: torch.Tensor,
+        kind: Kind,
+        eps: float = 0.1,
+        device: torch.device | str = "cpu",
+        normalize: Normalize = "none",
     ) -> Whitening:
         """Fit to uint8 images; computed on, and returned on, ``device``.
 
@@ -75,7 +86,7 @@ class Whitening:
         device = torch.device(device)
         channels, height, width = images_NCHW.shape[1:]
         if kind == "zca":
-            mean, matrix, inverse = _fit_zca_uint8(images_NCHW, eps, device)
+            mean, matrix, inverse = _fit_zca_uint8(images_NCHW, eps, device, _std_before_zca(images_NCHW, normalize))
         elif kind == "standardize":
             mean, std = _channel_statistics(images_NCHW)
             matrix, inverse = 1 / std, std
@@ -173,10 +184,25 @@ def _check_enough(count: int) -> None:
         raise DataError(f"data.whitening: {count} images have no covariance; valid: 2 or more, or whitening: none")
 
 
+def _std_before_zca(images_NCHW: torch.Tensor, normalize: Normalize) -> torch.Tensor | None:
+    """The standard deviation (C,) that each channel is divided by before ZCA; None for none."""
+    if normalize == "none":
+        return None
+    if normalize == "fitted":
+        return _channel_statistics(images_NCHW, "data.normalize_before_zca: fitted")[1]
+    if images_NCHW.shape[1] != len(PUBLISHED_STD):
+        raise DataError(
+            f"data.normalize_before_zca: published constants are those of 3 channels, and the images have "
+            f"{images_NCHW.shape[1]}; valid: fitted, none, or data.channels: 3"
+        )
+    return torch.tensor(PUBLISHED_STD, dtype=torch.float64)
+
+
 def _fit_zca_uint8(
-    images_NCHW: torch.Tensor, eps: float, device: torch.device
+    images_NCHW: torch.Tensor, eps: float, device: torch.device, std_C: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``fit_zca`` for uint8 images / 255. The mean is exact: sums of uint8 are whole numbers."""
+    """``fit_zca`` for uint8 images / 255, each channel divided by ``std_C`` first. The mean (of the pixels) is exact: sums of
+    uint8 are whole numbers."""
     count, values = len(images_NCHW), images_NCHW[0].numel() if len(images_NCHW) else 0
     _check_enough(count)
     dtype = torch.float64 if values <= _FLOAT64_UP_TO else torch.float32
@@ -191,7 +217,12 @@ def _fit_zca_uint8(
         for i in range(0, count, step):
             yield rows_ND[i : i + step].to(device).to(dtype).div_(255).sub_(mean_of_dtype)
 
-    return mean_D, *_zca_matrices(_covariance(centred(), count, mean_of_dtype), eps)
+    covariance_DD = _covariance(centred(), count, mean_of_dtype)
+    if std_C is None:
+        return mean_D, *_zca_matrices(covariance_DD, eps)
+    std_D = std_C.to(device, dtype).repeat_interleave(values // len(std_C))
+    matrix_DD, inverse_DD = _zca_matrices(covariance_DD / std_D / std_D[:, None], eps)
+    return mean_D, matrix_DD / std_D[:, None], inverse_DD * std_D
 
 
 def _covariance(centred_chunks: Iterator[torch.Tensor], count: int, like_D: torch.Tensor) -> torch.Tensor:
@@ -211,8 +242,13 @@ def _zca_matrices(covariance_DD: torch.Tensor, eps: float) -> tuple[torch.Tensor
     return (vectors_DD / scale_D) @ vectors_DD.T, (vectors_DD * scale_D) @ vectors_DD.T
 
 
-def _channel_statistics(images_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (over N, not N - 1) of each channel in [0, 1], from exact histograms."""
+def _channel_statistics(
+    images_NCHW: torch.Tensor, asked_by: str = "data.whitening: standardize"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (over N, not N - 1) of each channel in [0, 1], from exact histograms.
+
+    Raises ``DataError``, naming ``asked_by``, for a channel of one value.
+    """
     channels = images_NCHW.shape[1]
     step = _chunk_rows(images_NCHW[0].numel()) if len(images_NCHW) else 1
     histogram_CV = torch.zeros(channels, 256, dtype=torch.int64, device=images_NCHW.device)
@@ -226,6 +262,6 @@ def _channel_statistics(images_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.
     for c in range(channels):
         if not float(variance_C[c]) > 1e-12:  # the smallest step of a uint8 image is far above
             raise DataError(
-                f"data.whitening: standardize: channel {c} has one value throughout; valid: zca or none here"
+                f"{asked_by}: channel {c} has one value throughout; valid: none, or whitening zca on its own"
             )
     return mean_C, variance_C.sqrt()

@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lad_dist.data import augment
 from lad_dist.data.herding import herd
+from lad_dist.recipe import AugmentConfig
 from lad_dist.seeds import rng
 
 HARD_LABEL_LOGIT = 200.0  # softmax of one such logit among zeros is one-hot in float32
+_ATTEMPTS = 8  # draws for a copy that is to differ
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class InitialSet:
     """Class-major: ``indices_S`` into the training set, ``logits_SK`` of the labels, and how they came about.
 
     ``without_expert`` counts the images that no expert classified correctly, whose label is their class's mean logits;
-    ``repeated`` the images taken more than once because too few of their class were classified correctly.
+    ``repeated`` the images taken more than once because too few of their class were classified correctly (``vary_repeats``).
     """
 
     indices_S: np.ndarray
@@ -83,16 +86,19 @@ def build(
     seed: int,
     only_correct: bool,
     hard_labels: bool,
+    one_expert: bool = False,
     features_of: Callable[[int], Tensor] | None = None,
 ) -> InitialSet:
     """The initial set. ``logits_of(expert, indices)`` gives the logits of an expert's last checkpoint on training images.
 
     ``features_of(expert)``, if given, gives that expert's features (N, D) of all training images, to choose by herding.
     One of ``experts``, drawn at random, chooses the images; all of them label them. A label that no expert supports becomes the
-    mean logits of its class over these experts and training images of the class.
+    mean logits of its class over these experts and training images of the class. With ``one_expert`` the drawn one alone labels
+    them, by its logits as they are.
     """
     everything = np.arange(len(labels_N))
-    chooser = experts[int(rng(seed, "initial", "chooser").integers(len(experts)))] if only_correct else None
+    drawn = experts[int(rng(seed, "initial", "chooser").integers(len(experts)))]
+    chooser = drawn if only_correct else None
     indices_S, repeated = choose_images(
         None if chooser is None else logits_of(chooser, everything),
         labels_N,
@@ -105,6 +111,8 @@ def build(
     if hard_labels:
         logits_SK = HARD_LABEL_LOGIT * torch.nn.functional.one_hot(true_S, classes).float()
         return InitialSet(indices_S, logits_SK, 0, repeated)
+    if one_expert:
+        return InitialSet(indices_S, logits_of(drawn, indices_S), 0, repeated)
     logits_ESK = torch.stack([logits_of(e, indices_S) for e in experts])
     logits_SK, count_S = label_logits(logits_ESK, true_S)
     orphans = (count_S == 0).nonzero().flatten().tolist()
@@ -115,3 +123,20 @@ def build(
             if int(true_S[i]) == c:
                 logits_SK[i] = mean_K
     return InitialSet(indices_S, logits_SK, len(orphans), repeated)
+
+
+def vary_repeats(images_SCHH: Tensor, indices_S: np.ndarray, seed: int, config: AugmentConfig) -> Tensor:
+    """The images, every second and later copy of one training image augmented, so that copies need not stay alike.
+
+    Draws belong to (seed, position). One that changes nothing, as a flip does half of the time, is drawn again a few times.
+    """
+    seen: set[int] = set()
+    varied_SCHH = images_SCHH.clone()
+    for s, index in enumerate(indices_S.tolist()):
+        for attempt in range(_ATTEMPTS if index in seen else 0):
+            drawn = augment.draw(rng(seed, "initial", "repeat", s, attempt), config, 1, images_SCHH.shape[-1])
+            varied_SCHH[s] = augment.apply(images_SCHH[s : s + 1], drawn)[0]
+            if not torch.equal(varied_SCHH[s], images_SCHH[s]):
+                break
+        seen.add(index)
+    return varied_SCHH

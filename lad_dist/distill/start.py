@@ -74,14 +74,16 @@ def first_set(
         seed=recipe.seed,
         only_correct=d.initial != "real-random",
         hard_labels=d.labels == "hard",
+        one_expert=d.initial_labels == "one-expert",
         features_of=(lambda e: outputs(functional.features, e)) if d.initial == "real-herded" else None,
     )
     images_SCHH, _ = data.train.batch(torch.from_numpy(first.indices_S))
+    images_SCHH = initial.vary_repeats(images_SCHH, first.indices_S, recipe.seed, recipe.augment)
     source = {"images_no_expert_classified": first.without_expert, "images_repeated": first.repeated}
     events.emit("initial-set", indices=first.indices_S.tolist(), experts=list(windows.experts), **source)
     screen.say(
         f"distill: {len(images_SCHH)} initial images; {first.without_expert} labelled by their class's mean logits, "
-        f"{first.repeated} repeated"
+        f"{first.repeated} are augmented copies of others"
     )
     logits_SK = first.logits_SK / (d.label_temperature if d.labels == "soft" else 1.0)
     return images_SCHH.cpu(), logits_SK, source

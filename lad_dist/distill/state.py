@@ -23,20 +23,11 @@ from lad_dist.distill.shards import Share
 from lad_dist.distill.update import Optimizers
 from lad_dist.errors import DistilledError
 from lad_dist.ranks import ALONE, Ranks
-from lad_dist.recipe import DistillConfig, Recipe
+from lad_dist.recipe import Recipe, without_later_defaults
 from lad_dist.rundir import publish_shared_folder, remove, save_tensors
 
 _SHARD = re.compile(r"shard-(\d{3,})-of-(\d{3,})\.safetensors")
 _FOLDER = re.compile(r"iteration-(\d{6,})")
-_LATER = (  # fields that the first checkpoints did not know: their defaults leave the hash as it was
-    "lambda_regression",
-    "regression_batch",
-    "regression_ridge",
-    "regression_epoch_max",
-    "regression_targets",
-    "optimizer",
-    "schedule",
-)
 _SHARED = ("alpha", "momentum_alpha")  # the same on every rank; all others are rows of the set
 
 
@@ -173,8 +164,8 @@ def _trajectory_hash(recipe: Recipe) -> str:
     doc = recipe.model_dump(mode="json", include={"method", "ipc", "seed", "distill"})
     free = ["gradient", "memory_gb", "checkpoint_every", "early_evaluation"]
     free += [] if recipe.distill.schedule == "cosine" else ["iterations"]  # a cosine depends on where it ends
-    later = {k: DistillConfig.model_fields[k].default for k in _LATER}
-    doc["distill"] = {k: v for k, v in doc["distill"].items() if k not in free and not (k in later and v == later[k])}
+    distill = without_later_defaults("distill", doc["distill"])
+    doc["distill"] = {k: v for k, v in distill.items() if k not in free}
     doc["buffer"] = {"start_after": recipe.buffer.start_after}
     doc["experts"] = recipe.experts_hash()
     doc["experts_count"] = recipe.experts.count

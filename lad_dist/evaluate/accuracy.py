@@ -18,10 +18,11 @@ ECE_BINS = 15
 class Accuracy:
     """Fractions in [0, 1].
 
-    ``balanced`` is the mean of the accuracies of the classes that the set holds. ``head``, ``medium`` and ``tail`` are
-    means of the classes' accuracies over the thirds of the classes by training count; ``by_count`` the same over many (> 100),
-    medium (20 to 100) and few (< 20) training images, None for an empty group. ``ece`` is the expected calibration error
-    over 15 equal bins of confidence. ``confusion[true][predicted]`` are numbers of images.
+    ``balanced`` is the mean of the accuracies of the classes that the set holds; ``per_class`` is 0 for the others, which no
+    mean counts. ``head``, ``medium`` and ``tail`` are means of the classes' accuracies over the thirds of the classes by training
+    count; ``by_count`` the same over many (> 100), medium (20 to 100) and few (< 20) training images; None for an empty group.
+    ``ece`` is the expected calibration error over 15 equal bins of confidence. ``confusion[true][predicted]`` are numbers of
+    images.
     """
 
     overall: float
@@ -56,7 +57,8 @@ def accuracy(
     groups = head_medium_tail(counts)
 
     def mean(members: Sequence[int]) -> float | None:
-        return sum(per_class[c] for c in members) / len(members) if members else None
+        held = [per_class[c] for c in members if total_K[c] > 0]
+        return sum(held) / len(held) if held else None
 
     thirds = {name: mean(members) for name, members in groups["by_thirds"].items()}
     return Accuracy(

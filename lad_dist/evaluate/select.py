@@ -27,8 +27,10 @@ def select(recipe: Recipe, data: PreparedData, run: RunDir, events: Events, scre
             candidate = DistilledSet.load(folder)
             pixels, p = candidate.images, candidate.soft_labels
             network = trained(recipe, data, pixels, p, candidate.lr, recipe.evaluate.epochs, "select")
-            found = accuracy(network, images, data.counts).overall
-            events.emit("candidate", iteration=candidate.meta.iteration, split=split, overall=found)
+            measured = accuracy(network, images, data.counts)
+            # Each class counts the same, also where a tail has few images to hold out or none.
+            found = measured.balanced if split == "validation" else measured.overall
+            events.emit("candidate", iteration=candidate.meta.iteration, split=split, overall=measured.overall)
             best = max(best, (found, folder), key=lambda pair: pair[0])
             task.advance(1, overall=found)
     with run.publish_folder(run.distilled) as temporary:

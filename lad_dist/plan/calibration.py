@@ -1,12 +1,13 @@
 """Seconds of a step of each kind, measured on this device: a few real steps with the recipe's shapes.
 
 Each kind is timed on two numbers of images, which separates what a step costs from what an image costs. The larger is the one
-the job will use, unless a few steps of it would not fit the time there is; then it is smaller, and said so.
+the job will use, unless a few steps of it would not fit the time there is; then it is smaller, and said so. Of several timings
+the least counts: other processes can make a step longer, never shorter. On a busy CPU even the least is too long, since a step is
+interrupted while others run; there the processor's time is taken instead of the clock's, shared among the threads.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,12 +26,13 @@ from lad_dist.plan.shapes import Shapes
 from lad_dist.recipe import Recipe
 from lad_dist.seeds import rng
 
-_MOST_REPEATS = 5
+_MOST_REPEATS = 20
+_LEAST_REPEATS = 3
 _SMALL_BATCH = 2
 _SMALL_PART = 8  # of a kind's time, one part for the few images
 _GROWTH = 8  # from one number of images to the next
 _ROUNDS = 3  # times that a job must fit in what is left to be tried: to warm up, and to be timed
-_STUDENT_STEPS = 2
+STUDENT_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -52,27 +54,28 @@ class Calibrated:
 
 
 def calibrate(
-    recipe: Recipe, shapes: Shapes, wanted: list[Wanted], device: torch.device, seconds: float
+    recipe: Recipe, shapes: Shapes, wanted: list[Wanted], device: torch.device, seconds: float, busy: bool = False
 ) -> dict[str, Calibrated]:
-    """Time every kind of ``wanted`` within about ``seconds`` in all. Medians."""
-    work = _Steps(recipe, shapes, device)
+    """Time every kind of ``wanted`` within about ``seconds`` in all, by the processor's time where the CPU is ``busy``."""
+    work = Steps(recipe, shapes, device)
     found: dict[str, Calibrated] = {}
     until = time.perf_counter() + seconds
     for left, want in zip(range(len(wanted), 0, -1), wanted, strict=True):
         budget = max(until - time.perf_counter(), 0.05) / left
-        with _threads(want.threads if device.type == "cpu" else None):
-            steps = 1 if want.kind.startswith(("experts/", "evaluate/")) else _STUDENT_STEPS
-            found[want.kind] = _time(work.of(want.kind), steps, want.images, device, budget)
+        with with_threads(want.threads if device.type == "cpu" else None):
+            steps = 1 if want.kind.startswith(("experts/", "evaluate/")) else STUDENT_STEPS
+            timer = Timer(device, want.threads if busy else None)
+            found[want.kind] = _time(work.of(want.kind), steps, want.images, timer, budget)
     return found
 
 
 def _time(
-    make: Callable[[int], Callable[[], object]], steps: int, images: int, device: torch.device, budget: float
+    make: Callable[[int], Callable[[], object]], steps: int, images: int, timer: Timer, budget: float
 ) -> Calibrated:
     """A kind's step on few and on many images, in about ``budget`` seconds; a job of ``make`` is ``steps`` of them."""
     until = time.perf_counter() + budget
     few = min(_SMALL_BATCH, images)
-    small, _ = _median(make(few), device, budget / _SMALL_PART)
+    small, _ = _least(make(few), timer, budget / _SMALL_PART)
     if images == few:
         return Calibrated(StepTime(small / few / steps), images, 1)
     many, large, repeats = few, small, 1
@@ -83,9 +86,9 @@ def _time(
         if larger <= many:
             break
         many = larger
-        large, repeats = _median(make(many), device, left if many == images else left / _SMALL_PART)
+        large, repeats = _least(make(many), timer, left if many == images else left / _SMALL_PART)
     small, large = small / steps, large / steps
-    if device.type == "cuda":  # works through a queue: few images take as long as launching does
+    if timer.device.type == "cuda":  # works through a queue: few images take as long as launching does
         return Calibrated(StepTime(large / many, launch=small), many, repeats)
     per_image = (large - small) / (many - few)
     if per_image <= 0:  # a busy machine: what is sure is that a step takes no longer than this
@@ -93,27 +96,37 @@ def _time(
     return Calibrated(StepTime(per_image, per_step=max(small - few * per_image, 0.0)), many, repeats)
 
 
-def _median(job: Callable[[], object], device: torch.device, budget: float) -> tuple[float, int]:
-    """(median seconds, repeats) of a job after one to warm up, in about ``budget`` seconds but at least once."""
+def _least(job: Callable[[], object], timer: Timer, budget: float) -> tuple[float, int]:
+    """(least seconds, repeats) of a job after one to warm up, in about ``budget`` seconds; a single one where it takes longer."""
     until = time.perf_counter() + budget
-    first, taken = _seconds(job, device), list[float]()
-    while len(taken) < _MOST_REPEATS and (not taken or time.perf_counter() + max(taken) < until):
-        taken.append(_seconds(job, device))
+    first, taken = timer.seconds(job), list[float]()
+    while len(taken) < _MOST_REPEATS and (len(taken) < _LEAST_REPEATS or time.perf_counter() + min(taken) < until):
+        taken.append(timer.seconds(job))
         if first > budget:
             break
-    return statistics.median(taken), len(taken)
+    return min(taken), len(taken)
 
 
-def _seconds(job: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
-    job()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+@dataclass(frozen=True)
+class Timer:
+    """Seconds of one call, with what it left to the device; with ``share``, of the processor's time by so many threads each."""
+
+    device: torch.device
+    share: int | None = None
+
+    def seconds(self, job: Callable[[], object]) -> float:
+        """Of one call of ``job``."""
+        clock = time.perf_counter if self.share is None else time.process_time
+        began = clock()
+        job()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return (clock() - began) / (self.share or 1)
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def with_threads(count: int | None) -> Iterator[None]:
+    """torch works with so many CPU threads inside; None changes nothing."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -123,7 +136,7 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Steps:
+class Steps:
     """Random images and weights of a recipe's shapes, and each kind of step on them."""
 
     def __init__(self, recipe: Recipe, shapes: Shapes, device: torch.device) -> None:
@@ -143,7 +156,7 @@ class _Steps:
         self.generator = torch.Generator().manual_seed(0)
 
     def of(self, kind: str) -> Callable[[int], Callable[[], object]]:
-        """From a number of images to one step of ``kind`` on them (a student's: _STUDENT_STEPS)."""
+        """From a number of images to one step of ``kind`` on them (a student's: STUDENT_STEPS)."""
         stage, _, what = kind.partition("/")
         if stage == "experts":
             return lambda images: self._expert(what, images)
@@ -167,7 +180,7 @@ class _Steps:
         target_P[layout.span("classifier")] += 0.01
         target_P[layout.span("backbone")] += 0.01 if whole else 0.0
         rows = torch.arange(count, device=self.device)
-        batches = [Batch(rows, self._draw(count, step)) for step in range(_STUDENT_STEPS)]
+        batches = [Batch(rows, self._draw(count, step)) for step in range(STUDENT_STEPS)]
         span = layout.span("backbone" if whole else "all")
         weights = torch.ones(self.shapes.classes, device=self.device) if whole else None
         piece = Phase(self.start_P, target_P, batches, span, weights, classifier_only=not whole)

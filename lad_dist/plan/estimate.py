@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lad_dist import cores
 from lad_dist.distill.memory import FREE_FRACTION
 from lad_dist.plan import limits, memory
 from lad_dist.plan.facts import Facts
@@ -105,12 +105,18 @@ def make_plan(
     """The plan. ``buffer`` is where the trajectory buffer will lie (None: in an object store); ``calibrate`` the seconds
     to spend on measuring this device, None for the table (also where ``device`` is None)."""
     shapes = shapes_of(recipe, facts)
+    notes: list[str] = []
+    if calibrate is not None and place.chooses_threads:
+        from lad_dist.plan import threads
+
+        team = threads.choose(recipe, shapes, place.threads, min(threads.SECONDS, calibrate / 3))
+        place = replace(place, team=team.threads)
+        notes.append(f"threads: {team.threads} of {place.threads}: {team.why}")
     batches = Batches(facts.classes * recipe.ipc, recipe.distill.batch, place.world)
     path, why = choose_path(recipe, shapes, place.rank_memory, batches)
     disk = _disk(recipe, shapes, buffer)
     faults = limits.faults(recipe, facts, shapes, place, disk)
     needs = _needs(recipe, facts, shapes, place, batches)
-    notes: list[str] = []
     times = None if faults else _Times(recipe, facts, shapes, place, path)
     if times is not None:
         notes += times.measure(device if place.here else None, calibrate)
@@ -133,6 +139,13 @@ def make_plan(
         notes=tuple(notes),
         faults=tuple(faults),
     )
+
+
+def durations_of(recipe: Recipe, facts: Facts, place: Place) -> list[Duration]:
+    """Every stage of the job by the table of devices, whether it fits or not."""
+    shapes = shapes_of(recipe, facts)
+    path, _ = choose_path(recipe, shapes, place.rank_memory, Batches(facts.classes * recipe.ipc, recipe.distill.batch))
+    return _Times(recipe, facts, shapes, place, path).durations()
 
 
 def choose_path(recipe: Recipe, shapes: Shapes, free: int, batches: Batches) -> tuple[str, str]:
@@ -200,7 +213,7 @@ class _Times:
         share = largest_share(self.total, recipe.distill.batch, place.world)
         rank_threads = max(1, int(place.rank_threads(place.world)))
         alone = place.experts_at_a_time == 1
-        expert_threads = place.threads if alone else place.threads_per_expert
+        expert_threads = (place.team or place.threads) if alone else place.threads_per_expert
         # kind -> (images of a step as the job will take it, CPU threads)
         self.kinds = {
             f"representation/{path}": (max(1, round(share)), rank_threads),
@@ -222,7 +235,10 @@ class _Times:
         from lad_dist.plan.calibration import Wanted, calibrate
 
         wanted = [Wanted(kind, *self.kinds[kind]) for kind in self.kinds]
-        found = calibrate(self.recipe, self.shapes, wanted, device, seconds)
+        most = self.place.threads
+        free = float(most) if device.type != "cpu" else cores.obtained(most)
+        busy = free < cores.FREE_ABOVE * most
+        found = calibrate(self.recipe, self.shapes, wanted, device, seconds, busy)
         self._measured = {kind: c.step for kind, c in found.items()}
         self.source = "measured here just now"
         scaled = [
@@ -230,10 +246,11 @@ class _Times:
             for kind, (images, _) in self.kinds.items()
             if found[kind].images < images
         ]
-        notes = ["speed: medians of a few steps on this device, measured just now"]
-        if device.type == "cpu" and hasattr(os, "getloadavg") and os.getloadavg()[0] > self.place.threads + 1:
+        notes = ["speed: the least of a few timings of a step on this device, measured just now"]
+        if busy:
             notes.append(
-                f"the machine is busy (load {os.getloadavg()[0]:.1f}): measured times are longer than they need be"
+                f"the machine is busy: {free:.1f} of {most} cores are free. Times are by the processor's time, so what the job "
+                "takes alone; beside other processes it takes longer"
             )
         return notes + (
             [f"a whole step was too long for the calibration, so scaled up: {'; '.join(scaled)}"] * bool(scaled)
@@ -338,11 +355,10 @@ class _Times:
             candidates = select.iterations // select.select_every
             sources.append(("select", candidates * each, f"{candidates} candidates, {e.epochs} epochs each"))
         small = f"{e.seeds} networks, {e.epochs} epochs on {self.total} images, {each:.3g} s each"
-        sources += [(s, turns * each, small) for s in ("distilled", *(b for b in e.baselines if b == "random"))]
-        if "full" in e.baselines:
-            whole = e.full_epochs * _epoch(step, self.facts.train, e.full_batch)
-            how = f"{e.seeds} networks, {e.full_epochs} epochs on {self.facts.train} images, {whole:.3g} s each"
-            sources.append(("full", turns * whole, how))
+        sources += [(s, turns * each, small) for s in ("distilled", *(b for b in e.baselines if not b.startswith("full")))]
+        whole = e.full_epochs * _epoch(step, self.facts.train, e.full_batch)
+        how = f"{e.seeds} networks, {e.full_epochs} epochs on {self.facts.train} images, {whole:.3g} s each"
+        sources += [(s, turns * whole, how) for s in e.baselines if s.startswith("full")]
         return [Duration("evaluate", what, seconds, how) for what, seconds, how in sources]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lad_dist.data.datasets import look
-from lad_dist.data.longtail import exponential_counts
+from lad_dist.data.longtail import exponential_counts, reserve_of
 from lad_dist.errors import DataError
 from lad_dist.recipe import DataConfig
 
@@ -66,7 +66,7 @@ _LISTS = {
 
 
 def facts_of(config: DataConfig) -> Facts:
-    """What the stages will be given. Nothing is downloaded, and one image is decoded at most.
+    """What the stages will be given. Nothing is downloaded; images that are here are all looked at.
 
     Raises:
         DataError: the data are here and cannot be used, or are not here and nothing is published about them.
@@ -88,7 +88,7 @@ def published(config: DataConfig) -> Facts | None:
     known = _KNOWN.get(config.dataset)
     if known is None:
         return _of_lists(config)
-    pool = known.per_class - config.validation_per_class
+    pool = known.per_class - reserve_of(known.per_class, config.validation_per_class)
     if config.imbalance == "natural":
         counts: tuple[int, ...] = (pool,) * known.classes
     else:

@@ -40,6 +40,13 @@ class Place:
     experts_at_a_time: int
     threads_per_expert: int
     network: Network
+    team: int | None = None
+    """Threads of a process that has a host's CPU to itself; None: all of them."""
+
+    @property
+    def chooses_threads(self) -> bool:
+        """Whether a run there would time how many CPU threads it works with (``threads.py``)."""
+        return self.device == "cpu" and self.here and self.team is None and self.threads > 1 and self.world == 1
 
     @property
     def rank_memory(self) -> int:
@@ -52,7 +59,7 @@ class Place:
 
     def rank_threads(self, world: int) -> float:
         """CPU threads of a rank where ``world`` of them share the hosts."""
-        return self.threads / max(1.0, world / self.hosts)
+        return min(self.team or self.threads, self.threads / max(1.0, world / self.hosts))
 
     def table(self, kind: str, shapes: Shapes, threads: int) -> StepTime:
         """A step by the table of devices, on ``threads`` CPU threads where the device is a CPU."""
@@ -99,6 +106,26 @@ def _of_cpu(profile: Profile) -> Place:
         experts_at_a_time=_experts(profile, hosts * (cores // profile.threads_per_expert)),
         threads_per_expert=profile.threads_per_expert,
         network=Network(LINKS["loopback"], LINKS["ethernet"], max(1, -(-profile.world // hosts))),
+        team=profile.threads,
+    )
+
+
+def two_threads() -> Place:
+    """A CPU of two threads as in the table, with memory enough: what does not depend on this machine."""
+    return Place(
+        device="cpu",
+        name="CPU, 2 threads",
+        here=False,
+        card=None,
+        memory=8 * 10**9,
+        host_memory=8 * 10**9,
+        hosts=1,
+        per_host=1,
+        threads=2,
+        world=1,
+        experts_at_a_time=2,
+        threads_per_expert=1,
+        network=Network(LINKS["loopback"], LINKS["ethernet"], 1),
     )
 
 

@@ -54,8 +54,16 @@ def test_validation_comes_out_of_the_pool_first(config, tmp_path):
     for train in (splits.train, natural.train):
         assert not held & {image.numpy().tobytes() for image in train.images_NCHW}
     assert load_splits(config(**fields)).validation is None
-    with pytest.raises(DataError, match=r"data.validation_per_class: 6 leaves nothing"):
-        load_splits(config(**fields, validation_per_class=6))
+    most = load_splits(config(**fields, imbalance="natural", validation_per_class=6))
+    assert most.train.counts == (1, 1) and most.validation.counts == (5, 5)
+
+
+def test_a_natural_tail_with_a_class_of_one_gives_validation_images(config, tmp_path):
+    root = write_folders(tmp_path, {"a": 6, "b": 3, "c": 1})
+    fields = {"dataset": "image-folder", "root": str(root), "validation_per_class": 5}
+    splits = load_splits(config(**fields, imbalance="natural"))
+    assert splits.train.counts == (1, 1, 1) and splits.validation.counts == (5, 2, 0)
+    assert load_splits(config(**fields, imbalance_factor=1)).train.counts == (1, 1, 1)
 
 
 def test_n_max_above_a_class_and_factor_above_n_max_are_refused(config, tmp_path):

@@ -85,11 +85,18 @@ def test_held_out_images_are_the_end_of_each_order_and_never_trained_on():
     np.testing.assert_array_equal(kept, select(labels_N, (4, 1)))  # holding out does not change what is trained on
 
 
-def test_holding_everything_out_is_refused():
-    with pytest.raises(
-        DataError, match=r"data.validation_per_class: 3 leaves nothing to train on of class 1.*valid: 0 to 2"
-    ):
-        hold_out(np.array([0, 0, 0, 0, 1, 1, 1]), 3, 2)
+def test_every_class_keeps_an_image_to_train_on():
+    labels_N = np.array([0, 0, 0, 0, 1, 1, 1, 2])
+    held = hold_out(labels_N, 3, 3)
+    assert labels_N[held].tolist() == [0, 0, 0, 1, 1]  # 3 of 4, 2 of 3, none of 1
+    kept = select(labels_N, (1, 1, 1), held_out=3)
+    assert sorted([*held, *kept]) == list(range(8))
+
+
+def test_holding_out_where_no_class_can_give_an_image_is_refused():
+    with pytest.raises(DataError, match=r"data.validation_per_class: 2, but every class has one image"):
+        hold_out(np.array([0, 1, 2]), 2, 3)
+    assert len(hold_out(np.array([0, 1, 2]), 0, 3)) == 0
 
 
 def test_groups_of_ten_classes():

@@ -62,6 +62,41 @@ def test_inverting_gives_the_pixels_back(kind, channels, monkeypatch):
     torch.testing.assert_close(fitted.apply(x), whole)
 
 
+PUBLISHED_MEAN = (0.4914, 0.4822, 0.4465)
+
+
+@pytest.mark.parametrize("normalize", ["fitted", "published"])
+def test_normalising_before_zca_is_zca_of_normalised_images(normalize):
+    x = images()
+    pixels = x.double() / 255
+    if normalize == "fitted":
+        mean, std = pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3), correction=0)
+    else:
+        mean, std = torch.tensor(PUBLISHED_MEAN).double(), torch.tensor(whitening_module.PUBLISHED_STD).double()
+    normalised = ((pixels - mean[:, None, None]) / std[:, None, None]).flatten(1)
+    mean_D, matrix_DD, _ = fit_zca(normalised, 0.1)
+    expected = ((normalised - mean_D) @ matrix_DD).reshape(x.shape).float()
+    fitted = Whitening.fit(x, "zca", 0.1, normalize=normalize)
+    torch.testing.assert_close(fitted.apply(x), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(fitted.invert(fitted.apply(x)), x.float() / 255, rtol=0, atol=1e-5)
+    assert (fitted.apply(x) - Whitening.fit(x, "zca", 0.1).apply(x)).abs().max() > 0.1
+
+
+def test_a_whitening_with_normalisation_survives_its_file(tmp_path):
+    fitted = Whitening.fit(images(), "zca", 0.1, normalize="published")
+    fitted.save(tmp_path / "whitening.safetensors")
+    assert torch.equal(Whitening.load(tmp_path / "whitening.safetensors").apply(images()), fitted.apply(images()))
+
+
+def test_normalising_what_has_no_constants_or_no_deviation_is_refused():
+    with pytest.raises(DataError, match=r"normalize_before_zca: published constants are those of 3 channels.*have 1"):
+        Whitening.fit(images(shape=(1, 6, 6)), "zca", normalize="published")
+    flat = images()
+    flat[:, 1] = 7
+    with pytest.raises(DataError, match=r"data.normalize_before_zca: fitted: channel 1 has one value"):
+        Whitening.fit(flat, "zca", normalize="fitted")
+
+
 def test_zca_flattens_the_spectrum():
     """The covariance's eigenvalues s become s / (s + eps)."""
     x = images(count=400, shape=(1, 6, 6))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lad_dist.distill.initial import HARD_LABEL_LOGIT, build, choose_images, label_logits
+from lad_dist.distill.initial import HARD_LABEL_LOGIT, build, choose_images, label_logits, vary_repeats
+from lad_dist.recipe import AugmentConfig
 
 LABELS = np.repeat([0, 1, 2], [6, 4, 3])
 CLASSES = 3
@@ -122,3 +123,41 @@ def test_herding_chooses_among_the_correctly_classified():
     assert 0 not in chosen and repeated == 0 and labels[chosen].tolist() == [0, 0, 1, 1]
     again, _ = choose_images(logits, labels, 2, 2, seed=99, features_ND=features)
     assert again.tolist() == chosen.tolist()
+
+
+def test_one_expert_labels_with_its_raw_logits_wrong_ones_too():
+    experts = Experts({0, 1, 6}, {2, 3, 10})
+    for only_correct in (True, False):
+        found = made(experts, one_expert=True, only_correct=only_correct)
+        by_expert = [torch.equal(found.logits_SK, experts(e, found.indices_S)) for e in range(2)]
+        assert by_expert.count(True) == 1 and found.without_expert == 0
+    wrong = found.logits_SK.argmax(dim=1).numpy() != LABELS[found.indices_S]
+    assert wrong.any()
+    drawn = {made(experts, one_expert=True, only_correct=False, seed=s).logits_SK[0].argmax().item() for s in range(9)}
+    assert len(drawn) > 1  # not always the same expert
+
+
+INDICES = np.array([4, 4, 4, 7, 2, 2])
+
+
+def pictures() -> torch.Tensor:
+    return torch.rand(13, 3, 8, 8, generator=torch.Generator().manual_seed(3))[torch.from_numpy(INDICES)]
+
+
+def test_copies_start_from_augmented_images():
+    varied = vary_repeats(pictures(), INDICES, 5, AugmentConfig())
+    same = [torch.equal(a, b) for a, b in zip(varied, pictures(), strict=True)]
+    assert same == [True, False, False, True, True, False]
+    assert not torch.equal(varied[1], varied[2])
+    assert torch.equal(varied, vary_repeats(pictures(), INDICES, 5, AugmentConfig()))
+    assert not torch.equal(varied, vary_repeats(pictures(), INDICES, 6, AugmentConfig()))
+
+
+def test_a_copy_that_a_draw_left_as_it_was_is_drawn_again():
+    flips = AugmentConfig(operations=("flip",))
+    changed = [vary_repeats(pictures(), INDICES, seed, flips)[5] for seed in range(12)]
+    assert sum(torch.equal(image, pictures()[5].flip(2)) for image in changed) == 12
+
+
+def test_without_augmentation_copies_are_copies():
+    assert torch.equal(vary_repeats(pictures(), INDICES, 5, AugmentConfig(operations=())), pictures())

@@ -50,6 +50,14 @@ def test_fewer_than_three_classes_have_no_head_and_no_tail():
     assert (found.head, found.medium, found.tail) == (None, 0.5, None)
 
 
+def test_classes_without_images_count_in_no_mean():
+    found = accuracy(read(6), prepared([0, 0, 1, 3, 4], [0, 1, 1, 3, 4]), COUNTS)  # none of the classes 2 and 5
+    assert found.balanced == pytest.approx(3.5 / 4)
+    assert (found.head, found.medium, found.tail) == pytest.approx((0.75, 1.0, 1.0))
+    assert found.by_count == pytest.approx({"many": 0.75, "medium": 1.0, "few": None})
+    assert found.per_class == pytest.approx((0.5, 1, 0, 1, 1, 0))
+
+
 def test_all_right_and_all_wrong():
     assert accuracy(read(6), prepared(LABELS, LABELS), COUNTS).overall == 1
     assert accuracy(read(7), prepared([0, 1, 2], [3, 3, 3]), (9, 8, 7, 6, 5, 4, 3)).overall == 0

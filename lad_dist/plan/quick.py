@@ -1,0 +1,115 @@
+"""A recipe shortened to a first look: ``lad-dist run JOB --quick``.
+
+The time is taken from the table of devices for two CPU threads, not from this machine, so that the same recipe and data are
+shortened in the same way everywhere and a stopped run goes on with the same command.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lad_dist.plan.estimate import durations_of
+from lad_dist.plan.facts import Facts
+from lad_dist.plan.place import two_threads
+from lad_dist.recipe import Recipe
+
+SECONDS = 120.0  # by the table; ten minutes leave room for a machine a third as fast, for small steps, and for what is no step
+_SHRINK = 0.75  # what a number is multiplied by, at a time
+
+# Stage -> numbers in the order in which they are lowered, each down to a floor before the next.
+_LOWERED: dict[str, tuple[tuple[str, int], ...]] = {
+    "experts": (("count", 2), ("epochs", 15), ("classifier_epochs", 5), ("epochs", 4), ("classifier_epochs", 2)),
+    "distill": (
+        ("student_steps", 10),
+        ("student_steps_classifier", 10),
+        ("iterations", 100),
+        ("student_steps", 3),
+        ("student_steps_classifier", 3),
+        ("iterations", 20),
+    ),
+    "evaluate": (("seeds", 3), ("epochs", 200), ("full_epochs", 30), ("seeds", 2), ("full_epochs", 3), ("epochs", 30)),
+}
+_NARROW, _NARROWEST = 32, 16  # widths: first where ten times too much is asked for, last where nothing else is left
+
+
+@dataclass(frozen=True)
+class Quick:
+    """The shortened recipe, (field, value before, value now) of each change, and the seconds that it takes by the table."""
+
+    recipe: Recipe
+    changes: tuple[tuple[str, Any, Any], ...]
+    seconds: float
+
+
+def quick(recipe: Recipe, facts: Facts) -> Quick:
+    """Lower the budget of whichever stage takes longest until the whole fits; ZCA and a wide network go first where they are
+    far too much, and the rest of the width last."""
+    doc = recipe.model_dump(mode="json")
+    place, shortened = two_threads(), recipe
+    stages = _seconds(shortened, facts, place)
+    while sum(stages.values()) > SECONDS:
+        far = sum(stages.values()) > 10 * SECONDS
+        if stages.get("data", 0.0) > SECONDS / 3 and doc["data"]["whitening"] == "zca":
+            doc["data"].update(whitening="standardize", normalize_before_zca="none")
+        elif not (far and _narrower(doc, _NARROW)) and not _lower(doc, stages) and not _narrower(doc, _NARROWEST):
+            break
+        _fit_windows(doc)
+        shortened = Recipe.model_validate(doc)
+        stages = _seconds(shortened, facts, place)
+    return Quick(shortened, tuple(_changes(recipe, shortened)), sum(stages.values()))
+
+
+def _seconds(recipe: Recipe, facts: Facts, place: Any) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for duration in durations_of(recipe, facts, place):
+        found[duration.stage] = found.get(duration.stage, 0.0) + duration.seconds
+    return found
+
+
+def _lower(doc: dict[str, Any], stages: dict[str, float]) -> bool:
+    """Lower one number of the longest stage that has one above its floor; False where none has."""
+    for stage in sorted(_LOWERED, key=lambda name: -stages.get(name, 0.0)):
+        section = doc[stage]
+        for name, floor in _LOWERED[stage]:
+            if section[name] > floor:
+                section[name] = max(floor, int(section[name] * _SHRINK))
+                return True
+    return False
+
+
+def _narrower(doc: dict[str, Any], floor: int) -> bool:
+    if doc["model"]["width"] <= floor:
+        return False
+    doc["model"]["width"] = max(floor, doc["model"]["width"] // 2)
+    return True
+
+
+def _fit_windows(doc: dict[str, Any]) -> None:
+    """Windows that lie within the epochs that are left, and candidates and live experts within what there is."""
+    d, e = doc["distill"], doc["experts"]
+    d["window_epochs"] = min(d["window_epochs"], e["epochs"], e["classifier_epochs"])
+    d["start_epoch_max"] = min(d["start_epoch_max"], e["epochs"] - d["window_epochs"] + 1)
+    d["start_epoch_min"] = min(d["start_epoch_min"], d["start_epoch_max"] - 1)
+    if d["start_epoch_max_first"] is not None:
+        d["start_epoch_max_first"] = max(
+            d["start_epoch_min"] + 1, min(d["start_epoch_max_first"], d["start_epoch_max"])
+        )
+    d["start_epoch_growth"] = min(d["start_epoch_growth"], d["iterations"])
+    d["classifier_start_epoch_max"] = min(
+        d["classifier_start_epoch_max"], e["classifier_epochs"] - d["window_epochs"] + 1
+    )
+    if d["select"] != "last":
+        d["select_every"] = min(d["select_every"], d["iterations"])
+    if doc["buffer"]["start_after"] is not None:
+        doc["buffer"]["start_after"] = min(doc["buffer"]["start_after"], e["count"])
+
+
+def _changes(before: Recipe, after: Recipe) -> list[tuple[str, Any, Any]]:
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    return [
+        (f"{section}.{name}", old[section][name], value)
+        for section in ("data", "model", "experts", "buffer", "distill", "evaluate")
+        for name, value in new[section].items()
+        if value != old[section][name]
+    ]

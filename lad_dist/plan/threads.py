@@ -1,0 +1,94 @@
+"""How many CPU threads a process works with: chosen by timing steps of the recipe with one thread and with several.
+
+Small steps gain nothing by a second thread, and beside other processes two threads can be slower than one. The choice is made
+where a run's data are first loaded and kept in the run's folder: the same number of threads gives the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lad_dist import cores
+from lad_dist.errors import RunDirError
+from lad_dist.experts.crew import cores_to_use
+from lad_dist.plan.calibration import STUDENT_STEPS, Steps, Timer, with_threads
+from lad_dist.plan.shapes import Shapes
+from lad_dist.profile import Profile
+from lad_dist.recipe import Recipe
+from lad_dist.rundir import published
+
+SECONDS = 3.0  # for all timings together, about
+_ROUNDS = 5
+_GAIN = 0.9  # more threads are taken where they need less than this part of the time of fewer
+
+
+@dataclass(frozen=True)
+class Team:
+    """``threads``, and the reason in words."""
+
+    threads: int
+    why: str
+
+    def save(self, path: Path) -> None:
+        """Publish as JSON. Raises StorageError."""
+        with published(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Team:
+        """What ``save`` wrote. Raises RunDirError where it is damaged."""
+        try:
+            doc = json.loads(path.read_text(encoding="utf-8"))
+            made = cls(**doc)
+            if type(made.threads) is not int or made.threads < 1 or not isinstance(made.why, str):
+                raise ValueError(f"threads: {made.threads!r}")
+        except (OSError, ValueError, TypeError) as error:
+            raise RunDirError(f"{path}: is not a choice of threads ({error}); remove it to choose again") from error
+        return made
+
+
+def most_threads(profile: Profile) -> int:
+    """Threads that may be tried: what torch would take (OMP_NUM_THREADS, the cores), within this process's share of cores."""
+    return min(torch.get_num_threads(), cores_to_use(profile))
+
+
+def choose(recipe: Recipe, shapes: Shapes, most: int, seconds: float = SECONDS) -> Team:
+    """The fewest threads that are about as fast as any number up to ``most``, by steps of a student taken in turn."""
+    if most < 2:
+        return Team(1, "one core")
+    tried = sorted({1 << power for power in range(most.bit_length())} | {most})
+    images = min(recipe.distill.batch, shapes.classes * recipe.ipc)
+    timer = Timer(torch.device("cpu"))
+    make = Steps(recipe, shapes, timer.device).of("representation/recompute")
+    began, affordable = time.perf_counter(), seconds / (len(tried) * (_ROUNDS + 2))
+    count = 1
+    with with_threads(1):
+        while True:
+            job = make(count)
+            job()
+            if timer.seconds(job) * 2 > affordable or count == images:
+                break
+            count = min(images, count * 2)
+    taken: dict[int, list[float]] = {threads: [] for threads in tried}
+    for _ in range(_ROUNDS):
+        for threads in tried:
+            with with_threads(threads):
+                job()  # the threads are made, and awake
+                taken[threads].append(timer.seconds(job) / STUDENT_STEPS)
+        if time.perf_counter() - began > 2 * seconds:
+            break
+    typical = {threads: statistics.median(times) for threads, times in taken.items()}
+    chosen = 1
+    for threads in tried:
+        if typical[threads] < _GAIN * typical[chosen]:
+            chosen = threads
+    found = ", ".join(f"{typical[t] * 1e3:.3g} ms with {t}" for t in tried)
+    free = cores.obtained(most)
+    busy = f"; the machine is busy ({free:.1f} of {most} cores are free)" if free < cores.FREE_ABOVE * most else ""
+    return Team(chosen, f"a step on {count} image{'s' if count > 1 else ''} takes {found}{busy}")
