@@ -134,15 +134,6 @@ def test_no_module_is_called_utils():
     assert [f for f in FILES if f.stem in ("utils", "util", "helpers", "common", "misc")] == []
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_files_and_functions_fit_a_head(file):
-    text = file.read_text()
-    assert len(text.splitlines()) <= 420
-    long = {n.name: n.end_lineno - n.lineno + 1 for n in ast.walk(ast.parse(text))
-            if isinstance(n, ast.FunctionDef) and n.end_lineno - n.lineno + 1 > 60}  # fmt: skip
-    assert long == {}
-
-
 def test_public_functions_are_typed_and_documented():
     bare = []
     for file in FILES:
