@@ -17,11 +17,13 @@ slurm/jobs.json            what was submitted to SLURM; logs/SUBMISSION/ beside 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import re
+import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ from lad_dist import location
 from lad_dist.errors import LadDistError, RunDirError, StorageError
 from lad_dist.recipe import Recipe
 
+_SUM, _NO_SUM = "sha256", "0" * 64  # a file's checksum is that of the file with zeros in its place
 ABANDONED_AFTER = 6 * 3600.0  # seconds after which another host's temporary file counts as left behind
 
 # Fields that may differ between a run's saved recipe and the one it is continued with: they say where data lie, how
@@ -234,16 +237,17 @@ class RunDir:
     def publish_folder(self, final: Path) -> Iterator[Path]:
         """As ``publish``, for a whole folder; an older folder of that name is replaced."""
         with _storage(final, StorageError):
-            temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=self.root))
+            temporary = _temporary_in(self.root)
+            temporary.mkdir()
             try:
                 yield temporary
                 for file in temporary.rglob("*"):
                     if file.is_file():
                         _sync(file)
-                temporary.chmod(0o755)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 if final.exists():
-                    aside = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=self.root))
+                    aside = _temporary_in(self.root)
+                    aside.mkdir()
                     os.rename(final, aside / "old")
                     os.rename(temporary, final)
                     shutil.rmtree(aside)
@@ -259,12 +263,10 @@ def published(final: Path) -> Iterator[Path]:
     """The publish-by-rename used by every stage; see ``RunDir.publish``."""
     with _storage(final, StorageError):
         final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), suffix=final.suffix, dir=final.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = _temporary_in(final.parent, final.suffix)
+        temporary.touch(exist_ok=False)
         try:
             yield temporary
-            temporary.chmod(0o644)
             _sync(temporary)
             os.replace(temporary, final)
             _sync(final.parent)
@@ -298,8 +300,8 @@ def publish_shared_folder(
     def begin() -> None:
         nonlocal temporary
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=final.parent))
-        temporary.chmod(0o755)
+        temporary = _temporary_in(final.parent)
+        temporary.mkdir()
 
     def add(folder: Path) -> None:
         for file in write(folder):
@@ -326,10 +328,49 @@ def publish_shared_folder(
 
 
 def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """``safetensors.torch.save_file`` whose write failures are OSErrors, so that a full disk is reported as one."""
+    """Write a safetensors file: the same bytes for the same content, and with ``metadata`` its own checksum among them.
+
+    Failures are OSErrors, so that a full disk is reported as one. safetensors writes metadata in an order of chance.
+    """
     from safetensors.torch import save
 
-    path.write_bytes(save({k: t.contiguous().cpu() for k, t in tensors.items()}, metadata))
+    raw = memoryview(save({k: t.detach().contiguous().cpu() for k, t in tensors.items()}))
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(bytes(raw[8 : 8 + length])), raw[8 + length :]
+    if metadata is not None:
+        header = {"__metadata__": dict(sorted({**metadata, _SUM: _NO_SUM}.items())), **header}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    head = (len(text) + -len(text) % 8).to_bytes(8, "little") + text + b" " * (-len(text) % 8)
+    if metadata is not None:
+        digest = hashlib.sha256(head)
+        digest.update(data)
+        head = head.replace(_NO_SUM.encode(), digest.hexdigest().encode(), 1)
+    with path.open("wb") as file:
+        file.write(head)
+        file.write(data)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file; the metadata hold ``sha256`` where the file has a checksum, which was right.
+
+    Raises OSError, and ValueError where the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    raw = path.read_bytes()
+    try:
+        tensors = load(raw)  # checks the header
+        length = int.from_bytes(raw[:8], "little")
+        metadata: dict[str, str] = json.loads(raw[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # KeyError: a type that torch has not
+        raise ValueError(f"it is not a whole safetensors file ({error})") from error
+    if _SUM in metadata:
+        digest = hashlib.sha256(raw[: 8 + length].replace(metadata[_SUM].encode(), _NO_SUM.encode(), 1))
+        digest.update(memoryview(raw)[8 + length :])
+        if digest.hexdigest() != metadata[_SUM]:
+            raise ValueError("it does not match its own checksum")
+    return tensors, metadata
 
 
 @contextmanager
@@ -364,8 +405,9 @@ def process_lives(pid: int) -> bool:
     return True
 
 
-def _temporary_prefix() -> str:
-    return f".tmp-{host_name()}-{os.getpid()}-"
+def _temporary_in(folder: Path, suffix: str = "") -> Path:
+    """A new name in ``folder``. What is made there by ordinary calls has the mode that the umask says, unlike tempfile's."""
+    return folder / f".tmp-{host_name()}-{os.getpid()}-{secrets.token_hex(4)}{suffix}"
 
 
 def _abandoned(temporary: Path) -> bool:

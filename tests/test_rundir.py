@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 
@@ -32,7 +33,20 @@ def test_a_published_file_appears_whole(tmp_path):
         temporary.write_text("half")
         assert not final.exists() and temporary.parent == final.parent and temporary.suffix == ".txt"
     assert final.read_text() == "half" and names(final.parent) == ["b.txt"]
-    assert final.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_what_is_published_honours_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with published(tmp_path / "file") as temporary:
+            temporary.write_text("x")
+        with RunDir(tmp_path).publish_folder(tmp_path / "folder") as temporary:
+            (temporary / "inside").touch()
+    finally:
+        os.umask(before)
+    modes = {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "folder", "folder/inside")}
+    assert modes == {"file": 0o666 & ~mask, "folder": 0o777 & ~mask, "folder/inside": 0o666 & ~mask}
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])

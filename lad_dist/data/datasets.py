@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,6 +77,10 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the shape, the images and the labels in their order: equal where training would be equal."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(tuple(self.images_NCHW.shape)).encode())
         digest.update(self.images_NCHW.contiguous().numpy().data)
         digest.update(self.labels_N.numpy().astype("<i8", copy=False).data)
@@ -90,6 +95,12 @@ class DataSplits:
     validation: ImageSet | None  # balanced, taken out of the training pool; None unless asked for
     test: ImageSet
     full_counts: tuple[int, ...]  # images per class of the training pool, before anything was taken out of it
+
+    def fingerprints(self, split: str) -> dict[str, str]:
+        """Those of the images that a network is trained on and, in ``split`` (test or validation), measured on."""
+        measured = self.test if split == "test" else self.validation
+        assert measured is not None, "the recipe was checked to hold out validation images"
+        return {"train": self.train.fingerprint(), split: measured.fingerprint()}
 
 
 def load_splits(config: DataConfig, on_progress: Progress | None = None) -> DataSplits:

@@ -124,7 +124,7 @@ def _own_surroundings(profile: Profile) -> Iterator[Path]:
 
 def _read_token_settings() -> None:
     """Make Ray's compiled code read RAY_AUTH_* again, which it has done once when ray was imported."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

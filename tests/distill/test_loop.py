@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lad_dist.distill.initial import HARD_LABEL_LOGIT
 from lad_dist.distill.loop import Distillation, class_weights
@@ -17,6 +20,7 @@ from lad_dist.distilled import DistilledSet
 from lad_dist.errors import DistilledError, Interrupted, NumericalError, TrajectoryError
 from lad_dist.models import functional
 from lad_dist.progress import read_events
+from lad_dist.rundir import load_tensors
 
 CPU = torch.device("cpu")
 
@@ -147,6 +151,30 @@ def test_a_checkpoint_of_another_recipe_or_damaged(pipeline_of, undisturbed):
     shard.rename(shard.with_name("shard-001-of-002.safetensors"))
     with pytest.raises(DistilledError, match="its shards are not all there"):
         State.load(path, recipe, CPU)
+
+
+def test_no_flipped_bit_in_a_checkpoint_passes(undisturbed, tmp_path):
+    recipe = undisturbed.recipe
+    shutil.copytree(undisturbed.run.distill_checkpoint, tmp_path / "distill")
+    (shard,) = (tmp_path / "distill").rglob("*.safetensors")
+    good, draws = shard.read_bytes(), random.Random(0)
+    header = int.from_bytes(good[:8], "little") + 8
+    for place in (*range(header), *(draws.randrange(len(good)) for _ in range(300))):
+        bad = bytearray(good)
+        bad[place] ^= 1 << draws.randrange(8)
+        shard.write_bytes(bad)
+        with pytest.raises(DistilledError, match="iteration-000006"):
+            State.load(tmp_path / "distill", recipe, CPU)
+
+
+def test_a_checkpoint_of_a_version_without_checksums_is_still_read(undisturbed, tmp_path):
+    shutil.copytree(undisturbed.run.distill_checkpoint, tmp_path / "distill")
+    (shard,) = (tmp_path / "distill").rglob("*.safetensors")
+    tensors, metadata = load_tensors(shard)
+    del metadata["sha256"]
+    save_file(tensors, shard, metadata)
+    state = State.load(tmp_path / "distill", undisturbed.recipe, CPU)
+    assert state is not None and torch.equal(state.optimizers.images_SCHH, tensors["images"])
 
 
 def test_state_round_trip_keeps_every_bit(undisturbed, tmp_path):
