@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from lad_dist.rundir import load_tensors, save_tensors
 
 Kind = Literal["zca", "standardize", "none"]
 Shape = tuple[int, int, int]  # C, H, W
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _FORMAT, _WITHOUT_SUM = "lad-dist whitening 2", "lad-dist whitening 1"  # the first has a checksum
 _FLOAT64_UP_TO = 4096  # values per image, D
@@ -149,9 +150,7 @@ class Whitening:
             if set(metadata) != {"format", "kind", "eps", "shape"} | ({"sha256"} if metadata["format"] == _FORMAT else set()):
                 raise ValueError(f"its metadata are {', '.join(sorted(metadata))}")
             channels, height, width = (int(size) for size in metadata["shape"].split(","))
-            kind, eps = metadata["kind"], float(metadata["eps"])
-            if kind not in ("zca", "standardize", "none"):
-                raise ValueError(f"kind {kind!r} is unknown")
+            kind, eps = _KINDS[_KINDS.index(metadata["kind"])], float(metadata["eps"])
             mean, matrix, inverse = (tensors[name].to(device).clone() for name in ("mean", "matrix", "inverse"))
         except (OSError, ValueError, KeyError) as error:
             raise DataError(

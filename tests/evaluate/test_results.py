@@ -53,8 +53,10 @@ def test_impossible_rows_are_refused_with_the_name_of_their_file(tmp_path, chang
         results.read(path)
 
 
-@pytest.mark.parametrize("text", ["3", "[]", '"x"', "{}", '{"source": "x"}', "NaN", "[" * 100_000, json.dumps(row() | {"overall": float("nan")}),
-                                  json.dumps(row() | {"train_loss": float("inf")})])  # fmt: skip
+@pytest.mark.parametrize("text", [
+    "3", "[]", '"x"', "{}", '{"source": "x"}', "NaN", "[" * 100_000,
+    json.dumps(row() | {"overall": float("nan")}), json.dumps(row() | {"train_loss": float("inf")}),
+])  # fmt: skip
 def test_a_file_that_is_no_row(tmp_path, text):
     file = results.row_file(tmp_path / "results.json", row())
     file.parent.mkdir()
