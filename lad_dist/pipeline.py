@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from lad_dist.errors import RankError, RecipeError
 from lad_dist.profile import Profile
-from lad_dist.progress import Events, Screen
+from lad_dist.progress import Events, Screen, shortened
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lad_dist.ranks import Place
     from lad_dist.results import Row, Source
 
+_MOST_NOTES = 10  # on the data that are said
 STAGES = ("experts", "distill", "evaluate", "report")
 
 
@@ -225,12 +226,15 @@ class Pipeline:
                 fingerprint=images.fingerprint(),
                 counts=list(images.counts),
                 test=len(self._data.splits.test),
+                notes=list(self._data.splits.notes[:_MOST_NOTES]),
                 seconds=round(time.perf_counter() - began, 3),
             )
             self.screen.say(
                 f"data: {images.name}, {len(images)} training images ({max(images.counts)} to {min(images.counts)} per "
                 f"class), {len(self._data.splits.test)} test images, {images.channels}x{images.size}x{images.size}"
             )
+            for note in shortened(self._data.splits.notes, _MOST_NOTES):
+                self.screen.say(f"data: {note}")
         return self._data
 
     def _already(self, stage: str, what: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,10 +76,6 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the shape, the images and the labels in their order: equal where training would be equal."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(tuple(self.images_NCHW.shape)).encode())
         digest.update(self.images_NCHW.contiguous().numpy().data)
         digest.update(self.labels_N.numpy().astype("<i8", copy=False).data)
@@ -95,6 +90,7 @@ class DataSplits:
     validation: ImageSet | None  # balanced, taken out of the training pool; None unless asked for
     test: ImageSet
     full_counts: tuple[int, ...]  # images per class of the training pool, before anything was taken out of it
+    notes: tuple[str, ...] = ()  # what was found and not taken, a sentence each
 
     def fingerprints(self, split: str) -> dict[str, str]:
         """Those of the images that a network is trained on and, in ``split`` (test or validation), measured on."""
@@ -137,6 +133,7 @@ def load_splits(config: DataConfig, on_progress: Progress | None = None) -> Data
         validation=load(train, held_out, "validation") if len(held_out) else None,
         test=load(test, np.arange(len(test.labels_N), dtype=np.int64), "test"),
         full_counts=tuple(np.bincount(train.labels_N, minlength=num_classes).tolist()),
+        notes=(*train.notes, *test.notes),
     )
 
 
