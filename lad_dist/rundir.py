@@ -11,6 +11,7 @@ evaluation/rows/           one file per (source, architecture, seed); see result
 evaluation/results.json    the table merged from them
 evaluation/chosen/         the real images that baselines chose
 report/                    index.html, synthetic.png
+claims/                    who runs or distils here, while it does (trajectories/claims.py)
 slurm/jobs.json            what was submitted to SLURM; logs/SUBMISSION/ beside it
 """
 
@@ -135,8 +136,8 @@ class RunDir:
         """The folder of ``recipe``'s run, made if need be.
 
         Raises RunDirError where the folder cannot be written, or holds another recipe's run (naming the fields that
-        differ). With ``buffers``, the run uses that store's buffer for this recipe's experts: ``trajectories`` becomes a
-        link to it, or its URI where ``buffers`` is one. Without, a run keeps the buffer that it has.
+        differ). With ``buffers``, the run uses that store's buffer for this recipe's experts, or that of a run folder:
+        ``trajectories`` becomes a link to it, or its URI where it has one. Without, a run keeps the buffer that it has.
         """
         from lad_dist import recipe_file
 
@@ -147,19 +148,17 @@ class RunDir:
                 if _abandoned(leftover):
                     remove(leftover)
             # Looked at before the recipe is: what another process of the same run makes meanwhile is no stranger's.
-            strange = any(p.name != "events.jsonl" and not p.name.startswith(".tmp-") for p in root.iterdir())
+            strange = _holds_strange_files(root)
             if run.recipe.exists():
                 saved = recipe_file.load(run.recipe)
                 changed = differences(saved.model_dump(mode="json"), recipe.model_dump(mode="json"))
                 if changed:
-                    raise RunDirError(
-                        f"{root}: belongs to a run of another recipe ({'; '.join(changed)}); "
-                        "choose another folder with --out, or remove this one"
-                    )
+                    advice = "choose another folder with --out, or remove this one"
+                    if saved.experts_hash() == recipe.experts_hash():
+                        advice = f"choose another folder with --out, and --buffers {root} to use its experts there"
+                    raise RunDirError(f"{root}: belongs to a run of another recipe ({'; '.join(changed)}); {advice}")
             elif strange:
-                raise RunDirError(
-                    f"{root}: is not empty and not a run folder (no recipe.yaml); choose another with --out"
-                )
+                raise _not_a_run(root)
             text = recipe_file.dump(recipe, header="The resolved recipe of this run, every field spelled out.")
             if not run.recipe.exists() or run.recipe.read_text(encoding="utf-8") != text:
                 with run.publish(run.recipe) as temporary:
@@ -176,6 +175,23 @@ class RunDir:
             )
         return cls(root)
 
+    @classmethod
+    def check_free(cls, root: Path) -> None:
+        """Raise RunDirError where ``open`` would for a folder without a recipe.yaml: it cannot be looked at, or is in use."""
+        with _storage(root, RunDirError, "choose another folder with --out"):
+            if root.exists() and _holds_strange_files(root) and not (root / "recipe.yaml").exists():
+                raise _not_a_run(root)
+
+    @classmethod
+    def whitening_to_come(cls, root: Path, recipe: Recipe, buffers: Path | str | None) -> Path:
+        """Where the whitening of a run that is still to be opened will lie."""
+        shared = None if buffers is None else _buffer_in(buffers, recipe)
+        if shared is None:
+            folder = root / "trajectories"
+        else:
+            folder = root if location.is_remote(shared) else location.local_folder(shared)
+        return folder / "whitening.safetensors"
+
     def _place_buffer(self, recipe: Recipe, buffers: Path | str | None) -> None:
         present = self.trajectories
         if buffers is None:
@@ -187,10 +203,10 @@ class RunDir:
                 f"{location.shown(buffers)}: the URI holds credentials, which a run folder must not keep; "
                 "leave them out of it and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
-        shared = location.joined(buffers, recipe.experts_hash()[:16])
+        shared = _buffer_in(buffers, recipe)
         if location.is_remote(shared):
             self._point_to(str(shared), present)
-        else:
+        elif location.local_folder(shared).resolve() != self._buffer_folder.resolve():
             self._link_to(location.local_folder(shared).resolve(), present)
 
     def _point_to(self, shared: str, present: Path | str) -> None:
@@ -408,6 +424,31 @@ def process_lives(pid: int) -> bool:
 def _temporary_in(folder: Path, suffix: str = "") -> Path:
     """A new name in ``folder``. What is made there by ordinary calls has the mode that the umask says, unlike tempfile's."""
     return folder / f".tmp-{host_name()}-{os.getpid()}-{secrets.token_hex(4)}{suffix}"
+
+
+def _holds_strange_files(root: Path) -> bool:
+    return any(p.name != "events.jsonl" and not p.name.startswith(".tmp-") for p in root.iterdir())
+
+
+def _buffer_in(buffers: Path | str, recipe: Recipe) -> Path | str:
+    """The buffer for ``recipe``'s experts in a store, or of a run folder. Raises RunDirError where the run has other experts."""
+    from lad_dist import recipe_file
+
+    if not location.is_remote(buffers) and (location.local_folder(buffers) / "recipe.yaml").is_file():
+        run = RunDir(location.local_folder(buffers))
+        other = recipe_file.load(run.recipe)
+        if other.experts_hash() != recipe.experts_hash():
+            changed = differences(other.experts_document(), recipe.experts_document())
+            raise RunDirError(
+                f"{run.root}: its experts are of another recipe ({'; '.join(changed)}), so this run cannot use them; "
+                "leave --buffers out to train some"
+            )
+        return run.trajectories
+    return location.joined(buffers, recipe.experts_hash()[:16])
+
+
+def _not_a_run(root: Path) -> RunDirError:
+    return RunDirError(f"{root}: is not empty and not a run folder (no recipe.yaml); choose another with --out")
 
 
 def _abandoned(temporary: Path) -> bool:

@@ -264,3 +264,20 @@ def test_a_damaged_note_of_the_buffer(tmp_path, content):
     (run.root / "trajectories.uri").write_bytes(content)
     with pytest.raises(RunDirError, match=r"trajectories\.uri: .*valid: one line with"):
         RunDir.open(run.root, Recipe())
+
+
+def test_the_experts_of_a_run_serve_another(tmp_path):
+    one = RunDir.open(tmp_path / "one", changed("ipc=1"))
+    (one.trajectories / "part").touch()
+    with pytest.raises(RunDirError, match=rf"ipc is 1 there, 2 here.*--buffers {one.root} to use its experts"):
+        RunDir.open(one.root, changed("ipc=2"))
+    two = RunDir.open(tmp_path / "two", changed("ipc=2"), one.root)
+    assert (two.trajectories / "part").exists() and two.whitening.resolve() == one.whitening.resolve()
+    assert RunDir.whitening_to_come(tmp_path / "three", changed("ipc=3"), two.root).resolve() == one.whitening.resolve()
+    assert RunDir.open(two.root, changed("ipc=2"), one.root).trajectories == two.trajectories
+    RunDir.open(one.root, changed("ipc=1"), one.root)
+    assert not one.trajectories.is_symlink()
+    with pytest.raises(RunDirError, match=r"its experts are of another recipe \(.*experts.lr is 0.01 there, 0.02 here"):
+        RunDir.open(tmp_path / "other", changed("experts.lr=0.02"), one.root)
+    with pytest.raises(RunDirError, match="or remove this one"):
+        RunDir.open(one.root, changed("experts.lr=0.02"))
