@@ -214,7 +214,7 @@ class DistillConfig(_Section):
     )
     select_every: Annotated[Int, Field(ge=1)] = Field(500, description="iterations between the candidates of select")
     checkpoint_every: Annotated[Int, Field(ge=1)] = Field(
-        100, description="iterations between checkpoints for resuming"
+        100, description="iterations between checkpoints for resuming; there is one every minute, too"
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lad_dist.distill.initial import HARD_LABEL_LOGIT
-from lad_dist.distill.loop import Distillation, class_weights
+from lad_dist.distill.loop import Distillation, SaveClock, class_weights
 from lad_dist.distill.start import Facts
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Student
@@ -175,6 +176,53 @@ def test_a_checkpoint_of_a_version_without_checksums_is_still_read(undisturbed, 
     save_file(tensors, shard, metadata)
     state = State.load(tmp_path / "distill", undisturbed.recipe, CPU)
     assert state is not None and torch.equal(state.optimizers.images_SCHH, tensors["images"])
+
+
+class _KilledError(Exception):
+    """As SIGKILL: nothing is saved on the way out."""
+
+
+def test_a_run_that_is_killed_again_and_again_gets_on(pipeline_of, undisturbed, monkeypatch):
+    """checkpoint_every alone would have it begin at 0 each time."""
+    pipeline = pipeline_of("killed", distill={"checkpoint_every": 10_000})
+    iterate, done = Distillation.iterate, []
+
+    def killed(self, state, path, out):
+        if len(done) == 2:
+            raise _KilledError
+        done.append(state.iteration)
+        return iterate(self, state, path, out)
+
+    monkeypatch.setattr(SaveClock, "due", lambda self: True)
+    with monkeypatch.context() as patched:
+        patched.setattr(Distillation, "iterate", killed)
+        for _ in range(2):
+            done.clear()
+            with pytest.raises(_KilledError):
+                pipeline.distill()
+    pipeline.distill()
+    assert [e["iteration"] for e in events(pipeline, "distill-started")] == [0, 2, 4]
+    assert result(pipeline) == result(undisturbed)
+
+
+def test_checkpoints_by_time(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("lad_dist.distill.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def saved_at(step: float, until: float, cost: float = 0.0) -> list[float]:
+        """Iterations of ``step`` seconds."""
+        clock, found, begun = SaveClock(), [], now[0]
+        while now[0] - begun < until:
+            now[0] += step
+            if clock.due():
+                found.append(round(now[0] - begun, 3))
+                clock.saved(cost)
+        return found
+
+    assert saved_at(0.5, 200) == [1, 2, 4, 8, 16, 32, 64, 124, 184]
+    assert saved_at(5.0, 13) == [5, 10]  # killed after 13 s, it has saved two iterations
+    assert saved_at(90.0, 270) == [90, 180, 270]
+    assert saved_at(0.5, 100, cost=1.0) == [1, 21, 42, 84]  # a twentieth of the time at most
 
 
 def test_state_round_trip_keeps_every_bit(undisturbed, tmp_path):
