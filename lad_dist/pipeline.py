@@ -12,14 +12,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lad_dist.errors import RankError, RecipeError
+from lad_dist.errors import RankError, RecipeError, RunDirError
 from lad_dist.profile import Profile
-from lad_dist.progress import Events, Screen
+from lad_dist.progress import Events, Screen, shortened
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from lad_dist.ranks import Place
     from lad_dist.results import Row, Source
 
+_MOST_NOTES = 10  # on the data that are said
+_LOOK_SECONDS = 1.0  # between two looks whether another process is still at work
 STAGES = ("experts", "distill", "evaluate", "report")
 
 
@@ -46,9 +49,17 @@ class Pipeline:
     screen: Screen
     events: Events
     _data: PreparedData | None = None
+    _accepted: PreparedData | None = None  # loaded before the run folder was made, and not told of yet
 
     def all(self) -> None:
-        """Everything that is not done yet. With ``buffer.start_after``, distillation begins while experts still train."""
+        """Everything that is not done yet. With ``buffer.start_after``, distillation begins while experts still train.
+
+        Raises RunDirError where another process does the same in this folder.
+        """
+        with self._alone("run"):
+            self._all()
+
+    def _all(self) -> None:
         if self._imported():
             self.distill()
         elif self._experts_needed_live():
@@ -120,6 +131,7 @@ class Pipeline:
         """Match the experts with a synthetic set, over the profile's ranks, and choose the iteration that is kept.
 
         ``replay``: a run folder; its recorded windows are used instead of drawing them, which makes the same set.
+        Raises RunDirError where another process distils in this folder.
         """
         from lad_dist.distill.replay import Record
         from lad_dist.distilled import DistilledSet
@@ -129,7 +141,7 @@ class Pipeline:
             made = DistilledSet.load(self.run.distilled).meta
             how = f"iteration {made.iteration}" if made.method == self.recipe.method else made.method
             return self._already("distill", f"{self.run.distilled} is there ({how})")
-        with self._stage("distill"):
+        with self._alone("distill"), self._stage("distill"):
             self._distill(record)
             if self.recipe.distill.select != "last":
                 from lad_dist.evaluate.select import select
@@ -217,7 +229,7 @@ class Pipeline:
             from lad_dist.data.prepare import prepare
 
             began = time.perf_counter()
-            self._data = prepare(self.recipe, self.run.whitening, self.device)
+            self._data = self._accepted or prepare(self.recipe, self.run.whitening, self.device)
             images = self._data.splits.train
             self.events.emit(
                 "data",
@@ -225,12 +237,15 @@ class Pipeline:
                 fingerprint=images.fingerprint(),
                 counts=list(images.counts),
                 test=len(self._data.splits.test),
+                notes=list(self._data.splits.notes[:_MOST_NOTES]),
                 seconds=round(time.perf_counter() - began, 3),
             )
             self.screen.say(
                 f"data: {images.name}, {len(images)} training images ({max(images.counts)} to {min(images.counts)} per "
                 f"class), {len(self._data.splits.test)} test images, {images.channels}x{images.size}x{images.size}"
             )
+            for note in shortened(self._data.splits.notes, _MOST_NOTES):
+                self.screen.say(f"data: {note}")
             self._choose_threads(images.channels, images.size, images.num_classes)
         return self._data
 
@@ -259,6 +274,38 @@ class Pipeline:
                 self.screen.say(f"threads: {team.threads}: {team.why}")
         self.events.emit("threads", threads=team.threads, why=team.why)
         torch.set_num_threads(team.threads)
+
+    @contextmanager
+    def _alone(self, verb: str) -> Iterator[None]:
+        """Let no other process do ``verb`` in this run folder meanwhile; among ranks, rank 0 is the one that asks.
+
+        Experts and rows of results have claims and names of their own, so that any number of processes share them. A claim
+        of a process that is gone counts for nothing: at once on its own host, else after claims.STALE_SECONDS.
+        """
+        from lad_dist import ranks
+        from lad_dist.trajectories import claims
+
+        where = ranks.place()
+        if where is not None and where.rank > 0:
+            yield
+            return
+        owner, said = claims.owner_id(), False
+        until = time.monotonic() + claims.STALE_SECONDS + claims.REFRESH_SECONDS
+        while True:
+            with claims.hold(self.run.root, verb, owner) as held:
+                if held:
+                    yield
+                    return
+            other = claims.foreign(self.run.root, verb, owner)
+            if other is not None and (other.lives_here() or time.monotonic() > until):
+                raise RunDirError(
+                    f"{self.run.root}: another process does `lad-dist {verb}` in this folder already ({other}); wait until it "
+                    "has ended, or stop it and start this command again, which continues"
+                )
+            if other is not None and not said:
+                self.screen.say(f"{verb}: finding out whether another process is still at work here ({other})")
+                said = True
+            time.sleep(_LOOK_SECONDS)
 
     def _already(self, stage: str, what: str) -> None:
         self.screen.say(f"{stage}: done, {what}")
@@ -391,6 +438,18 @@ class _Stage:
 def open_pipeline(
     recipe: Recipe, out: Path, profile: Profile, buffers: Path | str | None, device: torch.device, screen: Screen
 ) -> Pipeline:
-    """The pipeline of a recipe in the run folder ``out``, which is made if need be."""
+    """The pipeline of a recipe in the run folder ``out``.
+
+    Where there is no such folder, the data are loaded first, so that nothing is written for data that are refused: the
+    corrected recipe finds the folder free. Raises DataError, RunDirError, and what ``RunDir.open`` raises.
+    """
+    accepted = None
+    if not (out / "recipe.yaml").exists():
+        from lad_dist.data.prepare import accept
+
+        RunDir.check_free(out)
+        accepted = accept(recipe, RunDir.whitening_to_come(out, recipe, buffers), device)
     run = RunDir.open(out, recipe, buffers)
-    return Pipeline(recipe, run, profile, device, screen, Events(run.events))
+    if accepted is not None:
+        accepted.keep_whitening(run.whitening)
+    return Pipeline(recipe, run, profile, device, screen, Events(run.events), _accepted=accepted)

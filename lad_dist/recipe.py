@@ -263,7 +263,7 @@ class DistillConfig(_Section):
     )
     select_every: Annotated[Int, Field(ge=1)] = Field(500, description="iterations between the candidates of select")
     checkpoint_every: Annotated[Int, Field(ge=1)] = Field(
-        100, description="iterations between checkpoints for resuming"
+        100, description="iterations between checkpoints for resuming; there is one every minute, too"
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -410,7 +410,8 @@ _LATER = {
 
 def without_later_defaults(section: str, doc: dict[str, Any]) -> dict[str, Any]:
     """A section's fields without the later ones that are at their defaults."""
-    fields: dict[str, Any] = {"data": DataConfig, "distill": DistillConfig}[section].model_fields
+    models: dict[str, type[BaseModel]] = {"data": DataConfig, "distill": DistillConfig}
+    fields = models[section].model_fields
     return {k: v for k, v in doc.items() if k not in _LATER[section] or v != fields[k].default}
 
 

@@ -61,11 +61,14 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
 def read_document(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises RecipeError where it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "is not UTF-8 text"
         raise RecipeError(f"{path}: cannot be read: {reason}") from None
-    return parse_yaml(text, str(path))
+    document = parse_yaml(text, str(path))
+    if not document:  # what a full disk or a crash has left of a file, rather than the wish for every default
+        raise RecipeError(f"{path}: is empty; valid: at least one field, for example name: {path.stem}")
+    return document
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:

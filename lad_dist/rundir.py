@@ -11,17 +11,20 @@ evaluation/rows/           one file per (source, architecture, seed); see result
 evaluation/results.json    the table merged from them
 evaluation/chosen/         the real images that baselines chose
 report/                    index.html, synthetic.png
+claims/                    who runs or distils here, while it does (trajectories/claims.py)
 slurm/jobs.json            what was submitted to SLURM; logs/SUBMISSION/ beside it
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import re
+import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +37,7 @@ from lad_dist import location
 from lad_dist.errors import LadDistError, RunDirError, StorageError
 from lad_dist.recipe import Recipe
 
+_SUM, _NO_SUM = "sha256", "0" * 64  # a file's checksum is that of the file with zeros in its place
 ABANDONED_AFTER = 6 * 3600.0  # seconds after which another host's temporary file counts as left behind
 
 # Fields that may differ between a run's saved recipe and the one it is continued with: they say where data lie, how
@@ -137,8 +141,8 @@ class RunDir:
         """The folder of ``recipe``'s run, made if need be.
 
         Raises RunDirError where the folder cannot be written, or holds another recipe's run (naming the fields that
-        differ). With ``buffers``, the run uses that store's buffer for this recipe's experts: ``trajectories`` becomes a
-        link to it, or its URI where ``buffers`` is one. Without, a run keeps the buffer that it has.
+        differ). With ``buffers``, the run uses that store's buffer for this recipe's experts, or that of a run folder:
+        ``trajectories`` becomes a link to it, or its URI where it has one. Without, a run keeps the buffer that it has.
         """
         from lad_dist import recipe_file
 
@@ -149,19 +153,17 @@ class RunDir:
                 if _abandoned(leftover):
                     remove(leftover)
             # Looked at before the recipe is: what another process of the same run makes meanwhile is no stranger's.
-            strange = any(p.name != "events.jsonl" and not p.name.startswith(".tmp-") for p in root.iterdir())
+            strange = _holds_strange_files(root)
             if run.recipe.exists():
                 saved = recipe_file.load(run.recipe)
                 changed = differences(saved.model_dump(mode="json"), recipe.model_dump(mode="json"))
                 if changed:
-                    raise RunDirError(
-                        f"{root}: belongs to a run of another recipe ({'; '.join(changed)}); "
-                        "choose another folder with --out, or remove this one"
-                    )
+                    advice = "choose another folder with --out, or remove this one"
+                    if saved.experts_hash() == recipe.experts_hash():
+                        advice = f"choose another folder with --out, and --buffers {root} to use its experts there"
+                    raise RunDirError(f"{root}: belongs to a run of another recipe ({'; '.join(changed)}); {advice}")
             elif strange:
-                raise RunDirError(
-                    f"{root}: is not empty and not a run folder (no recipe.yaml); choose another with --out"
-                )
+                raise _not_a_run(root)
             text = recipe_file.dump(recipe, header="The resolved recipe of this run, every field spelled out.")
             if not run.recipe.exists() or run.recipe.read_text(encoding="utf-8") != text:
                 with run.publish(run.recipe) as temporary:
@@ -178,6 +180,23 @@ class RunDir:
             )
         return cls(root)
 
+    @classmethod
+    def check_free(cls, root: Path) -> None:
+        """Raise RunDirError where ``open`` would for a folder without a recipe.yaml: it cannot be looked at, or is in use."""
+        with _storage(root, RunDirError, "choose another folder with --out"):
+            if root.exists() and _holds_strange_files(root) and not (root / "recipe.yaml").exists():
+                raise _not_a_run(root)
+
+    @classmethod
+    def whitening_to_come(cls, root: Path, recipe: Recipe, buffers: Path | str | None) -> Path:
+        """Where the whitening of a run that is still to be opened will lie."""
+        shared = None if buffers is None else _buffer_in(buffers, recipe)
+        if shared is None:
+            folder = root / "trajectories"
+        else:
+            folder = root if location.is_remote(shared) else location.local_folder(shared)
+        return folder / "whitening.safetensors"
+
     def _place_buffer(self, recipe: Recipe, buffers: Path | str | None) -> None:
         present = self.trajectories
         if buffers is None:
@@ -189,10 +208,10 @@ class RunDir:
                 f"{location.shown(buffers)}: the URI holds credentials, which a run folder must not keep; "
                 "leave them out of it and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
-        shared = location.joined(buffers, recipe.experts_hash()[:16])
+        shared = _buffer_in(buffers, recipe)
         if location.is_remote(shared):
             self._point_to(str(shared), present)
-        else:
+        elif location.local_folder(shared).resolve() != self._buffer_folder.resolve():
             self._link_to(location.local_folder(shared).resolve(), present)
 
     def _point_to(self, shared: str, present: Path | str) -> None:
@@ -239,16 +258,17 @@ class RunDir:
     def publish_folder(self, final: Path) -> Iterator[Path]:
         """As ``publish``, for a whole folder; an older folder of that name is replaced."""
         with _storage(final, StorageError):
-            temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=self.root))
+            temporary = _temporary_in(self.root)
+            temporary.mkdir()
             try:
                 yield temporary
                 for file in temporary.rglob("*"):
                     if file.is_file():
                         _sync(file)
-                temporary.chmod(0o755)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 if final.exists():
-                    aside = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=self.root))
+                    aside = _temporary_in(self.root)
+                    aside.mkdir()
                     os.rename(final, aside / "old")
                     os.rename(temporary, final)
                     shutil.rmtree(aside)
@@ -264,12 +284,10 @@ def published(final: Path) -> Iterator[Path]:
     """The publish-by-rename used by every stage; see ``RunDir.publish``."""
     with _storage(final, StorageError):
         final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), suffix=final.suffix, dir=final.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = _temporary_in(final.parent, final.suffix)
+        temporary.touch(exist_ok=False)
         try:
             yield temporary
-            temporary.chmod(0o644)
             _sync(temporary)
             os.replace(temporary, final)
             _sync(final.parent)
@@ -303,8 +321,8 @@ def publish_shared_folder(
     def begin() -> None:
         nonlocal temporary
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=final.parent))
-        temporary.chmod(0o755)
+        temporary = _temporary_in(final.parent)
+        temporary.mkdir()
 
     def add(folder: Path) -> None:
         for file in write(folder):
@@ -331,10 +349,49 @@ def publish_shared_folder(
 
 
 def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """``safetensors.torch.save_file`` whose write failures are OSErrors, so that a full disk is reported as one."""
+    """Write a safetensors file: the same bytes for the same content, and with ``metadata`` its own checksum among them.
+
+    Failures are OSErrors, so that a full disk is reported as one. safetensors writes metadata in an order of chance.
+    """
     from safetensors.torch import save
 
-    path.write_bytes(save({k: t.contiguous().cpu() for k, t in tensors.items()}, metadata))
+    raw = memoryview(save({k: t.detach().contiguous().cpu() for k, t in tensors.items()}))
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(bytes(raw[8 : 8 + length])), raw[8 + length :]
+    if metadata is not None:
+        header = {"__metadata__": dict(sorted({**metadata, _SUM: _NO_SUM}.items())), **header}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    head = (len(text) + -len(text) % 8).to_bytes(8, "little") + text + b" " * (-len(text) % 8)
+    if metadata is not None:
+        digest = hashlib.sha256(head)
+        digest.update(data)
+        head = head.replace(_NO_SUM.encode(), digest.hexdigest().encode(), 1)
+    with path.open("wb") as file:
+        file.write(head)
+        file.write(data)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file; the metadata hold ``sha256`` where the file has a checksum, which was right.
+
+    Raises OSError, and ValueError where the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    raw = path.read_bytes()
+    try:
+        tensors = load(raw)  # checks the header
+        length = int.from_bytes(raw[:8], "little")
+        metadata: dict[str, str] = json.loads(raw[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # KeyError: a type that torch has not
+        raise ValueError(f"it is not a whole safetensors file ({error})") from error
+    if _SUM in metadata:
+        digest = hashlib.sha256(raw[: 8 + length].replace(metadata[_SUM].encode(), _NO_SUM.encode(), 1))
+        digest.update(memoryview(raw)[8 + length :])
+        if digest.hexdigest() != metadata[_SUM]:
+            raise ValueError("it does not match its own checksum")
+    return tensors, metadata
 
 
 @contextmanager
@@ -369,8 +426,34 @@ def process_lives(pid: int) -> bool:
     return True
 
 
-def _temporary_prefix() -> str:
-    return f".tmp-{host_name()}-{os.getpid()}-"
+def _temporary_in(folder: Path, suffix: str = "") -> Path:
+    """A new name in ``folder``. What is made there by ordinary calls has the mode that the umask says, unlike tempfile's."""
+    return folder / f".tmp-{host_name()}-{os.getpid()}-{secrets.token_hex(4)}{suffix}"
+
+
+def _holds_strange_files(root: Path) -> bool:
+    return any(p.name != "events.jsonl" and not p.name.startswith(".tmp-") for p in root.iterdir())
+
+
+def _buffer_in(buffers: Path | str, recipe: Recipe) -> Path | str:
+    """The buffer for ``recipe``'s experts in a store, or of a run folder. Raises RunDirError where the run has other experts."""
+    from lad_dist import recipe_file
+
+    if not location.is_remote(buffers) and (location.local_folder(buffers) / "recipe.yaml").is_file():
+        run = RunDir(location.local_folder(buffers))
+        other = recipe_file.load(run.recipe)
+        if other.experts_hash() != recipe.experts_hash():
+            changed = differences(other.experts_document(), recipe.experts_document())
+            raise RunDirError(
+                f"{run.root}: its experts are of another recipe ({'; '.join(changed)}), so this run cannot use them; "
+                "leave --buffers out to train some"
+            )
+        return run.trajectories
+    return location.joined(buffers, recipe.experts_hash()[:16])
+
+
+def _not_a_run(root: Path) -> RunDirError:
+    return RunDirError(f"{root}: is not empty and not a run folder (no recipe.yaml); choose another with --out")
 
 
 def _abandoned(temporary: Path) -> bool:

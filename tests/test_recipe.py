@@ -197,3 +197,15 @@ def test_the_recipe_hash_forgets_only_where_the_data_lie():
     base = Recipe().recipe_hash()
     assert recipe_file.from_document({}, ["data.root=/x", "data.download=false"]).recipe_hash() == base
     assert recipe_file.from_document({}, ["seed=1"]).recipe_hash() != base
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# a comment only\n", "{}", "null", "---\n", "\ufeff"])
+def test_an_empty_recipe_is_not_the_default_one(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: is empty"):
+        recipe_file.load(tmp_path / "recipe.yaml")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("ipc: 3\n", encoding="utf-8-sig")
+    assert recipe_file.load(tmp_path / "recipe.yaml").ipc == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 
@@ -32,7 +33,20 @@ def test_a_published_file_appears_whole(tmp_path):
         temporary.write_text("half")
         assert not final.exists() and temporary.parent == final.parent and temporary.suffix == ".txt"
     assert final.read_text() == "half" and names(final.parent) == ["b.txt"]
-    assert final.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_what_is_published_honours_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with published(tmp_path / "file") as temporary:
+            temporary.write_text("x")
+        with RunDir(tmp_path).publish_folder(tmp_path / "folder") as temporary:
+            (temporary / "inside").touch()
+    finally:
+        os.umask(before)
+    modes = {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "folder", "folder/inside")}
+    assert modes == {"file": 0o666 & ~mask, "folder": 0o777 & ~mask, "folder/inside": 0o666 & ~mask}
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
@@ -250,3 +264,20 @@ def test_a_damaged_note_of_the_buffer(tmp_path, content):
     (run.root / "trajectories.uri").write_bytes(content)
     with pytest.raises(RunDirError, match=r"trajectories\.uri: .*valid: one line with"):
         RunDir.open(run.root, Recipe())
+
+
+def test_the_experts_of_a_run_serve_another(tmp_path):
+    one = RunDir.open(tmp_path / "one", changed("ipc=1"))
+    (one.trajectories / "part").touch()
+    with pytest.raises(RunDirError, match=rf"ipc is 1 there, 2 here.*--buffers {one.root} to use its experts"):
+        RunDir.open(one.root, changed("ipc=2"))
+    two = RunDir.open(tmp_path / "two", changed("ipc=2"), one.root)
+    assert (two.trajectories / "part").exists() and two.whitening.resolve() == one.whitening.resolve()
+    assert RunDir.whitening_to_come(tmp_path / "three", changed("ipc=3"), two.root).resolve() == one.whitening.resolve()
+    assert RunDir.open(two.root, changed("ipc=2"), one.root).trajectories == two.trajectories
+    RunDir.open(one.root, changed("ipc=1"), one.root)
+    assert not one.trajectories.is_symlink()
+    with pytest.raises(RunDirError, match=r"its experts are of another recipe \(.*experts.lr is 0.01 there, 0.02 here"):
+        RunDir.open(tmp_path / "other", changed("experts.lr=0.02"), one.root)
+    with pytest.raises(RunDirError, match="or remove this one"):
+        RunDir.open(one.root, changed("experts.lr=0.02"))

@@ -93,7 +93,8 @@ class JobOptions:
         str | None,
         typer.Option(
             metavar="FOLDER|URI",
-            help="Where trajectory buffers lie, for example s3://bucket/prefix; jobs with the same experts share.",
+            help="Where trajectory buffers lie, for example s3://bucket/prefix; jobs with the same experts share. Or a run "
+            "folder, to use its experts.",
         ),
     ] = None
     device: Annotated[Device | None, typer.Option(help="Overrides the profile's device.")] = None

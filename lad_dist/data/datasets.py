@@ -93,6 +93,13 @@ class DataSplits:
     validation: ImageSet | None  # taken out of the training pool, where a class of few keeps one; None unless asked for
     test: ImageSet
     full_counts: tuple[int, ...]  # images per class of the training pool, before anything was taken out of it
+    notes: tuple[str, ...] = ()  # what was found and not taken, a sentence each
+
+    def fingerprints(self, split: str) -> dict[str, str]:
+        """Those of the images that a network is trained on and, in ``split`` (test or validation), measured on."""
+        measured = self.test if split == "test" else self.validation
+        assert measured is not None, "the recipe was checked to hold out validation images"
+        return {"train": self.train.fingerprint(), split: measured.fingerprint()}
 
 
 def load_splits(config: DataConfig, on_progress: Progress | None = None) -> DataSplits:
@@ -125,6 +132,7 @@ def load_splits(config: DataConfig, on_progress: Progress | None = None) -> Data
         validation=load(train, held_out, "validation") if len(held_out) else None,
         test=load(test, np.arange(len(test.labels_N), dtype=np.int64), "test"),
         full_counts=tuple(np.bincount(train.labels_N, minlength=len(class_names)).tolist()),
+        notes=(*train.notes, *test.notes),
     )
 
 

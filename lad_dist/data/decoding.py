@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lad_dist.data.sources import ArraySource, Indices, Item, Pixels, Source
 from lad_dist.errors import DataError
@@ -32,6 +33,7 @@ _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # older Pillows o
 _GREY_MODES = ("1", "L", "LA", "La", *_SIXTEEN_BIT_MODES)
 _BATCH = 256  # images in flight: bounds the memory that encoded images take
 _MAX_THREADS = 8
+_MOST_BYTES = 2**30  # of one encoded image
 
 
 @dataclass(frozen=True)
@@ -95,17 +97,31 @@ def _open(item: Item) -> Image.Image:
     if isinstance(item.content, np.ndarray):
         return Image.fromarray(item.content)
     try:
-        if isinstance(item.content, Path):
-            # Read whole: Pillow would keep each file open until its pixels are asked for.
-            image = Image.open(io.BytesIO(item.content.read_bytes()))
-        else:
-            image = Image.open(io.BytesIO(item.content))
+        # Read whole: Pillow would keep each file open until its pixels are asked for.
+        content = _read(item.content, item.where) if isinstance(item.content, Path) else item.content
+        image = Image.open(io.BytesIO(content))
         image.load()
     except FileNotFoundError as error:
         raise DataError(f"{item.where}: no such file") from error
+    except UnidentifiedImageError as error:
+        what = "of no known format" if content else "empty"
+        raise DataError(f"{item.where}: not a readable image (it is {what}); valid: PNG, JPEG, BMP, WebP, ...") from error
     except _DECODE_ERRORS as error:
-        raise DataError(f"{item.where}: not a readable image ({error}); valid: PNG, JPEG, BMP, WebP, ...") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(f"{item.where}: not a readable image ({reason}); valid: PNG, JPEG, BMP, WebP, ...") from error
     return image
+
+
+def _read(file: Path, where: str) -> bytes:
+    """The content of a regular file. Raises DataError where it is a FIFO, which would be waited for, a device or a giant."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as opened:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise DataError(f"{where}: not a regular file; valid: image files")
+        if facts.st_size > _MOST_BYTES:
+            raise DataError(f"{where}: {facts.st_size:,} bytes; valid: image files of at most {_MOST_BYTES:,} bytes")
+        return opened.read()
 
 
 def _to_pixels(item: Item, pixel_format: PixelFormat) -> Pixels:

@@ -98,20 +98,44 @@ def _test_folder(root: Path, config: DataConfig, defaults: tuple[str, ...]) -> P
 
 
 def _class_folders(train: Path) -> tuple[str, ...]:
+    """The names of the class folders. One may be a link, to a folder outside the data set.
+
+    Raises DataError where a link leads to a folder that holds the split, or to one of the data set's own folders: its images
+    would be counted twice, or be those of another split.
+    """
     names = sorted(entry.name for entry in train.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise DataError(f"{train.absolute()}: no class folders; valid: one folder of images for each class")
+    own = [d for d in (train.absolute().parent.resolve(), train.resolve()) if d != d.parent]
+    for name in names:
+        target = (train / name).resolve()
+        if (train / name).is_symlink() and any(target in (d, *d.parents) or d in target.parents for d in own):
+            raise DataError(
+                f"{(train / name).absolute()}: is a link to {target}, which belongs to the same data set; "
+                "valid: folders, or links to folders outside the data set"
+            )
     return tuple(names)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """All images below ``folder``, sorted; hidden files (macOS leaves ``._x.jpg`` in archives) are none."""
-    return sorted(
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
-    )
+def image_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """All images below ``folder``, sorted, and the links to folders there, which are not followed.
+
+    Hidden files (macOS leaves ``._x.jpg`` in archives) are none. Raises DataError where a link leads to a folder around it.
+    """
+    files: list[Path] = []
+    skipped: list[str] = []
+    for parent, folders, names in os.walk(folder):
+        for link in (Path(parent, name) for name in sorted(folders) if os.path.islink(os.path.join(parent, name))):
+            target = link.resolve()
+            if target in (Path(parent).resolve(), *Path(parent).resolve().parents):
+                raise DataError(f"{link.absolute()}: is a link to {target}, which it is in itself: a loop; remove the link")
+            skipped.append(f"{link.absolute()} (a link to the folder {target}) is not followed")
+        files += [
+            Path(parent, name)
+            for name in names
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+        ]
+    return sorted(files), sorted(skipped)
 
 
 def _by_class(
@@ -126,13 +150,17 @@ def _by_class(
         )
     files: list[Path] = []
     labels: list[int] = []
+    notes: list[str] = []
     for label, name in enumerate(classes):
-        of_class = image_files(split / name)
+        of_class, skipped = image_files(split / name)
+        notes += skipped
         if not of_class:
             raise DataError(f"{(split / name).absolute()}: no images of class {name}; valid: at least one")
         files += of_class
         labels += [label] * len(of_class)
-    return FileSource(str(split), np.array(labels, dtype=np.int64), files, names or classes, channels)
+    return FileSource(
+        str(split), np.array(labels, dtype=np.int64), files, names or classes, channels, notes=tuple(notes)
+    )
 
 
 def _synset_names(words: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -141,7 +169,7 @@ def _synset_names(words: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
         return classes
     wanted = set(classes)
     names: dict[str, str] = {}
-    for line in words.read_text(encoding="utf-8").splitlines():
+    for line in words.read_text(encoding="utf-8-sig").splitlines():
         synset, _, text = line.partition("\t")
         if synset in wanted:
             names[synset] = text.split(",")[0].strip()
@@ -184,7 +212,9 @@ def _parse_lines(
     labels: list[int] = []
     lines: list[int] = []
     try:
-        with file.open(encoding="utf-8") as text:
+        if file.exists() and not file.is_file():  # a FIFO would be waited for, a device read for ever
+            raise DataError(f"{field}: {file.absolute()} is not a regular file; valid: a text file")
+        with file.open(encoding="utf-8-sig") as text:  # with or without the mark that some editors put first
             for number, line in enumerate(text, start=1):
                 stripped = line.strip()
                 if not stripped or stripped.startswith("#"):

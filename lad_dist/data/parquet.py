@@ -44,6 +44,7 @@ class ParquetSource:
     starts: tuple[int, ...]
     image_column: str
     channels: int | None = None
+    notes: tuple[str, ...] = ()
 
     def items(self, indices: Indices) -> Iterator[tuple[int, Item]]:
         """In the order of the files; row groups without a wanted row are not read."""

@@ -39,6 +39,12 @@ class PreparedData:
         assert images is not None, "the recipe was checked to hold out validation images"
         return PreparedSet(images.images_NCHW, images.labels_N, self.whitening, self.device)
 
+    def keep_whitening(self, path: Path) -> None:
+        """Store the whitening at ``path`` if there is none. Raises StorageError."""
+        if not path.exists():
+            with published(path) as temporary:
+                self.whitening.save(temporary)
+
 
 def prepare(
     recipe: Recipe, whitening_path: Path, device: torch.device, on_progress: Callable[[int, int], None] | None = None
@@ -49,6 +55,15 @@ def prepare(
         DataError: the data cannot be used.
         StorageError: the whitening cannot be stored.
     """
+    data = accept(recipe, whitening_path, device, on_progress)
+    data.keep_whitening(whitening_path)
+    return data
+
+
+def accept(
+    recipe: Recipe, whitening_path: Path, device: torch.device, on_progress: Callable[[int, int], None] | None = None
+) -> PreparedData:
+    """As ``prepare``, but nothing is written. Raises DataError."""
     splits = load_splits(recipe.data, on_progress)
     images = splits.train.images_NCHW
     if whitening_path.exists():
@@ -56,7 +71,5 @@ def prepare(
     else:
         d = recipe.data
         whitening = Whitening.fit(images, d.whitening, d.zca_eps, device, d.normalize_before_zca)
-        with published(whitening_path) as temporary:
-            whitening.save(temporary)
     train = PreparedSet(images, splits.train.labels_N, whitening, device)
     return PreparedData(splits, whitening, train, device)

@@ -51,6 +51,10 @@ class Source(Protocol):
     def channels(self) -> int | None:
         """1 or 3 where the kind of data set settles it, else None."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was found and not taken, a sentence each."""
+
     def items(self, indices: Indices) -> Iterator[tuple[int, Item]]:
         """(k, image ``indices[k]``) for every k, in whichever order is cheapest to read."""
 
@@ -64,6 +68,7 @@ class ArraySource:
     images_NCHW: Pixels
     class_names: tuple[str, ...] | None = None
     channels: int | None = field(default=None)
+    notes: tuple[str, ...] = ()
 
     def items(self, indices: Indices) -> Iterator[tuple[int, Item]]:
         for k, index in enumerate(indices):
@@ -82,6 +87,7 @@ class FileSource:
     class_names: tuple[str, ...] | None = None
     channels: int | None = None
     lines: Sequence[int] | None = None
+    notes: tuple[str, ...] = ()
 
     def items(self, indices: Indices) -> Iterator[tuple[int, Item]]:
         for k, index in enumerate(indices):
@@ -136,6 +142,8 @@ def check_labels(source: Source, num_classes: int | None = None) -> int:
             f"{source.where}: no images of class {_listing(named)}; "
             f"valid: at least one image of each of the {top} classes"
         )
+    if top < 2:
+        raise DataError(f"{source.where}: there is one class only; valid: two or more, since one leaves nothing to tell apart")
     return top
 
 

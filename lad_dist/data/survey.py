@@ -59,7 +59,7 @@ def survey(root: Path) -> Survey:
             f"{root}: has a folder {test} and no folder train; valid: train/CLASS/* beside it, or class folders alone"
         )
     inside = root / train if train else root
-    found = {entry.name: image_files(entry) for entry in sorted(inside.iterdir()) if _is_class(entry)}
+    found = {entry.name: image_files(entry)[0] for entry in sorted(inside.iterdir()) if _is_class(entry)}
     classes = tuple(found)
     empty = [name for name, files in found.items() if not files]
     if not classes or len(empty) == len(classes):

@@ -19,15 +19,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lad_dist.errors import DataError, StorageError
+from lad_dist.rundir import load_tensors, save_tensors
 
 Kind = Literal["zca", "standardize", "none"]
 Normalize = Literal["none", "fitted", "published"]
@@ -35,8 +34,9 @@ Shape = tuple[int, int, int]  # C, H, W
 PUBLISHED_STD = (0.2023, 0.1994, 0.2010)
 """Of red, green and blue, as the official code normalises CIFAR-100-LT (github.com/ichbill/LTDD, utils/utils_baseline.py). Its
 means (0.4914, 0.4822, 0.4465) drop out: ZCA subtracts the mean of what it is given."""
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_FORMAT = "lad-dist whitening 1"
+_FORMAT, _WITHOUT_SUM = "lad-dist whitening 2", "lad-dist whitening 1"  # the first has a checksum
 _FLOAT64_UP_TO = 4096  # values per image, D
 _CHUNK_VALUES = 4_000_000  # values turned into floats at once
 
@@ -145,28 +145,29 @@ class Whitening:
             "eps": repr(self.eps),
             "shape": ",".join(str(size) for size in self.shape),
         }
-        # Copies: safetensors refuses tensors that share memory, as those of kind "none" do.
-        on_cpu = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         try:
-            safetensors.torch.save_file(on_cpu, path, metadata)
-        except (OSError, SafetensorError) as error:
+            # Copies: safetensors refuses tensors that share memory, as those of kind "none" do.
+            save_tensors({name: tensor.clone() for name, tensor in tensors.items()}, Path(path), metadata)
+        except OSError as error:
             raise StorageError(f"{path}: the whitening could not be written ({error})") from error
 
     @classmethod
     def load(cls, path: Path | str, device: torch.device | str = "cpu") -> Whitening:
         """What ``save`` wrote. Raises ``DataError`` where the file is missing, damaged or something else."""
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise DataError(f"{path}: format {metadata.get('format')!r}; valid: {_FORMAT!r}")
-                tensors = [file.get_tensor(name).to(device).clone() for name in ("mean", "matrix", "inverse")]
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path}: not a readable whitening ({error})") from error
-        channels, height, width = (int(size) for size in metadata["shape"].split(","))
-        kind = metadata["kind"]
-        assert kind in ("zca", "standardize", "none"), "the format says so"
-        return cls(kind, float(metadata["eps"]), (channels, height, width), *tensors)
+            tensors, metadata = load_tensors(Path(path))
+            if metadata.get("format") not in (_FORMAT, _WITHOUT_SUM):
+                raise DataError(f"{path}: format {metadata.get('format')!r}; valid: {_FORMAT!r}")
+            if set(metadata) != {"format", "kind", "eps", "shape"} | ({"sha256"} if metadata["format"] == _FORMAT else set()):
+                raise ValueError(f"its metadata are {', '.join(sorted(metadata))}")
+            channels, height, width = (int(size) for size in metadata["shape"].split(","))
+            kind, eps = _KINDS[_KINDS.index(metadata["kind"])], float(metadata["eps"])
+            mean, matrix, inverse = (tensors[name].to(device).clone() for name in ("mean", "matrix", "inverse"))
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"{path}: not a readable whitening ({error}); restore it from a copy: what was trained with it needs it"
+            ) from error
+        return cls(kind, eps, (channels, height, width), mean, matrix, inverse)
 
     def _check_shape(self, images_NCHW: torch.Tensor) -> None:
         if tuple(images_NCHW.shape[1:]) != self.shape:

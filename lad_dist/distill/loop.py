@@ -45,6 +45,9 @@ from lad_dist.seeds import rng
 from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import Stage
 
+CHECKPOINT_SECONDS = 60.0  # between checkpoints, beside those of distill.checkpoint_every
+_FIRST_SECONDS = 1.0  # of a process, until its first checkpoint
+
 
 @dataclass(frozen=True)
 class NamedPhase:
@@ -113,8 +116,9 @@ def _distill(
                 began = time.perf_counter()
                 task.advance(1, **work.iterate(state, work.recorded_path(state.iteration) or path, events))
                 seconds = time.perf_counter() - began
-                if state.iteration % recipe.distill.checkpoint_every == 0 and state.iteration < total:
-                    state.save(run.distill_checkpoint, recipe, ranks)
+                regular = state.iteration % recipe.distill.checkpoint_every == 0
+                if (regular or work.save_due) and state.iteration < total:
+                    work.save(state)
                     if early is not None and early.wanted(seconds * ranks.world):
                         early.look(work.whole(state))
                 if recipe.distill.select != "last" and state.iteration % recipe.distill.select_every == 0:
@@ -125,6 +129,27 @@ def _distill(
     final = run.distilled if recipe.distill.select == "last" else run.candidate(state.iteration)
     work.publish(state, final, data)
     events.emit("distill-finished", iteration=state.iteration, alpha=float(state.alpha))
+
+
+class SaveClock:
+    """When the next checkpoint is due by time, whatever the iterations take.
+
+    After one second, then after as long again as the process has worked, so that a run that is killed every few seconds gets
+    on, and at last every CHECKPOINT_SECONDS. Saving takes a twentieth of the time at most.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+        self._cost = 0.0
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        between = min(CHECKPOINT_SECONDS, max(_FIRST_SECONDS, self._last - self._start))
+        return time.monotonic() - self._last >= max(between, 20 * self._cost)
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint has been written just now, in so many seconds."""
+        self._last, self._cost = time.monotonic(), seconds
 
 
 class Distillation:
@@ -163,6 +188,7 @@ class Distillation:
         d = recipe.distill
         weights_K = class_weights(facts.counts, d.class_weights, d.class_weight_offset)
         self._weights_K = weights_K.to(device) if d.weighted_loss else None
+        self._clock, self.save_due = SaveClock(), False
         self._class_of_s = torch.from_numpy(self.share.classes(recipe.ipc)).to(device)
         self._real: RealBatches | None = None
 
@@ -243,6 +269,12 @@ class Distillation:
         if data is not None:
             publish(self.recipe, data, self.whole(state), self.run, folder)
 
+    def save(self, state: State) -> None:
+        """Write a checkpoint. All ranks call it."""
+        began = time.monotonic()
+        state.save(self.run.distill_checkpoint, self.recipe, self.ranks)
+        self._clock.saved(time.monotonic() - began)
+
     def whole(self, state: State) -> State:
         """Every rank's share of ``state``, which has just been saved."""
         if self.ranks.world == 1:
@@ -280,6 +312,7 @@ class Distillation:
             drawn.append(["regression", at.expert, at.epoch])
             gradients.append((self.recipe.distill.lambda_regression, regression))
         agreed = self._agree(results, gradients)
+        self.save_due = agreed.save
         self._check_finite(state, drawn, [g for _, g in gradients], agreed)
         kept, figures, aligned = self._copy(state), self._figures(results, agreed), self._alignment(state, results)
         if regression is not None:
@@ -325,7 +358,7 @@ class Distillation:
     def _agree(
         self, results: list[tuple[NamedPhase, PhaseResult]], gradients: list[tuple[float, Gradients]]
     ) -> _Agreed:
-        """What needs every rank's word: one sum of 1 + 2 x phases + K numbers."""
+        """What needs every rank's word, or rank 0's clock: one sum of 2 + 2 x phases + K numbers."""
         squares_s = torch.stack([weight * g.image_grad_SCHH for weight, g in gradients]).sum(0).flatten(1).double()
         squares_s = squares_s.square().sum(1)
         squares_K = squares_s.new_zeros(self.classes).index_add_(0, self._class_of_s, squares_s)
@@ -338,9 +371,10 @@ class Distillation:
         ]
         losses = [torch.stack(r.inner_losses).mean() for _, r in results]
         stop = torch.tensor(float(self.flag.name is not None), device=self.device)
-        told = torch.cat([torch.stack([stop, *broken, *losses]).double(), squares_K]).nan_to_num(0.0, 0.0, 0.0)
-        stop, *rest = self.ranks.total(told).split([1, len(broken), len(losses), self.classes])
-        return _Agreed(bool(stop > 0), rest[0].tolist(), rest[1].tolist(), rest[2].cpu())
+        save = torch.tensor(float(self.ranks.first and self._clock.due()), device=self.device)
+        told = torch.cat([torch.stack([stop, save, *broken, *losses]).double(), squares_K]).nan_to_num(0.0, 0.0, 0.0)
+        stop, save, *rest = self.ranks.total(told).split([1, 1, len(broken), len(losses), self.classes])
+        return _Agreed(bool(stop > 0), bool(save > 0), rest[0].tolist(), rest[1].tolist(), rest[2].cpu())
 
     def phases(self, iteration: int) -> list[NamedPhase]:
         """The matching phases of an iteration: representation and classifier, or the joint one.
@@ -437,10 +471,11 @@ class Distillation:
 
 @dataclass(frozen=True)
 class _Agreed:
-    """Summed over the ranks: whether one was asked to stop; per phase, which is not finite and the student's mean loss; the
-    squared norm of the total pixel gradient of each class."""
+    """Summed over the ranks: whether one was asked to stop, and whether a checkpoint is due by time; per phase, which is not
+    finite and the student's mean loss; the squared norm of the total pixel gradient of each class."""
 
     stop: bool
+    save: bool
     broken: list[float]
     student_losses: list[float]
     class_squares_K: Tensor

@@ -12,11 +12,8 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_tensors
 from torch import Tensor
 
 from lad_dist.distill.shards import Share
@@ -24,7 +21,7 @@ from lad_dist.distill.update import Optimizers
 from lad_dist.errors import DistilledError
 from lad_dist.ranks import ALONE, Ranks
 from lad_dist.recipe import Recipe, without_later_defaults
-from lad_dist.rundir import publish_shared_folder, remove, save_tensors
+from lad_dist.rundir import load_tensors, publish_shared_folder, remove, save_tensors
 
 _SHARD = re.compile(r"shard-(\d{3,})-of-(\d{3,})\.safetensors")
 _FOLDER = re.compile(r"iteration-(\d{6,})")
@@ -125,7 +122,7 @@ class State:
             )
             if len({json.dumps(m, sort_keys=True) for _, m in shards}) > 1:
                 raise ValueError("its shards are of different states")
-        except (SafetensorError, KeyError, ValueError, OSError, RuntimeError) as error:
+        except (KeyError, ValueError, OSError, RuntimeError) as error:
             raise DistilledError(
                 f"{newest}: is not a readable checkpoint ({error}); remove it to distill from the start"
             ) from error
@@ -152,11 +149,13 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    tensors = parse_tensors(raw)  # checks the header
-    header: dict[str, Any] = json.loads(raw[8 : 8 + length])
-    return tensors, header.get("__metadata__", {})
+    """A shard whose checksum is right. Those of versions that wrote none have exactly the other entries. Raises ValueError."""
+    tensors, metadata = load_tensors(path)
+    known = {"iteration", "recipe_hash", "sha256"}
+    strange = [name for name in metadata if name not in known and not name.startswith("label_source.")]
+    if strange:
+        raise ValueError(f"{path.name} has the unknown entry {strange[0]!r}")
+    return tensors, {name: value for name, value in metadata.items() if name != "sha256"}
 
 
 def _trajectory_hash(recipe: Recipe) -> str:

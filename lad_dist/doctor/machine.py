@@ -17,6 +17,7 @@ from pathlib import Path
 from lad_dist import ranks
 from lad_dist.doctor.findings import Finding, fail, ok, warn
 from lad_dist.errors import LadDistError
+from lad_dist.experts.private import exposure, renewed, token_file
 from lad_dist.profile import Profile
 
 OLDEST, NEWEST = (3, 11), (3, 13)
@@ -205,6 +206,7 @@ def ray_ready(profile: Profile) -> Iterator[Finding]:
         yield fail("ray", "is not installed", "pip install 'ray[default]', or train with --fleet off")
         return
     address = profile.ray.address or os.environ.get("RAY_ADDRESS")
+    yield from _ray_token(joins=bool(address))
     if address and re.fullmatch(r"\S+:\d+", address):
         host, _, port = address.rpartition(":")
         if _answers(host.strip("[]"), int(port)):
@@ -218,6 +220,18 @@ def ray_ready(profile: Profile) -> Iterator[Finding]:
         yield ok("ray", f"{found}, which it prints")
     else:
         yield ok("ray", f"{there}; a cluster of its own starts on 127.0.0.1, dashboard on port {DASHBOARD_PORT}")
+
+
+def _ray_token(joins: bool) -> Iterator[Finding]:
+    """Whether others can read the token of a running Ray cluster, and so run code as this user. ``joins``: it will be used."""
+    file = token_file(os.environ)
+    if file is None:
+        return
+    how = exposure(file)
+    if how is None:
+        yield ok("ray token", f"{file}: only its owner can read it")
+    else:
+        yield (fail if joins else warn)("ray token", f"{file}: {how}", renewed(file))
 
 
 def _answers(host: str, port: int) -> bool:

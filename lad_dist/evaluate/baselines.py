@@ -23,6 +23,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,7 +136,9 @@ def chosen_real(
     try:
         if file.exists():
             kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["key"] == key:
+            if kept["key"] == key and "sha256" in kept:  # of a version that wrote none: chosen again, with the same outcome
+                if kept["sha256"] != _sum_of(kept):
+                    raise ValueError("it does not match its own checksum")
                 return np.array(kept["images"], dtype=np.int64)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirError(f"{file}: is not a choice of images ({error}); remove it to choose again") from error
@@ -148,8 +151,14 @@ def chosen_real(
     images = np.concatenate(chosen)
     with published(file) as temporary:
         doc = {"key": key, "features": space.name, "images": images.tolist()}
-        temporary.write_text(json.dumps(doc) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps({**doc, "sha256": _sum_of(doc)}) + "\n", encoding="utf-8")
     return images
+
+
+def _sum_of(doc: dict[str, Any]) -> str:
+    """The checksum of what a kept choice says."""
+    said = {k: v for k, v in doc.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 @torch.no_grad()

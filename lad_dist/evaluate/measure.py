@@ -114,6 +114,7 @@ def planned_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
     common = {
         **description(recipe, data, run, source),
         "model": recipe.model.model_dump(),
+        "fingerprints": data.splits.fingerprints(recipe.evaluate.split),
         "dataset": data.splits.train.name,
         "counts": list(data.counts),
         "imbalance_factor": recipe.data.imbalance_factor if recipe.data.imbalance == "exponential" else None,

@@ -6,13 +6,15 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
+from lad_dist.experts import private
 from lad_dist.experts.crew import cores_to_use, gpu_count
 from lad_dist.interrupts import deferred
 from lad_dist.profile import Profile
@@ -26,11 +28,13 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster that this process is connected to. ``address`` and ``dashboard`` are host:port."""
+    """A Ray cluster that this process is connected to. ``address`` and ``dashboard`` are host:port; ``token`` is the file
+    that holds the token of one's own."""
 
     address: str
     dashboard: str | None
     own: bool
+    token: Path | None = None
 
     def directions(self) -> list[str]:
         """How to watch it, for people."""
@@ -38,8 +42,9 @@ class Cluster:
         if not self.dashboard:
             return [f"ray: {where}, without a dashboard"]
         port = self.dashboard.rpartition(":")[2]
+        token = f"in {self.token}" if self.token else "`ray get-auth-token`, or ~/.ray/auth_token"
         return [
-            f"ray: {where}; dashboard: http://{self.dashboard} (its token: `ray get-auth-token`, or ~/.ray/auth_token)",
+            f"ray: {where}; dashboard: http://{self.dashboard} (its token: {token})",
             f"ray: from another machine: ssh -L {port}:{self.dashboard} {socket.gethostname()}",
         ]
 
@@ -58,8 +63,10 @@ def listens(address: str) -> bool:
     return True
 
 
-def own_arguments(profile: Profile, data_bytes: int) -> dict[str, Any]:
-    """Of ``ray.init``, for a cluster of this process alone that holds ``data_bytes`` of images."""
+def own_arguments(profile: Profile, data_bytes: int, folder: Path) -> dict[str, Any]:
+    """Of ``ray.init``, for a cluster of this process alone that holds ``data_bytes`` of images.
+
+    ``folder`` is private; Ray's own, which it opens to everybody, is made inside."""
     r = profile.ray
     return {
         "address": "local",  # never a stranger's cluster on the same machine
@@ -71,33 +78,38 @@ def own_arguments(profile: Profile, data_bytes: int) -> dict[str, Any]:
         else max(SMALLEST_STORE, data_bytes * 13 // 10),
         "log_to_driver": False,
         "logging_level": logging.ERROR,
+        "_temp_dir": str(folder / "r"),
     }
 
 
-def own_environment(profile: Profile) -> dict[str, str]:
-    """Environment variables for the processes of a cluster of this process alone."""
+def own_environment(profile: Profile, token: Path) -> dict[str, str | None]:
+    """Environment variables for the processes of a cluster of this process alone, which demand the token in a file."""
     unless_set = {
         "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent home unasked
         "RAY_worker_niceness": "0",  # Ray's 15 yields to everything else on the machine
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default, which it otherwise warns about
     }
     chosen = {name: os.environ.get(name, value) for name, value in unless_set.items()}
-    return chosen | {"OMP_NUM_THREADS": str(profile.threads_per_expert)}
+    return chosen | {"OMP_NUM_THREADS": str(profile.threads_per_expert)} | private.access(token)
 
 
 @contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the processes that are started in the block."""
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Environment variables for the processes that are started in the block; None: absent."""
     before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    _set(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextmanager

@@ -13,10 +13,11 @@ so an actor that was lost and turns out to be alive does no harm.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from lad_dist.experts.cluster import (
     undisturbed,
 )
 from lad_dist.experts.crew import Failure, Process, Queue, Record, cluster_address, name_of
+from lad_dist.experts.private import check_token, private_folder, write_token
 from lad_dist.experts.train import Epoch, ExpertTrainer
 from lad_dist.interrupts import deferred
 from lad_dist.location import is_uri
@@ -50,6 +52,7 @@ from lad_dist.trajectories.reader import Buffer
 WAIT_SECONDS = 0.5  # for reports, before looking at anything else
 LOOK_SECONDS = 5.0  # between two looks at the cluster, and at the size of the buffer
 SEEN_SECONDS = 5.0  # until parts that an actor has published must be seen here
+TOKEN = "token"  # noqa: S105 - the name of the file in the private folder of a cluster of its own
 GONE_SECONDS = 3.0  # without an answer from the cluster's head, after which it is given up
 
 
@@ -89,33 +92,56 @@ def connected(profile: Profile, data_bytes: int) -> Iterator[Cluster]:
     """The cluster that the profile or RAY_ADDRESS names, else one of its own, which ends with the block.
 
     A process that is connected already stays connected, to the same cluster.
-    Raises ExpertError where there is none, RecipeError where the address cannot be used.
+    Raises ExpertError where there is none or others can read its token, RecipeError where the address cannot be used.
     """
     if ray.is_initialized():
         context = ray.get_runtime_context()
         yield Cluster(context.gcs_address, None, own=False)
         return
     address = cluster_address(profile)
-    try:
-        with signals_heeded(), nothing_left_on_error():
-            cluster = _started(profile, data_bytes) if address is None else _joined(address)
-        yield cluster
-    finally:
-        with deferred():
-            ray.shutdown()
-
-
-def _started(profile: Profile, data_bytes: int) -> Cluster:
-    """A cluster of this process alone: everything listens on the loopback address, and ends with this process."""
-    with environment(own_environment(profile)), _loopback():
+    with _own_surroundings(profile) if address is None else nullcontext() as folder:
         try:
-            context: Any = ray.init(**own_arguments(profile, data_bytes))
+            with signals_heeded(), nothing_left_on_error():
+                cluster = _joined(str(address)) if folder is None else _started(profile, data_bytes, folder)
+            yield cluster
+        finally:
+            with deferred():
+                ray.shutdown()
+
+
+@contextmanager
+def _own_surroundings(profile: Profile) -> Iterator[Path]:
+    """A private folder with a new token, which processes that are started in the block demand."""
+    with private_folder() as folder:
+        write_token(folder / TOKEN)
+        try:
+            with environment(own_environment(profile, folder / TOKEN)):
+                _read_token_settings()
+                yield folder
+        finally:
+            _read_token_settings()
+
+
+def _read_token_settings() -> None:
+    """Make Ray's compiled code read RAY_AUTH_* again, which it has done once when ray was imported."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _started(profile: Profile, data_bytes: int, folder: Path) -> Cluster:
+    """A cluster of this process alone: everything listens on the loopback address, demands the token in ``folder``, and
+    ends with this process."""
+    with _loopback():
+        try:
+            context: Any = ray.init(**own_arguments(profile, data_bytes, folder))
         except (RuntimeError, ValueError, OSError, RayError) as error:
             raise ExpertError(
                 f"ray: no cluster could be started on this machine: {first_line(error)}; lad-dist experts --fleet off "
                 "trains without one"
             ) from error
-    return Cluster(context.address_info["gcs_address"], context.dashboard_url or None, own=True)
+    return Cluster(context.address_info["gcs_address"], context.dashboard_url or None, own=True, token=folder / TOKEN)
 
 
 def _joined(address: str) -> Cluster:
@@ -130,6 +156,8 @@ def _joined(address: str) -> Cluster:
     missing += "address in the profile or RAY_ADDRESS one is started on this machine"
     if port.isdigit() and not listens(address):
         raise ExpertError(missing)
+    if address == "auto" or os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        check_token(os.environ)
     # Ray shows a token to a named address only if RAY_AUTH_MODE says so, and so do we: the address may be wrong.
     with _loopback(host in LOOPBACK):
         try:

@@ -48,7 +48,7 @@ def run(
             if where is None or where.rank == 0:
                 pipeline = open_pipeline(recipe, out, profile, store, device, screen)
             else:  # rank 0 makes the folder, keeps the record and speaks
-                pipeline = Pipeline(recipe, _awaited(out), profile, device, Screen.silent(), Events.nowhere())
+                pipeline = Pipeline(recipe, _awaited(out, profile), profile, device, Screen.silent(), Events.nowhere())
             with closing(pipeline.events):  # closing writes too, and may find the disk full
                 for stage in stages:
                     stage(pipeline)
@@ -60,9 +60,9 @@ def run(
     return pipeline
 
 
-def _awaited(out: Path) -> RunDir:
-    """The run folder that rank 0 makes. Raises RunDirError if it does not come."""
-    until = time.monotonic() + _FOLDER_SECONDS
+def _awaited(out: Path, profile: Profile) -> RunDir:
+    """The run folder that rank 0 makes once it has loaded the data. Raises RunDirError if it does not come."""
+    until = time.monotonic() + max(_FOLDER_SECONDS, profile.rank_timeout)
     while not (out / "recipe.yaml").exists() and time.monotonic() < until:
         time.sleep(0.05)
     return RunDir.existing(out)

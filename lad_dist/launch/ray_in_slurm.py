@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from lad_dist.errors import ClusterError
+from lad_dist.experts.private import access, write_token
 from lad_dist.launch.job import Task
 from lad_dist.launch.ward import environment, private_folder
 from lad_dist.profile import Profile
@@ -106,9 +108,7 @@ def head(task: Task, profile: Profile) -> Iterator[Profile]:
     Raises ClusterError where the head does not start.
     """
     files, address, ports = Files(task), own_address(), Ports.of(int(task.number), task.rank)
-    handle = os.open(files.token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "w") as token:
-        token.write(secrets.token_hex(32))
+    write_token(files.token)
     arguments = [
         "--head",
         f"--port={ports.gcs}",
@@ -119,7 +119,7 @@ def head(task: Task, profile: Profile) -> Iterator[Profile]:
     ]
     at = f"{address}:{ports.gcs}"
     try:
-        with _node(task, profile, ports, address, files, arguments) as process, environment(_access(files)):
+        with _node(task, profile, ports, address, files, arguments) as process, environment(access(files.token)):
             _await_head(process, address, ports.gcs, task)
             with published(files.where) as temporary:
                 temporary.write_text(json.dumps({"address": at}))
@@ -164,7 +164,7 @@ def _node(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A Ray node as a child of this process, its output beside the job's log, until the block ends."""
     folder = private_folder(os.environ)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    _make_private(folder)
     cpus = max(int(os.environ.get("SLURM_CPUS_PER_TASK", "1")), profile.threads_per_expert)
     store = [f"--object-store-memory={profile.ray.object_store_mb * _MIB}"] if profile.ray.object_store_mb else []
     start = ["-c", _ON_LOOPBACK] if address == LOOPBACK else ["-m", "ray.scripts.scripts"]
@@ -176,7 +176,7 @@ def _node(
         f"--node-ip-address={address}",
         f"--num-cpus={cpus}",
         f"--num-gpus={profile.gpus_per_node}",
-        f"--temp-dir={folder}",
+        f"--temp-dir={folder / 'r'}",  # which Ray opens to everybody
         f"--node-manager-port={ports.node_manager}",
         f"--object-manager-port={ports.object_manager}",
         f"--runtime-env-agent-port={ports.runtime_env}",
@@ -193,11 +193,11 @@ def _node(
         command.remove("--disable-usage-stats")
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     threads = {"OMP_NUM_THREADS": str(profile.threads_per_expert)}
-    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    given = {**os.environ, **quiet, **threads, **access(files.token), "RAY_ADDRESS": None}
     with (task.folder / f"ray-{task.rank}.log").open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - this interpreter
             command,
-            env={**inherited, **quiet, **threads, **_access(files)},
+            env={name: value for name, value in given.items() if value is not None},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -216,9 +216,12 @@ def _node(
             process.wait()
 
 
-def _access(files: Files) -> dict[str, str]:
-    """What makes Ray demand the token, and show it."""
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(files.token)}
+def _make_private(folder: Path) -> None:
+    """Make ``folder`` with mode 0700. Raises ClusterError where somebody else has made it first: its name can be guessed."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    there = folder.lstat()
+    if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o077:
+        raise ClusterError(f"ray: {folder}: is not a folder of this user alone (mode 0700); remove it, or ask its owner to")
 
 
 def _await_head(process: subprocess.Popen[bytes], address: str, port: int, task: Task) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lad_dist.results import images_of
+
 if TYPE_CHECKING:
     from lad_dist.report.published import PublishedFigure
 
@@ -96,9 +98,9 @@ def result_lines(summaries: Iterable[Row]) -> list[ResultLine]:
 
 def count_group_lines(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[ResultLine]]:
     """From the rows of results.json: which of many, medium and few hold any class, and a table of their accuracies."""
-    members: dict[tuple[str, str], list[Row]] = {}
+    members: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        members.setdefault((row["source"], row["architecture"]), []).append(row)
+        members.setdefault((row["source"], row["architecture"], images_of(row)), []).append(row)
 
     def values(group: str, of: Sequence[Row]) -> list[float]:
         return [row["by_count"][group] for row in of if (row.get("by_count") or {}).get(group) is not None]
@@ -108,7 +110,7 @@ def count_group_lines(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[Result
         ResultLine(
             source, source_title(of[0]), architecture, str(len(of)), tuple(spread(values(g, of)) for g in groups)
         )
-        for (source, architecture), of in members.items()
+        for (source, architecture, _), of in members.items()
     ]
     return groups, lines
 
@@ -166,6 +168,7 @@ def label_notes(rows: Iterable[Row]) -> list[str]:
 def source_title(row: Row) -> str:
     """What a row's networks were trained on, for people: ``Distilled (LAD)``, ``Random real``, ..."""
     title = SOURCES.get(row["source"], str(row["source"]))
+    title += f", on images {row['images']}" if row.get("images") else ""  # where others are there too
     method = row.get("method")
     if not str(row["source"]).startswith("distilled") or not method:
         return title

@@ -4,15 +4,17 @@ evaluation/rows/SOURCE-ARCHITECTURE-SEED.json   one row each: one writer per fil
 evaluation/results.json                         all rows but their confusion matrices, for people and other programs
 
 Any number of processes may measure rows of one run at the same time; ``read`` sees every published row, whether or not it is
-in the merged table yet. To measure again, remove the folder evaluation/.
+in the merged table yet. Both kinds of file hold a checksum of what they say. To measure again, remove the folder evaluation/.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import statistics
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -41,6 +43,7 @@ SOURCES: tuple[str, ...] = get_args(Source)
 images with adjusted and with hard labels, ``...-plain`` a set without augmentation; ``full-...`` are other ways to train on the
 whole long-tailed set."""
 
+FORMAT_VERSION = 2  # of results.json; 1 has no checksum
 _KEY = ("source", "architecture", "seed")
 _ONLY_IN_ROWS = ("confusion",)  # K x K numbers
 
@@ -63,14 +66,16 @@ def read(path: Path) -> list[Row]:
 def write(path: Path, rows: list[Row]) -> None:
     """Publish ``rows`` as the merged table."""
     slim = [{k: v for k, v in row.items() if k not in _ONLY_IN_ROWS} for row in rows]
+    doc = {"format_version": FORMAT_VERSION, "rows": slim, "sha256": _sum_of(slim)}
     with published(path) as temporary:
-        temporary.write_text(json.dumps({"format_version": 1, "rows": slim}, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(doc, indent=1) + "\n", encoding="utf-8")
 
 
 def put(path: Path, row: Row) -> Path:
     """Publish one row beside the merged table at ``path``, in place of an older one of its name; returns its file."""
     file = row_file(path, row)
-    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in row.items())
+    _check(row)
+    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in {**row, "sha256": _sum_of(row)}.items())
     with published(file) as temporary:
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     return file
@@ -102,8 +107,19 @@ def row_file(path: Path, row: Row) -> Path:
 
 
 def same_measurement(row: Row, other: Row) -> bool:
-    """Whether two rows measure the same thing in the same way (all but what came out)."""
+    """Whether two rows measure the same thing in the same way (all but what came out).
+
+    Rows of versions that did not fingerprint images are taken to be of the same ones.
+    """
+    images, others = row.get("fingerprints"), other.get("fingerprints")
+    if images and others and images != others:
+        return False
     return all(row.get(k) == other.get(k) for k in (*_KEY, "split", "settings", "set_id"))
+
+
+def images_of(row: Mapping[str, Any]) -> str:
+    """Which images a row was trained and measured on, as text to compare by; empty where the row does not say."""
+    return json.dumps(row["fingerprints"], sort_keys=True) if row.get("fingerprints") else ""
 
 
 def replace(rows: list[Row], new: Row) -> list[Row]:
@@ -112,13 +128,17 @@ def replace(rows: list[Row], new: Row) -> list[Row]:
 
 
 def summary(rows: Iterable[Row]) -> list[Row]:
-    """Per (source, architecture), in the order of rows: of every figure the mean over seeds, the sample standard deviation
-    (``..._std``) and the standard error of the mean (``..._sem``); None where there is no value, or only one."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    """Per (source, architecture, images), in the order of rows: of every figure the mean over seeds, the sample standard
+    deviation (``..._std``) and the standard error of the mean (``..._sem``); None where there is no value, or only one.
+
+    Rows of other images are never averaged. Where a source and architecture have several, ``images`` tells them apart.
+    """
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["source"], row["architecture"]), []).append(row)
+        groups.setdefault((row["source"], row["architecture"], images_of(row)), []).append(row)
+    several = Counter((source, architecture) for source, architecture, _ in groups)
     out = []
-    for (source, architecture), members in groups.items():
+    for (source, architecture, images), members in groups.items():
         entry: Row = {
             "source": source,
             "architecture": architecture,
@@ -126,15 +146,21 @@ def summary(rows: Iterable[Row]) -> list[Row]:
             "split": members[0]["split"],
             "selection": members[0]["selection"],
             "method": members[0]["method"],
+            "images": _short(images) if several[source, architecture] > 1 else None,
         }
         for figure in (*FIGURES, *MORE_FIGURES):
             values = [m[figure] for m in members if m.get(figure) is not None]
-            several = len(values) > 1
+            spread = len(values) > 1
             entry[figure] = statistics.mean(values) if values else None
-            entry[f"{figure}_std"] = statistics.stdev(values) if several else None
-            entry[f"{figure}_sem"] = statistics.stdev(values) / len(values) ** 0.5 if several else None
+            entry[f"{figure}_std"] = statistics.stdev(values) if spread else None
+            entry[f"{figure}_sem"] = statistics.stdev(values) / len(values) ** 0.5 if spread else None
         out.append(entry)
     return out
+
+
+def _short(images: str) -> str:
+    """A name for ``images_of``, for people to tell by."""
+    return hashlib.sha256(images.encode()).hexdigest()[:8] if images else "unknown"
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -151,18 +177,70 @@ def _merged(path: Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        rows = list(json.loads(path.read_text(encoding="utf-8"))["rows"])
+        doc = _parsed(path)
+        rows = list(doc["rows"])
+        version = doc.get("format_version", 1)
+        if version not in (1, FORMAT_VERSION):
+            raise ValueError(f"format_version is {version!r:.80}; valid: 1 or {FORMAT_VERSION}")
+        if version == FORMAT_VERSION and doc["sha256"] != _sum_of(rows):
+            raise ValueError("it does not match its own checksum")
         for row in rows:
-            _key(row)
+            _check(row)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirError(f"{path}: is not a results file ({error}); remove it to evaluate again") from error
+        raise RunDirError(f"{path}: is not a results file ({_reason(error)}); remove it to evaluate again") from error
     return rows
 
 
 def _row(file: Path) -> Row:
     try:
-        row: Row = json.loads(file.read_text(encoding="utf-8"))
-        _key(row)
+        row = _parsed(file)
+        said = row.pop("sha256") if "sha256" in row or "fingerprints" in row else None
+        if said is not None and said != _sum_of(row):  # rows of versions that wrote none have no fingerprints either
+            raise ValueError("it does not match its own checksum")
+        _check(row)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirError(f"{file}: is not a row of results ({error}); remove it to measure it again") from error
+        raise RunDirError(f"{file}: is not a row of results ({_reason(error)}); remove it to measure it again") from error
     return row
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    try:
+        doc = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(doc, dict):
+        raise ValueError(f"it holds {type(doc).__name__} where an object is valid")
+    return doc
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"it holds {text} where a number is valid")
+
+
+def _reason(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _sum_of(content: Any) -> str:
+    """The checksum of a row, or of a table of rows."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check(row: Any) -> None:
+    """Raises ValueError or KeyError where a row cannot be one: what identifies it, and every figure that is a share."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a row is {row!r:.80}; valid: an object")
+    for name in ("source", "architecture", *(n for n in ("split", "selection", "method") if n in row)):
+        if not isinstance(row[name], str):
+            raise ValueError(f"{name} is {row[name]!r:.80}; valid: text")
+    if type(row["seed"]) is not int or row["seed"] < 0:
+        raise ValueError(f"seed is {row['seed']!r:.80}; valid: a whole number from 0")
+    if row["overall"] is None:
+        raise ValueError("overall is null; valid: a number from 0 to 1")
+    per_class = row.get("per_class") or []
+    if not isinstance(per_class, list):
+        raise ValueError(f"per_class is {per_class!r:.80}; valid: a list of numbers from 0 to 1")
+    shares = [(name, row.get(name)) for name in (*FIGURES, *MORE_FIGURES)] + [("per_class", value) for value in per_class]
+    for name, value in shares:
+        if value is not None and not (type(value) in (int, float) and 0 <= value <= 1):
+            raise ValueError(f"{name} is {value!r:.80}; valid: a number from 0 to 1")

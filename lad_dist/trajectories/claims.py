@@ -1,6 +1,7 @@
-"""Claims on experts: so that two drivers of one buffer do not train the same expert at the same time.
+"""Claims: so that two drivers of one buffer do not train the same expert at the same time, nor two runs distil in one folder.
 
     <buffer>/claims/expert-0007.json      who is at work on it; refreshed every few seconds, removed at the end
+    <run>/claims/run.json, distill.json   the same of a whole run and of a distillation
 
 Claims are advice. A work unit gives the same rows whoever does it, so what goes wrong here costs time and nothing else, and
 nothing waits for a claim longer than ``STALE_SECONDS`` after its holder is gone.
@@ -54,6 +55,10 @@ class Claim:
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
         return f"process {self.pid} on {self.host}, since {since}"
+
+    def lives_here(self) -> bool:
+        """Whether its process is known to be alive: one of this host. Of others only the age of their claims tells."""
+        return self.host == host_name() and process_lives(self.pid)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
+import socket
 import struct
 from pathlib import Path
 from urllib.error import URLError
@@ -183,6 +185,101 @@ def test_image_folder_faults(config, tmp_path):
     (tmp_path / "y" / "test" / "dog").mkdir()
     with pytest.raises(DataError, match=r"class folder dog is not in the training split; valid: ant, bee"):
         load_splits(config(dataset="image-folder", root=str(tmp_path / "y")))
+
+
+def test_links_to_folders_within_a_class_are_not_followed_and_said(config, tmp_path):
+    root = write_folders(tmp_path / "data", {"ant": 3, "bee": 2})
+    outside = write_folders(tmp_path / "other", {"ant": 4})
+    (root / "train" / "ant" / "more").symlink_to(outside / "train" / "ant")
+    (root / "train" / "bee" / "tested").symlink_to("../../test/bee")
+    (root / "train" / "bee" / "linked.png").symlink_to(outside / "train" / "ant" / "00.png")  # a file may be a link
+    splits = load_splits(config(dataset="image-folder", root=str(root), imbalance="natural"))
+    assert splits.train.counts == (3, 3) and splits.test.counts == (3, 2)
+    first, second = splits.notes
+    assert "train/ant/more (a link to the folder" in first and "train/bee/tested" in second
+
+
+@pytest.mark.parametrize(
+    ("place", "target"), [("ant/loop", "."), ("ant/loop", ".."), ("ant/up", "../.."), ("bee/deep/up", "../../../..")]
+)
+def test_links_that_lead_around_themselves_are_refused(config, tmp_path, place, target):
+    root = write_folders(tmp_path, {"ant": 3, "bee": 2})
+    (root / "train" / place).parent.mkdir(exist_ok=True)
+    (root / "train" / place).symlink_to(target)
+    with pytest.raises(DataError, match=rf"train/{place}: is a link to .*a loop"):
+        load_splits(config(dataset="image-folder", root=str(root), imbalance="natural"))
+
+
+@pytest.mark.parametrize("target", ["..", "../..", ".", "../test", "../test/ant", "ant"])
+def test_a_class_that_is_a_link_into_the_data_set_is_refused(config, tmp_path, target):
+    root = write_folders(tmp_path, {"ant": 3, "bee": 2})
+    (root / "train" / "cow").symlink_to(target)
+    with pytest.raises(DataError, match=r"train/cow: is a link to .*belongs to the same data set"):
+        load_splits(config(dataset="image-folder", root=str(root), imbalance="natural"))
+
+
+def test_splits_and_classes_may_be_links_to_other_disks(config, tmp_path):
+    real = write_folders(tmp_path / "disk", {"ant": 3, "bee": 2})
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "ant").symlink_to(real / split / "ant")
+        (tmp_path / "data" / split / "bee").symlink_to(real / split / "bee")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "train").symlink_to(tmp_path / "data" / "train")
+    (tmp_path / "linked" / "test").symlink_to(tmp_path / "data" / "test")
+    for root in ("data", "linked"):
+        splits = load_splits(config(dataset="image-folder", root=str(tmp_path / root), imbalance="natural"))
+        assert splits.train.counts == (3, 2) and splits.notes == ()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["fifo", "zero", "giant", "socket"])
+def test_only_regular_files_are_read(config, tmp_path, kind):
+    root = write_folders(tmp_path, {"ant": 3, "bee": 2})
+    odd = root / "train" / "ant" / "0.png"
+    with socket.socket(socket.AF_UNIX) as made:
+        if kind == "fifo":
+            os.mkfifo(odd)
+        elif kind == "zero":
+            odd.symlink_to("/dev/zero")
+        elif kind == "giant":
+            odd.touch()
+            os.truncate(odd, 2**31)
+        else:
+            made.bind(os.path.relpath(odd))
+        with pytest.raises(DataError, match=r"train/ant/0\.png: (not a regular file|2,147,483,648 bytes|not a readable image)"):
+            load_splits(config(dataset="image-folder", root=str(root), imbalance="natural"))
+
+
+@pytest.mark.timeout(20)
+def test_a_list_that_is_no_regular_file(config, tmp_path):
+    os.mkfifo(tmp_path / "train.txt")
+    with pytest.raises(DataError, match=r"data.train: .*train.txt is not a regular file"):
+        load_splits(config(dataset="list", root=str(tmp_path), train="train.txt", test="test.txt"))
+
+
+def test_a_byte_order_mark_in_a_list_is_no_part_of_a_name(config, tmp_path):
+    root = write_folders(tmp_path, {"ant": 1, "bee": 1})
+    lines = "train/ant/00.png 0\ntrain/bee/00.png 1\n"
+    for name in ("train.txt", "test.txt"):
+        (root / name).write_text(lines, encoding="utf-8-sig")
+    splits = load_splits(config(dataset="list", root=str(root), train="train.txt", test="test.txt"))
+    assert splits.train.counts == (1, 1)
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "it is empty"), (b"no image", "it is of no known format")])
+def test_what_is_no_image_is_said_in_words(config, tmp_path, content, said):
+    root = write_folders(tmp_path, {"ant": 1, "bee": 1})
+    (root / "train" / "ant" / "00.png").write_bytes(content)
+    with pytest.raises(DataError, match=rf"ant/00\.png: not a readable image \({said}\)") as raised:
+        load_splits(config(dataset="image-folder", root=str(root)))
+    assert "BytesIO" not in str(raised.value)
+
+
+def test_one_class_is_refused(config, tmp_path):
+    root = write_folders(tmp_path, {"ant": 3})
+    with pytest.raises(DataError, match=r"train: there is one class only; valid: two or more"):
+        load_splits(config(dataset="image-folder", root=str(root), imbalance="natural"))
 
 
 def write_tiny_imagenet(root: Path, reorganised: bool) -> None:

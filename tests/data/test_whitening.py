@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import random
+import stat
+
 import numpy as np
 import pytest
 import torch
@@ -138,8 +142,44 @@ def test_damaged_missing_or_foreign_file_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"mean": torch.zeros(1)}, file)
-    with pytest.raises(DataError, match=r"format None; valid: 'lad-dist whitening 1'"):
+    with pytest.raises(DataError, match=r"format None; valid: 'lad-dist whitening 2'"):
         Whitening.load(file)
+
+
+@pytest.mark.parametrize("kind", ["zca", "standardize", "none"])
+def test_no_flipped_bit_passes(kind, tmp_path):
+    file = tmp_path / "whitening.safetensors"
+    Whitening.fit(images(shape=(1, 3, 3)), kind).save(file)
+    good, draws = file.read_bytes(), random.Random(0)
+    header = int.from_bytes(good[:8], "little") + 8
+    for place in (*range(header), *(draws.randrange(len(good)) for _ in range(200))):
+        bad = bytearray(good)
+        bad[place] ^= 1 << draws.randrange(8)
+        file.write_bytes(bad)
+        with pytest.raises(DataError, match=r"whitening\.safetensors: "):
+            Whitening.load(file)
+
+
+def test_a_file_of_the_format_without_a_checksum_is_still_read(tmp_path):
+    from safetensors.torch import save_file
+
+    fitted, file = Whitening.fit(images(), "standardize", 0.05), tmp_path / "whitening.safetensors"
+    metadata = {"format": "lad-dist whitening 1", "kind": "standardize", "eps": "0.05", "shape": "3,6,6"}
+    save_file({"mean": fitted.mean, "matrix": fitted.matrix, "inverse": fitted.inverse}, file, metadata)
+    assert torch.equal(Whitening.load(file).matrix, fitted.matrix)
+
+
+def test_the_file_is_the_same_byte_for_byte_and_honours_the_umask(tmp_path):
+    fitted, made = Whitening.fit(images(), "zca"), set()
+    for k, mask in enumerate([0o022, 0o027, 0o077] * 5):
+        file, before = tmp_path / f"{k}.safetensors", os.umask(mask)
+        try:
+            fitted.save(file)
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
+        made.add(file.read_bytes())
+    assert len(made) == 1
 
 
 def test_saving_where_no_folder_is_says_so(tmp_path):

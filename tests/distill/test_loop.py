@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lad_dist.distill.initial import HARD_LABEL_LOGIT
-from lad_dist.distill.loop import Distillation, class_weights
+from lad_dist.distill.loop import Distillation, SaveClock, class_weights
 from lad_dist.distill.start import Facts
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Student
@@ -17,6 +21,7 @@ from lad_dist.distilled import DistilledSet
 from lad_dist.errors import DistilledError, Interrupted, NumericalError, TrajectoryError
 from lad_dist.models import functional
 from lad_dist.progress import read_events
+from lad_dist.rundir import load_tensors
 
 CPU = torch.device("cpu")
 
@@ -147,6 +152,77 @@ def test_a_checkpoint_of_another_recipe_or_damaged(pipeline_of, undisturbed):
     shard.rename(shard.with_name("shard-001-of-002.safetensors"))
     with pytest.raises(DistilledError, match="its shards are not all there"):
         State.load(path, recipe, CPU)
+
+
+def test_no_flipped_bit_in_a_checkpoint_passes(undisturbed, tmp_path):
+    recipe = undisturbed.recipe
+    shutil.copytree(undisturbed.run.distill_checkpoint, tmp_path / "distill")
+    (shard,) = (tmp_path / "distill").rglob("*.safetensors")
+    good, draws = shard.read_bytes(), random.Random(0)
+    header = int.from_bytes(good[:8], "little") + 8
+    for place in (*range(header), *(draws.randrange(len(good)) for _ in range(300))):
+        bad = bytearray(good)
+        bad[place] ^= 1 << draws.randrange(8)
+        shard.write_bytes(bad)
+        with pytest.raises(DistilledError, match="iteration-000006"):
+            State.load(tmp_path / "distill", recipe, CPU)
+
+
+def test_a_checkpoint_of_a_version_without_checksums_is_still_read(undisturbed, tmp_path):
+    shutil.copytree(undisturbed.run.distill_checkpoint, tmp_path / "distill")
+    (shard,) = (tmp_path / "distill").rglob("*.safetensors")
+    tensors, metadata = load_tensors(shard)
+    del metadata["sha256"]
+    save_file(tensors, shard, metadata)
+    state = State.load(tmp_path / "distill", undisturbed.recipe, CPU)
+    assert state is not None and torch.equal(state.optimizers.images_SCHH, tensors["images"])
+
+
+class _KilledError(Exception):
+    """As SIGKILL: nothing is saved on the way out."""
+
+
+def test_a_run_that_is_killed_again_and_again_gets_on(pipeline_of, undisturbed, monkeypatch):
+    """checkpoint_every alone would have it begin at 0 each time."""
+    pipeline = pipeline_of("killed", distill={"checkpoint_every": 10_000})
+    iterate, done = Distillation.iterate, []
+
+    def killed(self, state, path, out):
+        if len(done) == 2:
+            raise _KilledError
+        done.append(state.iteration)
+        return iterate(self, state, path, out)
+
+    monkeypatch.setattr(SaveClock, "due", lambda self: True)
+    with monkeypatch.context() as patched:
+        patched.setattr(Distillation, "iterate", killed)
+        for _ in range(2):
+            done.clear()
+            with pytest.raises(_KilledError):
+                pipeline.distill()
+    pipeline.distill()
+    assert [e["iteration"] for e in events(pipeline, "distill-started")] == [0, 2, 4]
+    assert result(pipeline) == result(undisturbed)
+
+
+def test_checkpoints_by_time(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("lad_dist.distill.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def saved_at(step: float, until: float, cost: float = 0.0) -> list[float]:
+        """Iterations of ``step`` seconds."""
+        clock, found, begun = SaveClock(), [], now[0]
+        while now[0] - begun < until:
+            now[0] += step
+            if clock.due():
+                found.append(round(now[0] - begun, 3))
+                clock.saved(cost)
+        return found
+
+    assert saved_at(0.5, 200) == [1, 2, 4, 8, 16, 32, 64, 124, 184]
+    assert saved_at(5.0, 13) == [5, 10]  # killed after 13 s, it has saved two iterations
+    assert saved_at(90.0, 270) == [90, 180, 270]
+    assert saved_at(0.5, 100, cost=1.0) == [1, 21, 42, 84]  # a twentieth of the time at most
 
 
 def test_state_round_trip_keeps_every_bit(undisturbed, tmp_path):

@@ -163,11 +163,29 @@ def test_a_ray_cluster_that_is_named(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        assert levels(machine.ray_ready(Profile.model_validate({"ray": {"address": address}}))) == ["ok"]
+        assert by_name(machine.ray_ready(Profile.model_validate({"ray": {"address": address}})))["ray"].level == "ok"
         monkeypatch.setenv("RAY_ADDRESS", address)
-        assert f"{address} answers" in next(machine.ray_ready(Profile())).found
-    (found,) = machine.ray_ready(Profile())
+        assert f"{address} answers" in by_name(machine.ray_ready(Profile()))["ray"].found
+    found = by_name(machine.ray_ready(Profile()))["ray"]
     assert found.level == "fail" and f"nothing answers at {address}" in found.found
+
+
+def test_a_ray_token_that_others_can_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert "ray token" not in by_name(machine.ray_ready(Profile()))
+    file = tmp_path / ".ray" / "auth_token"
+    file.parent.mkdir()
+    file.write_text("0" * 64)
+    file.chmod(0o644)
+    found = by_name(machine.ray_ready(Profile()))["ray token"]
+    assert found.level == "warn" and str(file) in found.found and "0644" in found.found
+    assert "umask 077" in found.todo and "chmod 600" in found.todo
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert by_name(machine.ray_ready(Profile()))["ray token"].level == "fail"  # which a fleet would refuse
+    file.chmod(0o600)
+    assert by_name(machine.ray_ready(Profile()))["ray token"].level == "ok"
 
 
 def test_no_ray(monkeypatch):

@@ -121,6 +121,20 @@ def test_another_distilled_set_is_measured_again(distilled, pipeline_of):
     assert len(evaluated(distilled)) == 4
 
 
+def test_changed_test_images_are_measured_again(distilled):
+    distilled.evaluate("distilled")
+    before, data = rows(distilled), distilled.data
+    images = data.splits.test
+    changed = replace(images, images_NCHW=255 - images.images_NCHW)
+    distilled._data = replace(data, splits=replace(data.splits, test=changed))
+    distilled.evaluate("distilled")
+    after = rows(distilled)
+    assert [r["fingerprints"] for r in before] == [{"train": data.splits.train.fingerprint(), "test": images.fingerprint()}] * 2
+    assert {r["fingerprints"]["test"] for r in after} == {changed.fingerprint()} and len(evaluated(distilled)) == 4
+    distilled.evaluate("distilled")
+    assert len(evaluated(distilled)) == 4
+
+
 @pytest.mark.parametrize("source", ["distilled", "random", "full"])
 def test_seeds_are_deterministic_and_differ(distilled, source):
     distilled.evaluate(source)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
 from lad_dist import results
 from lad_dist.errors import RunDirError
+from lad_dist.report import tables
 
 
 def row(source: str = "distilled", seed: int = 0, overall: float = 0.5, **fields) -> results.Row:
@@ -32,6 +34,70 @@ def test_a_damaged_file_is_named(tmp_path, text):
         results.read(path)
 
 
+IMPOSSIBLE = [{"overall": 1.5}, {"overall": -0.1}, {"overall": None}, {"overall": "0.9"}, {"overall": True}, {"head": [0.5]},
+              {"tail": 1e9}, {"ece": 2}, {"balanced": "x"}, {"seed": "0"}, {"seed": -1}, {"seed": 0.5}, {"source": None},
+              {"architecture": 3}, {"split": 3}, {"per_class": [0.5, 7]}, {"per_class": 0.5}]  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", IMPOSSIBLE, ids=str)
+def test_impossible_rows_are_refused_with_the_name_of_their_file(tmp_path, changed):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"rows": [row() | changed]}))
+    with pytest.raises(RunDirError, match=rf"results\.json: is not a results file \({next(iter(changed))} is .*valid: "):
+        results.read(path)
+    path.unlink()
+    file = results.row_file(path, row())
+    file.parent.mkdir()
+    file.write_text(json.dumps(row() | changed))
+    with pytest.raises(RunDirError, match=rf"distilled-convnet-0\.json: is not a row of results \({next(iter(changed))} is "):
+        results.read(path)
+
+
+@pytest.mark.parametrize("text", [
+    "3", "[]", '"x"', "{}", '{"source": "x"}', "NaN", "[" * 100_000,
+    json.dumps(row() | {"overall": float("nan")}), json.dumps(row() | {"train_loss": float("inf")}),
+])  # fmt: skip
+def test_a_file_that_is_no_row(tmp_path, text):
+    file = results.row_file(tmp_path / "results.json", row())
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.raises(RunDirError, match=r"distilled-convnet-0\.json: is not a row of results \("):
+        results.read(tmp_path / "results.json")
+
+
+def test_no_flipped_bit_in_results_passes(tmp_path):
+    path, draws = tmp_path / "results.json", random.Random(0)
+    measured = row(fingerprints={"train": "a" * 64, "test": "b" * 64}, settings={"epochs": 3, "lr": 0.0123})
+    results.put(path, measured)
+    results.write(tmp_path / "alone" / "results.json", [measured])
+    for file, asked in ((results.row_file(path, measured), path), (tmp_path / "alone" / "results.json",) * 2):
+        assert results.read(asked) == [measured]
+        good = file.read_bytes()
+        for place in range(len(good)):
+            bad = bytearray(good)
+            bad[place] ^= 1 << draws.randrange(8)
+            file.write_bytes(bad)
+            try:
+                assert results.read(asked) == [measured]  # of space between two values, say
+            except RunDirError as error:
+                assert str(file) in str(error)
+        file.write_bytes(good)
+
+
+def test_rows_of_other_images_are_measured_again_and_never_averaged():
+    before, after = ({"train": "a", "test": test} for test in ("b", "c"))
+    assert not results.same_measurement(row(fingerprints=before), row(fingerprints=after))
+    assert results.same_measurement(row(fingerprints=before), row(fingerprints=before))
+    assert results.same_measurement(row(), row(fingerprints=after))  # of a version that did not say
+    rows = [row(seed=s, overall=0.1 * s, fingerprints=before if s < 3 else after) for s in range(5)]
+    old, new = results.summary(rows)
+    assert (old["seeds"], new["seeds"]) == (3, 2) and new["overall"] == pytest.approx(0.35)
+    assert old["images"] != new["images"] and f"on images {old['images']}" in tables.source_title(old)
+    assert [len(of.seeds) for of in tables.result_lines([old, new])] == [1, 1]
+    (one,) = results.summary(rows[:3])
+    assert one["images"] is None and "images" not in tables.source_title(one)
+
+
 def test_a_new_row_takes_the_place_of_the_old():
     rows = [row(), row(seed=1), row("random")]
     changed = results.replace(rows, row(overall=0.9, settings={"epochs": 5}))
@@ -54,11 +120,11 @@ def test_settings_compare_equal_after_json():
 
 def test_summary_by_hand():
     rows = [row(overall=0.5), row(seed=1, overall=0.7), row("random", overall=0.4), row(seed=2, overall=0.9)]
-    distilled, random = results.summary(rows)
+    distilled, other = results.summary(rows)
     assert (distilled["source"], distilled["seeds"], distilled["selection"]) == ("distilled", 3, "last")
     assert distilled["overall"] == pytest.approx(0.7) and distilled["overall_std"] == pytest.approx(0.2)  # over n - 1
     assert distilled["head"] == pytest.approx(0.8) and distilled["tail"] is None and distilled["tail_std"] is None
-    assert random["overall"] == 0.4 and random["overall_std"] is None
+    assert other["overall"] == 0.4 and other["overall_std"] is None
 
 
 def test_standard_error_and_figures_that_older_rows_lack():

@@ -5,10 +5,13 @@ Whole fleets with real processes are in ``tests/journey/test_fleet_faults.py``.
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import time
@@ -25,7 +28,7 @@ from rich.console import Console
 from lad_dist.data.prepare import prepare
 from lad_dist.errors import ExpertError, Interrupted, NumericalError, RecipeError, StorageError, TrajectoryError
 from lad_dist.experts import actor as actor_module
-from lad_dist.experts import cluster, crew
+from lad_dist.experts import cluster, crew, private
 from lad_dist.experts.actor import Claimed, ExpertActor, Finished, Orders, SharedData, Started, failure_of
 from lad_dist.experts.crew import Failure, Process, Queue, Record, choose, name_of, train_here
 from lad_dist.experts.train import Epoch, ExpertTrainer
@@ -399,29 +402,96 @@ def test_processes_of_a_failed_start_are_ended():
 def test_the_object_store_fits_the_images(monkeypatch):
     monkeypatch.setattr(cluster, "gpu_count", lambda: 0)
     mib = 2**20
-    assert cluster.own_arguments(Profile(threads=2), 0)["object_store_memory"] == 80 * mib
-    assert cluster.own_arguments(Profile(threads=2), 1000 * mib)["object_store_memory"] == 1300 * mib
-    chosen = cluster.own_arguments(Profile(threads=2, ray={"object_store_mb": 100}), 1000 * mib)
+    assert cluster.own_arguments(Profile(threads=2), 0, Path("/tmp/x"))["object_store_memory"] == 80 * mib
+    assert cluster.own_arguments(Profile(threads=2), 1000 * mib, Path("/tmp/x"))["object_store_memory"] == 1300 * mib
+    chosen = cluster.own_arguments(Profile(threads=2, ray={"object_store_mb": 100}), 1000 * mib, Path("/tmp/x"))
+    assert chosen["_temp_dir"] == "/tmp/x/r"
     assert chosen["object_store_memory"] == 100 * mib and chosen["num_cpus"] == 2 and chosen["address"] == "local"
-    assert cluster.own_arguments(Profile(threads=1, threads_per_expert=3), 0)["num_cpus"] == 3
+    assert cluster.own_arguments(Profile(threads=1, threads_per_expert=3), 0, Path("/tmp/x"))["num_cpus"] == 3
 
 
 def test_the_environment_of_a_cluster_of_its_own(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
     monkeypatch.setenv("RAY_worker_niceness", "5")
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
-    found = cluster.own_environment(Profile(threads_per_expert=3))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of another cluster")
+    found = cluster.own_environment(Profile(threads_per_expert=3), Path("/private/token"))
+    assert found["RAY_AUTH_MODE"] == "token" and found["RAY_AUTH_TOKEN_PATH"] == "/private/token"
+    with cluster.environment(found):
+        assert "RAY_AUTH_TOKEN" not in os.environ
+    assert os.environ["RAY_AUTH_TOKEN"] == "of another cluster"
     assert found["OMP_NUM_THREADS"] == "3" and found["RAY_worker_niceness"] == "5"
     assert found["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
 def test_directions():
-    own = cluster.Cluster("127.0.0.1:6379", "127.0.0.1:8266", own=True)
+    own = cluster.Cluster("127.0.0.1:6379", "127.0.0.1:8266", own=True, token=Path("/tmp/private/token"))
     first, second = own.directions()
-    assert "http://127.0.0.1:8266" in first and "ray get-auth-token" in first
+    assert "http://127.0.0.1:8266" in first and "its token: in /tmp/private/token" in first
     assert "ssh -L 8266:127.0.0.1:8266 " in second
     (line,) = cluster.Cluster("10.0.0.1:6379", None, own=False).directions()
     assert "joined the cluster at 10.0.0.1:6379" in line
+
+
+# --- nobody else's ----------------------------------------------------------------------------------------------------
+
+
+def test_a_private_folder_is_private_short_and_gone_in_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 20)))  # too long for the sockets inside
+    with private.private_folder() as folder:
+        assert folder.parent == Path("/tmp") and stat.S_IMODE(folder.stat().st_mode) == 0o700
+        private.write_token(folder / "token")
+        assert stat.S_IMODE((folder / "token").stat().st_mode) == 0o600 and len((folder / "token").read_text()) == 64
+    assert not folder.exists()
+
+
+def test_a_token_is_never_readable_by_others_not_even_for_a_moment(tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("known to others")
+    (tmp_path / "token").chmod(0o644)
+    old, modes, fdopen = os.umask(0), [], os.fdopen
+
+    def seen(descriptor, *args):
+        modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
+        return fdopen(descriptor, *args)
+
+    monkeypatch.setattr(os, "fdopen", seen)
+    try:
+        private.write_token(tmp_path / "token")
+    finally:
+        os.umask(old)
+    assert modes == [0o600] and "known" not in (tmp_path / "token").read_text()
+
+
+def test_folders_that_killed_processes_left_are_removed_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(private, "_LONGEST", 4096)
+    monkeypatch.setattr(private, "_YOUNG_SECONDS", -1.0)
+    left, others = tmp_path / "ladist-ray-left", tmp_path / "ladist-ray-locked"
+    for folder in (left, others):
+        folder.mkdir()
+        (folder / "lock").touch()
+    with (others / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with private.private_folder():
+            assert not left.exists() and others.exists()
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o620])
+def test_a_token_file_that_others_can_use_is_refused(tmp_path, monkeypatch, mode):
+    from lad_dist.experts.fleet import connected
+
+    token = tmp_path / "token"
+    token.write_text("0" * 64)
+    token.chmod(mode)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+        with pytest.raises(ExpertError, match=rf"{token}: .*mode {mode:04o}.*chmod 600"), connected(Profile(), 0):
+            raise AssertionError
+    token.chmod(0o600)
+    private.check_token(os.environ)
 
 
 # --- the fleet's decisions --------------------------------------------------------------------------------------------

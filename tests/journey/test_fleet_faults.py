@@ -6,9 +6,11 @@ import contextlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,7 +36,6 @@ RECIPE: dict[str, Any] = {
     "experts": {"count": 3, "epochs": 40, "classifier_epochs": 10, "batch": 64, "epochs_per_part": PART},
 }  # fmt: skip
 needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two actors need two cores")
-OWN = {"RAY_AUTH_TOKEN": "0" * 64}  # so that Ray writes none into the home folder
 Happenings = list[dict[str, Any]]
 
 
@@ -259,7 +260,7 @@ def killed(fleet_job: Path, tmp_path_factory: pytest.TempPathFactory, look: Any)
 
     folder = tmp_path_factory.mktemp("killed")
     command = [sys.executable, "-m", "lad_dist.cli", "experts", fleet_job, "--out", "run", "--fleet", "on"]
-    environment = {**os.environ, **OWN, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (folder / "log").open("wb") as log:
         driver = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -302,21 +303,40 @@ def interrupt(process: Any, number: signal.Signals, lad: Any) -> Any:
     return ended.fails(130, f"interrupted by {number.name}", "the same command continues")
 
 
+def nobody_else_may(driver: int, dashboard: str) -> Path:
+    """The private folder of the driver's cluster, whose dashboard answers only to who has the token in it."""
+    from ray_nodes import session
+
+    (private,) = (f for f in Path("/tmp").glob("ladist-ray-*") if str(f) in str(session(driver)))
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    token = private / "token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    jobs = urllib.request.Request(f"http://{dashboard}/api/jobs/")
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(jobs, timeout=10)
+    jobs.add_header("Authorization", f"Bearer {token.read_text()}")
+    with urllib.request.urlopen(jobs, timeout=10) as answer:
+        assert answer.status == 200
+    return private
+
+
 @needs_two_cores
 def test_interrupted(lad, fleet_job, undisturbed, look):
     from ray_nodes import kill_session, session, wait_until
 
     run = Path("run")
-    lad.environment |= OWN
+    lad.environment |= {"HOME": str(lad.folder), "RAY_AUTH_MODE": "disabled"}
     process = lad.start("experts", fleet_job, "--out", run, "--fleet", "on", preexec_fn=os.setsid)
     try:
         wait_until(lambda: two_train(run, look), 60)
+        private = nobody_else_may(process.pid, of(look.events(run), "ray-started")[0]["dashboard"])
         members = session(process.pid)
         assert len(members) > 5 and ports(set(members)) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
         ended = interrupt(process, signal.SIGINT, lad)
     finally:
         kill_session(process.pid)
-    assert ended.out.count("ray get-auth-token") == ended.out.count("ssh -L ") == 1
+    assert ended.out.count(f"its token: in {private / 'token'}") == ended.out.count("ssh -L ") == 1
+    assert not private.exists() and not (lad.folder / ".ray").exists()
     assert [e["stage"] for e in of(look.events(run), "stage-stopped")] == ["experts"]
     lad("experts", fleet_job, "--out", run).succeeds()
     same_as(undisturbed, run, look)
@@ -327,7 +347,6 @@ def test_interrupted(lad, fleet_job, undisturbed, look):
 def test_interrupted_while_ray_starts(lad, fleet_job, number):
     from ray_nodes import kill_session, session, wait_until
 
-    lad.environment |= OWN
     process = lad.start("experts", fleet_job, "--out", "run", "--fleet", "on", preexec_fn=os.setsid)
     try:
         wait_until(lambda: any("raylet/raylet" in command for command in session(process.pid).values()), 60)

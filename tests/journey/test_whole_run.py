@@ -21,7 +21,7 @@ from lad_dist.status import read_status
 
 def test_what_a_run_leaves(finished, look):
     assert sorted(p.name for p in finished.iterdir()) == [
-        "checkpoints", "distilled", "evaluation", "events.jsonl", "recipe.yaml", "report", "trajectories"]  # fmt: skip
+        "checkpoints", "claims", "distilled", "evaluation", "events.jsonl", "recipe.yaml", "report", "trajectories"]  # fmt: skip
     rows = json.loads((finished / "evaluation/results.json").read_text())["rows"]
     assert [(r["source"], r["architecture"], r["seed"]) for r in rows] == [
         ("distilled", "convnet", 0), ("random", "convnet", 0), ("full", "convnet", 0)]  # fmt: skip

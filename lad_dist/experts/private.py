@@ -1,0 +1,102 @@
+"""What keeps a Ray cluster to the user who started it: a folder and a token that nobody else can read. No Ray here.
+
+Ray runs whatever the holder of its token asks for, as the user who started it. Its own token file and its temporary folder
+are open to every user of the machine, so a cluster of one process gets both from here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from lad_dist.errors import ExpertError
+
+_PREFIX, _LOCK = "ladist-ray-", "lock"
+_YOUNG_SECONDS = 60.0  # a folder of this age may not have its lock yet
+_LONGEST = 40  # bytes of a folder for sockets: a socket's path may have 107, and Ray appends about 65
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """A new temporary folder with mode 0700, removed at the end; so are those that killed processes have left.
+
+    A lock on a file inside says that its process lives. Ray opens its own temporary folder to everybody (mode 0777), which
+    must therefore be a folder within this one.
+    """
+    base = Path(tempfile.gettempdir())
+    if len(os.fsencode(base)) + len(_PREFIX) + 8 > _LONGEST:
+        base = Path("/tmp")  # noqa: S108 - short, and the folder is made by mkdtemp
+    for left in base.glob(f"{_PREFIX}*"):
+        _remove_if_left(left)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    with (folder / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove ``folder`` if it is this user's and its process is gone."""
+    try:
+        there = folder.lstat()
+        if there.st_uid != os.getuid() or time.time() - there.st_mtime < _YOUNG_SECONDS:
+            return
+        with (folder / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError:  # in use, or being made or removed at this moment
+        return
+
+
+def write_token(file: Path) -> None:
+    """A new random token in ``file``, which only its owner can read from the moment it exists (mode 0600)."""
+    file.unlink(missing_ok=True)
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as token:
+        token.write(secrets.token_hex(32))
+
+
+def access(token: Path) -> dict[str, str | None]:
+    """The environment of processes that demand and show the token in a file, and no other."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_TOKEN": None}
+
+
+def token_file(environment: Mapping[str, str]) -> Path | None:
+    """The file that Ray takes a running cluster's token from; None where there is none, or the environment holds it."""
+    if environment.get("RAY_AUTH_TOKEN"):
+        return None
+    named = environment.get("RAY_AUTH_TOKEN_PATH")
+    file = Path(named) if named else Path(os.path.expanduser("~")) / ".ray" / "auth_token"
+    return file if file.is_file() else None
+
+
+def exposure(file: Path) -> str | None:
+    """How far others may read a token file: ``mode 0644, others can read it``; None where only its owner can."""
+    mode = stat.S_IMODE(file.stat().st_mode)
+    if not mode & 0o077:
+        return None
+    return f"mode {mode:04o}, others than its owner can use it"
+
+
+def renewed(file: Path) -> str:
+    """What to do about an exposed token."""
+    return (
+        f"whoever has read it can run code as you: make a new one (rm {file}; (umask 077; ray get-auth-token --generate)) "
+        f"and restart the cluster, or, if nobody can have read it, chmod 600 {file}"
+    )
+
+
+def check_token(environment: Mapping[str, str]) -> None:
+    """Raises ExpertError where the token for a running cluster lies in a file that others can read."""
+    file = token_file(environment)
+    if file is not None and (how := exposure(file)):
+        raise ExpertError(f"{file}: a Ray cluster's token, {how}; {renewed(file)}")
