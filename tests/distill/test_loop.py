@@ -207,7 +207,7 @@ def test_a_step_out_of_the_finite_numbers_is_taken_back(pipeline_of, undisturbed
 
 
 def test_a_learning_rate_that_is_not_positive(pipeline_of):
-    pipeline = pipeline_of(distill={"lr_alpha": 1e6})
+    pipeline = pipeline_of(seed=1, distill={"lr_alpha": 1e6})  # of a seed whose first steps lead below zero
     with pytest.raises(NumericalError, match=r"iteration \d+: .*lr_alpha"):
         pipeline.distill()
     assert float(checkpoint(pipeline)["alpha"]) > 0
