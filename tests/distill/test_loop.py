@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from lad_dist.distill.initial import HARD_LABEL_LOGIT
+from lad_dist.distill.initial import HARD_LABEL_LOGIT, vary_repeats
 from lad_dist.distill.loop import Distillation, class_weights
 from lad_dist.distill.start import Facts
 from lad_dist.distill.state import State
@@ -270,7 +271,11 @@ def test_labels_start_as_the_experts_see_the_images(pipeline_of):
     distilled = DistilledSet.load(pipeline.run.distilled)
     (initial,) = events(pipeline, "initial-set")
     images, labels = pipeline.data.train.batch(torch.tensor(initial["indices"]))
-    assert torch.equal(distilled.images, images) and torch.equal(distilled.initial_images, images)
+    seed, augmentation = pipeline.recipe.seed, pipeline.recipe.augment
+    varied = vary_repeats(images, np.array(initial["indices"]), seed, augmentation)
+    changed = [i for i in range(len(images)) if not torch.equal(varied[i], images[i])]
+    assert len(changed) == initial["images_repeated"] > 0
+    assert torch.equal(distilled.images, varied) and torch.equal(distilled.initial_images, varied)
     assert torch.equal(distilled.labels, labels) and labels.tolist() == [c for c in range(10) for _ in range(2)]
     work = work_of(pipeline)
     views = [work.student.layout.views(work.windows.last("classifier", e)) for e in (0, 1)]
