@@ -14,7 +14,7 @@ from lad_dist.errors import DataError
 from lad_dist.plan.facts import facts_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from newcomer import COUNTS, TEST_PER_CLASS, make  # noqa: E402
+from newcomer import COUNTS, TEST_PER_CLASS, make
 
 CHEAP = [
     part

@@ -21,7 +21,7 @@ def test_published_recipes_fit_and_name_every_change(name):
     made = quick(recipe, published(recipe.data))
     assert (made.seconds <= SECONDS) == (name in FIT) and made.seconds < 600
     assert made.recipe.model.width == (32 if name in FIT else 16) and made.recipe.data.image_size == recipe.data.image_size
-    changed = dict((field, now) for field, _, now in made.changes)
+    changed = {field: now for field, _, now in made.changes}
     assert changed["experts.count"] == 2 and changed["distill.iterations"] < recipe.distill.iterations
     again = recipe_file.load(catalog.find_job(name).recipe, [f"{field}={now}" for field, now in changed.items()])
     assert again == made.recipe, "the changes, given as --set, make the shortened recipe"

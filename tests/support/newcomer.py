@@ -1,8 +1,8 @@
 """Makes a newcomer's own images: ``python tests/support/newcomer.py FOLDER [--split]``.
 
-Seven classes with a natural tail of 60 down to 2 images, of mixed sizes, grey and colour, PNG and JPEG, in folders whose names have spaces and
-non-ASCII letters. A class is a shape in a colour of its own on noise, so that there is something to learn. With ``--split`` the folder has
-train/ and test/, without only the class folders.
+Seven classes with a natural tail of 60 down to 2 images, of mixed sizes, grey and colour, PNG and JPEG, in folders whose names have
+spaces and non-ASCII letters. A class is a shape in a colour of its own on noise, so that there is something to learn. With
+``--split`` the folder has train/ and test/, without only the class folders.
 """
 
 from __future__ import annotations
