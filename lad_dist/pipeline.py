@@ -56,9 +56,7 @@ class Pipeline:
         else:
             self.experts()
             self.distill()
-        self.evaluate("distilled")
-        for baseline in self.recipe.evaluate.baselines:
-            self.evaluate(baseline)
+        self.evaluate_all()
         self.report()
 
     def experts(self) -> None:
@@ -159,6 +157,19 @@ class Pipeline:
         longest = self.profile.rank_timeout / 10
         return Early(self.recipe, EarlyEvaluation(self.recipe, self.data), self.events, self.screen, longest)
 
+    def evaluate_all(self) -> None:
+        """The distilled set and the recipe's baselines."""
+        from lad_dist import results
+
+        sources = results.wanted(self.recipe, self.run)
+        for source in sources:
+            self._evaluate(source)  # type: ignore[arg-type]
+        left_out = [b for b in dict.fromkeys(self.recipe.evaluate.baselines) if b not in sources]
+        if left_out:
+            self.screen.say(
+                f"evaluate: {', '.join(left_out)} left out: of an imported set neither start nor experts are known"
+            )
+
     def evaluate(self, source: str) -> None:
         """Measure what networks learn from a source (``evaluate/sources.py``), one row per architecture and seed.
 
@@ -172,10 +183,10 @@ class Pipeline:
         """In this process, as one of the ranks that a launcher has started, or over ranks started here."""
         from lad_dist import ranks, results
         from lad_dist.evaluate.measure import evaluate, not_done, planned_rows
-        from lad_dist.evaluate.sources import prepare_shared
+        from lad_dist.evaluate.sources import of_distilled, prepare_shared
 
         where, profile = ranks.place(), self.profile
-        if where is not None and source.startswith("distilled"):
+        if where is not None and of_distilled(source):
             self._await(self.run.distilled)  # which rank 0 publishes
         planned = planned_rows(self.recipe, self.data, self.run, source)
         left = not_done(self.run, planned)

@@ -20,8 +20,11 @@ Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
 OPERATIONS: tuple[Operation, ...] = ("color", "crop", "cutout", "flip", "scale", "rotate")
 Architecture = Literal["convnet", "vgg11", "resnet18", "alexnet", "mlp", "vit"]
 Baseline = Literal[
+    "initial",
+    "random-soft",
     "random",
     "k-center",
+    "herding-soft",
     "herding",
     "graph-cut",
     "full",
@@ -29,6 +32,7 @@ Baseline = Literal[
     "full-logit-adjusted",
     "distilled-hard",
     "distilled-plain",
+    "random-soft-plain",
     "random-plain",
 ]
 Method = Literal["lad", "datm", "mtt", "lad-without-wma", "lad-without-adm"]

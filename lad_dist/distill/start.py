@@ -7,15 +7,14 @@ Shapes: S synthetic images, N training images, K classes.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lad_dist import __version__
+from lad_dist import __version__, teachers
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distill import initial
 from lad_dist.distill.state import State
@@ -54,8 +53,8 @@ def first_set(
     stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
     d, cache = recipe.distill, dict[int, Tensor]()
 
-    def outputs(function: _Output, expert: int, indices: np.ndarray | None = None) -> Tensor:
-        return _expert_outputs(function, data, student, windows.last(stage, expert), indices)
+    def outputs(function: teachers.Output, expert: int, indices: np.ndarray | None = None) -> Tensor:
+        return teachers.outputs(function, student.module, windows.last(stage, expert), data, indices)
 
     def logits_of(expert: int, indices: np.ndarray) -> Tensor:
         if len(indices) <= len(cache.get(expert, ())):
@@ -87,19 +86,6 @@ def first_set(
     return images_SCHH.cpu(), logits_SK, source
 
 
-_Output = Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor]
-
-
-@torch.no_grad()
-def _expert_outputs(
-    function: _Output, data: PreparedData, student: Student, weights_P: Tensor, indices: np.ndarray | None
-) -> Tensor:
-    """What an expert makes of training images (all of them by default), on the host."""
-    views = student.layout.views(weights_P)
-    rows = torch.arange(len(data.train)) if indices is None else torch.from_numpy(indices)
-    return torch.cat([function(student.module, views, data.train.batch(r)[0]) for r in rows.split(1024)]).cpu()
-
-
 def publish(recipe: Recipe, data: PreparedData, state: State, run: RunDir, folder: Path) -> None:
     """Publish the whole synthetic set of ``state`` as a distilled set in ``folder``."""
     o, images = state.optimizers, data.splits.train
@@ -126,6 +112,7 @@ def publish(recipe: Recipe, data: PreparedData, state: State, run: RunDir, folde
         meta,
         data.whitening.to("cpu"),
         state.initial_SCHH.cpu(),
+        None if state.initial_logits_SK is None else state.initial_logits_SK.cpu(),
     )
     with run.publish_folder(folder) as temporary:
         whole.write(temporary)

@@ -100,7 +100,7 @@ def _missing(found: Contents) -> list[str]:
     if found.distilled is None:
         done, total = max(found.history.iterations, default=0), found.recipe.distill.iterations
         notes.append(f"There is no distilled set yet ({done:,} of {total:,} iterations are recorded).")
-    wanted = ("distilled", *found.recipe.evaluate.baselines)
+    wanted = found.wanted
     networks = found.recipe.evaluate.seeds * len(set(found.recipe.evaluate.architectures))
     for source in wanted:
         have = sum(row["source"] == source for row in found.rows)

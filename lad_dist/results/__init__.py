@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lad_dist.errors import RunDirError
-from lad_dist.rundir import published
+from lad_dist.recipe import Recipe
+from lad_dist.rundir import RunDir, published
 
 Row = dict[str, Any]
 FIGURES = ("overall", "head", "medium", "tail")
@@ -27,9 +28,13 @@ Source = Literal[
     "distilled-adsa",
     "distilled-hard",
     "distilled-plain",
+    "initial",
+    "random-soft",
+    "random-soft-plain",
     "random",
     "random-plain",
     "k-center",
+    "herding-soft",
     "herding",
     "graph-cut",
     "full",
@@ -38,11 +43,30 @@ Source = Literal[
 ]
 SOURCES: tuple[str, ...] = get_args(Source)
 """What networks are trained on, in the order of every table. ``distilled-adsa`` and ``distilled-hard`` are the distilled
-images with adjusted and with hard labels, ``...-plain`` a set without augmentation; ``full-...`` are other ways to train on the
-whole long-tailed set."""
+images with adjusted and with hard labels, ``initial`` is the set that distillation started from, ``...-soft`` are real images with
+the experts' mean logits as labels, ``...-plain`` is a set without augmentation; ``full-...`` are other ways to train on the whole
+long-tailed set."""
+
+NEEDS_EXPERTS = ("initial", "random-soft", "random-soft-plain", "herding-soft")
+"""What an imported set's run leaves out: its images' start is not known, and the run has no experts to label real images."""
 
 _KEY = ("source", "architecture", "seed")
 _ONLY_IN_ROWS = ("confusion",)  # K x K numbers
+
+
+def wanted(recipe: Recipe, run: RunDir) -> list[str]:
+    """The sources that ``lad-dist run`` measures, in its order."""
+    e = recipe.evaluate
+    sources = ["distilled", *(["distilled-adsa"] if e.label_adjustment == "adsa" else []), *e.baselines]
+    left_out = NEEDS_EXPERTS if _imported(run.distilled / "meta.json") else ()
+    return [source for source in dict.fromkeys(sources) if source not in left_out]
+
+
+def _imported(meta: Path) -> bool:
+    try:
+        return bool(json.loads(meta.read_text(encoding="utf-8"))["method"] == "imported")
+    except (OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged: whoever reads the set says so
+        return False
 
 
 def read(path: Path) -> list[Row]:

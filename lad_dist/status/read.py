@@ -94,7 +94,7 @@ class Follower:
         stages = [experts, _distill(recipe, run, log, now)]
         wanted = recipe.evaluate.seeds * len(set(recipe.evaluate.architectures))
         measured = [row["source"] for row in rows]
-        for source in dict.fromkeys(["distilled", *recipe.evaluate.baselines, *measured]):
+        for source in dict.fromkeys([*results.wanted(recipe, run), *measured]):
             done, name = measured.count(source), f"evaluate {source}"
             detail = f"{done} of {wanted} networks"
             state = _state(log.stages.get(name), done >= wanted, done > 0, now, log.last)
