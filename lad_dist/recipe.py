@@ -250,9 +250,10 @@ class EvaluateConfig(_Section):
     full_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="learning rate on the whole long-tailed set")
     full_batch: Annotated[Int, Field(ge=1)] = Field(256)
     baselines: tuple[Baseline, ...] = Field(
-        ("random", "full"),
-        description="what `run` measures beside the distilled set: real images chosen at the same IPC, ways to train on the "
-        "whole long-tailed set, the distilled images with hard labels, or a set without augmentation (...-plain)",
+        ("initial", "random-soft", "random", "full"),
+        description="what `run` measures beside the distilled set: the set it started from (initial), real images chosen at the "
+        "same IPC with hard or with the experts' labels (...-soft), ways to train on the whole long-tailed set, the distilled "
+        "images with hard labels, or a set without augmentation (...-plain)",
     )
     split: Literal["test", "validation"] = Field("test", description="what accuracy is measured on")
     architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = Field(

@@ -24,6 +24,11 @@ class Contents:
     wanted: list[str]  # sources that the run is to measure
 
     @property
+    def main_rows(self) -> list[results.Row]:
+        """Of every source and architecture the rows that were measured in one way, for charts of means."""
+        return results.of_one_way(self.rows)
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """Training images by class; empty where nothing tells them yet."""
         if self.distilled is not None:

@@ -15,7 +15,7 @@ from lad_dist.report.charts import ClassSeries, Line
 from lad_dist.report.contents import Contents
 from lad_dist.report.history import History
 
-COLOURS = {"distilled": "s1", "random": "s2", "full": "s3"}
+COLOURS = {"distilled": "s1", "random": "s2", "full": "s3", "initial": "s4"}
 WIDE, NARROW = 1060, 420  # widths of the chart by class, for large and small screens
 PARTS = (("head", "head", "s1"), ("medium", "medium", "s2"), ("tail", "tail", "s3"))
 ALIGNED = (
@@ -36,8 +36,8 @@ def _by_source(found: Contents) -> dict[str, list[list[float]]]:
         return {}
     architecture = found.rows[0]["architecture"]
     all_of = {
-        key: [row["per_class"] for row in found.rows if (row["source"], row["architecture"]) == (key, architecture)]
-        for key in tables.MAIN_SOURCES
+        key: [row["per_class"] for row in found.main_rows if (row["source"], row["architecture"]) == (key, architecture)]
+        for key in tables.CHARTED
     }
     return {key: of for key, of in all_of.items() if of}
 

@@ -95,9 +95,10 @@ class Follower:
         wanted = recipe.evaluate.seeds * len(set(recipe.evaluate.architectures))
         measured = [row["source"] for row in rows]
         for source in dict.fromkeys([*results.wanted(recipe, run), *measured]):
-            done, name = measured.count(source), f"evaluate {source}"
-            detail = f"{done} of {wanted} networks"
-            state = _state(log.stages.get(name), done >= wanted, done > 0, now, log.last)
+            done, name = results.planned_among(rows, source, recipe), f"evaluate {source}"
+            more = measured.count(source) - done
+            detail = f"{done} of {wanted} networks" + (f", and {more} more" if more else "")
+            state = _state(log.stages.get(name), done >= wanted, done + more > 0, now, log.last)
             stages.append(StageStatus(name, state, "" if state == "not started" else detail))
         page = run.report / "index.html"
         written = page.exists()
