@@ -98,6 +98,7 @@ def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
         "method": distilled.meta.method if distilled else source,
         "ipc": None if of_everything(source) else recipe.ipc,
         "set_id": _set_id(recipe, run, source),
+        "lr_rule": _lr_rule(recipe, source),
         "settings": asdict(settings) | {"augment": settings.augment.model_dump(mode="json"), "labels": _labels(source)},
         "label_adjustment": "adsa" if source == "distilled-adsa" else "none",
     }
@@ -108,7 +109,7 @@ def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
     return row
 
 
-def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int) -> TrainingSet:
+def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int | str) -> TrainingSet:
     """What the network of ``seed`` is trained on.
 
     Raises:
@@ -176,6 +177,15 @@ def load_distilled(recipe: Recipe, data: PreparedData, run: RunDir) -> Distilled
             f"{run.distilled}: was made from other training images than this recipe's; distill again with --out"
         )
     return distilled
+
+
+def _lr_rule(recipe: Recipe, source: Source) -> str:
+    """Where the learning rate of ``settings_of`` comes from."""
+    if of_everything(source):
+        return "evaluate.full_lr"
+    if recipe.evaluate.lr is not None:
+        return "evaluate.lr"
+    return "the learned alpha" if of_distilled(source) else "distill.alpha"
 
 
 def _labels(source: Source) -> str:

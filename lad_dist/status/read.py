@@ -95,6 +95,11 @@ class Follower:
         wanted = recipe.evaluate.seeds * len(set(recipe.evaluate.architectures))
         measured = [row["source"] for row in rows]
         for source in dict.fromkeys([*results.wanted(recipe, run), *measured]):
+            tuning = log.stages.get(f"tune {source}")
+            if tuning is not None:
+                state = _state(tuning, tuning.ended is not None, True, now, log.last)
+                what = "learning rate and epochs, chosen on validation images"
+                stages.append(StageStatus(f"tune {source}", state, what))
             done, name = results.planned_among(rows, source, recipe), f"evaluate {source}"
             more = measured.count(source) - done
             detail = f"{done} of {wanted} networks" + (f", and {more} more" if more else "")
