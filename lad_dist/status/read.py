@@ -282,7 +282,8 @@ def _distill(recipe: Recipe, run: RunDir, log: RunLog, now: float) -> StageStatu
         parts.append(f"alpha {_number(at['alpha'])}")
     early = stage_log.early or {}
     if _known(early.get("overall")):
-        parts.append(f"first look at iteration {early.get('iteration')} {early['overall']:.1%}")
+        gain = f", {100 * early['gain']:+.1f} points since the start" if _known(early.get("gain")) else ""
+        parts.append(f"first look at iteration {early.get('iteration')} {early['overall']:.1%}{gain}")
     each = stage_log.seconds_each()
     if state == "running" and each is not None and isinstance(at.get("iteration"), int):
         parts.append(f"about {clock(each * max(total - at['iteration'], 0))} left")
