@@ -1,4 +1,5 @@
-"""The demo: LAD on digits-LT, IPC 2, beside DATM, random real images and the whole long-tailed set, from one buffer of experts.
+"""The demo: LAD on digits-LT, IPC 2, beside DATM, the sets both started from, random real images with soft and hard labels, and the
+whole long-tailed set, from one buffer of experts.
 
 python benchmarks/demo.py [--out runs/demo]
 """
@@ -29,7 +30,7 @@ def main() -> int:
             "--set",
             "method=datm",
             "--set",
-            "evaluate.baselines=[]",
+            "evaluate.baselines=[initial]",
         ],
         ["compare", str(out / "lad"), str(out / "datm")],
     ]

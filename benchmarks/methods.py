@@ -7,7 +7,10 @@
 The experts are trained once for each imbalance factor into a shared buffer; then --workers processes of one thread each take
 the runs in turn. Every run is an ordinary `lad-dist` run folder under --out, so an interrupted comparison continues where it was,
 and --report-only makes the table of what is there. The baselines (--baselines: real images, ways to train on the whole set) are
-measured in the runs of the first method. `--write` puts the table into benchmarks/results/NAME.md.
+measured in the runs of the first method; `initial`, the set that a distillation starts from, in every run, as each method may start
+from another. The column "over its start" is the distilled set's overall accuracy less that of its starting set, in points: the mean
+over distillation seeds of the mean difference of paired networks, and the standard error of that mean. `--write` puts the
+table into benchmarks/results/NAME.md.
 """
 
 from __future__ import annotations
@@ -23,10 +26,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = ("overall", "head", "medium", "tail")
 NAMES = {
+    "random-soft": "random real, soft labels",
+    "random-soft-plain": "random real, soft labels, no augmentation",
+    "herding-soft": "herding real, soft labels",
     "distilled-hard": "the first method's images, hard labels",
     "distilled-plain": "the first method's set, no augmentation",
     "random-plain": "random real, no augmentation",
@@ -98,15 +105,44 @@ def rows_of(args: argparse.Namespace, runs: list[Run], source: str, architecture
     return [rows for rows in found if rows]
 
 
-def line(name: str, groups: list[list[dict[str, float]]]) -> str:
-    """A table row: the mean over distillation seeds of the mean over networks, and the deviation over distillation seeds."""
+def gain(args: argparse.Namespace, runs: list[Run], architecture: str) -> str:
+    """``+2.3 ± 0.4``: over distillation seeds, the mean of what distilling added to the starting set and its standard error."""
+    from lad_dist.results.paired import paired
+
+    means = []
+    for run in runs:
+        rows = [row for s in ("distilled", "initial") for of in rows_of(args, [run], s, architecture) for row in of]
+        found = paired(rows, rows, "overall", "distilled", architecture, "initial")
+        if found is not None:
+            means.append(100 * found.mean)
+    if not means:
+        return ""
+    error = f" ± {statistics.stdev(means) / len(means) ** 0.5:.1f}" if len(means) > 1 else ""
+    return f"{statistics.mean(means):+.1f}{error}"
+
+
+def trained(groups: list[list[dict[str, Any]]]) -> str:
+    """``300, 0.0101 to 0.0104``: epochs and learning rates of the networks."""
+    settings = [row["settings"] for rows in groups for row in rows]
+    spans = []
+    for name in ("epochs", "lr"):
+        values = sorted({f"{s[name]:.3g}" if name == "lr" else str(s[name]) for s in settings}, key=float)
+        spans.append(values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}")
+    return ", ".join(spans)
+
+
+def line(name: str, groups: list[list[dict[str, float]]], more: str = "") -> str:
+    """A table row: the mean over distillation seeds of the mean over networks, and the deviation over distillation seeds.
+
+    ``more``: what distilling added.
+    """
     cells = []
     for figure in FIGURES:
         means = [statistics.mean(row[figure] for row in rows) * 100 for rows in groups]
         spread = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
         cells.append(f"{statistics.mean(means):.1f}{spread}")
     networks = sum(len(rows) for rows in groups)
-    return f"| {name} | {' | '.join(cells)} | {len(groups)} x {networks // len(groups)} |"
+    return f"| {name} | {' | '.join(cells)} | {more} | {len(groups)} x {networks // len(groups)} | {trained(groups)} |"
 
 
 def cpu() -> str:
@@ -132,8 +168,8 @@ def seconds_of(args: argparse.Namespace, run: Run) -> dict[str, float]:
 def table(args: argparse.Namespace, runs: list[Run]) -> str:
     """One table for all architectures; what has not been measured yet is left out."""
     lines = [
-        "| network | factor | IPC | trained on | overall | head | medium | tail | seeds x networks |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| network | factor | IPC | trained on | overall | head | medium | tail | over its start | seeds x networks | epochs, lr |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for architecture in args.architectures:
         for factor in args.factors:
@@ -145,7 +181,10 @@ def table(args: argparse.Namespace, runs: list[Run]) -> str:
                     (f"{m}, labels by ADSA", [r for r in these if r.method == m], "distilled-adsa")
                     for m in args.methods
                 ]
-                wanted += [(NAMES.get(b, b), these, b) for b in args.baselines if not b.startswith("full")]
+                if "initial" in args.baselines:
+                    wanted += [(f"{m}, starting set", [r for r in these if r.method == m], "initial") for m in args.methods]
+                real = [b for b in args.baselines if b != "initial" and not b.startswith("full")]
+                wanted += [(NAMES.get(b, b), these, b) for b in real]
                 # The whole set has no IPC: it is measured with the first.
                 wanted += [
                     (NAMES.get(b, b), these, b) for b in args.baselines if b.startswith("full") and ipc == args.ipc[0]
@@ -155,7 +194,8 @@ def table(args: argparse.Namespace, runs: list[Run]) -> str:
                     if groups:
                         images = "" if source.startswith("full") else str(ipc)
                         shown = "own" if factor is None else f"{factor:g}"
-                        lines.append(line(f"{architecture} | {shown} | {images} | {name}", groups))
+                        more = gain(args, among, architecture) if source == "distilled" else ""
+                        lines.append(line(f"{architecture} | {shown} | {images} | {name}", groups, more))
     return "\n".join(lines)
 
 
@@ -182,7 +222,7 @@ def cost(args: argparse.Namespace, runs: list[Run]) -> str:
 def plan(args: argparse.Namespace) -> list[Run]:
     """The runs, seed by seed, so that an interrupted comparison has whole seeds."""
     return [
-        Run(method, ipc, factor, seed, tuple(args.baselines) if method == args.methods[0] else ())
+        Run(method, ipc, factor, seed, tuple(b for b in args.baselines if b == "initial" or method == args.methods[0]))
         for seed in args.seeds
         for factor in args.factors
         for ipc in args.ipc
@@ -198,7 +238,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--factors", nargs="+", type=float, default=[None], help="default: the recipe's own")
     parser.add_argument("--architectures", nargs="+", default=["convnet"])
-    parser.add_argument("--baselines", nargs="*", default=["random", "full"])
+    parser.add_argument("--baselines", nargs="*", default=["initial", "random-soft", "random", "full"])
     parser.add_argument("--set", action="append", default=[], help="passed on to every run")
     parser.add_argument("--out", type=Path, default=None, help="default: runs/methods/JOB")
     parser.add_argument("--workers", type=int, default=2)

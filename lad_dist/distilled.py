@@ -1,7 +1,8 @@
 """The distilled set as an artefact: one folder with tensors in safetensors and their meaning in JSON.
 
 tensors.safetensors     images (S, C, H, H) float32, whitened; label_logits (S, K); labels (S,) the class of each image;
-                        initial_images (S, C, H, H), where the images started
+                        initial_images (S, C, H, H) and initial_label_logits (S, K), where images and labels started (an
+                        imported set has no initial_label_logits)
 whitening.safetensors   see data/whitening.py
 meta.json               class names, learning rate, training counts, how it was made, versions, checksums
 """
@@ -65,10 +66,12 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         meta: DistilledMeta,
         whitening: Whitening,
         initial_SCHH: Tensor | None = None,
+        initial_logits_SK: Tensor | None = None,
     ) -> None:
         self.images, self.label_logits, self.labels = images_SCHH, label_logits_SK, labels_S
         self.meta, self.whitening = meta, whitening
         self.initial_images = images_SCHH if initial_SCHH is None else initial_SCHH
+        self.initial_label_logits = initial_logits_SK
 
     @property
     def soft_labels(self) -> Tensor:
@@ -105,6 +108,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             "labels": self.labels,
             "initial_images": self.initial_images.clone(),
         }
+        if self.initial_label_logits is not None:
+            tensors["initial_label_logits"] = self.initial_label_logits
         save_tensors(tensors, folder / _TENSORS)
         self.whitening.save(folder / _WHITENING)
         sums = {name: _sha256(folder / name) for name in (_TENSORS, _WHITENING)}
@@ -138,7 +143,13 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         except (SafetensorError, DataError) as error:
             raise DistilledError(f"{folder}: cannot be read: {error}") from error
         whole = cls(
-            tensors["images"], tensors["label_logits"], tensors["labels"], meta, whitening, tensors["initial_images"]
+            tensors["images"],
+            tensors["label_logits"],
+            tensors["labels"],
+            meta,
+            whitening,
+            tensors["initial_images"],
+            tensors.get("initial_label_logits"),
         )
         whole.validate(str(folder))
         return whole
@@ -147,10 +158,12 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         """Raises DistilledError where shapes contradict each other or a value is not finite."""
         count, classes = len(self.images), len(self.meta.class_names)
         expected = {"label_logits": (count, classes), "labels": (count,)}
+        if self.initial_label_logits is not None:
+            expected["initial_label_logits"] = (count, classes)
         for name, shape in expected.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise DistilledError(f"{where}: {name} has shape {tuple(getattr(self, name).shape)}, valid: {shape}")
-        for name in ("images", "label_logits"):
+        for name in ("images", *(name for name in expected if name != "labels")):
             if not bool(getattr(self, name).isfinite().all()):
                 raise DistilledError(f"{where}: {name} holds NaN or infinity")
 

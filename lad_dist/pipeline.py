@@ -67,9 +67,7 @@ class Pipeline:
         else:
             self.experts()
             self.distill()
-        self.evaluate("distilled")
-        for baseline in self.recipe.evaluate.baselines:
-            self.evaluate(baseline)
+        self.evaluate_all()
         self.report()
 
     def experts(self) -> None:
@@ -171,6 +169,19 @@ class Pipeline:
         longest = self.profile.rank_timeout / 10
         return Early(self.recipe, EarlyEvaluation(self.recipe, self.data), self.events, self.screen, longest)
 
+    def evaluate_all(self) -> None:
+        """The distilled set and the recipe's baselines."""
+        from lad_dist import results
+
+        sources = results.wanted(self.recipe, self.run)
+        for source in sources:
+            self._evaluate(source)  # type: ignore[arg-type]
+        left_out = [b for b in dict.fromkeys(self.recipe.evaluate.baselines) if b not in sources]
+        if left_out:
+            self.screen.say(
+                f"evaluate: {', '.join(left_out)} left out: of an imported set neither start nor experts are known"
+            )
+
     def evaluate(self, source: str) -> None:
         """Measure what networks learn from a source (``evaluate/sources.py``), one row per architecture and seed.
 
@@ -183,29 +194,43 @@ class Pipeline:
     def _evaluate(self, source: Source) -> None:
         """In this process, as one of the ranks that a launcher has started, or over ranks started here."""
         from lad_dist import ranks, results
-        from lad_dist.evaluate.measure import evaluate, not_done, planned_rows
-        from lad_dist.evaluate.sources import prepare_shared
+        from lad_dist.evaluate.measure import candidate_rows, not_done, planned_rows
+        from lad_dist.evaluate.sources import of_distilled
 
-        where, profile = ranks.place(), self.profile
-        if where is not None and source.startswith("distilled"):
+        if ranks.place() is not None and of_distilled(source):
             self._await(self.run.distilled)  # which rank 0 publishes
+        candidates = candidate_rows(self.recipe, self.data, self.run, source)
+        if candidates and not_done(self.run, candidates):
+            self._measure(f"tune {source}", source, candidates)
         planned = planned_rows(self.recipe, self.data, self.run, source)
-        left = not_done(self.run, planned)
-        if not left:
+        for row in planned if candidates else ():
+            if row["seed"] == 0:
+                pair = f"lr {row['settings']['lr']:.4g}, {row['settings']['epochs']} epochs"
+                self.screen.say(f"tune {source}, {row['architecture']}: {pair}, best on the validation images")
+        if not not_done(self.run, planned):
             results.merge(self.run.results)
             return self._already(f"evaluate {source}", f"{len(planned)} networks are in {self.run.results}")
-        with self._stage(f"evaluate {source}", networks=len(left)):
+        self._measure(f"evaluate {source}", source, planned)
+
+    def _measure(self, name: str, source: Source, planned: list[Row]) -> None:
+        """Measure the rows that are not there yet, as a stage ``name``."""
+        from lad_dist import ranks, results
+        from lad_dist.evaluate.measure import evaluate, not_done, table_of
+        from lad_dist.evaluate.sources import prepare_shared
+
+        where, profile, left = ranks.place(), self.profile, not_done(self.run, planned)
+        with self._stage(name, networks=len(left)):
             world = min(profile.world, len(left))
             if where is not None:
                 evaluate_as_rank(self, source, planned, where, awaited=False)
             elif world > 1:
                 prepare_shared(self.recipe, self.data, self.run, source)
-                self.screen.say(f"evaluate {source}: {len(left)} networks over {world} ranks")
+                self.screen.say(f"{name}: {len(left)} networks over {world} ranks")
                 what = (self.recipe, self.run, profile, self.device.type, source, left)
                 ranks.launch(world, evaluate_rank, what, profile.rank_restarts, self.screen.say)
-                results.merge(self.run.results)
+                results.merge(table_of(self.run, planned))
             else:
-                evaluate(self.recipe, self.data, self.run, source, self.events, self.screen)
+                evaluate(self.recipe, self.data, self.run, source, self.events, self.screen, planned)
 
     def _await(self, path: Path) -> None:
         """Wait for what another rank publishes. Raises RankError if it does not come in time."""
@@ -372,20 +397,21 @@ def evaluate_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, sour
 def evaluate_as_rank(pipeline: Pipeline, source: Source, rows: list[Row], where: Place, awaited: bool = True) -> None:
     """Measure every ``world``-th of ``rows``. Ranks never meet: each publishes rows, and the last leaves the whole table.
 
-    ``awaited`` False: nobody waits until all ranks have ended, so rank 0 goes on until every row is there.
+    ``awaited`` False: nobody waits until all ranks have ended, so rank 0 goes on until every row is there; where learning rate
+    and epochs are chosen by the rows, every rank does.
 
     Raises:
         RecipeError: fewer GPUs on this host than ranks.
         LadDistError: whatever the evaluation raises.
     """
-    from lad_dist.evaluate.measure import evaluate, take_over
+    from lad_dist.evaluate.measure import evaluate, table_of, take_over
 
     p = pipeline
     device = own_device(p.device, where)
     if device != p.device:
         p = dataclasses.replace(p, device=device, _data=None)
     evaluate(p.recipe, p.data, p.run, source, p.events, p.screen, rows[where.rank :: where.world])
-    if where.rank == 0 and not awaited:
+    if not awaited and (where.rank == 0 or table_of(p.run, rows) == p.run.tuning):
         take_over(p.recipe, p.data, p.run, source, p.events, p.screen, rows)
 
 

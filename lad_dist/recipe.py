@@ -20,8 +20,11 @@ Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
 OPERATIONS: tuple[Operation, ...] = ("color", "crop", "cutout", "flip", "scale", "rotate")
 Architecture = Literal["convnet", "vgg11", "resnet18", "alexnet", "mlp", "vit"]
 Baseline = Literal[
+    "initial",
+    "random-soft",
     "random",
     "k-center",
+    "herding-soft",
     "herding",
     "graph-cut",
     "full",
@@ -29,6 +32,7 @@ Baseline = Literal[
     "full-logit-adjusted",
     "distilled-hard",
     "distilled-plain",
+    "random-soft-plain",
     "random-plain",
 ]
 Method = Literal["lad", "lad-fr", "datm", "mtt", "lad-without-wma", "lad-without-adm"]
@@ -291,13 +295,22 @@ class EvaluateConfig(_Section):
     decay: Annotated[Float, Field(gt=0, le=1)] = Field(
         0.1, description="factor on the learning rate at half of the epochs"
     )
+    tune_lr: tuple[Annotated[Float, Field(gt=0)], ...] = Field(
+        (),
+        description="learning rates to choose from, for every source alike, by accuracy on data.validation_per_class; for the "
+        "distilled set and its start also the learned alpha; default: lr and full_lr are taken as they are",
+    )
+    tune_epochs: tuple[Annotated[Int, Field(ge=1)], ...] = Field(
+        (), description="epochs to choose from in the same way (the whole set keeps full_epochs); default: epochs"
+    )
     full_epochs: Annotated[Int, Field(ge=1)] = Field(200, description="epochs on the whole long-tailed set")
     full_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="learning rate on the whole long-tailed set")
     full_batch: Annotated[Int, Field(ge=1)] = Field(256)
     baselines: tuple[Baseline, ...] = Field(
-        ("random", "full"),
-        description="what `run` measures beside the distilled set: real images chosen at the same IPC, ways to train on the "
-        "whole long-tailed set, the distilled images with hard labels, or a set without augmentation (...-plain)",
+        ("initial", "random-soft", "random", "full"),
+        description="what `run` measures beside the distilled set: the set it started from (initial), real images chosen at the "
+        "same IPC with hard or with the experts' labels (...-soft), ways to train on the whole long-tailed set, the distilled "
+        "images with hard labels, or a set without augmentation (...-plain)",
     )
     split: Literal["test", "validation"] = Field("test", description="what accuracy is measured on")
     architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = Field(
@@ -451,6 +464,9 @@ def _cross_faults(recipe: Recipe) -> list[str]:
             f"distill.classifier_start_epoch_max: a window ends at epoch {last}, past experts.classifier_epochs "
             f"{e.classifier_epochs}"
         )
+    for field in ("tune_lr", "tune_epochs"):
+        if getattr(recipe.evaluate, field) and recipe.data.validation_per_class == 0:
+            faults.append(f"evaluate.{field}: is chosen from on held-out images and needs data.validation_per_class above 0")
     for field, value in (("evaluate.split", recipe.evaluate.split), ("distill.select", d.select)):
         if value == "validation" and recipe.data.validation_per_class == 0:
             faults.append(f"{field}: validation needs data.validation_per_class above 0")

@@ -9,6 +9,7 @@ checkpoints/distill/iteration-N/   one shard per rank, to resume from
 distilled/                 the artefact (see distilled.py)
 evaluation/rows/           one file per (source, architecture, seed); see results.py
 evaluation/results.json    the table merged from them
+evaluation/tuning/         the candidates of evaluate.tune_lr and tune_epochs, as rows and a table like these
 evaluation/chosen/         the real images that baselines chose
 report/                    index.html, synthetic.png
 claims/                    who runs or distils here, while it does (trajectories/claims.py)
@@ -119,6 +120,11 @@ class RunDir:
     @property
     def results(self) -> Path:
         return self.root / "evaluation" / "results.json"
+
+    @property
+    def tuning(self) -> Path:
+        """The table of the candidates that learning rates and epochs are chosen from."""
+        return self.root / "evaluation" / "tuning" / "results.json"
 
     @property
     def report(self) -> Path:

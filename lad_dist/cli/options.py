@@ -47,8 +47,11 @@ class Fleet(StrEnum):
 class Baseline(StrEnum):
     """What ``--baseline`` takes."""
 
+    initial = "initial"
+    random_soft = "random-soft"
     random = "random"
     k_center = "k-center"
+    herding_soft = "herding-soft"
     herding = "herding"
     graph_cut = "graph-cut"
     full = "full"
@@ -56,6 +59,7 @@ class Baseline(StrEnum):
     full_logit_adjusted = "full-logit-adjusted"
     distilled_hard = "distilled-hard"
     distilled_plain = "distilled-plain"
+    random_soft_plain = "random-soft-plain"
     random_plain = "random-plain"
 
 

@@ -129,12 +129,16 @@ def _execute(
 def _print_results(pipeline: Pipeline) -> None:
     """The table of results, once where a launcher has started several ranks."""
     from lad_dist import ranks, results
+    from lad_dist.results.paired import added
     from lad_dist.status import print_results
 
     where = ranks.place()
     if where is not None and where.rank != 0:
         return
-    print_results(results.read(pipeline.run.results), terminal.stdout())
+    rows = results.read(pipeline.run.results)
+    print_results(rows, terminal.stdout())
+    for line in added(rows):
+        terminal.stdout().print(line, soft_wrap=True)
     _say_where(pipeline)
 
 

@@ -1,5 +1,8 @@
 """When the set is measured while it is being distilled: as often as a share of the time allows.
 
+The first time, the set that the distillation started from is measured too, as that of iteration 0: what has been gained since
+is said with every later look. It trains the same network with the same draws, so that the difference comes from the set.
+
 The measurement itself belongs to another stage and is handed in (``Measure``).
 """
 
@@ -74,6 +77,8 @@ class Early:
     ) -> None:
         self._recipe, self._measure, self._events, self._screen = recipe, measure, events, screen
         self.budget = Budget(recipe.distill.early_evaluation, longest)
+        self._start: float | None = None  # overall accuracy of the starting set
+        self._start_tried = False
 
     def wanted(self, seconds_per_iteration: float) -> bool:
         """Whether there is time for it, where an iteration takes so long on one rank.
@@ -83,27 +88,45 @@ class Early:
         d, phases = self._recipe.distill, self._recipe.phases
         of = {"representation": d.student_steps, "classifier": d.student_steps_classifier, "regression": 1}
         steps = sum(of[phase] for phase in phases)
-        return self.budget.allows(seconds_per_iteration * self._measure.batches / steps)
+        sets = 1 if self._start_tried else 2
+        return self.budget.allows(sets * seconds_per_iteration * self._measure.batches / steps)
 
     def look(self, state: State) -> None:
-        """Measure a whole set and record what was found. A set that cannot be trained on is recorded, too."""
-        began, o = time.perf_counter(), state.optimizers
+        """Measure a whole set and record what was found; before, if this is the first time, the set it started from.
+
+        A set that cannot be trained on is recorded, too.
+        """
+        o = state.optimizers
+        if not self._start_tried and state.initial_logits_SK is not None:
+            self._start = self._look(0, state.initial_SCHH, state.initial_logits_SK, self._recipe.distill.alpha)
+        self._start_tried = True
+        self._look(state.iteration, o.images_SCHH, o.logits_SK, float(o.alpha))
+
+    def _look(self, iteration: int, images_SCHH: Tensor, logits_SK: Tensor, alpha: float) -> float | None:
+        """Overall accuracy; None where the set cannot be trained on."""
+        began, overall = time.perf_counter(), None
         figures: dict[str, float | str | None]
         try:
-            found = self._measure(o.images_SCHH, torch.softmax(o.logits_SK, dim=1), float(o.alpha))
+            found = self._measure(images_SCHH, torch.softmax(logits_SK, dim=1), alpha)
         except NumericalError as error:
             figures, said = {"error": str(error)}, f"no accuracy: {error}"
         else:
             figures = {name: getattr(found, name) for name in ("overall", "head", "medium", "tail")}
             said = f"{found.overall:.1%} overall" + ("" if found.tail is None else f", {found.tail:.1%} tail")
+            overall = found.overall
+            if iteration and self._start is not None:
+                figures["gain"] = overall - self._start
+                said += f", {100 * (overall - self._start):+.1f} points since the start ({self._start:.1%})"
         seconds = time.perf_counter() - began
         self.budget.spend(seconds)
         self._events.emit(
             "early-evaluation",
-            iteration=state.iteration,
+            iteration=iteration,
             split=self._measure.split,
             epochs=self._measure.epochs,
             seconds=round(seconds, 3),
             **figures,
         )
-        self._screen.say(f"distill: iteration {state.iteration}, a first look ({self._measure.epochs} epochs): {said}")
+        of = f"iteration {iteration}" if iteration else "the starting set"
+        self._screen.say(f"distill: {of}, a first look ({self._measure.epochs} epochs): {said}")
+        return overall

@@ -218,7 +218,14 @@ class Distillation:
         images_SCHH, logits_SK, source = self.ranks.share(made) or _never()
         images_sCHH = images_SCHH[self.share.rows].to(self.device)
         logits_sK = logits_SK[self.share.rows].to(self.device, copy=True)
-        return State(self.recipe, images_sCHH.clone(), logits_sK, images_sCHH.clone(), source)
+        return State(
+            self.recipe,
+            images_sCHH.clone(),
+            logits_sK,
+            images_sCHH.clone(),
+            source,
+            initial_logits_SK=logits_sK.clone(),
+        )
 
     def prepare_regression(self, data: PreparedData | None) -> None:
         """On rank 0, which alone has ``data``: what the regression phase needs of the real images."""

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lad_dist import __version__
+from lad_dist import __version__, teachers
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distill import initial
 from lad_dist.distill.state import State
@@ -54,8 +54,8 @@ def first_set(
     stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
     d, cache = recipe.distill, dict[int, Tensor]()
 
-    def outputs(function: _Output, expert: int, indices: np.ndarray | None = None) -> Tensor:
-        return _expert_outputs(function, data, student, windows.last(stage, expert), indices)
+    def outputs(function: teachers.Output, expert: int, indices: np.ndarray | None = None) -> Tensor:
+        return teachers.outputs(function, student.module, windows.last(stage, expert), data, indices)
 
     def logits_of(expert: int, indices: np.ndarray) -> Tensor:
         if len(indices) <= len(cache.get(expert, ())):
@@ -96,25 +96,13 @@ def mean_logits(
     stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
 
     def of(indices: np.ndarray) -> Tensor:
-        each = (
-            _expert_outputs(functional.logits, data, student, windows.last(stage, e), indices) for e in windows.experts
-        )
-        return torch.stack(list(each)).mean(dim=0)
+        each = [
+            teachers.outputs(functional.logits, student.module, windows.last(stage, e), data, indices)
+            for e in windows.experts
+        ]
+        return torch.stack(each).mean(dim=0)
 
     return of
-
-
-_Output = Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor]
-
-
-@torch.no_grad()
-def _expert_outputs(
-    function: _Output, data: PreparedData, student: Student, weights_P: Tensor, indices: np.ndarray | None
-) -> Tensor:
-    """What an expert makes of training images (all of them by default), on the host."""
-    views = student.layout.views(weights_P)
-    rows = torch.arange(len(data.train)) if indices is None else torch.from_numpy(indices)
-    return torch.cat([function(student.module, views, data.train.batch(r)[0]) for r in rows.split(1024)]).cpu()
 
 
 def publish(recipe: Recipe, data: PreparedData, state: State, run: RunDir, folder: Path) -> None:
@@ -143,6 +131,7 @@ def publish(recipe: Recipe, data: PreparedData, state: State, run: RunDir, folde
         meta,
         data.whitening.to("cpu"),
         state.initial_SCHH.cpu(),
+        None if state.initial_logits_SK is None else state.initial_logits_SK.cpu(),
     )
     with run.publish_folder(folder) as temporary:
         whole.write(temporary)

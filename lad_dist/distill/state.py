@@ -31,7 +31,8 @@ _SHARED = ("alpha", "momentum_alpha")  # the same on every rank; all others are 
 class State:
     """A rank's share of the synthetic set, its optimizers and the number of iterations done.
 
-    ``initial_SCHH`` are the images it started from; ``label_source`` counts how the labels came about.
+    ``initial_SCHH`` are the images it started from and ``initial_logits_SK`` their label logits (None: resumed from a checkpoint
+    of an older version, which did not keep them); ``label_source`` counts how the labels came about.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class State:
         label_source: dict[str, int],
         alpha: Tensor | None = None,
         iteration: int = 0,
+        initial_logits_SK: Tensor | None = None,
     ) -> None:
         d = recipe.distill
         alpha = torch.tensor(d.alpha, dtype=torch.float32, device=images_SCHH.device) if alpha is None else alpha
         self.iteration, self.initial_SCHH, self.label_source = iteration, initial_SCHH, label_source
+        self.initial_logits_SK = initial_logits_SK
         self.optimizers = Optimizers(images_SCHH, logits_SK, alpha, d)
 
     @property
@@ -73,6 +76,8 @@ class State:
             "initial_images": self.initial_SCHH,
             **o.momentum_tensors(),
         }
+        if self.initial_logits_SK is not None:
+            tensors["initial_label_logits"] = self.initial_logits_SK
         metadata = {
             "iteration": str(self.iteration),
             "recipe_hash": _trajectory_hash(recipe),
@@ -119,6 +124,7 @@ class State:
                 {k.removeprefix("label_source."): int(v) for k, v in metadata.items() if k.startswith("label_source.")},
                 tensors["alpha"],
                 int(metadata["iteration"]),
+                tensors.get("initial_label_logits"),
             )
             if len({json.dumps(m, sort_keys=True) for _, m in shards}) > 1:
                 raise ValueError("its shards are of different states")

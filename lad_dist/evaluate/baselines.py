@@ -43,7 +43,7 @@ EXPERT = 0
 _BATCH = 1024
 
 
-def random_real(recipe: Recipe, data: PreparedData, seed: int) -> np.ndarray:
+def random_real(recipe: Recipe, data: PreparedData, seed: int | str) -> np.ndarray:
     """IPC random training images of every class, class-major; a class with fewer gives its images repeatedly."""
     labels_N = data.splits.train.labels_N.numpy()
     chosen = []

@@ -10,7 +10,8 @@ import contextlib
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import nn
 from lad_dist import __version__, results
 from lad_dist.data.prepare import PreparedData
 from lad_dist.data.prepared import PreparedSet
+from lad_dist.errors import NumericalError
+from lad_dist.evaluate import tune
 from lad_dist.evaluate.accuracy import accuracy
 from lad_dist.evaluate.labels import adsa
 from lad_dist.evaluate.sources import (
@@ -33,7 +36,7 @@ from lad_dist.evaluate.train import Counters, Settings, TrainingSet, train, trai
 from lad_dist.models.convnet import ConvNet, feature_side
 from lad_dist.models.zoo import network
 from lad_dist.progress import Events, Screen, Task
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import AugmentConfig, Recipe
 from lad_dist.results import Source
 from lad_dist.rundir import RunDir
 
@@ -60,13 +63,14 @@ def evaluate(
         NumericalError: a network's training left the finite numbers.
         StorageError: the results cannot be written.
     """
-    todo = not_done(run, planned_rows(recipe, data, run, source) if rows is None else rows)
+    planned = planned_rows(recipe, data, run, source) if rows is None else rows
+    todo = not_done(run, planned)
     if todo:
-        work = _Work.of(recipe, data, run, source, events)
-        with screen.task(f"evaluate {source}", len(todo) * work.settings.epochs, "epochs") as task:
+        work = _Work.of(recipe, data, run, source, events, todo)
+        with screen.task(f"{_verb(todo)} {source}", _epochs(todo), "epochs") as task:
             for group in work.groups(todo):
                 work.measure(not_done(run, group), task)
-    results.merge(run.results)
+    results.merge(table_of(run, planned))
 
 
 def take_over(
@@ -85,13 +89,30 @@ def take_over(
     """
     left = not_done(run, rows)
     if left:
-        work = _Work.of(recipe, data, run, source, events)
-        with screen.task(f"evaluate {source}, with the others", len(left) * work.settings.epochs, "epochs") as task:
+        work = _Work.of(recipe, data, run, source, events, left)
+        with screen.task(f"{_verb(left)} {source}, with the others", _epochs(left), "epochs") as task:
             while left:
                 with contextlib.suppress(_Published):
                     work.measure(left[-1:], task, unless_published=True)
                 left = not_done(run, left[:-1])
-    results.merge(run.results)
+    results.merge(table_of(run, rows))
+
+
+def table_of(run: RunDir, rows: Sequence[results.Row]) -> Path:
+    """The merged table that rows belong to: the results, or the candidates of learning rate and epochs."""
+    return run.tuning if rows and _is_candidate(rows[0]) else run.results
+
+
+def _is_candidate(row: results.Row) -> bool:
+    return row.get("draws") == tune.DRAWS
+
+
+def _verb(rows: Sequence[results.Row]) -> str:
+    return "tune" if _is_candidate(rows[0]) else "evaluate"
+
+
+def _epochs(rows: Sequence[results.Row]) -> int:
+    return sum(row["settings"]["epochs"] for row in rows)
 
 
 class _Published(Exception):
@@ -105,13 +126,59 @@ def remaining(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -
 
 def not_done(run: RunDir, planned: Sequence[results.Row]) -> list[results.Row]:
     """The planned rows that are not measured yet, or were measured on something else or in another way."""
-    measured = results.read(run.results)
+    measured = results.read(table_of(run, planned))
     return [row for row in planned if not any(results.same_measurement(m, row) for m in measured)]
 
 
 def planned_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> list[results.Row]:
-    """One row per architecture and seed, complete but for what is measured."""
-    common = {
+    """One row per architecture and seed, complete but for what is measured.
+
+    Where learning rate and epochs are chosen, the source's ``candidate_rows`` must have been measured.
+    """
+    common, planned, candidates = _common(recipe, data, run, source), [], candidate_rows(recipe, data, run, source)
+    fixed = settings_of(recipe, data, run, source)
+    for architecture in dict.fromkeys(recipe.evaluate.architectures):
+        settings = {**common["settings"], "network": _network_settings(recipe, architecture)}
+        rule = {"lr_rule": common["lr_rule"]}
+        mine = [row for row in candidates if row["architecture"] == architecture]
+        if mine:
+            best = tune.chosen(run, mine, fixed)
+            settings |= {"lr": best.lr, "epochs": best.epochs, "chosen": "on validation images"}
+            pairs = [[row["settings"]["lr"], row["settings"]["epochs"]] for row in mine]
+            rule = {"lr_rule": "chosen on validation images", "chosen_from": pairs}
+        planned += [
+            {**common, **rule, "architecture": architecture, "seed": seed, "settings": settings}
+            for seed in range(recipe.evaluate.seeds)
+        ]
+    return planned
+
+
+def candidate_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> list[results.Row]:
+    """The rows of tune.py's candidates, ``seed`` counting them; none where there is nothing to choose from."""
+    fixed = settings_of(recipe, data, run, source)
+    pairs = tune.candidates(recipe, data, run, source, fixed)
+    if len(pairs) == 1:
+        return []
+    common = _common(recipe, data, run, source) | {"split": "validation", "draws": tune.DRAWS}
+    return [
+        {
+            **common,
+            "architecture": architecture,
+            "seed": number,
+            "settings": {
+                **common["settings"],
+                "network": _network_settings(recipe, architecture),
+                "lr": lr,
+                "epochs": epochs,
+            },
+        }
+        for architecture in dict.fromkeys(recipe.evaluate.architectures)
+        for number, (lr, epochs) in enumerate(pairs)
+    ]
+
+
+def _common(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> results.Row:
+    return {
         **description(recipe, data, run, source),
         "model": recipe.model.model_dump(),
         "fingerprints": data.splits.fingerprints(recipe.evaluate.split),
@@ -121,22 +188,25 @@ def planned_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
         "recipe_hash": recipe.recipe_hash(),
         "recipe_seed": recipe.seed,
     }
-    return [
-        {
-            **common,
-            "architecture": architecture,
-            "seed": seed,
-            "settings": {**common["settings"], "network": _network_settings(recipe, architecture)},
-        }
-        for architecture in dict.fromkeys(recipe.evaluate.architectures)
-        for seed in range(recipe.evaluate.seeds)
-    ]
 
 
 def _network_settings(recipe: Recipe, architecture: str) -> dict[str, Any]:
     """What makes a network of this architecture another one."""
     own = recipe.model.model_dump() if architecture == "convnet" else {}
     return own | ({} if architecture in ("mlp", "vit") else {"norm": recipe.evaluate.norm})
+
+
+def _drawn(row: results.Row) -> int | str:
+    """What the draws of a row's network are named by: its seed, or for candidates what no reported network has."""
+    drawn: int | str = row["draws"] if "draws" in row else row["seed"]
+    return drawn
+
+
+def settings_in(row: results.Row) -> Settings:
+    """How the network of a row is trained, from what the row says."""
+    said = row["settings"]
+    names = [field.name for field in fields(Settings) if field.name != "augment"]
+    return Settings(**{name: said[name] for name in names}, augment=AugmentConfig.model_validate(said["augment"]))
 
 
 @dataclass(frozen=True)
@@ -148,30 +218,37 @@ class _Work:
     run: RunDir
     source: Source
     events: Events
-    settings: Settings
     test: PreparedSet
 
     @classmethod
-    def of(cls, recipe: Recipe, data: PreparedData, run: RunDir, source: Source, events: Events) -> _Work:
-        settings, test = settings_of(recipe, data, run, source), data.evaluation_set(recipe.evaluate.split)
-        return cls(recipe, data, run, source, events, settings, test)
+    def of(
+        cls,
+        recipe: Recipe,
+        data: PreparedData,
+        run: RunDir,
+        source: Source,
+        events: Events,
+        rows: Sequence[results.Row],
+    ) -> _Work:
+        return cls(recipe, data, run, source, events, data.evaluation_set(rows[0]["split"]))
 
     def groups(self, todo: Sequence[results.Row]) -> Iterator[list[results.Row]]:
         """The rows that are trained at once: one by one, or all of an architecture."""
         for architecture in dict.fromkeys(row["architecture"] for row in todo):
             rows = [row for row in todo if row["architecture"] == architecture]
-            if len(rows) > 1 and self._together(architecture):
+            alike = all(row["settings"] == rows[0]["settings"] for row in rows)
+            if len(rows) > 1 and alike and self._together(architecture, rows[0]["settings"]["batch"]):
                 yield rows
             else:
                 yield from ([row] for row in rows)
 
-    def _together(self, architecture: str) -> bool:
+    def _together(self, architecture: str, batch: int) -> bool:
         e, m, images = self.recipe.evaluate, self.recipe.model, self.data.splits.train
         if architecture != "convnet" or e.norm != "instance" or e.together == "off":
             return False
         side = feature_side(images.size, images.channels, 0)
         everything = len(self.data.train) if of_everything(self.source) else self.recipe.ipc * self.data.classes
-        first_block = min(self.settings.batch, everything) * m.width * side * side
+        first_block = min(batch, everything) * m.width * side * side
         return e.together == "on" or (self.data.device.type == "cpu" and first_block <= TOGETHER_VALUES)
 
     def measure(self, rows: Sequence[results.Row], task: Task, unless_published: bool = False) -> None:
@@ -180,7 +257,7 @@ class _Work:
             return
         began, checked = time.perf_counter(), time.monotonic()
         networks = [self._network(row) for row in rows]
-        sets = [training_set(self.recipe, self.data, self.run, self.source, row["seed"]) for row in rows]
+        sets = [training_set(self.recipe, self.data, self.run, self.source, _drawn(row)) for row in rows]
         counters = [self._counters(row) for row in rows]
         shown = {"architecture": rows[0]["architecture"], "seed": ", ".join(str(row["seed"]) for row in rows)}
 
@@ -192,7 +269,12 @@ class _Work:
                 if not not_done(self.run, rows):
                     raise _Published
 
-        losses = self._trained(networks, sets, counters, on_epoch)
+        try:
+            losses = self._trained(networks, sets, counters, settings_in(rows[0]), on_epoch)
+        except NumericalError as error:
+            if not _is_candidate(rows[0]):
+                raise
+            return self._publish({**rows[0], **dict.fromkeys(results.FIGURES), "overall": 0.0, "error": str(error)})
         for row, made, images, loss in zip(rows, networks, sets, losses, strict=True):
             found = asdict(accuracy(made, self.test, self.data.counts))
             measured: results.Row = {
@@ -209,24 +291,33 @@ class _Work:
                 "host": platform.node(),
                 "versions": {"lad_dist": __version__, "torch": torch.__version__},
             }
-            results.put(self.run.results, measured)
-            told = ("source", "architecture", "seed", *results.FIGURES, *results.MORE_FIGURES)
-            self.events.emit("evaluated", **{k: measured[k] for k in told})
+            self._publish(measured)
+
+    def _publish(self, measured: results.Row) -> None:
+        results.put(table_of(self.run, [measured]), measured)
+        if _is_candidate(measured):
+            pair = {name: measured["settings"][name] for name in ("lr", "epochs")}
+            told = {name: measured[name] for name in ("source", "architecture", "split", "overall")}
+            self.events.emit("tuning", **told, **pair)
+            return
+        names = ("source", "architecture", "seed", *results.FIGURES, *results.MORE_FIGURES)
+        self.events.emit("evaluated", **{name: measured[name] for name in names})
 
     def _trained(
         self,
         networks: list[nn.Module],
         sets: list[TrainingSet],
         counters: list[Counters],
+        settings: Settings,
         on_epoch: Callable[[], None],
     ) -> list[float]:
         if len(networks) == 1:
-            return [train(networks[0], sets[0], self.settings, self.recipe.seed, counters[0], on_epoch)]
+            return [train(networks[0], sets[0], settings, self.recipe.seed, counters[0], on_epoch)]
         convnets = [n for n in networks if isinstance(n, ConvNet)]
-        return train_together(convnets, sets, self.settings, self.recipe.seed, counters, on_epoch)
+        return train_together(convnets, sets, settings, self.recipe.seed, counters, on_epoch)
 
     def _counters(self, row: results.Row) -> Counters:
-        return (drawn_as(self.source), row["architecture"], row["seed"])
+        return (drawn_as(self.source), row["architecture"], _drawn(row))
 
     def _network(self, row: results.Row) -> nn.Module:
         images, e, m = self.data.splits.train, self.recipe.evaluate, self.recipe.model

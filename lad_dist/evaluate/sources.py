@@ -4,18 +4,22 @@
     distilled-adsa          its images, with soft labels adjusted for the long tail (labels.py)
     distilled-hard          its images, with their class as label
     distilled-plain         the set as it is, trained on without augmentation
-    random-plain            the images of random, without augmentation
+    initial                 the set that distillation started from: its real images with their soft labels
     random, k-center, ...   real images at the same IPC (baselines.py)
+    random-soft, ...        the images of random and of herding, labelled by the experts (teachers.py)
+    random-plain, ...       the images of random, and of random-soft, without augmentation
     full                    the whole long-tailed set
     full-balanced           the same, sampled class by class
     full-logit-adjusted     the same, with the logit-adjusted loss
 
 A source's label variants and training variants share its draws: seed s of ``distilled-adsa`` starts from the weights of seed s of
-``distilled`` and sees the images in the same order, so that the two may be compared in pairs.
+``distilled`` and sees the images in the same order, so that the two may be compared in pairs. So does seed s of ``initial``: all
+that differs from ``distilled`` are images and labels, each of which started as its counterpart there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -36,11 +40,13 @@ from lad_dist.models.convnet import ConvNet, build
 from lad_dist.recipe import Recipe
 from lad_dist.results import Source
 from lad_dist.rundir import RunDir
+from lad_dist.teachers import Teachers
+from lad_dist.trajectories.reader import Buffer
 
 
 def of_distilled(source: Source) -> bool:
-    """Whether the source's images are the distilled ones."""
-    return source.startswith("distilled")
+    """Whether the source is in the folder of the distilled set: the distilled images, or those they started from."""
+    return source.startswith("distilled") or source == "initial"
 
 
 def of_everything(source: Source) -> bool:
@@ -49,12 +55,18 @@ def of_everything(source: Source) -> bool:
 
 
 def drawn_as(source: Source) -> str:
-    """The source whose initialisation, order and augmentation draws this one shares."""
-    return "distilled" if of_distilled(source) else "full" if of_everything(source) else source.removesuffix("-plain")
+    """The source whose initialisation, order and augmentation draws this one shares; of real images also the images."""
+    if of_distilled(source):
+        return "distilled"
+    return "full" if of_everything(source) else source.removesuffix("-plain").removesuffix("-soft")
 
 
 def settings_of(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> Settings:
-    """How networks are trained on a source. Real images have no learned rate: ``evaluate.lr`` or ``distill.alpha``."""
+    """How networks are trained on a source.
+
+    The learning rate is ``evaluate.lr``; by default the learned alpha for the distilled set and the one it started from, and
+    ``distill.alpha`` for other real images, which have no learned one.
+    """
     e = recipe.evaluate
     common: dict[str, Any] = {
         "momentum": e.momentum,
@@ -86,21 +98,27 @@ def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
         "method": distilled.meta.method if distilled else source,
         "ipc": None if of_everything(source) else recipe.ipc,
         "set_id": _set_id(recipe, run, source),
+        "lr_rule": _lr_rule(recipe, source),
         "settings": asdict(settings) | {"augment": settings.augment.model_dump(mode="json"), "labels": _labels(source)},
         "label_adjustment": "adsa" if source == "distilled-adsa" else "none",
     }
-    if source in baselines.CHOOSERS:
+    if drawn_as(source) in baselines.CHOOSERS:
         row["settings"]["chosen_by"] = baselines.feature_space(recipe, run).name
+    if "-soft" in source:
+        row["settings"]["labelled_by"] = Teachers.named(recipe)
     return row
 
 
-def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int) -> TrainingSet:
+def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int | str) -> TrainingSet:
     """What the network of ``seed`` is trained on.
 
     Raises:
-        DistilledError: there is no distilled set, or it is damaged or of other data.
+        DistilledError: there is no distilled set, or it is damaged or of other data, or does not say where it started.
         RunDirError, TrajectoryError: see ``baselines.chosen_real``.
+        TrajectoryError: an expert that labels is missing in the run's buffer, or damaged.
     """
+    if source == "initial":
+        return _starting_set(load_distilled(recipe, data, run), data, run)
     if of_distilled(source):
         distilled = load_distilled(recipe, data, run)
         images_SCHH, p_SK = distilled.images.to(data.device), distilled.soft_labels
@@ -111,17 +129,38 @@ def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
         return TrainingSet(rows_of(images_SCHH, p_SK.to(data.device)), len(images_SCHH))
     if of_everything(source):
         return everything(data)
-    if source.startswith("random"):
+    of = drawn_as(source)
+    if of == "random":
         picked = baselines.random_real(recipe, data, seed)
     else:
-        picked = baselines.chosen_real(recipe, data, run, source, _network_for_features(recipe, data, run))
+        picked = baselines.chosen_real(recipe, data, run, of, _network_for_features(recipe, data, run))
     chosen = torch.from_numpy(picked)
+    if "-soft" in source:
+        buffer = Buffer(run.trajectories, recipe.experts_hash())
+        p_SK = Teachers(recipe, data, buffer).soft_labels(picked).to(data.device)
+        return TrainingSet(lambda rows: (data.train.batch(chosen[rows])[0], p_SK[rows.to(p_SK.device)]), len(chosen))
     return TrainingSet(lambda rows: _with_hard_labels(data, chosen[rows]), len(chosen))
+
+
+def _starting_set(distilled: DistilledSet, data: PreparedData, run: RunDir) -> TrainingSet:
+    if distilled.initial_label_logits is None:
+        raise DistilledError(_no_start(distilled, run))
+    images_SCHH, p_SK = distilled.initial_images.to(data.device), F.softmax(distilled.initial_label_logits, dim=1)
+    return TrainingSet(rows_of(images_SCHH, p_SK.to(data.device)), len(images_SCHH))
+
+
+def _no_start(distilled: DistilledSet, run: RunDir) -> str:
+    if distilled.meta.method == "imported":
+        return f"{run.distilled}: is imported, so the set that its distillation started from is not known"
+    return (
+        f"{run.distilled}: holds no initial label logits (an older version made it), so the source initial cannot be measured; "
+        "distill again with --out, or leave initial out of evaluate.baselines"
+    )
 
 
 def prepare_shared(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> None:
     """Choose and keep what all seeds of a source share, before several processes would each do so. Raises as ``training_set``."""
-    if source in baselines.CHOOSERS:
+    if drawn_as(source) in baselines.CHOOSERS:
         training_set(recipe, data, run, source, 0)
 
 
@@ -140,12 +179,29 @@ def load_distilled(recipe: Recipe, data: PreparedData, run: RunDir) -> Distilled
     return distilled
 
 
+def _lr_rule(recipe: Recipe, source: Source) -> str:
+    """Where the learning rate of ``settings_of`` comes from."""
+    if of_everything(source):
+        return "evaluate.full_lr"
+    if recipe.evaluate.lr is not None:
+        return "evaluate.lr"
+    return "the learned alpha" if of_distilled(source) else "distill.alpha"
+
+
 def _labels(source: Source) -> str:
-    return {"distilled": "soft", "distilled-plain": "soft", "distilled-adsa": "soft, adjusted by ADSA"}.get(source, "hard")
+    if source == "distilled-adsa":
+        return "soft, adjusted by ADSA"
+    return "soft" if source in ("distilled", "distilled-plain", "initial") or "-soft" in source else "hard"
 
 
 def _set_id(recipe: Recipe, run: RunDir, source: Source) -> str:
-    """What the networks are trained on: a distilled set's checksum, or the name of the real set."""
+    """What the networks are trained on: a distilled or starting set's checksum, or the name of the real set."""
+    if source == "initial":
+        distilled = DistilledSet.load(run.distilled)
+        if distilled.initial_label_logits is None:
+            raise DistilledError(_no_start(distilled, run))
+        tensors = (distilled.initial_images, distilled.initial_label_logits)
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
     if of_distilled(source):
         return str(json.loads((run.distilled / "meta.json").read_text())["sha256"]["tensors.safetensors"])
     return f"{drawn_as(source)}, seed {recipe.seed}, {recipe.experts_hash()[:16]}"

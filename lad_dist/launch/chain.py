@@ -38,17 +38,16 @@ def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str]) -> list[str]
     if not run.distilled.exists():
         left.append("distill")
     measured = {(row["source"], row["architecture"], row["seed"]) for row in results.read(run.results)}
-    if "distill" in left or not _networks(recipe) <= measured:
+    if "distill" in left or not _networks(recipe, results.wanted(recipe, run)) <= measured:
         left.append("evaluate")
     if left or not (run.report / "index.html").exists():
         left.append("report")
     return [stage for stage in STAGES if stage in left and stage in wanted]
 
 
-def _networks(recipe: Recipe) -> set[tuple[str, str, int]]:
+def _networks(recipe: Recipe, sources: Sequence[str]) -> set[tuple[str, str, int]]:
     """(source, architecture, seed) of every network that the evaluation trains."""
     e = recipe.evaluate
-    sources = ["distilled", *e.baselines, *(["distilled-adsa"] if e.label_adjustment == "adsa" else [])]
     return {(s, a, seed) for s in sources for a in e.architectures for seed in range(e.seeds)}
 
 
@@ -85,7 +84,7 @@ def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission:
         count = 1 if fleet else min(nodes, recipe.experts.count)
         nodes = nodes if fleet else 1
     elif isinstance(own, EvaluateOnSlurm):
-        count, nodes = min(own.jobs, len(_networks(recipe))), 1
+        count, nodes = min(own.jobs, len(_networks(recipe, ["distilled", *recipe.evaluate.baselines]))), 1
         gpus = min(gpus, 1) if own.gpus_per_node is None else gpus
     elif stage == "distill":
         tasks = own.tasks_per_node or s.tasks_per_node or max(1, gpus)

@@ -173,7 +173,7 @@ def _stage(order: Order, task: Task) -> None:
     stages: dict[str, Callable[[Pipeline], None]] = {
         "experts": lambda p: p.experts(),
         "distill": lambda p: p.distill(),
-        "evaluate": _evaluate,
+        "evaluate": lambda p: p.evaluate_all(),
         "report": lambda p: p.report(),
     }
     if order.fleet and task.rank > 0:
@@ -187,8 +187,3 @@ def _stage(order: Order, task: Task) -> None:
         place = environment({"SLURM_NTASKS": None})
     with place, ray_in_slurm.head(task, profile) if order.fleet else nullcontext(profile) as here:
         local.run(recipe, run.root, here, None, screen, [stages[order.stage]])
-
-
-def _evaluate(pipeline: Pipeline) -> None:
-    for source in ("distilled", *pipeline.recipe.evaluate.baselines):
-        pipeline.evaluate(source)

@@ -354,12 +354,31 @@ class _Times:
         if select.select != "last":
             candidates = select.iterations // select.select_every
             sources.append(("select", candidates * each, f"{candidates} candidates, {e.epochs} epochs each"))
-        small = f"{e.seeds} networks, {e.epochs} epochs on {self.total} images, {each:.3g} s each"
-        sources += [(s, turns * each, small) for s in ("distilled", *(b for b in e.baselines if not b.startswith("full")))]
-        whole = e.full_epochs * _epoch(step, self.facts.train, e.full_batch)
-        how = f"{e.seeds} networks, {e.full_epochs} epochs on {self.facts.train} images, {whole:.3g} s each"
-        sources += [(s, turns * whole, how) for s in e.baselines if s.startswith("full")]
+        epochs, most = e.epochs, ""
+        if e.tune_epochs:  # which of them is chosen is not known
+            epochs, most = max(e.tune_epochs), "at most "
+        for source in dict.fromkeys(("distilled", *e.baselines)):
+            whole = source.startswith("full")
+            count, images, batch = epochs, self.total, e.batch
+            if whole:
+                count, images, batch = e.full_epochs, self.facts.train, e.full_batch
+            epoch = _epoch(step, images, batch)
+            bound = "" if whole else most
+            how = f"{e.seeds} networks, {bound}{count} epochs on {images} images, {count * epoch:.3g} s each"
+            sources += [(source, turns * count * epoch, how), *self._tuning(source, epoch, whole)]
         return [Duration("evaluate", what, seconds, how) for what, seconds, how in sources]
+
+    def _tuning(self, source: str, epoch: float, whole: bool) -> list[tuple[str, float, str]]:
+        """Choosing learning rate and epochs for a source, an ``epoch`` of which takes so many seconds."""
+        e = self.recipe.evaluate
+        alpha = bool(e.tune_lr) and (source.startswith("distilled") or source == "initial")
+        rates = len(e.tune_lr or (None,)) + alpha
+        epochs = (e.full_epochs,) if whole else e.tune_epochs or (e.epochs,)
+        if rates * len(epochs) == 1:
+            return []
+        rounds = math.ceil(rates * len(epochs) / self.place.world)
+        seconds = rounds * epoch * sum(epochs) / len(epochs)
+        return [(f"tune {source}", seconds, f"{rates} learning rates x {len(epochs)} numbers of epochs, a network each")]
 
 
 def _epoch(step: StepTime, images: int, batch: int) -> float:

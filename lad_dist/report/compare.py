@@ -87,9 +87,11 @@ def render(runs: Sequence[Named]) -> str:
         runs=runs,
         differing=_differing([run.found.recipe for run in runs]),
         lines=_result_lines(runs),
-        headings=("run", *tables.headings()),
+        headings=("run", *tables.headings(), "IPC", "epochs, lr"),
         selections=_selections(runs),
+        gains=_gains(runs),
         pairs=_pairs(runs),
+        unpaired=_unpaired(runs),
         classes=_class_figures(runs),
         curves=_curves(runs),
         alignment=_alignment(runs),
@@ -118,13 +120,15 @@ def _result_lines(runs: Sequence[Named]) -> list[tuple[str, str, tuple[str, ...]
     lines: list[tuple[str, str, tuple[str, ...]]] = []
     shown: set[tuple[object, ...]] = set()
     for run in runs:
-        for line in tables.result_lines(results.summary(run.found.rows)):
-            members = [r for r in run.found.rows if (r["source"], r["architecture"]) == (line.key, line.architecture)]
-            what = (line.key, line.architecture, members[0]["set_id"], str(members[0]["settings"]), len(members))
-            if what not in shown:
-                shown.add(what)
+        groups = results.by_way(run.found.rows)
+        summaries = results.summary(run.found.rows)
+        for line, (what, members) in zip(tables.result_lines(summaries), groups.items(), strict=True):
+            key = (*what, results.data_of(members[0]), len(members))
+            if key not in shown:
+                shown.add(key)
                 colour = run.colour if line.key.startswith("distilled") else ""
-                lines.append((colour, line.key, (run.name, *line.cells())))
+                ipc = "" if members[0].get("ipc") is None else str(members[0]["ipc"])
+                lines.append((colour, line.key, (run.name, *line.cells(), ipc, line.trained)))
     return lines
 
 
@@ -136,7 +140,20 @@ def _selections(runs: Sequence[Named]) -> list[str]:
         splits = " and ".join(sorted({row["split"] for row in run.found.rows}))
         told = " ".join(tables.SELECTION.get(one, one) for one in sorted(chosen))
         notes.append(f"{run.name}: measured on the {splits} set. {told}")
+    notes += tables.protocol_notes([row for run in runs for row in run.found.rows])
     return notes
+
+
+def _gains(runs: Sequence[Named]) -> list[tuple[str, ...]]:
+    """What distilling added in each run, over its starting set and over random images with such labels: cells of a table."""
+    return [(run.name, *cells) for run in runs for cells in tables.gain_lines(run.found.rows)]
+
+
+def _unpaired(runs: Sequence[Named]) -> list[str]:
+    """Which runs are not compared in pairs with the first, and why."""
+    first, *others = runs
+    reasons = [(run.name, results.not_comparable(run.found.rows, first.found.rows)) for run in others]
+    return [f"{name} and {first.name} are not compared in pairs: {reason}." for name, reason in reasons if reason]
 
 
 def _pairs(runs: Sequence[Named]) -> list[tuple[str, ...]]:
@@ -144,9 +161,11 @@ def _pairs(runs: Sequence[Named]) -> list[tuple[str, ...]]:
     first, *others = runs
     lines: list[tuple[str, ...]] = []
     for run in others:
+        if results.not_comparable(run.found.rows, first.found.rows):
+            continue
         for architecture in dict.fromkeys(row["architecture"] for row in run.found.rows):
             for figure in tables.FIGURES:
-                found = paired(run.found.rows, first.found.rows, figure, architecture=architecture)
+                found = paired(run.found.main_rows, first.found.main_rows, figure, architecture=architecture)
                 if found is None:
                     continue
                 interval = found.interval and "{:+.1f} to {:+.1f}".format(*(100 * x for x in found.interval))
@@ -171,7 +190,7 @@ def _class_figures(runs: Sequence[Named]) -> list[tuple[str, list[tuple[str, Mar
     for architecture in dict.fromkeys(row["architecture"] for run in runs for row in run.found.rows):
         series = []
         for run in runs:
-            mine = [r for r in run.found.rows if (r["source"], r["architecture"]) == ("distilled", architecture)]
+            mine = [r for r in run.found.main_rows if (r["source"], r["architecture"]) == ("distilled", architecture)]
             if mine:
                 means = [statistics.mean(row["per_class"][c] for row in mine) for c in order]
                 series.append(charts.ClassSeries(run.name, run.colour, means, None))

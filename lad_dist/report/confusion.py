@@ -138,7 +138,7 @@ def confusion_charts(found: Contents) -> list[Confusion]:
     for key in ("distilled", "full"):
         told = [
             row["confusion"]
-            for row in found.rows
+            for row in found.main_rows
             if (row["source"], row["architecture"]) == (key, architecture) and row.get("confusion")
         ]
         if not told:

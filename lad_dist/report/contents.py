@@ -21,6 +21,12 @@ class Contents:
     distilled: DistilledSet | None
     rows: list[results.Row]
     history: History
+    wanted: list[str]  # sources that the run is to measure
+
+    @property
+    def main_rows(self) -> list[results.Row]:
+        """Of every source and architecture the rows that were measured in one way, for charts of means."""
+        return results.of_one_way(self.rows)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -53,4 +59,5 @@ class Contents:
 def read(recipe: Recipe, run: RunDir) -> Contents:
     """Read a run folder. Raises DistilledError or RunDirError where the set or the results file is damaged."""
     distilled = DistilledSet.load(run.distilled) if run.distilled.exists() else None
-    return Contents(recipe, distilled, results.read(run.results), read_history(read_events(run.events)))
+    history = read_history(read_events(run.events))
+    return Contents(recipe, distilled, results.read(run.results), history, results.wanted(recipe, run))

@@ -5,8 +5,8 @@ Everything comes from the run folder's files. What a run has not got yet is left
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +17,7 @@ from lad_dist.data.longtail import FEW_SHOT_BELOW, MANY_SHOT_ABOVE, head_medium_
 from lad_dist.recipe import Recipe
 from lad_dist.report import confusion, contents, figures, pictures, published, tables
 from lad_dist.report.contents import Contents
+from lad_dist.results.paired import added
 from lad_dist.rundir import RunDir
 
 INDEX, SYNTHETIC, INITIAL = "index.html", "synthetic.png", "initial.png"
@@ -100,10 +101,10 @@ def _missing(found: Contents) -> list[str]:
     if found.distilled is None:
         done, total = max(found.history.iterations, default=0), found.recipe.distill.iterations
         notes.append(f"There is no distilled set yet ({done:,} of {total:,} iterations are recorded).")
-    wanted = ("distilled", *found.recipe.evaluate.baselines)
+    wanted = found.wanted
     networks = found.recipe.evaluate.seeds * len(set(found.recipe.evaluate.architectures))
     for source in wanted:
-        have = sum(row["source"] == source for row in found.rows)
+        have = results.planned_among(found.rows, source, found.recipe)
         if have < networks:
             notes.append(f"{tables.SOURCES[source]}: {have} of {networks} networks are measured.")
     return notes
@@ -114,18 +115,18 @@ def _results(found: Contents) -> dict[str, Any] | None:
         return None
     groups, by_count = tables.count_group_lines(found.rows)
     trained = {row["source"]: row.get("train_images") for row in found.rows}
-    ways: dict[tuple[str, str], set[str]] = {}
-    for r in found.rows:
-        way = json.dumps([r["settings"], r["set_id"], r["split"]], sort_keys=True)
-        ways.setdefault((r["source"], r["architecture"]), set()).add(way)
-    mixed = dict.fromkeys(source for (source, _), several in ways.items() if len(several) > 1)
+    pairs = [key[:2] for key in results.by_way(found.rows)]
+    mixed = dict.fromkeys(source for source, architecture in pairs if pairs.count((source, architecture)) > 1)
     selection = next((row["selection"] for row in found.rows if row["source"] == "distilled"), None)
     summaries = results.summary(found.rows)
     lines = tables.result_lines(summaries)
     kinds = {(line.seeds, line.architecture) for line in lines}
     return {
-        "headings": tables.headings(),
-        "lines": lines,
+        "first": tables.first_lines(found.rows),
+        "added": added(found.rows),
+        "headings": (*tables.headings(), "epochs, lr"),
+        "lines": [replace(line, figures=(*line.figures, line.trained)) for line in lines],
+        "protocol_notes": tables.protocol_notes(found.rows),
         "uniform": "{} {} networks with different seeds each".format(*kinds.pop()) if len(kinds) == 1 else "",
         "count_headings": tables.headings(groups),
         "count_lines": by_count if groups else [],
@@ -145,7 +146,7 @@ def _published(found: Contents) -> dict[str, Any] | None:
     figures_of_cell = published.beside(found.recipe, found.counts)
     if not figures_of_cell:
         return None
-    summaries = results.summary(row for row in found.rows if row["split"] == "test")
+    summaries = results.summary(row for row in found.main_rows if row["split"] == "test")
     model = found.recipe.model
     return {
         "lines": tables.published_lines(figures_of_cell, summaries),

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lad_dist.results import images_of
+from lad_dist.results import by_way, of_one_way
+from lad_dist.results.paired import gains, points
 
 if TYPE_CHECKING:
     from lad_dist.report.published import PublishedFigure
@@ -22,16 +23,21 @@ SOURCES = {
     "distilled-adsa": "Distilled, labels adjusted (ADSA)",
     "distilled-hard": "Distilled, hard labels",
     "distilled-plain": "Distilled, no augmentation",
+    "initial": "Starting set",
+    "random-soft": "Random real, soft labels",
+    "random-soft-plain": "Random real, soft labels, no augmentation",
     "random": "Random real",
     "random-plain": "Random real, no augmentation",
     "k-center": "Real, k-center greedy",
+    "herding-soft": "Real, herding, soft labels",
     "herding": "Real, herding",
     "graph-cut": "Real, graph-cut",
     "full": "Whole long-tailed set",
     "full-balanced": "Whole set, class-balanced sampling",
     "full-logit-adjusted": "Whole set, logit-adjusted loss",
 }
-MAIN_SOURCES = ("distilled", "random", "full")  # what charts and the page's first figures show
+MAIN_SOURCES = ("distilled", "initial", "random-soft", "random", "full")  # what the page's first figures show
+CHARTED = ("distilled", "initial", "random", "full")
 CALIBRATION = ("balanced", "ECE", "standard error")
 METHODS = {
     "lad": "LAD",
@@ -71,6 +77,7 @@ class ResultLine:
     architecture: str
     seeds: str
     figures: tuple[str, ...]
+    trained: str = ""  # epochs and learning rate
 
     def cells(self) -> tuple[str, ...]:
         """The cells in the order of the table's headings."""
@@ -91,16 +98,96 @@ def result_lines(summaries: Iterable[Row]) -> list[ResultLine]:
             str(row["architecture"]),
             str(row["seeds"]),
             tuple(plus_minus(row.get(f), row.get(f"{f}_std")) for f in FIGURES),
+            trained(row),
         )
         for row in summaries
     ]
 
 
+def trained(row: Row) -> str:
+    """``300, 0.0103``: epochs and learning rate, of a row's settings or of a summary."""
+    of = row if "epochs" in row else row.get("settings") or {}
+    known = [str(of["epochs"])] if of.get("epochs") is not None else []
+    return ", ".join([*known, *([f"{of['lr']:.3g}"] if of.get("lr") is not None else [])])
+
+
+def protocol_notes(rows: Iterable[Row]) -> list[str]:
+    """How the networks were trained: where the learning rates come from, and every setting in which a source differs from the
+    first one without that being what the source is (augmentation of ...-plain, all of the whole set)."""
+    notes, rules = [], dict[str, list[str]]()
+    first: Row | None = None
+    for row in (members[0] for members in by_way(rows).values()):  # type: ignore[arg-type]
+        title = source_title(row) if row["architecture"] == "convnet" else f"{source_title(row)}, {row['architecture']}"
+        rule = rules.setdefault(str(row["lr_rule"]), []) if row.get("lr_rule") else []
+        if title not in rule:
+            rule.append(title)
+        if str(row["source"]).startswith("full"):
+            continue
+        first = first or row
+        own, reference = (_comparable_settings(r) for r in (row, first))
+        changed = [k for k in own if k in reference and own[k] != reference[k]]
+        if str(row["source"]).endswith("-plain"):
+            changed = [k for k in changed if k != "augmentation"]
+        if changed:
+            told = ", ".join(f"{k} {own[k]} (there {reference[k]})" for k in changed)
+            notes.append(f"Another protocol than {source_title(first)}: {title}: {told}.")
+    said = [f"{rule}: {', '.join(titles)}" for rule, titles in rules.items()]
+    return [*([f"Learning rates. {'; '.join(said)}."] if said else []), *notes]
+
+
+def _comparable_settings(row: Row) -> dict[str, str]:
+    """The settings that are the same for all sources of one protocol; epochs and rate stand in the tables themselves."""
+    s = row.get("settings") or {}
+    found = {name: s[name] for name in ("batch", "momentum", "weight_decay", "decay") if name in s}
+    if "augment" in s:
+        found["augmentation"] = "/".join(s["augment"].get("operations") or ["none"])
+    if row["architecture"] == "convnet" and (s.get("network") or {}).get("norm"):
+        found["norm"] = s["network"]["norm"]
+    return {name: str(value) for name, value in {**found, "split": row.get("split")}.items()}
+
+
+def first_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The report's first table, of MAIN_SOURCES: (source, trained on, architecture, overall, tail, what the distilled set has more:
+    overall, tail), the last two in points with the standard error of the mean over paired networks."""
+    gained = {(gain.reference, gain.architecture): gain.figures for gain in gains(rows)}
+    lines = []
+    for (source, architecture, _), members in by_way(of_one_way(rows)).items():  # type: ignore[arg-type]
+        if source not in MAIN_SOURCES:
+            continue
+        accuracy = [spread([m[f] for m in members if m.get(f) is not None]) for f in ("overall", "tail")]
+        more = gained.get((source, architecture), {})
+        shown = [points(more[f]) if f in more else MISSING for f in ("overall", "tail")]
+        lines.append((source, source_title(members[0]), architecture, *accuracy, *shown))
+    return lines
+
+
+def gain_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """What distilling added: (compared with, architecture, overall, tail, pairs), points with the standard error of the mean."""
+    return [
+        (
+            SOURCES[gain.reference],
+            gain.architecture,
+            points(gain.figures["overall"]),
+            points(gain.figures["tail"]) if "tail" in gain.figures else MISSING,
+            str(len(gain.figures["overall"].seeds)),
+        )
+        for gain in gains(rows)
+    ]
+
+
+def gain_notes(rows: Sequence[Row]) -> list[str]:
+    """``gain_lines`` as sentences, for a terminal."""
+    return [
+        f"what distilling added to {reference[0].lower()}{reference[1:]}"
+        f"{'' if architecture == 'convnet' else f', {architecture}'}: {overall} overall, {tail} tail "
+        f"(points, mean and standard error of {pairs} paired network{'s' * (pairs != '1')})"
+        for reference, architecture, overall, tail, pairs in gain_lines(rows)
+    ]
+
+
 def count_group_lines(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[ResultLine]]:
     """From the rows of results.json: which of many, medium and few hold any class, and a table of their accuracies."""
-    members: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        members.setdefault((row["source"], row["architecture"], images_of(row)), []).append(row)
+    members = by_way(rows)  # type: ignore[arg-type]
 
     def values(group: str, of: Sequence[Row]) -> list[float]:
         return [row["by_count"][group] for row in of if (row.get("by_count") or {}).get(group) is not None]
@@ -137,8 +224,10 @@ def calibration_lines(summaries: Iterable[Row]) -> list[ResultLine]:
 
 def published_lines(published: Iterable[PublishedFigure], summaries: Iterable[Row]) -> list[ResultLine]:
     """Published figures, each beside the run's own of the same source, method and architecture (a dash where it has none)."""
-    own = {}
+    own = dict[tuple[object, ...], str]()
     for row in summaries:
+        if row.get("differs"):  # the first protocol stands for the run
+            continue
         method = row.get("method") if row["source"] == "distilled" else ""
         own[row["source"], method, row["architecture"]] = plus_minus(row.get("overall"), row.get("overall_std"))
     return [
@@ -168,7 +257,8 @@ def label_notes(rows: Iterable[Row]) -> list[str]:
 def source_title(row: Row) -> str:
     """What a row's networks were trained on, for people: ``Distilled (LAD)``, ``Random real``, ..."""
     title = SOURCES.get(row["source"], str(row["source"]))
-    title += f", on images {row['images']}" if row.get("images") else ""  # where others are there too
+    title += f", {row['differs']}" if row.get("differs") else ""  # from networks of the same source in the same table
+    title += f", on images {row['images']}" if row.get("images") else ""
     method = row.get("method")
     if not str(row["source"]).startswith("distilled") or not method:
         return title

@@ -13,13 +13,13 @@ import hashlib
 import json
 import re
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lad_dist.errors import RunDirError
-from lad_dist.rundir import published
+from lad_dist.recipe import Recipe
+from lad_dist.rundir import RunDir, published
 
 Row = dict[str, Any]
 FIGURES = ("overall", "head", "medium", "tail")
@@ -29,9 +29,13 @@ Source = Literal[
     "distilled-adsa",
     "distilled-hard",
     "distilled-plain",
+    "initial",
+    "random-soft",
+    "random-soft-plain",
     "random",
     "random-plain",
     "k-center",
+    "herding-soft",
     "herding",
     "graph-cut",
     "full",
@@ -40,12 +44,38 @@ Source = Literal[
 ]
 SOURCES: tuple[str, ...] = get_args(Source)
 """What networks are trained on, in the order of every table. ``distilled-adsa`` and ``distilled-hard`` are the distilled
-images with adjusted and with hard labels, ``...-plain`` a set without augmentation; ``full-...`` are other ways to train on the
-whole long-tailed set."""
+images with adjusted and with hard labels, ``initial`` is the set that distillation started from, ``...-soft`` are real images with
+the experts' mean logits as labels, ``...-plain`` is a set without augmentation; ``full-...`` are other ways to train on the whole
+long-tailed set."""
+
+NEEDS_EXPERTS = ("initial", "random-soft", "random-soft-plain", "herding-soft")
+"""What an imported set's run leaves out: its images' start is not known, and the run has no experts to label real images."""
 
 FORMAT_VERSION = 2  # of results.json; 1 has no checksum
 _KEY = ("source", "architecture", "seed")
 _ONLY_IN_ROWS = ("confusion",)  # K x K numbers
+
+
+def wanted(recipe: Recipe, run: RunDir) -> list[str]:
+    """The sources that ``lad-dist run`` measures, in its order."""
+    e = recipe.evaluate
+    sources = ["distilled", *(["distilled-adsa"] if e.label_adjustment == "adsa" else []), *e.baselines]
+    left_out = NEEDS_EXPERTS if _imported(run.distilled / "meta.json") else ()
+    return [source for source in dict.fromkeys(sources) if source not in left_out]
+
+
+def planned_among(rows: Iterable[Row], source: str, recipe: Recipe) -> int:
+    """How many of the networks that a recipe asks of a source are among ``rows``; others may have been measured beside them."""
+    e = recipe.evaluate
+    asked = {(source, a, seed) for a in e.architectures for seed in range(e.seeds)}
+    return sum(_key(row) in asked for row in rows)
+
+
+def _imported(meta: Path) -> bool:
+    try:
+        return bool(json.loads(meta.read_text(encoding="utf-8"))["method"] == "imported")
+    except (OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged: whoever reads the set says so
+        return False
 
 
 def read(path: Path) -> list[Row]:
@@ -117,36 +147,65 @@ def same_measurement(row: Row, other: Row) -> bool:
     return all(row.get(k) == other.get(k) for k in (*_KEY, "split", "settings", "set_id"))
 
 
-def images_of(row: Mapping[str, Any]) -> str:
-    """Which images a row was trained and measured on, as text to compare by; empty where the row does not say."""
-    return json.dumps(row["fingerprints"], sort_keys=True) if row.get("fingerprints") else ""
-
-
 def replace(rows: list[Row], new: Row) -> list[Row]:
     """``rows`` with ``new`` in place of an older row of the same (source, architecture, seed)."""
     return [r for r in rows if _key(r) != _key(new)] + [new]
 
 
-def summary(rows: Iterable[Row]) -> list[Row]:
-    """Per (source, architecture, images), in the order of rows: of every figure the mean over seeds, the sample standard
-    deviation (``..._std``) and the standard error of the mean (``..._sem``); None where there is no value, or only one.
+def images_of(row: Mapping[str, Any]) -> str:
+    """Which images a row was trained and measured on, as text to compare by; empty where the row does not say."""
+    return json.dumps(row["fingerprints"], sort_keys=True) if row.get("fingerprints") else ""
 
-    Rows of other images are never averaged. Where a source and architecture have several, ``images`` tells them apart.
-    """
+
+def way_of(row: Mapping[str, Any]) -> str:
+    """How a row was measured, as text to compare by: the protocol (epochs, learning rate, batch, augmentation, norm, split), the
+    set and the images. Rows of one source are averaged only where this is the same."""
+    return json.dumps(
+        [row.get("settings"), row.get("set_id"), row.get("ipc"), row.get("split"), images_of(row)], sort_keys=True
+    )
+
+
+def by_way(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """Rows grouped by (source, architecture, way), in the order of rows."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["source"], row["architecture"], images_of(row)), []).append(row)
-    several = Counter((source, architecture) for source, architecture, _ in groups)
+        groups.setdefault((row["source"], row["architecture"], way_of(row)), []).append(row)
+    return groups
+
+
+def of_one_way(rows: Iterable[Row]) -> list[Row]:
+    """Per (source, architecture) the rows of the way that most of its rows were measured in (of equals, the first)."""
+    largest: dict[tuple[str, str], list[Row]] = {}
+    for (source, architecture, _), members in by_way(rows).items():
+        if len(members) > len(largest.get((source, architecture), ())):
+            largest[source, architecture] = members
+    return [row for members in largest.values() for row in members]
+
+
+def summary(rows: Iterable[Row]) -> list[Row]:
+    """Per (source, architecture, way), in the order of rows: of every figure the mean over seeds, the sample standard deviation
+    (``..._std``) and the standard error of the mean (``..._sem``); None where there is no value, or only one.
+
+    Rows of another protocol, set or other images are never averaged. Where a source and architecture have several, ``differs``
+    says in what this one differs from the first, and ``images`` names the images.
+    """
+    groups = by_way(rows)
+    first: dict[tuple[str, str], list[Row]] = {}
     out = []
-    for (source, architecture, images), members in groups.items():
+    for (source, architecture, _), members in groups.items():
+        reference = first.setdefault((source, architecture), members)
         entry: Row = {
+            "differs": "" if reference is members else differences(members[0], reference[0]),
+            "images": _short(images_of(members[0])) if images_of(members[0]) != images_of(reference[0]) else None,
+            "epochs": (members[0].get("settings") or {}).get("epochs"),
+            "lr": (members[0].get("settings") or {}).get("lr"),
+            "ipc": members[0].get("ipc"),
             "source": source,
             "architecture": architecture,
             "seeds": len(members),
             "split": members[0]["split"],
             "selection": members[0]["selection"],
             "method": members[0]["method"],
-            "images": _short(images) if several[source, architecture] > 1 else None,
         }
         for figure in (*FIGURES, *MORE_FIGURES):
             values = [m[figure] for m in members if m.get(figure) is not None]
@@ -156,6 +215,49 @@ def summary(rows: Iterable[Row]) -> list[Row]:
             entry[f"{figure}_sem"] = statistics.stdev(values) / len(values) ** 0.5 if spread else None
         out.append(entry)
     return out
+
+
+def data_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Which data a row is of, as far as it says: data set, images per class, and their fingerprints."""
+    return row.get("dataset"), str(row.get("counts")), images_of(row)
+
+
+def not_comparable(rows: Iterable[Row], others: Iterable[Row]) -> str:
+    """Why networks of two runs are no pairs: they were trained on, or measured on, different data. Empty where they are."""
+    one, other = next(iter(rows), None), next(iter(others), None)
+    if one is None or other is None:
+        return ""
+    for what, a, b in (
+        ("data sets", one.get("dataset"), other.get("dataset")),
+        ("training images per class", one.get("counts"), other.get("counts")),
+        ("splits", one.get("split"), other.get("split")),
+    ):
+        if a is not None and b is not None and a != b:
+            return f"their {what} differ ({_told(a)} and {_told(b)})"
+    if images_of(one) and images_of(other) and images_of(one) != images_of(other):
+        return "their images differ (fingerprints)"
+    return ""
+
+
+def differences(row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """In what the first row was measured differently, for people: ``epochs 30, split validation``; ``another set`` where only
+    what it was trained on differs."""
+    own, others = (_flat({**(r.get("settings") or {}), "split": r.get("split")}) for r in (row, other))
+    changed = [f"{name} {_told(own.get(name))}" for name in {**own, **others} if own.get(name) != others.get(name)]
+    if not changed and images_of(row) == images_of(other):
+        changed = ["another set"]
+    return ", ".join(changed)
+
+
+def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in document.items():
+        found |= _flat(value) if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _told(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "none" if value in (None, [], ()) else str(value)
 
 
 def _short(images: str) -> str:

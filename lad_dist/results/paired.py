@@ -1,4 +1,7 @@
-"""Two runs compared network by network: networks of the same source, architecture and seed are a pair. Imports nothing heavy."""
+"""Two runs, or two sources of one run, compared network by network: networks of the same architecture and seed are a pair.
+
+Rows are paired only where both were measured on the same images. Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lad_dist.results import images_of, of_one_way
+
 BOOTSTRAPS = 10_000
 LEVEL = 0.95
+
+STARTING_SET = "initial"
+REFERENCES = (STARTING_SET, "random-soft")
+"""What the distilled set is compared with inside a run: what it started from, and random real images with such labels."""
 
 Row = Mapping[str, Any]
 
@@ -37,12 +46,14 @@ def paired(
     figure: str = "overall",
     source: str = "distilled",
     architecture: str = "convnet",
+    other: str | None = None,
 ) -> Paired | None:
     """Compare a figure of two runs' rows over the seeds that both have; None where they share no seed.
 
-    ``figure`` names a number of a row (overall, head, balanced, ece, ...).
+    ``figure`` names a number of a row (overall, head, balanced, ece, ...); ``other`` is the second's source (default: ``source``).
     """
-    a, b = (_by_seed(rows, figure, source, architecture) for rows in (first, second))
+    a = _by_seed(first, figure, source, architecture)
+    b = _by_seed(second, figure, other or source, architecture)
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
         return None
@@ -53,6 +64,57 @@ def paired(
     error = statistics.stdev(differences) / len(seeds) ** 0.5
     t = mean / error if error > 0 else None
     return Paired(tuple(seeds), tuple(differences), mean, error, t, degrees, _bootstrap(differences))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What the distilled set is worth above ``reference`` on one architecture, by figure (overall, tail)."""
+
+    reference: str
+    architecture: str
+    figures: dict[str, Paired]
+
+
+def gains(rows: Sequence[Row]) -> list[Gain]:
+    """By architecture and reference, where both were measured: the paired differences of a run's distilled set."""
+    same = of_one_way(rows)  # type: ignore[arg-type]
+    found = []
+    for architecture in dict.fromkeys(row["architecture"] for row in same):
+        for reference in REFERENCES:
+            pair = [r for r in same if r["source"] in ("distilled", reference) and r["architecture"] == architecture]
+            if len({(r.get("split"), images_of(r)) for r in pair}) > 1:  # another split, or other images: no pairs
+                continue
+            of = {f: paired(pair, pair, f, "distilled", architecture, reference) for f in ("overall", "tail")}
+            figures = {name: one for name, one in of.items() if one is not None}
+            if "overall" in figures:
+                found.append(Gain(reference, architecture, figures))
+    return found
+
+
+def points(found: Paired) -> str:
+    """``+2.3 ± 0.4`` in percentage points, the mean and its standard error; without the second where there is one pair."""
+    mean = f"{100 * found.mean:+.1f}".replace("-0.0", "+0.0")
+    return mean if found.error is None else f"{mean} ± {100 * found.error:.1f}"
+
+
+def added(rows: Sequence[Row]) -> list[str]:
+    """What distilling added to its starting set, a sentence for each architecture where both were measured."""
+    lines = []
+    for gain in gains(rows):
+        if gain.reference != STARTING_SET:
+            continue
+        overall = gain.figures["overall"]
+        on = "" if gain.architecture == "convnet" else f" ({gain.architecture})"
+        if round(100 * overall.mean, 1) <= 0:
+            lines.append(
+                f"distilled added nothing{on}: {points(overall)} points against its starting set (real images with the "
+                "same soft labels)"
+            )
+            continue
+        unsure = overall.error is not None and overall.mean < 2 * overall.error
+        note = ", less than two standard errors" if unsure else ", one network each" if overall.error is None else ""
+        lines.append(f"distilled added {points(overall)} points over its starting set{on}{note}")
+    return lines
 
 
 def _by_seed(rows: Sequence[Row], figure: str, source: str, architecture: str) -> dict[int, float]:

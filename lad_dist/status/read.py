@@ -94,10 +94,16 @@ class Follower:
         stages = [experts, _distill(recipe, run, log, now)]
         wanted = recipe.evaluate.seeds * len(set(recipe.evaluate.architectures))
         measured = [row["source"] for row in rows]
-        for source in dict.fromkeys(["distilled", *recipe.evaluate.baselines, *measured]):
-            done, name = measured.count(source), f"evaluate {source}"
-            detail = f"{done} of {wanted} networks"
-            state = _state(log.stages.get(name), done >= wanted, done > 0, now, log.last)
+        for source in dict.fromkeys([*results.wanted(recipe, run), *measured]):
+            tuning = log.stages.get(f"tune {source}")
+            if tuning is not None:
+                state = _state(tuning, tuning.ended is not None, True, now, log.last)
+                what = "learning rate and epochs, chosen on validation images"
+                stages.append(StageStatus(f"tune {source}", state, what))
+            done, name = results.planned_among(rows, source, recipe), f"evaluate {source}"
+            more = measured.count(source) - done
+            detail = f"{done} of {wanted} networks" + (f", and {more} more" if more else "")
+            state = _state(log.stages.get(name), done >= wanted, done + more > 0, now, log.last)
             stages.append(StageStatus(name, state, "" if state == "not started" else detail))
         page = run.report / "index.html"
         written = page.exists()
@@ -276,7 +282,8 @@ def _distill(recipe: Recipe, run: RunDir, log: RunLog, now: float) -> StageStatu
         parts.append(f"alpha {_number(at['alpha'])}")
     early = stage_log.early or {}
     if _known(early.get("overall")):
-        parts.append(f"first look at iteration {early.get('iteration')} {early['overall']:.1%}")
+        gain = f", {100 * early['gain']:+.1f} points since the start" if _known(early.get("gain")) else ""
+        parts.append(f"first look at iteration {early.get('iteration')} {early['overall']:.1%}{gain}")
     each = stage_log.seconds_each()
     if state == "running" and each is not None and isinstance(at.get("iteration"), int):
         parts.append(f"about {clock(each * max(total - at['iteration'], 0))} left")

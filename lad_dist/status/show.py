@@ -83,8 +83,9 @@ def results_table(rows: Sequence[results.Row]) -> Table:
     for figure in tables.FIGURES:
         table.add_column(f"{figure} %", justify="right")
     table.add_column("seeds", justify="right")
+    table.add_column("epochs, lr", justify="right")
     for line in lines:
-        table.add_row(line.source, *([line.architecture] if many else []), *line.figures, line.seeds)
+        table.add_row(line.source, *([line.architecture] if many else []), *line.figures, line.seeds, line.trained)
     return table
 
 
@@ -97,6 +98,8 @@ def results_notes(rows: Sequence[results.Row]) -> Iterator[str]:
         published = "selected on the test set, as published. " if selection == "test-as-published" else ""
         yield published + tables.SELECTION.get(selection, f"selection: {selection}")
     yield from tables.label_notes(rows)
+    yield from tables.protocol_notes(rows)
+    yield from tables.gain_notes(rows)
     for architecture, found in ranking.scores(rows).items():
         figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
         yield f"DD-Ranking, {architecture}: {figures}; real is the whole long-tailed set (arXiv 2505.13300)"
@@ -107,23 +110,30 @@ def compare_table(runs: Sequence[Path]) -> Table:
 
     Raises:
         RunDirError: a folder is not a run, or holds no results yet.
+        DistilledError: a distilled set is damaged.
     """
+    from lad_dist.distilled import DistilledSet
+
     table = Table("run", "set", box=box.SIMPLE, padding=(0, 1, 0, 0), title="accuracy in percent")
     for heading in (*tables.FIGURES, "IPC", "seeds"):
         table.add_column(heading, justify="right", no_wrap=True)
-    shown: list[tuple[object, ...]] = []
+    table.add_column("epochs, lr", justify="right")
+    shown: set[tuple[object, ...]] = set()
     for folder in runs:
-        rows = results.read(RunDir.existing(folder).results)
+        run = RunDir.existing(folder)
+        if run.distilled.exists():
+            DistilledSet.load(run.distilled)  # figures of a set that is damaged now could not be made again
+        rows = results.read(run.results)
         if not rows:
             raise RunDirError(f"{folder}: holds no results yet; `lad-dist evaluate {folder}` makes them")
-        for line in tables.result_lines(results.summary(rows)):
-            members = [r for r in rows if (r["source"], r["architecture"]) == (line.key, line.architecture)]
-            what = (line.key, line.architecture, members[0]["set_id"], members[0]["settings"], len(members))
-            if what in shown:
+        groups = results.by_way(rows)
+        for line, (what, members) in zip(tables.result_lines(results.summary(rows)), groups.items(), strict=True):
+            key = (*what, results.data_of(members[0]), len(members))
+            if key in shown:
                 continue
-            shown.append(what)
-            ipc = "" if members[0]["ipc"] is None else str(members[0]["ipc"])
-            table.add_row(folder.name, _short(members[0]), *line.figures, ipc, line.seeds)
+            shown.add(key)
+            ipc = "" if members[0].get("ipc") is None else str(members[0]["ipc"])
+            table.add_row(folder.name, _short(members[0]), *line.figures, ipc, line.seeds, line.trained)
     return table
 
 
@@ -139,13 +149,24 @@ def _short(row: results.Row) -> str:
 def compare_notes(runs: Sequence[Path]) -> Iterator[str]:
     """How much the distilled set of each run differs from that of the first, network by network of the same seed.
 
+    Networks of runs on different data are no pairs: a line says so instead. Also how much each run's distilled set differs
+    from what it started from.
+
     Raises RunDirError where a results file is damaged.
     """
-    first, *others = [(folder.name, results.read(RunDir.existing(folder).results)) for folder in runs]
+    every = [(folder.name, results.read(RunDir.existing(folder).results)) for folder in runs]
+    first, *others = every
+    for name, rows in every:
+        yield from (f"{name}: {note}" for note in tables.gain_notes(rows))
+    yield from tables.protocol_notes([row for _, rows in every for row in rows])
     for name, rows in others:
+        reason = results.not_comparable(rows, first[1])
+        if reason:
+            yield f"{name} - {first[0]}: not compared in pairs: {reason}"
+            continue
         for architecture in dict.fromkeys(row["architecture"] for row in rows):
             for figure in ("overall", "tail"):
-                found = paired(rows, first[1], figure, architecture=architecture)
+                found = paired(results.of_one_way(rows), results.of_one_way(first[1]), figure, architecture=architecture)
                 if found is not None:
                     yield f"{name} - {first[0]}, {architecture}, {figure}: {difference(found)}"
 

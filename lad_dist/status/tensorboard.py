@@ -79,7 +79,7 @@ def scalars(event: Event) -> Iterator[tuple[str, float, int]]:
         found |= {f"alignment/{phase}/{name}": value for phase, of in aligned.items() for name, value in of.items()}
     elif kind == "early-evaluation":
         step = event["iteration"]
-        found = {f"distill/accuracy/{name}": event.get(name) for name in _ACCURACIES[:4]}
+        found = {f"distill/accuracy/{name}": event.get(name) for name in (*_ACCURACIES[:4], "gain")}
     elif kind == "evaluated":
         step = event["seed"]
         source = f"evaluate/{event['source']}/{event['architecture']}"

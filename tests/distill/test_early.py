@@ -105,9 +105,13 @@ def test_it_is_recorded_and_the_set_is_the_same(pipeline_of):
     measure, pipeline = Measure(), pipeline_of("measured")
     assert distilled_with(pipeline, measure) == without
     found = looks(pipeline.run)
-    assert [e["iteration"] for e in found] == [2, 4]  # checkpoints every two; at the sixth comes the full evaluation
-    assert [(e["overall"], e["tail"], e["split"], e["epochs"]) for e in found] == [(0.75, None, "test", 3)] * 2
+    # the starting set, then at checkpoints every two; at the sixth comes the full evaluation
+    assert [e["iteration"] for e in found] == [0, 2, 4]
+    assert [(e["overall"], e["tail"], e["split"], e["epochs"]) for e in found] == [(0.75, None, "test", 3)] * 3
     images, p_SK, alpha = measure.seen[0]
+    made = DistilledSet.load(pipeline.run.distilled)
+    assert torch.equal(images, made.initial_images) and alpha == pipeline.recipe.distill.alpha
+    assert torch.equal(p_SK, made.initial_label_logits.softmax(1)) and not torch.equal(measure.seen[1][0], images)
     assert images.shape[0] == len(p_SK) and torch.allclose(p_SK.sum(1), torch.ones(len(p_SK))) and alpha > 0
 
 
@@ -116,7 +120,7 @@ def test_a_set_that_cannot_be_trained_on_ends_nothing(pipeline_of):
     distilled_with(pipeline, Measure(NumericalError("evaluation: the training loss is nan")))
     assert [("overall" in e, e["error"]) for e in looks(pipeline.run)] == [
         (False, "evaluation: the training loss is nan")
-    ] * 2
+    ] * 3
     assert DistilledSet.load(pipeline.run.distilled).meta.iteration == 6
 
 
@@ -131,8 +135,8 @@ def test_what_is_guessed_before_the_first(pipeline_of):
     pipeline, clock = pipeline_of(distill={"student_steps": 3, "student_steps_classifier": 2}), Clock()
     early = Early(pipeline.recipe, Measure(), Events.nowhere(), Screen.silent())
     early.budget = Budget(0.1, clock=clock)
-    clock.now = 100.0  # 10 s may be spent; 10 batches at a fifth of an iteration's seconds each
-    assert early.wanted(5.0) and not early.wanted(5.1)
+    clock.now = 100.0  # 10 s may be spent; 10 batches of two sets at a fifth of an iteration's seconds each
+    assert early.wanted(2.5) and not early.wanted(2.6)
 
 
 # --- the measurement ------------------------------------------------------------------------------------------------------
@@ -174,5 +178,39 @@ def test_a_whole_pipeline_takes_it_at_checkpoints(pipeline_of, monkeypatch):
     pipeline = pipeline_of()
     monkeypatch.setattr(Budget, "allows", lambda self, guess: True)
     pipeline.distill()
-    assert [e["iteration"] for e in looks(pipeline.run)] == [2, 4]
-    assert all(0 <= e["overall"] <= 1 and e["seconds"] > 0 for e in looks(pipeline.run))
+    start, *later = looks(pipeline.run)
+    assert [e["iteration"] for e in (start, *later)] == [0, 2, 4]
+    assert all(0 <= e["overall"] <= 1 and e["seconds"] > 0 for e in (start, *later))
+    assert [e["gain"] for e in later] == pytest.approx([e["overall"] - start["overall"] for e in later])
+    assert "gain" not in start
+
+
+def test_the_gain_since_the_start_is_shown(pipeline_of):
+    import io
+    import re
+
+    from rich.console import Console
+
+    from lad_dist.report.contents import read
+    from lad_dist.report.figures import distill_charts
+    from lad_dist.status import read_status
+    from lad_dist.status.tensorboard import scalars
+
+    pipeline, text = pipeline_of(), io.StringIO()
+    values = iter([0.60, 0.625, 0.58])
+
+    class Varied(Measure):
+        def __call__(self, *given):
+            return SimpleNamespace(overall=next(values), head=0.9, medium=0.7, tail=None)
+
+    early = Early(pipeline.recipe, Varied(), pipeline.events, Screen(Console(file=text, width=200)))
+    early.wanted = lambda seconds: True
+    distill(pipeline.recipe, pipeline.data, pipeline.run, pipeline.events, Screen.silent(), CPU, ALONE, early=early)
+    assert "the starting set, a first look (3 epochs): 60.0% overall" in text.getvalue()
+    assert "+2.5 points since the start (60.0%)" in text.getvalue() and "-2.0 points since" in text.getvalue()
+    assert [e.get("gain") for e in looks(pipeline.run)] == [None, pytest.approx(0.025), pytest.approx(-0.02)]
+    (stage,) = [s for s in read_status(pipeline.run.root).stages if s.name == "distill"]
+    assert re.search(r"first look at iteration 4 58\.0%, -2\.0 points since the start", stage.detail)
+    (figure,) = [f for f in distill_charts(read(pipeline.recipe, pipeline.run)) if f.title == "Accuracy on the way"]
+    assert figure.note.endswith("(60.0 % overall); at iteration 4 -2.0 points since then.")
+    assert ("distill/accuracy/gain", pytest.approx(-0.02), 4) in list(scalars(looks(pipeline.run)[-1]))

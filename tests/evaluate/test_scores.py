@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lad_dist.evaluate.labels import TAUS, adsa
-from lad_dist.results.paired import paired
+from lad_dist.results.paired import added, gains, paired
 from lad_dist.results.ranking import augmentation_robust_score, label_robust_score, scores
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -156,3 +156,44 @@ def test_compare_says_how_much_runs_differ_seed_by_seed(pipeline_of):
     )
     assert tail == "two - one, convnet, tail: +0.0 +- 0.0 (standard error) points over 3 paired seeds"
     assert list(compare_notes(folders[:1])) == []
+
+
+# --- what distilling added --------------------------------------------------------------------------------------------
+
+
+def measured(source: str, values: list[float], architecture: str = "convnet", **fields) -> list[dict]:
+    return [{"source": source, "architecture": architecture, "seed": seed, "split": "test", "overall": value,
+             "tail": value - 0.1, **fields} for seed, value in enumerate(values)]  # fmt: skip
+
+
+def test_the_gain_over_the_starting_set_is_paired():
+    rows = [*measured("distilled", [0.52, 0.61, 0.70]), *measured("initial", [0.50, 0.60, 0.67]), *measured("random", [0.4])]
+    (gain,) = gains(rows)
+    assert (gain.reference, gain.architecture) == ("initial", "convnet") and set(gain.figures) == {"overall", "tail"}
+    assert gain.figures["overall"].differences == pytest.approx((0.02, 0.01, 0.03))
+    assert gain.figures["tail"].error == pytest.approx(0.01 / 3**0.5)
+    assert added(rows) == ["distilled added +2.0 ± 0.6 points over its starting set"]
+
+
+def test_no_gain_is_said_as_such():
+    worse = [*measured("distilled", [0.50, 0.49]), *measured("initial", [0.51, 0.50])]
+    assert added(worse) == ["distilled added nothing: -1.0 ± 0.0 points against its starting set (real images with the same "
+                            "soft labels)"]  # fmt: skip
+    equal = [*measured("distilled", [0.5]), *measured("initial", [0.50001])]
+    assert added(equal)[0].startswith("distilled added nothing: +0.0 points")
+    unsure = [*measured("distilled", [0.50, 0.54]), *measured("initial", [0.50, 0.50])]
+    assert added(unsure) == ["distilled added +2.0 ± 2.0 points over its starting set, less than two standard errors"]
+    assert added(measured("distilled", [0.5])) == []
+
+
+def test_networks_on_other_images_or_of_another_protocol_are_no_pairs():
+    start = measured("initial", [0.4, 0.4])
+    assert gains([*measured("distilled", [0.5, 0.5], split="validation"), *start]) == []
+    mixed = [*measured("distilled", [0.5, 0.5, 0.9], settings={"epochs": 9}), *start]
+    mixed[2]["settings"] = {"epochs": 1}
+    assert gains(mixed)[0].figures["overall"].seeds == (0, 1)
+
+
+def test_another_architecture_is_named():
+    rows = [*measured("distilled", [0.5], "resnet18"), *measured("initial", [0.4], "resnet18")]
+    assert added(rows) == ["distilled added +10.0 points over its starting set (resnet18), one network each"]

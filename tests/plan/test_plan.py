@@ -254,3 +254,20 @@ def test_ranks_of_one_host_share_its_memory_and_cores():
     assert (four.rank_threads(4), one.rank_threads(1)) == (2, 8)
     two_hosts = place_of(Profile(ranks=4, nodes=2, threads=8, device="cpu"), torch.device("cpu"))
     assert two_hosts.rank_memory == one.rank_memory // 2 and two_hosts.rank_threads(4) == 4
+
+
+def test_every_source_and_every_choice_of_a_schedule_is_in_the_plan():
+    def evaluation(*sets: str) -> dict[str, float]:
+        options = [part for one in sets for part in ("--set", one)]
+        durations = planned("digits-lt", *options)["durations"]
+        return {d["what"]: d["seconds"] for d in durations if d["stage"] == "evaluate"}
+
+    fixed = evaluation()
+    assert list(fixed) == ["distilled", "initial", "random-soft", "random", "full"]
+    tuned = evaluation("data.validation_per_class=5", "data.n_max=100", "evaluate.tune_lr=[0.01,0.1]",
+                       "evaluate.tune_epochs=[100,300]")  # fmt: skip
+    assert set(tuned) == {*fixed, *(f"tune {source}" for source in fixed)}
+    # 2 x 2 networks of 200 epochs each, and two more for the learned alpha; five seeds of at most 300
+    assert tuned["tune random"] / tuned["random"] == pytest.approx(4 * 200 / (5 * 300), rel=0.01)
+    assert tuned["tune initial"] / tuned["tune random"] == pytest.approx(6 / 4, rel=0.01)
+    assert tuned["tune full"] / tuned["full"] == pytest.approx(2 / 5, rel=0.01)

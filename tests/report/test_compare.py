@@ -50,7 +50,8 @@ def test_what_the_page_shows(two_runs, tmp_path):
     text = (tmp_path / "pages" / "compare.html").read_text()
     rows = tables_of(text)
     assert rows["Runs"] == 2 and rows["Where the recipes differ"] == 1 and "distill.weighted_loss" in text
-    assert rows["Accuracy by run and source"] == 6 + 2  # random and the whole set are the same in both, and shown once
+    assert rows["Accuracy by run and source"] == 10 + 2  # all but the distilled sets are the same in both, and shown once
+    assert rows["What distilling added"] == 2 * 2 * 2 and "+5.7" in text  # runs, architectures, references
     assert rows["Differences in pairs"] == 2 * len(results.FIGURES) and rows["Cost"] >= 2
     assert re.search(r"second − first</th><td>convnet</td><td>overall</td><td class=\"number\">\+4\.0</td>", text)
     charts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
@@ -116,3 +117,58 @@ def test_the_command_says_where_the_page_is(two_runs, tmp_path):
     assert done.exit_code == 0, done.output
     assert f"page: {tmp_path / 'compare.html'}" in done.output and (tmp_path / "compare.html").exists()
     assert "second - first, convnet, overall: +4.0 +- 0.0 (standard error) points over 3 paired seeds" in done.output
+
+
+def changed_rows(run: Path, **fields: object) -> None:
+    for file in (run / "evaluation" / "rows").glob("*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def compared(*runs: Path) -> str:
+    done = CliRunner().invoke(app, ["compare", *map(str, runs)], terminal_width=200, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_baseline_of_another_ipc_is_another_baseline(two_runs, tmp_path):
+    assert compared(*two_runs).count("Random real ") == 1
+    changed_rows(two_runs[1], ipc=5)
+    assert compared(*two_runs).count("Random real ") == 2
+    write_comparison(two_runs, tmp_path / "compare.html")
+    assert (tmp_path / "compare.html").read_text().count("<td>Random real</td><td>convnet</td>") == 2
+
+
+@pytest.mark.parametrize(("fields", "reason"), [
+    ({"counts": [7] * 10}, "training images per class differ"), ({"split": "validation"}, "splits differ"),
+    ({"dataset": "mnist/train"}, "data sets differ"), ({"fingerprints": {"train": "b"}}, "images differ"),
+])  # fmt: skip
+def test_runs_of_other_data_are_not_compared_in_pairs(two_runs, tmp_path, fields, reason):
+    changed_rows(two_runs[0], dataset="digits/train", fingerprints={"train": "a"})
+    changed_rows(two_runs[1], dataset="digits/train", fingerprints={"train": "a"})
+    assert "second - first, convnet, overall: +4.0" in compared(*two_runs)
+    changed_rows(two_runs[1], **fields)
+    said = compared(*two_runs)
+    assert f"second - first: not compared in pairs: their {reason}" in said and "second - first, convnet" not in said
+    write_comparison(two_runs, tmp_path / "compare.html")
+    text = (tmp_path / "compare.html").read_text()
+    assert "second and first are not compared in pairs" in text and "Differences in pairs" not in text
+
+
+def test_damaged_results_and_sets_are_one_clear_error(two_runs):
+    tensors = two_runs[1] / "distilled" / "tensors.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    done = CliRunner().invoke(app, ["compare", *map(str, two_runs)])
+    assert done.exit_code != 0 and "does not match the checksum" in done.output and "Traceback" not in done.output
+    tensors.write_bytes(whole)
+    (two_runs[1] / "evaluation" / "results.json").write_text('{"rows": [{"source": "distilled"')
+    done = CliRunner().invoke(app, ["compare", *map(str, two_runs)])
+    assert done.exit_code != 0 and "is not a results file" in done.output
+
+
+def test_rows_of_two_protocols_are_two_lines(two_runs):
+    (file,) = (two_runs[0] / "evaluation" / "rows").glob("random-convnet-2.json")
+    row = json.loads(file.read_text())
+    file.write_text(json.dumps(row | {"settings": {"epochs": 30, "lr": 0.05}}))
+    said = compared(two_runs[0])
+    assert re.search(r"Random real .* 30, 0.05", said) and re.search(r"Random real .* 300, 0.05", said)

@@ -1,0 +1,81 @@
+"""Experts as teachers: outputs of their checkpoints on training images, and soft labels made of them.
+
+Distillation and evaluation both import it: the first for the labels of the initial set, the second for soft labels of real images.
+Shapes: N training images, S of them, K classes, P weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lad_dist.data.prepare import PreparedData
+from lad_dist.models import functional
+from lad_dist.models.convnet import build
+from lad_dist.models.layout import Layout
+from lad_dist.recipe import Recipe
+from lad_dist.trajectories.reader import Buffer
+from lad_dist.trajectories.schema import Stage
+
+_BATCH = 1024
+
+Output = Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor]
+"""``functional.logits`` or ``functional.features``."""
+
+
+@torch.no_grad()
+def outputs(
+    function: Output, network: nn.Module, weights_P: Tensor, data: PreparedData, indices: np.ndarray | None = None
+) -> Tensor:
+    """The output of ``network`` with the weights ``weights_P`` on training images (default: all of them), on the host."""
+    views = Layout.of(network).views(weights_P)
+    rows = torch.arange(len(data.train)) if indices is None else torch.from_numpy(indices)
+    return torch.cat([function(network, views, data.train.batch(r)[0]) for r in rows.split(_BATCH)]).cpu()
+
+
+class Teachers:
+    """The last checkpoints of all experts of a recipe: of the classifier stage, or for a method without one (DATM, MTT) of the
+    representation stage. ``name`` is what a row's settings say."""
+
+    def __init__(self, recipe: Recipe, data: PreparedData, buffer: Buffer) -> None:
+        m, images = recipe.model, data.splits.train
+        self._recipe, self._data, self._buffer = recipe, data, buffer
+        self._network = build(
+            images.channels, images.size, images.num_classes, m.width, m.depth, seed=0, purpose=("template",)
+        ).to(data.device)
+        self._layout = Layout.of(self._network)
+        self.stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
+
+    @staticmethod
+    def named(recipe: Recipe) -> str:
+        """``mean logits of 10 classifier experts, epoch 10, temperature 1``."""
+        e, classifier = recipe.experts, recipe.uses_classifier_experts
+        stage, last = ("classifier", e.classifier_epochs) if classifier else ("representation", e.epochs)
+        experts = f"{e.count} {stage} expert{'s' * (e.count > 1)}"
+        return f"mean logits of {experts}, epoch {last}, temperature {recipe.distill.label_temperature:g}"
+
+    def soft_labels(self, indices: np.ndarray) -> Tensor:
+        """Probabilities (S, K) for training images: softmax of the mean logits over all experts, right or wrong, divided by
+        ``distill.label_temperature``.
+
+        Raises:
+            TrajectoryError: a checkpoint is missing or damaged; names it.
+        """
+        total_SK = torch.zeros(())
+        for expert in range(self._recipe.experts.count):
+            logits_SK = outputs(functional.logits, self._network, self._weights(expert), self._data, indices)
+            total_SK = total_SK + logits_SK
+        mean_SK = total_SK / self._recipe.experts.count
+        return torch.softmax(mean_SK / self._recipe.distill.label_temperature, dim=1)
+
+    def _weights(self, expert: int) -> Tensor:
+        """All weights (P,) an expert ends with; the backbone of a classifier expert is its last representation epoch."""
+        e = self._recipe.experts
+        weights_P = torch.tensor(self._buffer.read("representation", expert, e.epochs))
+        if self.stage == "classifier":
+            classifier = torch.tensor(self._buffer.read("classifier", expert, e.classifier_epochs))
+            weights_P[self._layout.span("classifier")] = classifier
+        return weights_P.to(self._data.device)
