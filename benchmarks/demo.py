@@ -1,4 +1,4 @@
-"""The demo: LAD on digits-LT, IPC 2, beside DATM, the sets both started from, random real images with soft and hard labels, and the
+"""The demo: LAD with feature regression on digits-LT, IPC 2, beside DATM, the sets both started from, random real images with soft and hard labels, and the
 whole long-tailed set, from one buffer of experts.
 
 python benchmarks/demo.py [--out runs/demo]
@@ -23,7 +23,7 @@ def main() -> int:
         ["run", "digits-lt", "--out", str(out / "lad"), *shared],
         [
             "run",
-            "digits-lt",
+            "digits-lt-matching",
             "--out",
             str(out / "datm"),
             *shared,

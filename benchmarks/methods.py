@@ -1,9 +1,10 @@
 """Methods compared on one recipe, over distillation seeds: the tables of the README.
 
-    python benchmarks/methods.py digits-lt --ipc 2 5 --methods lad datm --seeds 0 1 2 --write
-    python benchmarks/methods.py fashion-mnist-lt --methods lad datm mtt --seeds 0 1 2 --write
-    python benchmarks/methods.py fashion-mnist-lt --methods lad --factors 10 50 100 200 500 1000 --seeds 0 --write --name sweep
+    python benchmarks/methods.py digits-lt --ipc 1 2 5 --methods lad-fr lad datm --others digits-lt-matching --write
+    python benchmarks/methods.py fashion-mnist-lt --methods lad-fr --seeds 0 1 2 --write
+    python benchmarks/methods.py fashion-mnist-lt-f50 --methods lad --factors 10 50 100 200 500 1000 --seeds 0 --write
 
+The first method takes the recipe JOB, the others that of --others if it is given, whose experts should be the same.
 The experts are trained once for each imbalance factor into a shared buffer; then --workers processes of one thread each take
 the runs in turn. Every run is an ordinary `lad-dist` run folder under --out, so an interrupted comparison continues where it was,
 and --report-only makes the table of what is there. The baselines (--baselines: real images, ways to train on the whole set) are
@@ -73,7 +74,7 @@ def command(args: argparse.Namespace, verb: str, run: Run) -> list[str]:
         "-m",
         "lad_dist.cli",
         verb,
-        args.job,
+        args.job if args.others is None or run.method == args.methods[0] else args.others,
         "--out",
         str(run.folder(args.out)),
         "--buffers",
@@ -233,6 +234,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job")
+    parser.add_argument("--others", default=None, help="the recipe of all methods but the first")
     parser.add_argument("--methods", nargs="+", default=["lad", "datm"])
     parser.add_argument("--ipc", nargs="+", type=int, default=None, help="default: the recipe's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
