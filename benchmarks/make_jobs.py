@@ -1,6 +1,6 @@
 """Write jobs/*.yaml for every cell of the published tables and beyond them: ``python benchmarks/make_jobs.py [FOLDER]``.
 
-Beyond: imbalance factors up to 1000 on CIFAR-10-LT and Fashion-MNIST-LT (whose jobs/fashion-mnist-lt.yaml is written by hand and
+Beyond: imbalance factors up to 1000 on CIFAR-10-LT and Fashion-MNIST-LT (whose jobs/fashion-mnist-lt-matching.yaml is written by hand and
 read here), ImageNet-LT and Places-LT.
 
 Results: Zhao et al., "Distilling Long-tailed Datasets", arXiv 2408.14506. Settings: the authors' configurations,
@@ -304,25 +304,25 @@ data:
     return name, text + _EXPERTS + distill_section(like, large=False) + _EVALUATE
 
 
-FASHION = Path(__file__).parents[1] / "jobs" / "fashion-mnist-lt.yaml"
+FASHION = Path(__file__).parents[1] / "jobs" / "fashion-mnist-lt-matching.yaml"
 
 
 def fashion(factor: int) -> tuple[str, str]:
-    """jobs/fashion-mnist-lt.yaml at another factor: (name, text)."""
+    """jobs/fashion-mnist-lt-matching.yaml at another factor: (name, text)."""
     name = f"fashion-mnist-lt-f{factor}"
     body = "".join(
         line for line in FASHION.read_text(encoding="utf-8").splitlines(keepends=True) if not line.startswith("#")
     )
-    body = body.replace("name: fashion-mnist-lt\n", f"name: {name}\n")
+    body = body.replace("name: fashion-mnist-lt-matching\n", f"name: {name}\n")
     body = body.replace("imbalance_factor: 100\n", f"imbalance_factor: {factor}\n")
     smallest = 1000 // factor
     text = f"""\
 # Fashion-MNIST-LT: 28x28 grey images, factor {factor} (1000 down to {smallest} image{"s" if smallest > 1 else ""} per class).
-# Purpose:   how the result depends on the imbalance; fashion-mnist-lt is the same at factor 100.
+# Purpose:   how the result depends on the imbalance; fashion-mnist-lt-matching is the same at factor 100.
 # Command:   lad-dist run {name}
-# Cost:      as fashion-mnist-lt.
+# Cost:      as fashion-mnist-lt-matching.
 # Result:    benchmarks/results/fashion-mnist-lt-sweep.md has all factors, at 16x16.
-# Settings:  those of fashion-mnist-lt, chosen at factor 100.
+# Settings:  those of fashion-mnist-lt-matching, chosen at factor 100.
 """
     return name, text + body
 

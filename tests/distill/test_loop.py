@@ -266,8 +266,8 @@ def test_nan_names_the_iteration_and_leaves_the_last_good_state(pipeline_of, und
 def test_a_step_out_of_the_finite_numbers_is_taken_back(pipeline_of, undisturbed, monkeypatch, at):
     pipeline, steps = pipeline_of("step"), []
 
-    def step(self, phases, original=Optimizers.step):
-        original(self, phases)
+    def step(self, phases, iteration, original=Optimizers.step):
+        original(self, phases, iteration)
         steps.append(phases)
         if len(steps) == at + 1:
             self.images_SCHH[0, 0, 0, 0] = float("inf")
@@ -370,9 +370,9 @@ def test_labels_start_as_the_experts_see_the_images(pipeline_of):
 def test_per_class_gradient_norms(pipeline_of, monkeypatch):
     pipeline, totals = pipeline_of(distill={"iterations": 2, "lambda_classifier": 0.3}), []
 
-    def step(self, phases, original=Optimizers.step):
+    def step(self, phases, iteration, original=Optimizers.step):
         totals.append(sum(lam * r.image_grad_SCHH for lam, r in phases))
-        original(self, phases)
+        original(self, phases, iteration)
 
     monkeypatch.setattr("lad_dist.distill.update.Optimizers.step", step)
     pipeline.distill()

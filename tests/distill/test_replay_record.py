@@ -156,8 +156,8 @@ def test_a_prefix_can_be_replayed(killed, replaying):
 def test_an_iteration_that_was_done_is_recorded_even_if_a_signal_comes_in_between(live_pipeline, monkeypatch, number):
     pipeline, steps = live_pipeline(experts=range(4)), []
 
-    def step(self, phases, original=Optimizers.step):
-        original(self, phases)
+    def step(self, phases, iteration, original=Optimizers.step):
+        original(self, phases, iteration)
         steps.append(phases)
         if len(steps) == 3:
             os.kill(os.getpid(), number)
