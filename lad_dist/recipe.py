@@ -16,6 +16,7 @@ Int = Annotated[int, Field(strict=True)]
 Bool = Annotated[bool, Field(strict=True)]
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
+MOST = 1_000_000  # of epochs, images, steps, ...: beyond what any experiment does, and below what would never end
 Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
 OPERATIONS: tuple[Operation, ...] = ("color", "crop", "cutout", "flip", "scale", "rotate")
 Architecture = Literal["convnet", "vgg11", "resnet18", "alexnet", "mlp", "vit"]
@@ -74,7 +75,7 @@ class DataConfig(_Section):
     n_max: Annotated[Int, Field(ge=1)] | None = Field(
         None, description="images of the largest class; default: size of the smallest class of the training pool"
     )
-    validation_per_class: Annotated[Int, Field(ge=0)] = Field(
+    validation_per_class: Annotated[Int, Field(ge=0, le=MOST)] = Field(
         0, description="images per class held out of the training pool, to choose settings on"
     )
     download: Bool = Field(True, description="let torchvision download a missing data set")
@@ -108,15 +109,15 @@ class AugmentConfig(_Section):
 class ExpertsConfig(_Section):
     """Both stages of the expert trajectories (stage 1: representation, stage 2: classifier)."""
 
-    count: Annotated[Int, Field(ge=1)] = Field(100, description="experts to train")
+    count: Annotated[Int, Field(ge=1, le=100_000)] = Field(100, description="experts to train")
     seed: Annotated[Int, Field(ge=0)] = Field(
         0,
         description="seed of all experts; not tied to the recipe's seed, so that "
         "several distillations share one buffer",
     )
-    epochs: Annotated[Int, Field(ge=1)] = Field(100, description="epochs of the representation stage")
-    classifier_epochs: Annotated[Int, Field(ge=1)] = Field(10, description="epochs of the classifier stage")
-    batch: Annotated[Int, Field(ge=1)] = Field(256, description="images per step")
+    epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(100, description="epochs of the representation stage")
+    classifier_epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(10, description="epochs of the classifier stage")
+    batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(256, description="images per step")
     lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="SGD learning rate, representation stage")
     classifier_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="SGD learning rate, classifier stage")
     weight_decay: Annotated[Float, Field(ge=0)] = Field(5e-3, description="representation stage")
@@ -125,8 +126,8 @@ class ExpertsConfig(_Section):
         0.01, description="GSAM perturbation radius; 0 trains with plain SGD"
     )
     gsam_alpha: Annotated[Float, Field(ge=0)] = Field(0.3, description="GSAM weight of the orthogonal component")
-    draws_per_class: Annotated[Int, Field(ge=1)] = Field(4, description="consecutive draws per class, classifier stage")
-    epochs_per_part: Annotated[Int, Field(ge=1)] = Field(
+    draws_per_class: Annotated[Int, Field(ge=1, le=MOST)] = Field(4, description="consecutive draws per class, classifier stage")
+    epochs_per_part: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         5, description="epochs in one part file: what a crash can lose"
     )
 
@@ -134,12 +135,12 @@ class ExpertsConfig(_Section):
 class BufferConfig(_Section):
     """The trajectory buffer between experts and distillation."""
 
-    start_after: Annotated[Int, Field(ge=1)] | None = Field(
+    start_after: Annotated[Int, Field(ge=1, le=MOST)] | None = Field(
         None,
         description="experts that must be complete before distillation begins, which then uses new ones as they come; "
         "default: all, and a distillation depends on nothing but the recipe",
     )
-    cache_mb: Annotated[Int, Field(ge=1)] = Field(
+    cache_mb: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         128, description="MiB of decoded checkpoints that each distilling process keeps in host memory"
     )
 
@@ -147,7 +148,7 @@ class BufferConfig(_Section):
 class DistillConfig(_Section):
     """The synthetic set and how it is matched to the experts."""
 
-    iterations: Annotated[Int, Field(ge=1)] = Field(10_000, description="outer iterations")
+    iterations: Annotated[Int, Field(ge=1, le=100 * MOST)] = Field(10_000, description="outer iterations")
     matching: Literal["decoupled", "joint"] = Field(
         "decoupled",
         description="decoupled: a representation and a classifier phase; joint: one phase over all weights "
@@ -166,21 +167,21 @@ class DistillConfig(_Section):
     class_weight_offset: Annotated[Float, Field(ge=0)] = Field(0.0, description="f in (n_c + f) / (sum n + f)")
     lambda_representation: Annotated[Float, Field(ge=0)] = Field(1.0, description="lambda_1")
     lambda_classifier: Annotated[Float, Field(ge=0)] = Field(1.0, description="lambda_2")
-    student_steps: Annotated[Int, Field(ge=1)] = Field(80, description="N, representation (or joint) phase")
-    student_steps_classifier: Annotated[Int, Field(ge=1)] = Field(80, description="N, classifier phase")
-    batch: Annotated[Int, Field(ge=1)] = Field(
+    student_steps: Annotated[Int, Field(ge=1, le=MOST)] = Field(80, description="N, representation (or joint) phase")
+    student_steps_classifier: Annotated[Int, Field(ge=1, le=MOST)] = Field(80, description="N, classifier phase")
+    batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         500, description="synthetic images per student step; the whole set if smaller"
     )
-    window_epochs: Annotated[Int, Field(ge=1)] = Field(2, description="M, epochs between theta_t and its target")
-    start_epoch_min: Annotated[Int, Field(ge=0)] = Field(0, description="first start epoch of a window")
-    start_epoch_max: Annotated[Int, Field(ge=1)] = Field(20, description="start epochs are below this")
-    start_epoch_max_first: Annotated[Int, Field(ge=1)] | None = Field(
+    window_epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(2, description="M, epochs between theta_t and its target")
+    start_epoch_min: Annotated[Int, Field(ge=0, le=MOST)] = Field(0, description="first start epoch of a window")
+    start_epoch_max: Annotated[Int, Field(ge=1, le=MOST)] = Field(20, description="start epochs are below this")
+    start_epoch_max_first: Annotated[Int, Field(ge=1, le=MOST)] | None = Field(
         None, description="the upper bound at iteration 0, if it shall grow; default: no growth"
     )
-    start_epoch_growth: Annotated[Int, Field(ge=0)] = Field(
+    start_epoch_growth: Annotated[Int, Field(ge=0, le=MOST)] = Field(
         0, description="iterations over which the upper bound grows"
     )
-    classifier_start_epoch_max: Annotated[Int, Field(ge=1)] = Field(
+    classifier_start_epoch_max: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         1, description="classifier windows start below this epoch; 1: always at epoch 0"
     )
     lr_images: Annotated[Float, Field(ge=0)] = Field(100.0, description="SGD learning rate of the pixels")
@@ -212,8 +213,8 @@ class DistillConfig(_Section):
     select: Literal["last", "validation", "test-as-published"] = Field(
         "last", description="which iteration's set is kept; test-as-published picks on the test set and says so"
     )
-    select_every: Annotated[Int, Field(ge=1)] = Field(500, description="iterations between the candidates of select")
-    checkpoint_every: Annotated[Int, Field(ge=1)] = Field(
+    select_every: Annotated[Int, Field(ge=1, le=MOST)] = Field(500, description="iterations between the candidates of select")
+    checkpoint_every: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         100, description="iterations between checkpoints for resuming; there is one every minute, too"
     )
     precision: Literal["float32", "bfloat16"] = Field(
@@ -230,9 +231,9 @@ class DistillConfig(_Section):
 class EvaluateConfig(_Section):
     """How a network is trained on a set to measure what the set is worth."""
 
-    seeds: Annotated[Int, Field(ge=1)] = Field(5, description="networks trained per source and architecture")
-    epochs: Annotated[Int, Field(ge=1)] = Field(1000)
-    batch: Annotated[Int, Field(ge=1)] = Field(128)
+    seeds: Annotated[Int, Field(ge=1, le=1000)] = Field(5, description="networks trained per source and architecture")
+    epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(1000)
+    batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(128)
     lr: Annotated[Float, Field(gt=0)] | None = Field(
         None,
         description="learning rate on distilled and random sets; default: the learned alpha (random: distill.alpha)",
@@ -242,9 +243,9 @@ class EvaluateConfig(_Section):
     decay: Annotated[Float, Field(gt=0, le=1)] = Field(
         0.1, description="factor on the learning rate at half of the epochs"
     )
-    full_epochs: Annotated[Int, Field(ge=1)] = Field(200, description="epochs on the whole long-tailed set")
+    full_epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(200, description="epochs on the whole long-tailed set")
     full_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="learning rate on the whole long-tailed set")
-    full_batch: Annotated[Int, Field(ge=1)] = Field(256)
+    full_batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(256)
     baselines: tuple[Baseline, ...] = Field(
         ("random", "full"),
         description="what `run` measures beside the distilled set: real images chosen at the same IPC, ways to train on the "
@@ -279,7 +280,7 @@ class Recipe(_Section):
         "unnamed", description="default run folder"
     )
     method: Method = Field("lad", description="a preset of distill.matching, distill.weighted_loss and distill.labels")
-    ipc: Annotated[Int, Field(ge=1)] = Field(10, description="synthetic images per class")
+    ipc: Annotated[Int, Field(ge=1, le=10_000)] = Field(10, description="synthetic images per class")
     seed: Annotated[Int, Field(ge=0)] = Field(0, description="of distillation and evaluation")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
