@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ import rich.progress
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
 from rich.text import Text
+
+from lad_dist.errors import RunDirError
 
 PLAIN_SECONDS = 10.0  # between two plain lines of one task
 MOST_ROWS = 20  # lines of workers that are shown at a time
@@ -59,14 +63,36 @@ Event = dict[str, Any]
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """The events of a run, oldest first; a line that a kill cut short is skipped."""
-    if not path.exists():
-        return
-    with path.open("rb") as lines:
-        for line in lines:
-            record = _event(line)
-            if record is not None:
-                yield record
+    """The events of a run, oldest first; a line that a kill cut short is skipped. Raises RunDirError for a file that is none."""
+    with _events_read(path):
+        try:
+            lines = _opened(path)
+        except FileNotFoundError:
+            return
+        with lines:
+            for line in lines:
+                record = _event(line)
+                if record is not None:
+                    yield record
+
+
+@contextmanager
+def _events_read(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunDirError(
+            f"{path}: cannot be read: {error.strerror or error}; valid: the file that a run appends its events to, or none"
+        ) from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """``events.jsonl``; a FIFO in its place is not waited for. Raises OSError."""
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 - the caller's
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is not a regular file")
+    return file
 
 
 class EventTail:
@@ -82,12 +108,16 @@ class EventTail:
         self._offset, self._before = 0, b""  # bytes read so far, and the last of them
 
     def read(self) -> tuple[bool, Iterator[Event]]:
-        """(whether the file is another one than last time, its new events). Take all events before the next call."""
-        try:
-            file = self.path.open("rb")
-        except FileNotFoundError:
-            other, self._offset, self._before = self._offset > 0, 0, b""
-            return other, iter(())
+        """(whether the file is another one than last time, its new events). Take all events before the next call.
+
+        Raises RunDirError where it is no file, or cannot be read.
+        """
+        with _events_read(self.path):
+            try:
+                file = _opened(self.path)
+            except FileNotFoundError:
+                other, self._offset, self._before = self._offset > 0, 0, b""
+                return other, iter(())
         file.seek(self._offset - len(self._before))
         other = file.read(len(self._before)) != self._before
         if other:
@@ -107,12 +137,54 @@ class EventTail:
                     yield record
 
 
+# What readers of events rely on. A field of another type counts as absent, an event without what identifies it as none.
+_WHOLE = frozenset({"iteration", "epoch", "expert", "seed"})
+_TEXT = frozenset({"stage", "source", "architecture", "name", "fingerprint", "gradient", "why"})
+_NUMBERS = frozenset({"time", "loss", "accuracy", "images_per_second", "alpha", "seconds",
+                      "overall", "head", "medium", "tail", "balanced", "ece"})  # fmt: skip
+_NUMBERS_OF_A_PHASE = ("loss_", "student_loss_", "cosine_", "norm_ratio_")
+_IDENTITY = {
+    "iteration": ("iteration",), "early-evaluation": ("iteration",), "distill-started": ("iteration",),
+    "expert-epoch": ("stage", "expert", "epoch"), "evaluated": ("source", "architecture", "seed"),
+    "stage-started": ("stage",), "stage-finished": ("stage",), "stage-stopped": ("stage",),
+}  # fmt: skip
+_LATEST = 2.0**33  # Unix seconds; calendars end somewhere
+
+
 def _event(line: bytes) -> Event | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and "kind" in record else None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    event = {name: value for name, value in record.items() if _fits(name, value)}
+    return event if all(name in event for name in _IDENTITY.get(event["kind"], ())) else None
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name in _WHOLE:
+        return type(value) is int and 0 <= value < 2**53
+    if name in _TEXT:
+        return isinstance(value, str)
+    if name == "time":
+        return _is_number(value) and 0 <= value < _LATEST
+    if name in _NUMBERS or name.startswith(_NUMBERS_OF_A_PHASE):
+        return value is None or _is_number(value)
+    if name in ("counts", "pixel_gradient_norm"):
+        return isinstance(value, list) and all(x is None or _is_number(x) for x in value)
+    if name == "peak_memory_bytes":
+        return isinstance(value, dict) and all(x is None or _is_number(x) for x in value.values())
+    if name == "alignment":
+        return isinstance(value, dict) and all(
+            isinstance(of, dict) and all(x is None or _is_number(x) for x in of.values()) for of in value.values()
+        )
+    return True
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) < 1e300  # not NaN either
 
 
 def _plain(value: Any) -> Any:

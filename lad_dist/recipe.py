@@ -16,6 +16,7 @@ Int = Annotated[int, Field(strict=True)]
 Bool = Annotated[bool, Field(strict=True)]
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
+MOST = 1_000_000  # of epochs, images, steps, ...: beyond what any experiment does, and below what would never end
 Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
 OPERATIONS: tuple[Operation, ...] = ("color", "crop", "cutout", "flip", "scale", "rotate")
 Architecture = Literal["convnet", "vgg11", "resnet18", "alexnet", "mlp", "vit"]
@@ -92,7 +93,7 @@ class DataConfig(_Section):
     n_max: Annotated[Int, Field(ge=1)] | None = Field(
         None, description="images of the largest class; default: size of the smallest class of the training pool"
     )
-    validation_per_class: Annotated[Int, Field(ge=0)] = Field(
+    validation_per_class: Annotated[Int, Field(ge=0, le=MOST)] = Field(
         0,
         description="images per class held out of the training pool, to choose settings on; a class of no more keeps one image",
     )
@@ -132,15 +133,15 @@ class AugmentConfig(_Section):
 class ExpertsConfig(_Section):
     """Both stages of the expert trajectories (stage 1: representation, stage 2: classifier)."""
 
-    count: Annotated[Int, Field(ge=1)] = Field(100, description="experts to train")
+    count: Annotated[Int, Field(ge=1, le=100_000)] = Field(100, description="experts to train")
     seed: Annotated[Int, Field(ge=0)] = Field(
         0,
         description="seed of all experts; not tied to the recipe's seed, so that "
         "several distillations share one buffer",
     )
-    epochs: Annotated[Int, Field(ge=1)] = Field(100, description="epochs of the representation stage")
-    classifier_epochs: Annotated[Int, Field(ge=1)] = Field(10, description="epochs of the classifier stage")
-    batch: Annotated[Int, Field(ge=1)] = Field(256, description="images per step")
+    epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(100, description="epochs of the representation stage")
+    classifier_epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(10, description="epochs of the classifier stage")
+    batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(256, description="images per step")
     lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="SGD learning rate, representation stage")
     classifier_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="SGD learning rate, classifier stage")
     weight_decay: Annotated[Float, Field(ge=0)] = Field(5e-3, description="representation stage")
@@ -149,8 +150,10 @@ class ExpertsConfig(_Section):
         0.01, description="GSAM perturbation radius; 0 trains with plain SGD"
     )
     gsam_alpha: Annotated[Float, Field(ge=0)] = Field(0.3, description="GSAM weight of the orthogonal component")
-    draws_per_class: Annotated[Int, Field(ge=1)] = Field(4, description="consecutive draws per class, classifier stage")
-    epochs_per_part: Annotated[Int, Field(ge=1)] = Field(
+    draws_per_class: Annotated[Int, Field(ge=1, le=MOST)] = Field(
+        4, description="consecutive draws per class, classifier stage"
+    )
+    epochs_per_part: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         5, description="epochs in one part file: what a crash can lose"
     )
 
@@ -158,12 +161,12 @@ class ExpertsConfig(_Section):
 class BufferConfig(_Section):
     """The trajectory buffer between experts and distillation."""
 
-    start_after: Annotated[Int, Field(ge=1)] | None = Field(
+    start_after: Annotated[Int, Field(ge=1, le=MOST)] | None = Field(
         None,
         description="experts that must be complete before distillation begins, which then uses new ones as they come; "
         "default: all, and a distillation depends on nothing but the recipe",
     )
-    cache_mb: Annotated[Int, Field(ge=1)] = Field(
+    cache_mb: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         128, description="MiB of decoded checkpoints that each distilling process keeps in host memory"
     )
 
@@ -171,7 +174,7 @@ class BufferConfig(_Section):
 class DistillConfig(_Section):
     """The synthetic set and how it is matched to the experts."""
 
-    iterations: Annotated[Int, Field(ge=1)] = Field(10_000, description="outer iterations")
+    iterations: Annotated[Int, Field(ge=1, le=100 * MOST)] = Field(10_000, description="outer iterations")
     matching: Literal["decoupled", "joint"] = Field(
         "decoupled",
         description="decoupled: a representation and a classifier phase; joint: one phase over all weights "
@@ -195,34 +198,36 @@ class DistillConfig(_Section):
         description="weight of the regression phase (FRePo, arXiv 2206.00719): ridge regression on the set's features must "
         "predict real images. A phase of weight 0 is left out",
     )
-    regression_batch: Annotated[Int, Field(ge=1)] = Field(
+    regression_batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         250, description="real images per iteration of the regression phase, every class equally often"
     )
     regression_ridge: Annotated[Float, Field(gt=0)] = Field(
         0.1, description="ridge of the regression, relative to the mean squared norm of the features"
     )
-    regression_epoch_max: Annotated[Int, Field(ge=1)] = Field(
+    regression_epoch_max: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         11, description="features are those of representation experts at epochs below this"
     )
     regression_targets: Literal["soft", "hard"] = Field(
         "soft",
         description="what the regression predicts: the mean soft labels of the classifier experts, or the classes",
     )
-    student_steps: Annotated[Int, Field(ge=1)] = Field(80, description="N, representation (or joint) phase")
-    student_steps_classifier: Annotated[Int, Field(ge=1)] = Field(80, description="N, classifier phase")
-    batch: Annotated[Int, Field(ge=1)] = Field(
+    student_steps: Annotated[Int, Field(ge=1, le=MOST)] = Field(80, description="N, representation (or joint) phase")
+    student_steps_classifier: Annotated[Int, Field(ge=1, le=MOST)] = Field(80, description="N, classifier phase")
+    batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         500, description="synthetic images per student step; the whole set if smaller"
     )
-    window_epochs: Annotated[Int, Field(ge=1)] = Field(2, description="M, epochs between theta_t and its target")
-    start_epoch_min: Annotated[Int, Field(ge=0)] = Field(0, description="first start epoch of a window")
-    start_epoch_max: Annotated[Int, Field(ge=1)] = Field(20, description="start epochs are below this")
-    start_epoch_max_first: Annotated[Int, Field(ge=1)] | None = Field(
+    window_epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(
+        2, description="M, epochs between theta_t and its target"
+    )
+    start_epoch_min: Annotated[Int, Field(ge=0, le=MOST)] = Field(0, description="first start epoch of a window")
+    start_epoch_max: Annotated[Int, Field(ge=1, le=MOST)] = Field(20, description="start epochs are below this")
+    start_epoch_max_first: Annotated[Int, Field(ge=1, le=MOST)] | None = Field(
         None, description="the upper bound at iteration 0, if it shall grow; default: no growth"
     )
-    start_epoch_growth: Annotated[Int, Field(ge=0)] = Field(
+    start_epoch_growth: Annotated[Int, Field(ge=0, le=MOST)] = Field(
         0, description="iterations over which the upper bound grows"
     )
-    classifier_start_epoch_max: Annotated[Int, Field(ge=1)] = Field(
+    classifier_start_epoch_max: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         1, description="classifier windows start below this epoch; 1: always at epoch 0"
     )
     optimizer: Literal["sgd", "adam"] = Field(
@@ -265,8 +270,10 @@ class DistillConfig(_Section):
     select: Literal["last", "validation", "test-as-published"] = Field(
         "last", description="which iteration's set is kept; test-as-published picks on the test set and says so"
     )
-    select_every: Annotated[Int, Field(ge=1)] = Field(500, description="iterations between the candidates of select")
-    checkpoint_every: Annotated[Int, Field(ge=1)] = Field(
+    select_every: Annotated[Int, Field(ge=1, le=MOST)] = Field(
+        500, description="iterations between the candidates of select"
+    )
+    checkpoint_every: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         100, description="iterations between checkpoints for resuming; there is one every minute, too"
     )
     precision: Literal["float32", "bfloat16"] = Field(
@@ -283,9 +290,9 @@ class DistillConfig(_Section):
 class EvaluateConfig(_Section):
     """How a network is trained on a set to measure what the set is worth."""
 
-    seeds: Annotated[Int, Field(ge=1)] = Field(5, description="networks trained per source and architecture")
-    epochs: Annotated[Int, Field(ge=1)] = Field(1000)
-    batch: Annotated[Int, Field(ge=1)] = Field(128)
+    seeds: Annotated[Int, Field(ge=1, le=1000)] = Field(5, description="networks trained per source and architecture")
+    epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(1000)
+    batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(128)
     lr: Annotated[Float, Field(gt=0)] | None = Field(
         None,
         description="learning rate on distilled and random sets; default: the learned alpha (random: distill.alpha)",
@@ -300,12 +307,12 @@ class EvaluateConfig(_Section):
         description="learning rates to choose from, for every source alike, by accuracy on data.validation_per_class; for the "
         "distilled set and its start also the learned alpha; default: lr and full_lr are taken as they are",
     )
-    tune_epochs: tuple[Annotated[Int, Field(ge=1)], ...] = Field(
+    tune_epochs: tuple[Annotated[Int, Field(ge=1, le=MOST)], ...] = Field(
         (), description="epochs to choose from in the same way (the whole set keeps full_epochs); default: epochs"
     )
-    full_epochs: Annotated[Int, Field(ge=1)] = Field(200, description="epochs on the whole long-tailed set")
+    full_epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(200, description="epochs on the whole long-tailed set")
     full_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="learning rate on the whole long-tailed set")
-    full_batch: Annotated[Int, Field(ge=1)] = Field(256)
+    full_batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(256)
     baselines: tuple[Baseline, ...] = Field(
         ("initial", "random-soft", "random", "full"),
         description="what `run` measures beside the distilled set: the set it started from (initial), real images chosen at the "
@@ -341,7 +348,7 @@ class Recipe(_Section):
         "unnamed", description="default run folder"
     )
     method: Method = Field("lad", description="a preset of distill.matching, distill.weighted_loss and distill.labels")
-    ipc: Annotated[Int, Field(ge=1)] = Field(10, description="synthetic images per class")
+    ipc: Annotated[Int, Field(ge=1, le=10_000)] = Field(10, description="synthetic images per class")
     seed: Annotated[Int, Field(ge=0)] = Field(0, description="of distillation and evaluation")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -466,7 +473,9 @@ def _cross_faults(recipe: Recipe) -> list[str]:
         )
     for field in ("tune_lr", "tune_epochs"):
         if getattr(recipe.evaluate, field) and recipe.data.validation_per_class == 0:
-            faults.append(f"evaluate.{field}: is chosen from on held-out images and needs data.validation_per_class above 0")
+            faults.append(
+                f"evaluate.{field}: is chosen from on held-out images and needs data.validation_per_class above 0"
+            )
     for field, value in (("evaluate.split", recipe.evaluate.split), ("distill.select", d.select)):
         if value == "validation" and recipe.data.validation_per_class == 0:
             faults.append(f"{field}: validation needs data.validation_per_class above 0")
@@ -476,7 +485,9 @@ def _cross_faults(recipe: Recipe) -> list[str]:
                 faults.append(
                     f"data.{field}: must name the {field} split's file for data.dataset {recipe.data.dataset}"
                 )
-    if recipe.data.test_fraction is not None and (recipe.data.dataset != "image-folder" or recipe.data.test is not None):
+    if recipe.data.test_fraction is not None and (
+        recipe.data.dataset != "image-folder" or recipe.data.test is not None
+    ):
         faults.append(
             "data.test_fraction: takes test images out of an image folder's training split; valid with data.dataset image-folder "
             "and without data.test"

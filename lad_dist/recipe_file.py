@@ -18,8 +18,49 @@ from lad_dist.recipe import METHODS, Recipe
 M = TypeVar("M", bound=BaseModel)
 
 
+_MOST_BYTES = 2**20  # of a recipe or profile
+_LONGEST_SHOWN = 100  # characters of a value in a message
+_DEEPEST, _MOST_ALIASES = 32, 32  # a few hundred bytes of nested aliases stand for more than any memory holds
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice and reads 1e-5 as a number (YAML 1.1 takes it for text)."""
+    """Safe YAML that refuses a key given twice, deep nesting and many aliases, and reads 1e-5 as a number (YAML 1.1 takes it
+    for text)."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = self._aliases = 0
+        self._open: list[str | None] = []  # anchors of the nodes that are being read
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As the base class does, within limits. Raises MarkedYAMLError beyond them."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: Any = event.start_mark
+        if isinstance(event, yaml.AliasEvent):
+            self._aliases += 1
+            if event.anchor in self._open:
+                raise yaml.MarkedYAMLError(problem=f"*{event.anchor} is within itself", problem_mark=mark)
+            if self._aliases > _MOST_ALIASES:
+                raise yaml.MarkedYAMLError(
+                    problem=f"more than {_MOST_ALIASES} aliases (*{event.anchor})", problem_mark=mark
+                )
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"nested more than {_DEEPEST} deep", problem_mark=mark)
+        self._open.append(None if isinstance(event, yaml.AliasEvent) else event.anchor)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+            self._open.pop()
+
+
+def _loaded(text: str) -> Any:
+    """What YAML says. Raises YAMLError, whatever is wrong with it."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except (ValueError, OverflowError, RecursionError) as error:  # a number or a date that Python cannot hold
+        raise yaml.YAMLError(str(error).partition(";")[0]) from error
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -45,7 +86,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """The mapping in ``text``. Raises RecipeError that names ``source``, the line and the fault."""
     try:
-        doc = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+        doc = _loaded(text)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{source}{line}: not valid YAML: {error.problem}") from None
@@ -61,7 +102,11 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
 def read_document(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises RecipeError where it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:  # which may be a pipe, but no device without an end
+            raw = file.read(_MOST_BYTES + 1)
+        if len(raw) > _MOST_BYTES:
+            raise RecipeError(f"{path}: has more than {_MOST_BYTES:,} bytes; valid: a recipe or profile")
+        text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "is not UTF-8 text"
         raise RecipeError(f"{path}: cannot be read: {reason}") from None
@@ -110,7 +155,7 @@ def apply_overrides(doc: dict[str, Any], overrides: Sequence[str]) -> tuple[dict
             faults.append(f"--set {item}: is not of the form field=value, for example distill.iterations=500")
             continue
         try:
-            value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+            value = _loaded(text)
         except yaml.YAMLError:
             faults.append(f"--set {item}: the value is not valid YAML")
             continue
@@ -157,7 +202,12 @@ def _fault_lines(model: type[BaseModel], detail: ErrorDetails, source: str, sour
             yield f"{owner}: {line.partition(': ')[2]}" if owner else f"{source}: {line}"
     else:
         message = detail["msg"][0].lower() + detail["msg"][1:]
-        yield f"{where}: {detail['input']!r}: {message.replace('input should', 'should')}"
+        yield f"{where}: {_brief(detail['input'])}: {message.replace('input should', 'should')}"
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:

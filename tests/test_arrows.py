@@ -27,6 +27,7 @@ SAME_LEVEL = {  # within a level, only these
     ("profile", "recipe"), ("rundir", "recipe"), ("rundir", "recipe_file"), ("rundir", "errors"), ("rundir", "location"),
     ("location", "errors"),
     ("results", "errors"), ("results", "rundir"), ("results", "recipe"), ("results", "seeds"), ("catalog", "errors"),
+    ("progress", "errors"),
     ("interrupts", "errors"), ("data", "recipe"), ("ranks", "errors"),
     ("models", "data"),  # torchvision, which one file of data/ imports
 }  # fmt: skip

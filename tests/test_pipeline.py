@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lad_dist.errors import DataError, RunDirError
+from lad_dist.errors import DataError, RecipeError, RunDirError
+from lad_dist.launch import local
 from lad_dist.pipeline import open_pipeline
 from lad_dist.profile import Profile
 from lad_dist.progress import read_events
@@ -150,3 +151,14 @@ def test_ranks_and_evaluations_share_a_folder(pipeline_of, other, monkeypatch):
         monkeypatch.setenv(name, value)
     with pipeline._alone("distill"):
         pass
+
+
+@pytest.mark.parametrize(("changes", "field"), [
+    ({"model": {"width": 4096}, "experts": {"count": 100_000}}, "experts.count"),
+    ({"ipc": 10_000, "distill": {"start_epoch_max": 1, "batch": 1_000_000}, "model": {"width": 4096, "depth": 1}}, "distill.batch"),
+])  # fmt: skip
+def test_what_this_machine_cannot_hold_is_refused_before_anything_is_written(tmp_path, folders, silent, changes, field):
+    recipe = Recipe.model_validate(recipe_of(folders).model_dump() | changes)
+    with pytest.raises(RecipeError, match=rf"{field}: .* GB"):
+        local.run(recipe, tmp_path / "run", Profile(device="cpu", fleet="off"), None, silent, [lambda p: p.all()])
+    assert not (tmp_path / "run").exists()

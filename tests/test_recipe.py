@@ -209,3 +209,49 @@ def test_an_empty_recipe_is_not_the_default_one(tmp_path, text):
 def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
     (tmp_path / "recipe.yaml").write_text("ipc: 3\n", encoding="utf-8-sig")
     assert recipe_file.load(tmp_path / "recipe.yaml").ipc == 3
+
+
+@pytest.mark.parametrize("field", ["ipc", "experts.count", "experts.epochs", "experts.classifier_epochs",
+                                   "experts.batch", "distill.student_steps", "evaluate.seeds", "evaluate.epochs",
+                                   "model.width", "model.depth"])  # fmt: skip
+@pytest.mark.parametrize("value", ["1000000000", "1e9", "1000000000000", "-1", "0", "true", "9" * 5000])
+def test_numbers_beyond_any_experiment_are_refused(field, value):
+    with pytest.raises(RecipeError) as raised:
+        recipe_file.from_document({}, [f"{field}={value}"])
+    assert f"--set {field}=" in str(raised.value) and len(raised.value.faults) == 1
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(("text", "said"), [
+    (BOMB, "more than 32 aliases"), ("a: " + "[" * 50_000, "nested more than 32 deep"),
+    ("a: " + "{b: " * 40 + "1" + "}" * 40, "nested more than 32 deep"), ("a: &x [*x]", r"\*x is within itself"),
+    ("a: &x {b: {c: *x}}", r"\*x is within itself"), ("a: 2001-99-99", "not valid YAML"), ("a: " + "9" * 5000, "not valid YAML"),
+    ("a: 1\n" * 300_000, "more than 1,048,576 bytes"),
+])  # fmt: skip
+def test_yaml_that_would_take_all_memory_or_crash_is_refused(tmp_path, text, said):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=said) as raised:
+        recipe_file.load(tmp_path / "recipe.yaml")
+    assert "recipe.yaml" in str(raised.value) and len(str(raised.value)) < 1000
+
+
+@pytest.mark.timeout(20)
+def test_a_device_is_no_recipe():
+    with pytest.raises(RecipeError, match="/dev/zero: has more than"):
+        recipe_file.load(Path("/dev/zero"))
+
+
+def test_a_few_aliases_are_fine(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("experts: {lr: &lr 0.02, classifier_lr: *lr}\n")
+    assert recipe_file.load(tmp_path / "recipe.yaml").experts.classifier_lr == 0.02
+
+
+def test_a_value_is_shown_in_brief():
+    with pytest.raises(RecipeError) as raised:
+        recipe_file.from_document({"ipc": ["x" * 80] * 1000})
+    assert len(str(raised.value)) < 300

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import math
 import os
 import pty
 import re
@@ -16,11 +18,17 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from lad_dist import progress, recipe_file, status
+from lad_dist.cli import app
 from lad_dist.errors import RunDirError
+from lad_dist.progress import read_events
+from lad_dist.report.page import write_report
+from lad_dist.rundir import RunDir
 from lad_dist.status import Follower, read_status
 from lad_dist.status.show import print_status
+from lad_dist.status.tensorboard import scalars
 from lad_dist.trajectories.schema import part_path
 
 ROOT = Path(__file__).parents[1]
@@ -387,3 +395,70 @@ def test_status_needs_neither_torch_nor_ray(run):
 def test_how_often_is_checked(run):
     process = start(str(run.root), "--watch", "--every", "0", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert b"0.1" in process.communicate(timeout=60)[1] and process.returncode == 2
+
+
+ODD = [None, True, -1, 10**400, 1e999, float("nan"), "text", [1, "x"], [[]], {"a": 1}, {"a": {"b": "c"}}, {}]
+KINDS = ["iteration", "expert-epoch", "early-evaluation", "evaluated", "distill-started", "data", "stage-started", "stage-finished",
+         "stage-stopped", "ray-started", "expert-started", "expert-failed", "initial-set", "precision", "candidate"]  # fmt: skip
+FIELDS = ["time", "kind", "iteration", "epoch", "expert", "seed", "stage", "source", "architecture", "loss", "accuracy", "alpha",
+          "seconds", "overall", "tail", "loss_representation", "cosine_classifier", "counts", "fingerprint", "alignment", "error",
+          "pixel_gradient_norm", "peak_memory_bytes", "windows", "gradient", "why", "experts", "images_per_second", "host",
+          "dashboard", "replayed_from", "name"]  # fmt: skip
+
+
+def test_odd_values_in_events_are_no_traceback_anywhere(run, tmp_path):
+    """Every field of every kind of event with every odd value: status, the report, and TensorBoard."""
+    whole = {"iteration": 3, "epoch": 2, "expert": 0, "seed": 0, "stage": "representation", "source": "distilled",
+             "architecture": "convnet", "counts": [5, 1], "alpha": 0.1, "loss_representation": 0.5, "seconds": 1.0,
+             "alignment": {"representation": {"cosine_head": 0.5}}, "pixel_gradient_norm": [1.0, 0.5]}  # fmt: skip
+    lines = [json.dumps({"time": 1.0, "kind": kind, **whole, field: odd}) for kind in KINDS for field in FIELDS for odd in ODD]
+    lines += ["[" * 100_000, "9" * 5000, "null", "[]", '"kind"', '{"kind": ["x"]}']
+    run.root.joinpath("events.jsonl").write_text("\n".join(lines) + "\n")
+    print_status(run.status(), Console(file=io.StringIO()))
+    recipe = recipe_file.load(run.root / "recipe.yaml")
+    write_report(recipe, RunDir(run.root))
+    assert (run.root / "report" / "index.html").exists()
+    for event in read_events(run.root / "events.jsonl"):
+        for tag, value, step in scalars(event):
+            assert isinstance(tag, str) and math.isfinite(value) and isinstance(step, int)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["folder", "fifo", "unreadable"])
+@pytest.mark.parametrize("verb", ["status", "report", "tensorboard"])
+def test_events_that_are_no_readable_file_are_one_error(run, monkeypatch, kind, verb):
+    file = run.root / "events.jsonl"
+    file.unlink(missing_ok=True)
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(file)
+    else:
+        file.touch()
+        real = os.open
+
+        def refused(path, *args, **fields):
+            if Path(path) == file:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *args, **fields)
+
+        monkeypatch.setattr(os, "open", refused)
+    if verb == "report":
+        with pytest.raises(RunDirError, match=r"events\.jsonl: cannot be read"):
+            write_report(recipe_file.load(run.root / "recipe.yaml"), RunDir(run.root))
+        return
+    done = CliRunner().invoke(app, [verb, str(run.root)])
+    assert done.exit_code == 4 and "events.jsonl: cannot be read" in done.output.replace("\n", " "), done.output
+
+
+def test_a_recipe_that_cannot_be_read_is_one_error(run, monkeypatch):
+    real = Path.open
+
+    def refused(self, *args, **fields):
+        if self.name == "recipe.yaml":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, *args, **fields)
+
+    monkeypatch.setattr(Path, "open", refused)
+    done = CliRunner().invoke(app, ["status", str(run.root)])
+    assert done.exit_code == 2 and "recipe.yaml: cannot be read: Permission denied" in done.output.replace("\n", " ")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import errno
+import io
 import json
+import os
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -80,3 +84,31 @@ def test_without_the_package_there_is_one_error(run, monkeypatch):
 def test_a_folder_that_is_no_run(tmp_path):
     done = CliRunner().invoke(app, ["tensorboard", str(tmp_path)])
     assert done.exit_code == 4 and "is not a run folder" in done.output
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("moment", ["open", "write", "flush"])
+def test_a_full_or_read_only_disk_is_one_error_and_no_hang(run, monkeypatch, moment):
+    real, code = Path.open, {"open": errno.EROFS, "write": errno.ENOSPC, "flush": errno.ENOSPC}[moment]
+
+    class Full(io.BytesIO):
+        def write(self, content):
+            if moment == "write":
+                raise OSError(code, os.strerror(code))
+            return super().write(content)
+
+        def flush(self):
+            if moment == "flush" and not self.closed:
+                raise OSError(code, os.strerror(code))
+
+    def opened(self, mode="r", *args, **fields):
+        if self.parent.name != "tensorboard" or "w" not in mode:
+            return real(self, mode, *args, **fields)
+        if moment == "open":
+            raise OSError(code, os.strerror(code), str(self))
+        return Full()
+
+    monkeypatch.setattr(Path, "open", opened)
+    done = CliRunner().invoke(app, ["tensorboard", str(run.root)])
+    assert done.exit_code == 8, done.output
+    assert os.strerror(code) in done.output and "cannot be written" in done.output.replace("\n", " ")

@@ -21,10 +21,16 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for. Raises typer.Exit with the error's exit code."""
-        from lad_dist.errors import LadDistError
+        from lad_dist.errors import LadDistError, StorageError
 
         try:
             return super().invoke(ctx)
+        except PermissionError as error:  # of a file that a verb only wanted to look at
+            if error.filename is None:
+                raise
+            refused = StorageError(f"{error.filename}: {error.strerror}; valid: a file or folder that you may use")
+            complain(refused)
+            raise typer.Exit(refused.exit_code) from None
         except LadDistError as error:
             complain(error)
             raise typer.Exit(error.exit_code) from None

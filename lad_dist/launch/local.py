@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 from lad_dist import allocator, ranks
 from lad_dist.errors import RecipeError, StorageError
 from lad_dist.interrupts import as_exceptions
-from lad_dist.location import is_uri
+from lad_dist.location import is_remote, is_uri
 from lad_dist.pipeline import Pipeline, open_pipeline
 from lad_dist.profile import Profile
 from lad_dist.progress import Events, Screen
@@ -46,6 +48,8 @@ def run(
         try:
             where = ranks.place()
             if where is None or where.rank == 0:
+                if not (out / "recipe.yaml").exists():
+                    _check_that_it_fits(recipe, out, profile, store, device)
                 pipeline = open_pipeline(recipe, out, profile, store, device, screen)
             else:  # rank 0 makes the folder, keeps the record and speaks
                 pipeline = Pipeline(recipe, _awaited(out, profile), profile, device, Screen.silent(), Events.nowhere())
@@ -58,6 +62,33 @@ def run(
                 "and the same command continues"
             ) from error
     return pipeline
+
+
+def _check_that_it_fits(
+    recipe: Recipe, out: Path, profile: Profile, store: Path | str | None, device: torch.device
+) -> None:
+    """Refuse a new run that all of this machine could not hold, before hours are spent and a folder is made.
+
+    What is merely in use at the moment does not count against it, as it does in ``lad-dist plan``.
+    Raises RecipeError, and DataError where the data cannot be used.
+    """
+    from lad_dist.plan.estimate import refuse_what_cannot_fit
+    from lad_dist.plan.facts import facts_of
+    from lad_dist.plan.place import place_of
+
+    place = place_of(profile, device)
+    place = dataclasses.replace(place, memory=max(place.memory, _total_memory(device)))
+    buffer = RunDir.whitening_to_come(out, recipe, store).parent
+    remote = store is not None and is_remote(store)
+    refuse_what_cannot_fit(recipe, facts_of(recipe.data), place, None if remote else buffer)
+
+
+def _total_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _awaited(out: Path, profile: Profile) -> RunDir:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lad_dist import cores
 from lad_dist.distill.memory import FREE_FRACTION
+from lad_dist.errors import RecipeError
 from lad_dist.plan import limits, memory
 from lad_dist.plan.facts import Facts
 from lad_dist.plan.memory import PATHS, Batches
@@ -92,6 +93,14 @@ class Plan:
 def shapes_of(recipe: Recipe, facts: Facts) -> Shapes:
     """The recipe's network on its data."""
     return Shapes(facts.channels, facts.size, facts.classes, recipe.model.width, recipe.model.depth)
+
+
+def refuse_what_cannot_fit(recipe: Recipe, facts: Facts, place: Place, buffer: Path | None) -> None:
+    """Raise RecipeError where the place's memory, or the disk of ``buffer``, is too small for the job."""
+    shapes = shapes_of(recipe, facts)
+    faults = limits.faults(recipe, facts, shapes, place, _disk(recipe, shapes, buffer))
+    if faults:
+        raise RecipeError(faults)
 
 
 def make_plan(

@@ -109,7 +109,7 @@ def read_history(events: Iterable[Event]) -> History:
         kind, when = event["kind"], event.get("time")
         if when is not None:
             h.began, h.ended = h.began if h.began is not None else when, when
-        if kind == "data":
+        if kind == "data" and "counts" in event and None not in event["counts"]:
             h.data = event
         elif kind == "iteration":
             h.iterations[event["iteration"]] = event

@@ -236,7 +236,9 @@ def _costs(found: Contents) -> dict[str, Any]:
         "device": any(c.device_bytes is not None for c in stages),
         "stopped": [c for c in stages if c.last_error],
         "shared": found.distilled is not None and not found.history.expert_epochs,
-        "path": f"Gradient path {started['gradient']}: {started['why']}." if started else None,
+        "path": f"Gradient path {started['gradient']}: {started['why']}."
+        if started and "gradient" in started and "why" in started
+        else None,
     }
 
 
@@ -249,7 +251,7 @@ def _facts(found: Contents) -> list[tuple[str, str]]:
         ("Job", r.name),
         ("Recipe hash", r.recipe_hash()),
         ("Experts hash", r.experts_hash()),
-        ("Data fingerprint", meta.data_fingerprint if meta else data["fingerprint"] if data else ""),
+        ("Data fingerprint", meta.data_fingerprint if meta else data.get("fingerprint", "") if data else ""),
         ("Seeds", f"{r.seed} (distillation and evaluation), {r.experts.seed} (experts)"),
         ("Iteration of the set", _iteration(found)),
         ("Learned alpha", f"{meta.lr:.6g}" if meta else ""),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lad_dist.errors import RunDirError
+from lad_dist.errors import RunDirError, StorageError
 from lad_dist.progress import Event, EventTail
-from lad_dist.rundir import RunDir
+from lad_dist.rundir import RunDir, host_name
 from lad_dist.status.read import Follower
 
 _PHASES = ("representation", "classifier", "joint")
@@ -25,15 +27,18 @@ def write(folder: Path, every: float | None, say: Callable[[str], None]) -> Path
 
     Raises:
         RunDirError: ``folder`` is no run folder, or the package tensorboard is not installed.
+        StorageError: the file system refuses a write.
     """
     run = RunDir.existing(folder)
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import tensorboard.summary.writer.record_writer  # noqa: F401 - as _Writer does, before anything is removed
     except ImportError as error:
         raise RunDirError(
             f"tensorboard: cannot be imported ({error}); pip install tensorboard, or look at `lad-dist status {folder}`"
         ) from error
-    tail, follower, writer, count = EventTail(run.events), Follower(folder), None, 0
+    tail, follower = EventTail(run.events), Follower(folder)
+    writer: _Writer | None = None
+    count = 0
     try:
         while True:
             done = follower.read().finished  # before the events: the last ones are then among them
@@ -42,20 +47,55 @@ def write(folder: Path, every: float | None, say: Callable[[str], None]) -> Path
                 if writer is not None:
                     writer.close()
                 shutil.rmtree(run.tensorboard, ignore_errors=True)
-                writer, count = SummaryWriter(str(run.tensorboard)), 0
+                writer, count = _Writer(run.tensorboard), 0
                 say(f"tensorboard --logdir {run.tensorboard}")
             for event in events:
                 for tag, value, step in scalars(event):
-                    writer.add_scalar(tag, value, step, walltime=event["time"])
+                    writer.add(tag, value, step, event.get("time", 0.0))
                     count += 1
             writer.flush()
             if every is None or done:
                 say(f"{count} scalars written")
                 return run.tensorboard
             time.sleep(every)
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or run.tensorboard}: cannot be written: {error.strerror or error}; free some space, or look at "
+            f"`lad-dist status {folder}`"
+        ) from error
     finally:
         if writer is not None:
-            writer.close()
+            with contextlib.suppress(OSError):  # said already; what was buffered is lost with the disk's room
+                writer.close()
+
+
+class _Writer:
+    """A file that TensorBoard reads, written by this thread: what the file system refuses is raised here (OSError), where
+    ``SummaryWriter`` loses it in a thread of its own and then waits for that thread for ever."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        self._file = (folder / f"events.out.tfevents.{now:.0f}.{host_name()}.{os.getpid()}.0").open("wb")
+        self._records = RecordWriter(self._file)
+        self._records.write(self._event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+
+    def add(self, tag: str, value: float, step: int, when: float) -> None:
+        """One scalar."""
+        summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=value)])
+        self._records.write(self._event(wall_time=when, step=step, summary=summary).SerializeToString())
+
+    def flush(self) -> None:
+        """Let readers see what was written."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """End the file."""
+        self._file.close()
 
 
 def scalars(event: Event) -> Iterator[tuple[str, float, int]]:
