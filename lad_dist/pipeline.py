@@ -229,11 +229,21 @@ class Pipeline:
             time.sleep(0.1)
 
     def report(self) -> None:
-        """Tables, pictures and the page."""
+        """Tables, pictures and the page, of the run's own recipe: what is asked of a run beside it changes no page."""
+        from lad_dist import recipe_file
         from lad_dist.report.page import write_report
 
         with self._stage("report"):
-            write_report(self.recipe, self.run)
+            write_report(recipe_file.load(self.run.recipe), self.run)
+
+    def refresh_report(self) -> None:
+        """Write the page again where there is one; among ranks that a launcher has started, rank 0 does."""
+        from lad_dist import ranks
+        from lad_dist.report.page import INDEX
+
+        where = ranks.place()
+        if (where is None or where.rank == 0) and (self.run.report / INDEX).exists():
+            self.report()
 
     @property
     def data(self) -> PreparedData:
@@ -388,8 +398,14 @@ class _Stage:
 
 
 def open_pipeline(
-    recipe: Recipe, out: Path, profile: Profile, buffers: Path | str | None, device: torch.device, screen: Screen
+    recipe: Recipe,
+    out: Path,
+    profile: Profile,
+    buffers: Path | str | None,
+    device: torch.device,
+    screen: Screen,
+    keep_recipe: bool = False,
 ) -> Pipeline:
-    """The pipeline of a recipe in the run folder ``out``, which is made if need be."""
-    run = RunDir.open(out, recipe, buffers)
+    """The pipeline of a recipe in the run folder ``out``, which is made if need be; ``keep_recipe``: see ``RunDir.open``."""
+    run = RunDir.open(out, recipe, buffers, keep_recipe)
     return Pipeline(recipe, run, profile, device, screen, Events(run.events))
