@@ -241,11 +241,21 @@ class Pipeline:
             time.sleep(0.1)
 
     def report(self) -> None:
-        """Tables, pictures and the page."""
+        """Tables, pictures and the page, of the run's own recipe: what is asked of a run beside it changes no page."""
+        from lad_dist import recipe_file
         from lad_dist.report.page import write_report
 
         with self._stage("report"):
-            write_report(self.recipe, self.run)
+            write_report(recipe_file.load(self.run.recipe), self.run)
+
+    def refresh_report(self) -> None:
+        """Write the page again where there is one; among ranks that a launcher has started, rank 0 does."""
+        from lad_dist import ranks
+        from lad_dist.report.page import INDEX
+
+        where = ranks.place()
+        if (where is None or where.rank == 0) and (self.run.report / INDEX).exists():
+            self.report()
 
     @property
     def data(self) -> PreparedData:
@@ -462,9 +472,15 @@ class _Stage:
 
 
 def open_pipeline(
-    recipe: Recipe, out: Path, profile: Profile, buffers: Path | str | None, device: torch.device, screen: Screen
+    recipe: Recipe,
+    out: Path,
+    profile: Profile,
+    buffers: Path | str | None,
+    device: torch.device,
+    screen: Screen,
+    keep_recipe: bool = False,
 ) -> Pipeline:
-    """The pipeline of a recipe in the run folder ``out``.
+    """The pipeline of a recipe in the run folder ``out``; ``keep_recipe``: see ``RunDir.open``.
 
     Where there is no such folder, the data are loaded first, so that nothing is written for data that are refused: the
     corrected recipe finds the folder free. Raises DataError, RunDirError, and what ``RunDir.open`` raises.
@@ -475,7 +491,7 @@ def open_pipeline(
 
         RunDir.check_free(out)
         accepted = accept(recipe, RunDir.whitening_to_come(out, recipe, buffers), device)
-    run = RunDir.open(out, recipe, buffers)
+    run = RunDir.open(out, recipe, buffers, keep_recipe)
     if accepted is not None:
         accepted.keep_whitening(run.whitening)
     return Pipeline(recipe, run, profile, device, screen, Events(run.events), _accepted=accepted)

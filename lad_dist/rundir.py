@@ -143,12 +143,16 @@ class RunDir:
         return self.root / "slurm" / "logs"
 
     @classmethod
-    def open(cls, root: Path, recipe: Recipe, buffers: Path | str | None = None) -> RunDir:
+    def open(
+        cls, root: Path, recipe: Recipe, buffers: Path | str | None = None, keep_recipe: bool = False
+    ) -> RunDir:
         """The folder of ``recipe``'s run, made if need be.
 
         Raises RunDirError where the folder cannot be written, or holds another recipe's run (naming the fields that
         differ). With ``buffers``, the run uses that store's buffer for this recipe's experts, or that of a run folder:
         ``trajectories`` becomes a link to it, or its URI where it has one. Without, a run keeps the buffer that it has.
+        Fields that may differ are written into the run's recipe, unless ``keep_recipe``: measuring a run in another way does
+        not change what the run is.
         """
         from lad_dist import recipe_file
 
@@ -171,7 +175,7 @@ class RunDir:
             elif strange:
                 raise _not_a_run(root)
             text = recipe_file.dump(recipe, header="The resolved recipe of this run, every field spelled out.")
-            if not run.recipe.exists() or run.recipe.read_text(encoding="utf-8") != text:
+            if not run.recipe.exists() or (not keep_recipe and run.recipe.read_text(encoding="utf-8") != text):
                 with run.publish(run.recipe) as temporary:
                     temporary.write_text(text, encoding="utf-8")
             run._place_buffer(recipe, buffers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,43 +88,50 @@ def evaluate(
     seeds: Annotated[int | None, typer.Option(min=1, help="Networks to train per source and architecture.")] = None,
     ranks: RanksOption = None,
 ) -> None:
-    """Measure what networks learn from the distilled set, from chosen real images, or from the whole training set."""
+    """Measure what networks learn from the distilled set, from chosen real images, or from the whole training set.
+
+    The run's own recipe stays as it is, whatever is asked here; its report is written again, if it has one.
+    """
     sources = [b.value for b in baseline] if baseline else ["distilled"]
     more = [] if arch is None else [f"evaluate.architectures=[{arch}]"]
     more += [] if seeds is None else [f"evaluate.seeds={seeds}"]
-    _print_results(_execute(asked, [_evaluation(source) for source in dict.fromkeys(sources)], more, ranks=ranks))
+    in_this_way = asked.recipe(more)
 
+    def measured(pipeline: Pipeline) -> None:
+        asking = dataclasses.replace(pipeline, recipe=in_this_way)
+        for source in dict.fromkeys(sources):
+            asking.evaluate(source)
+        pipeline.refresh_report()
 
-def _evaluation(source: str) -> Callable[[Pipeline], None]:
-    return lambda pipeline: pipeline.evaluate(source)
+    _print_results(_execute(asked, [measured], keep_recipe=True, ranks=ranks))
 
 
 def report(asked: JobOptions) -> None:
     """Write the tables, pictures and the page of a run."""
-    _say_where(_execute(asked, [lambda p: p.report()]))
+    _say_where(_execute(asked, [lambda p: p.report()], keep_recipe=True))
 
 
 def _execute(
     asked: JobOptions,
     stages: Sequence[Callable[[Pipeline], None]],
-    more: Sequence[str] = (),
     on_slurm: Sequence[str] = (),
     wait: bool = False,
+    keep_recipe: bool = False,
     **overrides: object,
 ) -> Pipeline:
     """Run stages of the job as the profile says, with ``overrides`` of its fields that are not None.
 
-    ``more`` are fields of the recipe beside ``--set``'s; ``on_slurm`` are the stages that are submitted instead, and then
-    the command ends here, where the profile says SLURM.
+    ``on_slurm`` are the stages that are submitted instead, and then the command ends here, where the profile says SLURM.
+    ``keep_recipe``: leave the recipe of a run that is there as it is.
     """
     from lad_dist.launch import local
     from lad_dist.progress import Screen
 
-    recipe, profile = asked.recipe(more), asked.profile(**overrides)
+    recipe, profile = asked.recipe(), asked.profile(**overrides)
     if profile.launcher == "slurm":
         cluster.submit(asked, recipe, profile, on_slurm, wait)
         raise typer.Exit
-    return local.run(recipe, asked.folder(recipe), profile, asked.buffers, Screen(terminal.stdout()), stages)
+    return local.run(recipe, asked.folder(recipe), profile, asked.buffers, Screen(terminal.stdout()), stages, keep_recipe)
 
 
 def _print_results(pipeline: Pipeline) -> None:

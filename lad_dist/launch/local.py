@@ -34,10 +34,12 @@ def run(
     buffers: Path | str | None,
     screen: Screen,
     stages: Sequence[Callable[[Pipeline], None]],
+    keep_recipe: bool = False,
 ) -> Pipeline:
     """Run stages of a job one after the other, as the profile says. Ctrl-C and SIGTERM raise Interrupted.
 
-    ``buffers`` is the folder or the URI below which trajectory buffers lie; default: the profile's.
+    ``buffers`` is the folder or the URI below which trajectory buffers lie; default: the profile's. ``keep_recipe``: leave the
+    recipe of a run that is there as it is.
 
     Raises:
         LadDistError: whatever a stage raises; an interruption outside a stage too.
@@ -50,7 +52,7 @@ def run(
             if where is None or where.rank == 0:
                 if not (out / "recipe.yaml").exists():
                     _check_that_it_fits(recipe, out, profile, store, device)
-                pipeline = open_pipeline(recipe, out, profile, store, device, screen)
+                pipeline = open_pipeline(recipe, out, profile, store, device, screen, keep_recipe)
             else:  # rank 0 makes the folder, keeps the record and speaks
                 pipeline = Pipeline(recipe, _awaited(out, profile), profile, device, Screen.silent(), Events.nowhere())
             with closing(pipeline.events):  # closing writes too, and may find the disk full

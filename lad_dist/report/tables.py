@@ -111,17 +111,25 @@ def trained(row: Row) -> str:
     return ", ".join([*known, *([f"{of['lr']:.3g}"] if of.get("lr") is not None else [])])
 
 
+def trained_unlike(rows: Iterable[Row]) -> bool:
+    """Whether small sets were trained on for different epochs or with different learning rates, which a table must then show."""
+    return len({trained(row) for row in rows if not str(row["source"]).startswith("full")}) > 1
+
+
 def protocol_notes(rows: Iterable[Row]) -> list[str]:
     """How the networks were trained: where the learning rates come from, and every setting in which a source differs from the
     first one without that being what the source is (augmentation of ...-plain, all of the whole set)."""
     notes, rules = [], dict[str, list[str]]()
+    schedules: dict[str, set[str]] = {"small": set(), "whole": set()}
     first: Row | None = None
     for row in (members[0] for members in by_way(rows).values()):  # type: ignore[arg-type]
         title = source_title(row) if row["architecture"] == "convnet" else f"{source_title(row)}, {row['architecture']}"
         rule = rules.setdefault(str(row["lr_rule"]), []) if row.get("lr_rule") else []
         if title not in rule:
             rule.append(title)
-        if str(row["source"]).startswith("full"):
+        whole = str(row["source"]).startswith("full")
+        schedules["whole" if whole else "small"] |= {trained(row)} - {""}
+        if whole:
             continue
         first = first or row
         own, reference = (_comparable_settings(r) for r in (row, first))
@@ -132,7 +140,10 @@ def protocol_notes(rows: Iterable[Row]) -> list[str]:
             told = ", ".join(f"{k} {own[k]} (there {reference[k]})" for k in changed)
             notes.append(f"Another protocol than {source_title(first)}: {title}: {told}.")
     said = [f"{rule}: {', '.join(titles)}" for rule, titles in rules.items()]
-    return [*([f"Learning rates. {'; '.join(said)}."] if said else []), *notes]
+    if len(schedules["small"]) < 2:
+        spans = [f"{', '.join(sorted(of))}{' (whole set)' * (kind == 'whole')}" for kind, of in schedules.items() if of]
+        said.insert(0, f"epochs, rate {'; '.join(spans)}")
+    return [*([f"Schedules. {'; '.join(said)}."] if said else []), *notes]
 
 
 def _comparable_settings(row: Row) -> dict[str, str]:
@@ -178,9 +189,9 @@ def gain_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 def gain_notes(rows: Sequence[Row]) -> list[str]:
     """``gain_lines`` as sentences, for a terminal."""
     return [
-        f"what distilling added to {reference[0].lower()}{reference[1:]}"
+        f"distilled over {reference[0].lower()}{reference[1:]}"
         f"{'' if architecture == 'convnet' else f', {architecture}'}: {overall} overall, {tail} tail "
-        f"(points, mean and standard error of {pairs} paired network{'s' * (pairs != '1')})"
+        f"(points, mean ± standard error of {pairs} paired network{'s' * (pairs != '1')})"
         for reference, architecture, overall, tail, pairs in gain_lines(rows)
     ]
 

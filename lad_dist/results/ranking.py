@@ -11,8 +11,10 @@ Source: Li et al., "DD-Ranking: Rethinking the Evaluation of Dataset Distillatio
 
 Under a long tail, here: *real* is the whole long-tailed training set with hard labels (source ``full``), not the balanced set
 that it was cut from, because that is all the data there is. *Random* are IPC images of every class drawn from the long-tailed
-set, balanced as the distilled set is, a class with fewer images giving them repeatedly (source ``random``). *Synthetic hard* are
-the distilled images with their class as label (source ``distilled-hard``). Accuracy is on the test set; where that is balanced,
+set, balanced as the distilled set is, a class with fewer images giving them repeatedly, and with a teacher's soft labels as
+DD-Ranking's have (source ``random-soft``: mean logits of the experts; ``random-soft-plain`` without augmentation). DD-Ranking
+searches the learning rate of random images; here ``evaluate.tune_lr`` does, for all sources alike. *Synthetic hard* are the
+distilled images with their class as label (source ``distilled-hard``). Accuracy is on the test set; where that is balanced,
 overall accuracy is balanced accuracy, so that head classes count no more than others. A high-IPC set may surpass the real set,
 whose networks see a tail: HLR is then negative, and counts in favour.
 """
@@ -23,6 +25,8 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from lad_dist.results import of_one_way
 
 
 def label_robust_score(
@@ -48,17 +52,18 @@ def augmentation_robust_score(
 def scores(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """By architecture LRS and ARS from a run's rows (means of overall accuracy over seeds), each where its networks are there.
 
-    LRS needs the sources full, distilled-hard, distilled, random; ARS distilled, random, distilled-plain, random-plain.
+    LRS needs the sources full, distilled-hard, distilled, random-soft; ARS distilled, random-soft, distilled-plain,
+    random-soft-plain. Of a source that was measured in several ways, the way of most of its rows counts.
     """
     by: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
+    for row in of_one_way(rows):  # type: ignore[arg-type]
         by.setdefault((row["architecture"], row["source"]), []).append(row["overall"])
     means = {key: statistics.fmean(values) for key, values in by.items()}
     found: dict[str, dict[str, float]] = {}
     for architecture in dict.fromkeys(name for name, _ in means):
         of = {source: mean for (name, source), mean in means.items() if name == architecture}
-        lrs = [of.get(s) for s in ("full", "distilled-hard", "distilled", "random")]
-        ars = [of.get(s) for s in ("distilled", "random", "distilled-plain", "random-plain")]
+        lrs = [of.get(s) for s in ("full", "distilled-hard", "distilled", "random-soft")]
+        ars = [of.get(s) for s in ("distilled", "random-soft", "distilled-plain", "random-soft-plain")]
         mine = {}
         if None not in lrs:
             mine["LRS"] = label_robust_score(*(x for x in lrs if x is not None))

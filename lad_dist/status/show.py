@@ -83,9 +83,12 @@ def results_table(rows: Sequence[results.Row]) -> Table:
     for figure in tables.FIGURES:
         table.add_column(f"{figure} %", justify="right")
     table.add_column("seeds", justify="right")
-    table.add_column("epochs, lr", justify="right")
+    unlike = tables.trained_unlike(rows)
+    if unlike:
+        table.add_column("epochs, lr", justify="right")
     for line in lines:
-        table.add_row(line.source, *([line.architecture] if many else []), *line.figures, line.seeds, line.trained)
+        more = [line.trained] if unlike else []
+        table.add_row(line.source, *([line.architecture] if many else []), *line.figures, line.seeds, *more)
     return table
 
 
@@ -102,7 +105,7 @@ def results_notes(rows: Sequence[results.Row]) -> Iterator[str]:
     yield from tables.gain_notes(rows)
     for architecture, found in ranking.scores(rows).items():
         figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-        yield f"DD-Ranking, {architecture}: {figures}; real is the whole long-tailed set (arXiv 2505.13300)"
+        yield f"DD-Ranking, {architecture}: {figures}; real is the whole long-tailed set, random has soft labels (arXiv 2505.13300)"
 
 
 def compare_table(runs: Sequence[Path]) -> Table:
@@ -117,8 +120,8 @@ def compare_table(runs: Sequence[Path]) -> Table:
     table = Table("run", "set", box=box.SIMPLE, padding=(0, 1, 0, 0), title="accuracy in percent")
     for heading in (*tables.FIGURES, "IPC", "seeds"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("epochs, lr", justify="right")
     shown: set[tuple[object, ...]] = set()
+    lines, every = [], list[results.Row]()
     for folder in runs:
         run = RunDir.existing(folder)
         if run.distilled.exists():
@@ -133,7 +136,12 @@ def compare_table(runs: Sequence[Path]) -> Table:
                 continue
             shown.add(key)
             ipc = "" if members[0].get("ipc") is None else str(members[0]["ipc"])
-            table.add_row(folder.name, _short(members[0]), *line.figures, ipc, line.seeds, line.trained)
+            lines.append((folder.name, _short(members[0]), *line.figures, ipc, line.seeds, line.trained))
+            every += members
+    if tables.trained_unlike(every):
+        table.add_column("epochs, lr", justify="right")
+    for cells in lines:
+        table.add_row(*cells[: len(table.columns)])
     return table
 
 

@@ -113,11 +113,12 @@ def test_scores_of_a_run_need_the_networks_that_they_compare():
     def row(source, overall, architecture="convnet"):
         return {"source": source, "architecture": architecture, "overall": overall}
 
-    rows = [row("distilled", 0.6), row("distilled", 0.8), row("random", 0.5), row("full", 0.9), row("full", 0.9, "mlp")]
-    assert scores(rows) == {}
+    rows = [row("distilled", 0.6), row("distilled", 0.8), row("random", 0.3), row("full", 0.9), row("full", 0.9, "mlp")]
     rows.append(row("distilled-hard", 0.6))
+    assert scores(rows) == {}  # random images with hard labels are not DD-Ranking's
+    rows.append(row("random-soft", 0.5))
     assert scores(rows) == {"convnet": {"LRS": pytest.approx(label_robust_score(0.9, 0.6, 0.7, 0.5))}}
-    rows += [row("distilled-plain", 0.4), row("random-plain", 0.3)]
+    rows += [row("distilled-plain", 0.4), row("random-plain", 0.2), row("random-soft-plain", 0.3)]
     assert scores(rows)["convnet"]["ARS"] == pytest.approx(augmentation_robust_score(0.7, 0.5, 0.4, 0.3))
 
 
@@ -125,13 +126,13 @@ def test_a_run_prints_its_scores_and_trains_plain_sets_without_augmentation(pipe
     from lad_dist import results
     from lad_dist.status.show import results_notes
 
-    wanted = ["distilled-hard", "distilled-plain", "random", "random-plain", "full"]
+    wanted = ["distilled-hard", "distilled-plain", "random-soft", "random-soft-plain", "full"]
     pipeline = pipeline_of("scored", evaluate={"seeds": 1, "baselines": wanted})
     pipeline.all()
     rows = {row["source"]: row for row in results.read(pipeline.run.results)}
     assert rows["distilled-plain"]["settings"]["augment"]["operations"] == []
     assert rows["distilled"]["settings"]["augment"]["operations"] != []
-    for plain in ("distilled-plain", "random-plain"):
+    for plain in ("distilled-plain", "random-soft-plain"):
         same = rows[plain.removesuffix("-plain")]
         assert rows[plain]["set_id"] == same["set_id"] and rows[plain]["settings"]["lr"] == same["settings"]["lr"]
     (note,) = [n for n in results_notes(list(rows.values())) if n.startswith("DD-Ranking")]

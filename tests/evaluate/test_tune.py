@@ -168,8 +168,8 @@ def test_the_choice_is_shown(tuned, capsys):
     status = read_status(pipeline.run.root)
     print_results(status.rows, Console(width=160))
     told = capsys.readouterr().out
-    assert f"{row['settings']['epochs']}, {row['settings']['lr']:.3g}" in told
-    assert "Learning rates. chosen on validation images: Random real." in told
+    schedule = f"{row['settings']['epochs']}, {row['settings']['lr']:.3g}"
+    assert f"Schedules. epochs, rate {schedule}; chosen on validation images: Random real." in told
     assert [s.state for s in status.stages if s.name == "tune random"] == ["done"]
 
 

@@ -64,6 +64,6 @@ def test_from_lists_to_a_report(tmp_path, silent, job, names):
     distilled = DistilledSet.load(tmp_path / "run")
     assert distilled.meta.counts == COUNTS and distilled.images.shape == (2 * len(COUNTS), 3, 16, 16)
     rows = json.loads((tmp_path / "run/evaluation/results.json").read_text())["rows"]
-    assert {row["source"] for row in rows} == {"distilled", "random", "full"}
+    assert {row["source"] for row in rows} == {"distilled", "initial", "random-soft", "random", "full"}
     assert all(row["imbalance_factor"] is None and row["counts"] == list(COUNTS) for row in rows)
     assert "natural imbalance" in (tmp_path / "run/report/index.html").read_text()

@@ -24,7 +24,7 @@ def test_what_a_run_leaves(finished, look):
         "checkpoints", "claims", "distilled", "evaluation", "events.jsonl", "recipe.yaml", "report", "trajectories"]  # fmt: skip
     rows = json.loads((finished / "evaluation/results.json").read_text())["rows"]
     assert [(r["source"], r["architecture"], r["seed"]) for r in rows] == [
-        ("distilled", "convnet", 0), ("random", "convnet", 0), ("full", "convnet", 0)]  # fmt: skip
+        (source, "convnet", 0) for source in ("distilled", "initial", "random-soft", "random", "full")]  # fmt: skip
     for row in rows:
         assert {"overall", "head", "medium", "tail", "selection"} <= set(row) and len(row["per_class"]) == 10
         assert 0 <= row["overall"] <= 1
@@ -39,7 +39,8 @@ def test_the_saved_recipe_reloads_equal(lad, job, finished):
 
 def test_run_ends_with_the_table_and_where_the_report_is(lad, finished):
     shown = lad("run", finished).succeeds().out
-    for part in ("Distilled (LAD)", "Random real", "Whole long-tailed set", "overall %", "tail %", "test split",
+    for part in ("Distilled (LAD)", "Starting set", "distilled added ", "Random real",
+                 "Whole long-tailed set", "overall %", "tail %", "test split",
                  "last iteration", f"report: {finished}/report/index.html"):  # fmt: skip
         assert part in shown
     assert shown.strip().endswith("index.html")
