@@ -1,5 +1,5 @@
-"""The demo: LAD with feature regression on digits-LT, IPC 2, beside DATM, the sets both started from, random real images with soft and hard labels, and the
-whole long-tailed set, from one buffer of experts.
+"""The demo: LAD with feature regression on digits-LT, IPC 2, beside DATM, the sets both started from, random real images
+with soft and hard labels, and the whole long-tailed set, from one buffer of experts.
 
 python benchmarks/demo.py [--out runs/demo]
 """

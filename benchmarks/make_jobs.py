@@ -1,6 +1,7 @@
 """Write jobs/*.yaml for every cell of the published tables and beyond them: ``python benchmarks/make_jobs.py [FOLDER]``.
 
-Beyond: imbalance factors up to 1000 on CIFAR-10-LT and Fashion-MNIST-LT (whose jobs/fashion-mnist-lt-matching.yaml is written by hand and
+Beyond: imbalance factors up to 1000 on CIFAR-10-LT and Fashion-MNIST-LT (whose
+jobs/fashion-mnist-lt-matching.yaml is written by hand and
 read here), ImageNet-LT and Places-LT.
 
 Results: Zhao et al., "Distilling Long-tailed Datasets", arXiv 2408.14506. Settings: the authors' configurations,
