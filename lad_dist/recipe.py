@@ -40,6 +40,7 @@ Method = Literal["lad", "lad-fr", "datm", "mtt", "lad-without-wma", "lad-without
 PhaseName = Literal["representation", "classifier", "regression"]
 
 # What each method means, as fields of `distill`. A recipe may still set any of them itself.
+# lad-fr: LAD's experts and labels with feature regression instead of matching.
 METHODS: dict[str, dict[str, Any]] = {
     "lad": {"matching": "decoupled", "weighted_loss": True, "labels": "soft"},
     "lad-fr": {
@@ -347,7 +348,10 @@ class Recipe(_Section):
     name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         "unnamed", description="default run folder"
     )
-    method: Method = Field("lad", description="a preset of distill.matching, distill.weighted_loss and distill.labels")
+    method: Method = Field(
+        "lad",
+        description="a preset of distill.matching, distill.weighted_loss, distill.labels and, lad-fr, of the phases' weights",
+    )
     ipc: Annotated[Int, Field(ge=1, le=10_000)] = Field(10, description="synthetic images per class")
     seed: Annotated[Int, Field(ge=0)] = Field(0, description="of distillation and evaluation")
     data: DataConfig = DataConfig()
