@@ -16,6 +16,7 @@ Int = Annotated[int, Field(strict=True)]
 Bool = Annotated[bool, Field(strict=True)]
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
+_REGRESSION_EPOCHS = 11
 MOST = 1_000_000  # of epochs, images, steps, ...: beyond what any experiment does, and below what would never end
 Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
 OPERATIONS: tuple[Operation, ...] = ("color", "crop", "cutout", "flip", "scale", "rotate")
@@ -205,8 +206,10 @@ class DistillConfig(_Section):
     regression_ridge: Annotated[Float, Field(gt=0)] = Field(
         0.1, description="ridge of the regression, relative to the mean squared norm of the features"
     )
-    regression_epoch_max: Annotated[Int, Field(ge=1, le=MOST)] = Field(
-        11, description="features are those of representation experts at epochs below this"
+    regression_epoch_max: Annotated[Int, Field(ge=1, le=MOST)] | None = Field(
+        None,
+        description="features are those of representation experts at epochs below this; default: 11, or all epochs where "
+        "experts have fewer",
     )
     regression_targets: Literal["soft", "hard"] = Field(
         "soft",
@@ -395,6 +398,12 @@ class Recipe(_Section):
             found.append("classifier")
         return (*found, "regression") if d.lambda_regression > 0 else tuple(found)
 
+    @property
+    def regression_epochs(self) -> int:
+        """Features of the regression phase are those of representation experts at epochs below this."""
+        given = self.distill.regression_epoch_max
+        return min(_REGRESSION_EPOCHS, self.experts.epochs + 1) if given is None else given
+
     def experts_document(self) -> dict[str, Any]:
         """The part of the recipe that determines the experts' rows, apart from the data's own fingerprint."""
         doc = self.model_dump(mode="json")
@@ -509,7 +518,7 @@ def _cross_faults(recipe: Recipe) -> list[str]:
 
 def _regression_faults(recipe: Recipe) -> list[str]:
     d, e, faults = recipe.distill, recipe.experts, []
-    if d.regression_epoch_max - 1 > e.epochs:
+    if d.regression_epoch_max is not None and d.regression_epoch_max - 1 > e.epochs:
         faults.append(
             f"distill.regression_epoch_max: {d.regression_epoch_max} reaches past experts.epochs {e.epochs}; at most "
             f"{e.epochs + 1} is valid"

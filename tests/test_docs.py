@@ -26,6 +26,7 @@ NOT_RUN = {  # what in a command tells why it is not run
     r"--watch": "goes on until a run ends; tests/test_status.py",
     r"s3://": "needs a bucket; tests/trajectories/test_remote.py has one",
     r"my-recipe\.yaml|/data/|--replay RUN|their-files|runs/theirs": "names something of the reader's; tests of these verbs make it",
+    r"tune_lr": "trains dozens of networks; tests/evaluate/test_tune.py does so with small ones",
     r"resnet18": "trains minutes; tests/models/test_zoo.py",
 }
 SMALL = {

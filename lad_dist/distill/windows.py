@@ -61,7 +61,7 @@ class Windows:
         low, high = {
             "representation": (d.start_epoch_min, self.start_bound(iteration)),
             "classifier": (0, d.classifier_start_epoch_max),
-            "regression": (0, d.regression_epoch_max),
+            "regression": (0, self._recipe.regression_epochs),
         }[phase]
         return expert, int(generator.integers(low, high))
 
