@@ -13,7 +13,6 @@ import pytest
 from typer.testing import CliRunner
 
 from lad_dist import results
-from lad_dist import results
 from lad_dist.cli import app
 from lad_dist.errors import RunDirError, StorageError
 from lad_dist.report.compare import write_comparison
