@@ -83,8 +83,8 @@ def test_help_of_a_stage_lists_the_shared_options_and_then_its_own(verb, monkeyp
 def test_a_stage_verb_hands_on_what_it_was_told(monkeypatch, tmp_path):
     told = {}
 
-    def record(recipe, out, profile, buffers, screen, stages):
-        told.update(recipe=recipe, out=out, profile=profile, buffers=buffers, stages=stages)
+    def record(recipe, out, profile, buffers, screen, stages, keep_recipe):
+        told.update(recipe=recipe, out=out, profile=profile, buffers=buffers, stages=stages, keep=keep_recipe)
         raise SystemExit(0)
 
     monkeypatch.setattr(local, "run", record)
@@ -97,6 +97,9 @@ def test_a_stage_verb_hands_on_what_it_was_told(monkeypatch, tmp_path):
     assert (profile.device, profile.threads, profile.fleet) == ("cpu", 2, "off")
     lad("experts", "digits-lt")
     assert (told["buffers"], told["profile"].fleet, told["out"]) == (None, "auto", Path("runs/digits-lt"))
+    for verb, keeps in (("evaluate", True), ("report", True), ("run", False), ("experts", False)):
+        lad(verb, "digits-lt")
+        assert told["keep"] is keeps, verb
     lad("distill", "digits-lt", "--replay", "runs/first")
     pipeline = Mock(spec=Pipeline)
     for stage in told["stages"]:
@@ -113,7 +116,7 @@ def test_where_buffers_lie(monkeypatch, given, of_profile, used):
     class OpenedError(Exception):
         pass
 
-    def opened(recipe, out, profile, buffers, device, screen):
+    def opened(recipe, out, profile, buffers, device, screen, keep_recipe):
         raise OpenedError(buffers)
 
     monkeypatch.setattr(local, "open_pipeline", opened)

@@ -88,7 +88,8 @@ def test_stage_by_stage_equals_run(lad, job, finished, look):
         ended = lad(verb, job(), "--out", "run").succeeds()
     assert "index.html" in ended.out
     assert look.distilled_bytes(Path("run")) == look.distilled_bytes(finished)
-    shown = lad("evaluate", "run", "--baseline", "full", "--baseline", "random").succeeds().out
+    baselines = ("--baseline", "full", "--baseline", "random", "--baseline", "initial", "--baseline", "random-soft")
+    shown = lad("evaluate", "run", *baselines).succeeds().out
     assert "Random real" in shown and "Whole long-tailed set" in shown
     assert figures(Path("run")) == figures(finished)
 
