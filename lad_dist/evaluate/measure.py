@@ -159,7 +159,8 @@ def candidate_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Sour
     pairs = tune.candidates(recipe, data, run, source, fixed)
     if len(pairs) == 1:
         return []
-    common = _common(recipe, data, run, source) | {"split": "validation", "draws": tune.DRAWS}
+    measured_on = {"split": "validation", "fingerprints": data.splits.fingerprints("validation"), "draws": tune.DRAWS}
+    common = _common(recipe, data, run, source) | measured_on
     return [
         {
             **common,

@@ -43,8 +43,10 @@ class Quick:
 
 
 def quick(recipe: Recipe, facts: Facts) -> Quick:
-    """Measure beside the set only what it must beat, and lower the budget of whichever stage takes longest until all fits; ZCA and a wide network go first where they are
-    far too much, and the rest of the width last."""
+    """Measure beside the set only what it must beat, and lower the budget of whichever stage takes longest until all fits.
+
+    ZCA and a wide network go first where they are far too much, and the rest of the width last.
+    """
     doc = recipe.model_dump(mode="json")
     place, shortened = two_threads(), recipe
     stages = _seconds(shortened, facts, place)
