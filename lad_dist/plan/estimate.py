@@ -96,9 +96,11 @@ def shapes_of(recipe: Recipe, facts: Facts) -> Shapes:
 
 
 def refuse_what_cannot_fit(recipe: Recipe, facts: Facts, place: Place, buffer: Path | None) -> None:
-    """Raise RecipeError where the place's memory, or the disk of ``buffer``, is too small for the job."""
+    """Raise RecipeError where the place's memory, or the whole disk of ``buffer``, is too small for the job."""
     shapes = shapes_of(recipe, facts)
-    faults = limits.faults(recipe, facts, shapes, place, _disk(recipe, shapes, buffer))
+    needed, free = _disk(recipe, shapes, buffer)
+    room = None if buffer is None or free is None else shutil.disk_usage(_existing(buffer)).total or None  # 0: not a disk
+    faults = limits.faults(recipe, facts, shapes, place, (needed, room))
     if faults:
         raise RecipeError(faults)
 
@@ -201,8 +203,12 @@ def _disk(recipe: Recipe, shapes: Shapes, buffer: Path | None) -> tuple[int, int
     if buffer is None:
         return needed, None
     there = sum(f.stat().st_size for f in buffer.rglob("*") if f.is_file()) if buffer.is_dir() else 0
-    existing = next(p for p in (buffer.absolute(), *buffer.absolute().parents) if p.exists())
-    return max(needed - there, 0), shutil.disk_usage(existing).free
+    return max(needed - there, 0), shutil.disk_usage(_existing(buffer)).free
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
 
 
 def _disk_words(disk: tuple[int, int | None], buffer: Path | None) -> str:

@@ -204,10 +204,14 @@ def small_disk(tmp_path):
 def test_really_full_disk(lad, job, small_disk, look):
     run, ballast = small_disk / "run", small_disk / "ballast"
     command = ("experts", job(model=WIDE), "--out", run)
+    lad(*command).fails(2, "experts.count: the trajectory buffer of 2 experts", "another disk with --out or --buffers")
+    assert not run.exists()  # the whole disk is too small
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 400_000))
     lad(*command).fails(8, "No space left on device", "free some space")
     assert look.leftovers(run) == []
     lad("buffer", "verify", run)  # whatever was published is whole
-    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    ballast.unlink()
     lad(*command).succeeds()
     lad("buffer", "verify", run).succeeds()
     free = shutil.disk_usage(small_disk).free
