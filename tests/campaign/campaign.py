@@ -19,6 +19,7 @@ after a stop. The same seed makes the same cases.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -46,6 +47,7 @@ VERDICTS = (
 FAULTS = VERDICTS[3:]
 MARKER = "code-was-executed"
 MEMORY_BYTES = 16 * 2**30  # of address space for one case
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ def _in_child(command: list[str], folder: Path, out: Path, err: Path) -> None:
     code = 70
     try:
         os.setsid()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
         os.chdir(folder)
         for stream, file in ((0, Path(os.devnull)), (1, out), (2, err)):
             handle = os.open(file, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -218,7 +222,8 @@ def campaign(
         before = _content(attempt.damaged)
         outcome = call(attempt.command, folder, limit)
         verdict, note = judge(attempt, outcome, folder, before)
-        record = Record(name, kind, attempt.what, " ".join(attempt.command), verdict, note, outcome.seconds)
+        shown = " ".join(attempt.command)[:200]
+        record = Record(name, kind, attempt.what, shown, verdict, note, outcome.seconds)
         there[name] = record
         with journal.open("a", encoding="utf-8") as file:
             file.write(json.dumps(vars(record)) + "\n")
