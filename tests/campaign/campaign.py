@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import io
 import json
 import os
 import random
@@ -146,7 +147,7 @@ def _in_child(command: list[str], folder: Path, out: Path, err: Path) -> None:
         for stream, file in ((0, Path(os.devnull)), (1, out), (2, err)):
             handle = os.open(file, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, stream)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(handle, "w", closefd=False)) for handle in (1, 2))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         from lad_dist.cli import app
 

@@ -103,10 +103,14 @@ WRONG = (None, True, -1, 0, 1.5, -0.5, 1e300, 10**12, 10**30, "text", "", " 3 ",
          float("nan"), float("inf"), "∞", "0x10", "1_000", "yes", "null", "\x07", "a" * 5000)  # fmt: skip
 ABSURD = {
     "ipc": 10**9, "model.width": 4096, "model.depth": 8, "experts.epochs": 10**12, "experts.count": 10**9, "evaluate.seeds": 10**9,
-    "distill.iterations": 10**15, "distill.batch": 10**12, "distill.student_steps": 10**6, "data.n_max": 10**9, "evaluate.epochs": 10**6,
-    "data.image_size": 1024, "experts.batch": 10**6, "experts.draws_per_class": 10**6, "buffer.cache_mb": 10**6,
-    "data.validation_per_class": 10**6, "data.imbalance_factor": 1000, "distill.window_epochs": 10**6, "experts.lr": 1e300,
+    "distill.iterations": 10**15, "distill.batch": 10**12, "distill.student_steps": 10**6, "data.n_max": 10**9,
+    "evaluate.epochs": 10**6, "data.image_size": 1024, "experts.batch": 10**6, "experts.draws_per_class": 10**6,
+    "buffer.cache_mb": 10**6, "data.validation_per_class": 10**6, "data.imbalance_factor": 1000,
+    "distill.window_epochs": 10**6, "experts.lr": 1e300,
 }  # fmt: skip
+ODD_TEXTS = ("", "=", "==", "x", "-1", "1e400", "nan", ".inf", "[", "{a: 1}", "[1, [2, [3]]]", "&a [*a]", "*a",
+             "!!python/name:os.system", "1e12", "999999999999", "'", '"', "null", "\t", "{" * 100, "0b101", "1:30",
+             "2001-02-03", "é", "@x", "%")  # fmt: skip
 
 
 def leaves(doc: Doc, prefix: str = "") -> list[str]:
@@ -231,11 +235,10 @@ def option(rng: random.Random, folder: Path, undamaged: Undamaged) -> Attempt:
             ["experts", "recipe.yaml", "--out", rng.choice(("recipe.yaml", "/dev/null", "/dev/null/x", "x" * 300))],
         ]
         command = rng.choice(odd)
-        named = tuple(word[:200] for word in command[-2:] if word) + ("empty", "folder", "JOB")
+        named = (*(word[:200] for word in command[-2:] if word), "empty", "folder", "JOB")
         return Attempt("option: " + _short(command[-1]), command, named, same)
     name = rng.choice(leaves(RECIPE))
-    text = rng.choice(("", "=", "==", "x", "-1", "1e400", "nan", ".inf", "[", "{a: 1}", "[1, [2, [3]]]", "&a [*a]", "*a", "!!python/name:os.system",
-                       "1e12", "999999999999", "'", '"', "null", "\t", "{" * 100, "0b101", "1:30", "2001-02-03", "é", "@x", "%"))  # fmt: skip
+    text = rng.choice(ODD_TEXTS)
     name = rng.choice((name, name, name, name + "x", "", ".", "..", name.partition(".")[0], name + ".deeper", "__class__"))
     assignment = rng.choice((f"{name}={text}", f"{name}={text}", f"{name}={text}", name, f"{name}:{text}"))
     asked = assignment.partition("=")
