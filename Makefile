@@ -1,5 +1,6 @@
 # make demo   install into .venv, then distil digits-LT and show what the result is worth
 # make test   install into .venv, then every check
+# make campaign   300 seeded cases of bad input, into runs/campaign; repeat it to go on after a stop
 # PYTHON names the interpreter that .venv is made with (3.11 or newer).
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p))))
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test lint types unit install develop clean
+.PHONY: demo test lint types unit campaign install develop clean
 
 demo: install
 	@$(BIN)/python benchmarks/demo.py --out $(DEMO)
@@ -22,6 +23,9 @@ types: develop
 
 unit: develop
 	$(BIN)/python tests/side_by_side.py
+
+campaign: develop
+	$(BIN)/python -m tests.campaign.campaign --seed 0 --cases 300 --out runs/campaign
 
 install: $(VENV)/installed
 

@@ -287,3 +287,10 @@ def test_broken_pipe():
     ended = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=ROOT)
     assert "Traceback" not in ended.stderr and "BrokenPipe" not in ended.stderr
     assert ended.stdout.strip() in ("0", "1")
+
+
+@pytest.mark.parametrize("verb", [["plan"], ["status"], ["compare"], ["buffer", "verify"], ["run"]])
+def test_a_path_longer_than_any_is_one_message(verb):
+    ended = CliRunner().invoke(cli.app, [*verb, "x" * 5000], prog_name="lad-dist")
+    assert ended.exit_code == 8, ended.output
+    assert "File name too long" in ended.stderr and len(ended.stderr) < 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
     from lad_dist.errors import LadDistError
 
+_OF_THE_NAME = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)  # what a path that was given may end in
+_LONGEST_SHOWN = 200  # characters of a path in a message
+
 
 class Commands(TyperGroup):
     """Reports the errors that are the user's to see; all others are bugs and keep their traceback."""
@@ -25,10 +29,12 @@ class Commands(TyperGroup):
 
         try:
             return super().invoke(ctx)
-        except PermissionError as error:  # of a file that a verb only wanted to look at
-            if error.filename is None:
+        except OSError as error:  # of a file that a verb only wanted to look at
+            if error.filename is None or error.errno not in _OF_THE_NAME:
                 raise
-            refused = StorageError(f"{error.filename}: {error.strerror}; valid: a file or folder that you may use")
+            name = str(error.filename)
+            shown = name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}..."
+            refused = StorageError(f"{shown}: {error.strerror}; valid: a file or folder that you may use")
             complain(refused)
             raise typer.Exit(refused.exit_code) from None
         except LadDistError as error:

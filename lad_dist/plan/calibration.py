@@ -56,11 +56,16 @@ class Calibrated:
 def calibrate(
     recipe: Recipe, shapes: Shapes, wanted: list[Wanted], device: torch.device, seconds: float, busy: bool = False
 ) -> dict[str, Calibrated]:
-    """Time every kind of ``wanted`` within about ``seconds`` in all, by the processor's time where the CPU is ``busy``."""
+    """Time every kind of ``wanted`` within about ``seconds`` in all, by the processor's time where the CPU is ``busy``.
+
+    Kinds for which no time is left, since steps of the kinds before took twice all there was, are not among the result.
+    """
     work = Steps(recipe, shapes, device)
     found: dict[str, Calibrated] = {}
     until = time.perf_counter() + seconds
     for left, want in zip(range(len(wanted), 0, -1), wanted, strict=True):
+        if time.perf_counter() > until + seconds:
+            break
         budget = max(until - time.perf_counter(), 0.05) / left
         with with_threads(want.threads if device.type == "cpu" else None):
             steps = 1 if want.kind.startswith(("experts/", "evaluate/")) else STUDENT_STEPS
@@ -76,8 +81,8 @@ def _time(
     until = time.perf_counter() + budget
     few = min(_SMALL_BATCH, images)
     small, _ = _least(make(few), timer, budget / _SMALL_PART)
-    if images == few:
-        return Calibrated(StepTime(small / few / steps), images, 1)
+    if images == few or time.perf_counter() > until:
+        return Calibrated(StepTime(small / few / steps), few, 1)
     many, large, repeats = few, small, 1
     while many < images:  # the last try is the one that counts
         left = until - time.perf_counter()

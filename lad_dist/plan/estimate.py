@@ -256,16 +256,22 @@ class _Times:
         found = calibrate(self.recipe, self.shapes, wanted, device, seconds, busy)
         self._measured = {kind: c.step for kind, c in found.items()}
         self.source = "measured here just now"
+        unmeasured = [kind for kind in self.kinds if kind not in found]
         scaled = [
             f"{kind} on {found[kind].images} images instead of {images}"
             for kind, (images, _) in self.kinds.items()
-            if found[kind].images < images
+            if kind in found and found[kind].images < images
         ]
         notes = ["speed: the least of a few timings of a step on this device, measured just now"]
         if busy:
             notes.append(
                 f"the machine is busy: {free:.1f} of {most} cores are free. Times are by the processor's time, so what the job "
                 "takes alone; beside other processes it takes longer"
+            )
+        if unmeasured:
+            notes.append(
+                f"single steps took longer than the {seconds:g} s of calibration, so {', '.join(unmeasured)} are by the table "
+                f"({self.place.table_source}); --calibrate SECONDS gives it longer"
             )
         return notes + (
             [f"a whole step was too long for the calibration, so scaled up: {'; '.join(scaled)}"] * bool(scaled)
@@ -293,7 +299,13 @@ class _Times:
     def rates(self) -> list[Rate]:
         """Every kind of step as the job will take it."""
         return [
-            Rate(kind, images, self.step(kind).seconds(images), self.source) for kind, (images, _) in self.kinds.items()
+            Rate(
+                kind,
+                images,
+                self.step(kind).seconds(images),
+                self.source if kind in self._measured else self.place.table_source,
+            )
+            for kind, (images, _) in self.kinds.items()
         ]
 
     def phases(self, world: int) -> tuple[PhaseCost, ...]:

@@ -114,6 +114,24 @@ def test_the_least_of_several_timings_counts(monkeypatch):
     assert found.step.seconds(4) == pytest.approx(1e-3)
 
 
+def test_steps_longer_than_the_calibration_are_taken_once_and_the_rest_is_left_out(monkeypatch):
+    """Networks as wide as they come: each call takes longer than all the time there is."""
+    calls, now = [], [0.0]
+
+    def seconds(self, job):
+        calls.append(job)
+        now[0] += 5.0
+        return 5.0
+
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Timer, "seconds", seconds)
+    monkeypatch.setattr(calibration.Steps, "of", lambda self, kind: lambda images: lambda: None)
+    wanted = [Wanted(kind, 32, 1) for kind in ("evaluate/train", "experts/representation", "experts/classifier")]
+    found = calibrate(Recipe(), SMALL, wanted, torch.device("cpu"), 4.0)
+    assert list(found) == ["evaluate/train"] and len(calls) == 2  # to warm up, and to be timed
+    assert found["evaluate/train"].images < 32 and found["evaluate/train"].step.seconds(2) == 5.0
+
+
 def test_the_processors_time_does_not_count_what_others_take():
     import time
 
