@@ -179,7 +179,8 @@ class Pipeline:
         left_out = [b for b in dict.fromkeys(self.recipe.evaluate.baselines) if b not in sources]
         if left_out:
             self.screen.say(
-                f"evaluate: {', '.join(left_out)} left out: of an imported set neither start nor experts are known"
+                f"evaluate: {', '.join(left_out)} left out: an imported set has neither a known start nor experts, and one of an "
+                "older version did not keep the labels it started from"
             )
 
     def evaluate(self, source: str) -> None:

@@ -61,6 +61,8 @@ def wanted(recipe: Recipe, run: RunDir) -> list[str]:
     e = recipe.evaluate
     sources = ["distilled", *(["distilled-adsa"] if e.label_adjustment == "adsa" else []), *e.baselines]
     left_out = NEEDS_EXPERTS if _imported(run.distilled / "meta.json") else ()
+    if not left_out and _without_start(run.distilled / "tensors.safetensors"):
+        left_out = ("initial",)
     return [source for source in dict.fromkeys(sources) if source not in left_out]
 
 
@@ -69,6 +71,15 @@ def planned_among(rows: Iterable[Row], source: str, recipe: Recipe) -> int:
     e = recipe.evaluate
     asked = {(source, a, seed) for a in e.architectures for seed in range(e.seeds)}
     return sum(_key(row) in asked for row in rows)
+
+
+def _without_start(tensors: Path) -> bool:
+    """Whether a distilled set is of a version that did not keep the labels it started from; its header says what it holds."""
+    try:
+        with tensors.open("rb") as file:
+            return "initial_label_logits" not in json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except (OSError, ValueError, OverflowError, MemoryError):  # not there yet, or damaged: whoever reads the set says so
+        return False
 
 
 def _imported(meta: Path) -> bool:

@@ -144,3 +144,21 @@ def test_the_images_of_random_soft_are_drawn_anew_for_each_seed(pipeline_of):
     a, b = (made(pipeline, "random-soft", seed)[0].numpy() for seed in (0, 1))
     assert not np.array_equal(a, b)
     assert torch.equal(made(pipeline, "random-soft-plain")[1], made(pipeline, "random-soft")[1])
+
+
+def test_a_set_that_did_not_keep_its_start_is_measured_without_it(pipeline_of):
+    """As versions before wrote it: `run` goes on and leaves `initial` out."""
+    from safetensors.torch import load_file, save_file
+
+    from lad_dist import results
+
+    pipeline = pipeline_of("older")
+    pipeline.experts()
+    pipeline.distill()
+    assert "initial" in results.wanted(pipeline.recipe, pipeline.run)
+    file = pipeline.run.distilled / "tensors.safetensors"
+    tensors = load_file(file)
+    del tensors["initial_label_logits"]
+    save_file(tensors, file)
+    assert "initial" not in results.wanted(pipeline.recipe, pipeline.run)
+    assert "random-soft" in results.wanted(pipeline.recipe, pipeline.run)
