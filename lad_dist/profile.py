@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lad_dist.recipe import Bool, Float, Int, Text
 
+MOST_THREADS = 1024  # of CPU threads: more than any machine gains by
 Option = bool | int | float | str | dict[str, bool | int | float | str]
 OWN_OPTIONS = {  # what lad-dist sets itself, with the field that says it
     "slurm_partition": "slurm.partition",
@@ -152,7 +153,7 @@ class Profile(BaseModel):
         "local", description="local: in this process on this machine; slurm: as a chain of SLURM jobs"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU if there is one, else the CPU")
-    threads: Annotated[Int, Field(ge=1)] | None = Field(
+    threads: Annotated[Int, Field(ge=1, le=MOST_THREADS)] | None = Field(
         None,
         description="CPU threads; default: what a few steps are fastest with, up to the cores there are, kept with the run",
     )
@@ -164,7 +165,7 @@ class Profile(BaseModel):
         description="on: experts are trained by Ray actors; off: in this process; auto: on where two or more fit",
     )
     experts_per_gpu: Annotated[Int, Field(ge=1)] = Field(1, description="experts trained at a time on one GPU")
-    threads_per_expert: Annotated[Int, Field(ge=1)] = Field(
+    threads_per_expert: Annotated[Int, Field(ge=1, le=MOST_THREADS)] = Field(
         1, description="CPU threads, and cores, of one fleet expert"
     )
     expert_retries: Annotated[Int, Field(ge=0)] = Field(

@@ -294,3 +294,10 @@ def test_a_path_longer_than_any_is_one_message(verb):
     ended = CliRunner().invoke(cli.app, [*verb, "x" * 5000], prog_name="lad-dist")
     assert ended.exit_code == 8, ended.output
     assert "File name too long" in ended.stderr and len(ended.stderr) < 500
+
+
+@pytest.mark.parametrize("threads", ["1025", "9" * 30])
+def test_more_threads_than_any_machine_has_are_refused(threads):
+    ended = CliRunner().invoke(cli.app, ["plan", "digits-lt", "--threads", threads], prog_name="lad-dist")
+    assert ended.exit_code == 2 and "threads" in ended.output and "Traceback" not in ended.output
+    assert isinstance(ended.exception, SystemExit)

@@ -129,7 +129,10 @@ def _load(path: Path) -> Any:
                 wrong = archive.testzip()
             if wrong is not None:
                 raise ValueError(f"its record {wrong} does not match its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, Tensor) and content.is_meta:
+            raise ValueError("its tensor is of torch's device meta and has no values")
+        return content
     except LadDistError:  # an interruption, which says nothing about the file
         raise
     except OSError as cause:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -100,8 +101,28 @@ def read(path: Path) -> list[Row]:
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         if not file.name.startswith("."):  # what is still being written
             row = _row(file)
+            if row_file(path, row).name != file.name:
+                raise RunDirError(
+                    f"{file}: is the row of {row_file(path, row).name}, under another name; remove it to measure it again"
+                )
             rows[_key(row)] = row
+    _check_one_run(path, rows.values())
     return sorted(rows.values(), key=_order)
+
+
+def _check_one_run(path: Path, rows: Iterable[Row]) -> None:
+    """Refuse a table with rows of two runs: those of a run have the seed of its recipe, which never changes."""
+    seeded = [row for row in rows if row.get("recipe_seed") is not None]
+    counts = Counter(row["recipe_seed"] for row in seeded)
+    if len(counts) < 2:
+        return
+    own = counts.most_common(1)[0][0]
+    strange = next(row for row in seeded if row["recipe_seed"] != own)
+    file = row_file(path, strange)
+    raise RunDirError(
+        f"{file if file.exists() else path}: holds the row of a run of seed {strange['recipe_seed']!r}, while other rows of this "
+        f"run are of seed {own!r}; remove it to measure it again"
+    )
 
 
 def write(path: Path, rows: list[Row]) -> None:

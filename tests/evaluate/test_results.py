@@ -197,3 +197,28 @@ def test_two_processes_that_merge_at_the_same_time_lose_nothing(tmp_path, monkey
     monkeypatch.setattr(results, "write", write)
     results.merge(path)
     assert [r["seed"] for r in json.loads(path.read_text())["rows"]] == [0, 1]
+
+
+def test_a_row_under_another_row_s_name_is_refused(tmp_path):
+    path = tmp_path / "results.json"
+    file = results.put(path, row())
+    file.rename(file.with_name("random-convnet-0.json"))
+    with pytest.raises(RunDirError, match=r"random-convnet-0\.json: is the row of distilled-convnet-0\.json"):
+        results.read(path)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_row_of_a_run_of_another_seed_is_refused(tmp_path, merged):
+    path = tmp_path / "results.json"
+    own = [row(seed=seed, recipe_seed=0) for seed in range(3)]
+    for each in own:
+        results.put(path, each)
+    assert results.read(path) == own
+    strange = row("random", recipe_seed=1)
+    if merged:
+        results.write(path, [strange])
+    else:
+        results.put(path, strange)
+    where = r"results\.json" if merged else r"random-convnet-0\.json"
+    with pytest.raises(RunDirError, match=where + ": holds the row of a run of seed 1, while other rows of this run are of seed 0"):
+        results.read(path)

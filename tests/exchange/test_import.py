@@ -392,3 +392,11 @@ def test_a_folder_that_is_none(brought, tmp_path):
 ])  # fmt: skip
 def test_what_labels_hold(labels, asked, kind):
     assert kind_of(labels, asked, "labels_best.pt") == kind
+
+
+@pytest.mark.parametrize("name", ["images", "labels", "lr"])
+def test_tensors_without_values_are_refused(theirs, name):
+    """torch saves shapes alone of tensors on its device meta."""
+    shape = {"images": (20, 1, 8, 8), "labels": (20, 10), "lr": ()}[name]
+    with pytest.raises(DistilledError, match=rf"{name}_best\.pt: is damaged.* has no values"):
+        pt.read(theirs(**{name: torch.zeros(shape, device="meta")}))
