@@ -182,7 +182,8 @@ def _stamp(info: fs.FileInfo) -> Stamp:
 def list_files(filesystem: fs.FileSystem, folder: str) -> list[Entry]:
     """All files below ``folder``, sorted by path; none if it does not exist.
 
-    Raises ``TrajectoryError`` if it cannot be listed, which includes a bucket that does not exist.
+    Raises ``TrajectoryError`` if it cannot be listed, which includes a bucket that does not exist, and where a folder has the
+    name of a part.
     """
     where = name_of(filesystem, folder)
     try:
@@ -195,6 +196,12 @@ def list_files(filesystem: fs.FileSystem, folder: str) -> list[Entry]:
             "folder that you may read" if is_local(filesystem) else "bucket that you may list, with your credentials"
         )
         raise TrajectoryError(f"{where}: cannot be listed ({_first_line(cause)}); valid: a {valid}") from cause
+    for each in found:
+        if each.type == fs.FileType.Directory and each.path.endswith(".parquet"):
+            raise TrajectoryError(
+                f"{name_of(filesystem, each.path)}: is a folder where a trajectory part is valid; remove it and run "
+                "`lad-dist experts` again, which redoes the epochs of a part"
+            )
     prefix = folder.rstrip("/") + "/"
     return sorted(Entry(f.path.removeprefix(prefix), _stamp(f)) for f in found if f.type == fs.FileType.File)
 

@@ -235,7 +235,7 @@ def option(rng: random.Random, folder: Path, undamaged: Undamaged) -> Attempt:
             ["experts", "recipe.yaml", "--out", rng.choice(("recipe.yaml", "/dev/null", "/dev/null/x", "x" * 300))],
         ]
         command = rng.choice(odd)
-        named = (*(word[:200] for word in command[-2:] if word), "empty", "folder", "JOB")
+        named = (*(word[:200] for word in command[-2:] if word), "empty", "folder", "JOB", "profile")
         return Attempt("option: " + _short(command[-1]), command, named, same)
     name = rng.choice(leaves(RECIPE))
     text = rng.choice(ODD_TEXTS)

@@ -173,3 +173,12 @@ def test_damage_in_the_first_part_is_named_by_meta(write):
     file.write_bytes(b"")
     with pytest.raises(TrajectoryError, match=r"expert-0007.*0 bytes long"):
         Buffer(file.parents[2]).meta  # noqa: B018
+
+
+def test_a_folder_under_a_part_s_name_is_refused(write):
+    root = write(last=7)
+    file = sorted(root.rglob("*.parquet"))[-1]
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(TrajectoryError, match=rf"{file.name}: is a folder where a trajectory part is valid"):
+        Buffer(root).verify()
