@@ -58,10 +58,15 @@ def most_threads(profile: Profile) -> int:
     return min(torch.get_num_threads(), cores_to_use(profile))
 
 
+_TOO_LONG = 1e10  # FLOPs of one image's forward pass: its student steps take minutes
+
+
 def choose(recipe: Recipe, shapes: Shapes, most: int, seconds: float = SECONDS) -> Team:
     """The fewest threads that are about as fast as any number up to ``most``, by steps of a student taken in turn."""
     if most < 2:
         return Team(1, "one core")
+    if shapes.forward_flops > _TOO_LONG:
+        return Team(most, "one step takes too long to be timed; steps of that size gain from every core")
     tried = sorted({1 << power for power in range(most.bit_length())} | {most})
     images = min(recipe.distill.batch, shapes.classes * recipe.ipc)
     timer = Timer(torch.device("cpu"))

@@ -161,3 +161,9 @@ def test_a_plan_counts_with_the_threads_that_a_run_would_choose(monkeypatch, tmp
     assert ended.exit_code == 0, ended.output
     assert "threads: 1 of 2: two are slower" in json.loads(ended.stdout)["notes"]
     assert set(used) == {1}
+
+
+def test_steps_that_take_minutes_are_not_timed(monkeypatch):
+    monkeypatch.setattr(threads, "Steps", None)  # would be called
+    wide = Shapes(3, 32, 10, 4096, 3)
+    assert threads.choose(Recipe(), wide, most=2).threads == 2
