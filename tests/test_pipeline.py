@@ -58,7 +58,7 @@ def test_nothing_is_written_for_data_that_are_refused_and_the_correction_runs(tm
     assert sorted(tmp_path.rglob("*")) == before
     pipeline = open_pipeline(recipe_of(folders, image_size=8), tmp_path / "run", Profile(), store, CPU, silent)
     assert pipeline.run.whitening.is_file() and pipeline.data is pipeline._accepted
-    assert [e["kind"] for e in read_events(pipeline.run.events)] == ["data"]
+    assert [e["kind"] for e in read_events(pipeline.run.events)] == ["data", "threads"]
     again = open_pipeline(recipe_of(folders, image_size=8), tmp_path / "run", Profile(), store, CPU, silent)
     assert again._accepted is None and torch.equal(again.data.whitening.matrix, pipeline.data.whitening.matrix)
 
