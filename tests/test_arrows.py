@@ -17,7 +17,7 @@ LEVEL = {
     "teachers": 3.5,
     "trajectories": 4, "distilled": 4, "data": 4, "models": 4,
     "catalog": 5, "recipe": 5, "recipe_file": 5, "results": 5, "profile": 5, "rundir": 5, "progress": 5, "ranks": 5, "seeds": 5,
-    "errors": 5, "interrupts": 5, "location": 5, "allocator": 5, "cores": 5,
+    "errors": 5, "interrupts": 5, "location": 5, "allocator": 5, "cores": 5, "environment": 5,
 }  # fmt: skip
 STAGES = ("experts", "distill", "evaluate", "report")
 SAME_LEVEL = {  # within a level, only these

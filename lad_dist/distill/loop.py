@@ -438,7 +438,7 @@ class Distillation:
                 raise NumericalError(
                     f"iteration {state.iteration + 1}: the {phase} phase produced NaN or Inf (loss "
                     f"{float(gradient.loss):.3g}, expert {expert}, start epoch {epoch}); the last "
-                    "good state is kept; try a smaller distill.alpha or distill.lr_images"
+                    "good state is kept; try a smaller distill.lr_images or distill.alpha"
                 )
 
     @staticmethod

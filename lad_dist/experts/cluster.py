@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -91,25 +91,6 @@ def own_environment(profile: Profile, token: Path) -> dict[str, str | None]:
     }
     chosen = {name: os.environ.get(name, value) for name, value in unless_set.items()}
     return chosen | {"OMP_NUM_THREADS": str(profile.threads_per_expert)} | private.access(token)
-
-
-@contextmanager
-def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
-    """Environment variables for the processes that are started in the block; None: absent."""
-    before = {name: os.environ.get(name) for name in variables}
-    _set(variables)
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _set(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 @contextmanager

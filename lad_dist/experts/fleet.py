@@ -26,12 +26,12 @@ import ray
 from ray.exceptions import RayError
 from ray.util import metrics
 
+from lad_dist.environment import environment
 from lad_dist.errors import ExpertError, RecipeError, StorageError, TrajectoryError
 from lad_dist.experts.actor import Claimed, ExpertActor, Finished, Orders, SharedData, Started
 from lad_dist.experts.cluster import (
     LOOPBACK,
     Cluster,
-    environment,
     first_line,
     listens,
     nothing_left_on_error,

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lad_dist.environment import environment
 from lad_dist.errors import ClusterError, Interrupted, LadDistError
 from lad_dist.interrupts import as_exceptions
-from lad_dist.launch.ward import WARNING, environment
+from lad_dist.launch.ward import WARNING
 from lad_dist.profile import Profile
 from lad_dist.rundir import RunDir, published
 from lad_dist.status.slurm import slurm_command, task_file

@@ -24,10 +24,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lad_dist.environment import environment
 from lad_dist.errors import ClusterError
 from lad_dist.experts.private import access, write_token
 from lad_dist.launch.job import Task
-from lad_dist.launch.ward import environment, private_folder
+from lad_dist.launch.ward import private_folder
 from lad_dist.profile import Profile
 from lad_dist.rundir import published
 

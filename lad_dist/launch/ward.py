@@ -17,8 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 WARNING = signal.SIGUSR2
@@ -46,25 +46,6 @@ def private_folder(environment: Mapping[str, str]) -> Path:
     user = environment.get("USER") or str(os.getuid())
     task = f"{environment.get('SLURM_JOB_ID', os.getpid())}-{environment.get('SLURM_PROCID', 0)}"
     return Path(f"/tmp/r-{user[:12]}-{task}")  # noqa: S108 - /tmp is short, and local to the node
-
-
-@contextmanager
-def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
-    """Environment variables in the block, for this process and those that it starts; None: absent."""
-    before = {name: os.environ.get(name) for name in variables}
-    _set(variables)
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _set(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 def adopt_orphans() -> None:

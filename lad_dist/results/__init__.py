@@ -61,7 +61,7 @@ def wanted(recipe: Recipe, run: RunDir) -> list[str]:
     """The sources that ``lad-dist run`` measures, in its order."""
     e = recipe.evaluate
     sources = ["distilled", *(["distilled-adsa"] if e.label_adjustment == "adsa" else []), *e.baselines]
-    left_out = NEEDS_EXPERTS if _imported(run.distilled / "meta.json") else ()
+    left_out: tuple[str, ...] = NEEDS_EXPERTS if _imported(run.distilled / "meta.json") else ()
     if not left_out and _without_start(run.distilled / "tensors.safetensors"):
         left_out = ("initial",)
     return [source for source in dict.fromkeys(sources) if source not in left_out]

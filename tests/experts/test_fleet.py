@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 
 from lad_dist.data.prepare import prepare
+from lad_dist.environment import environment
 from lad_dist.errors import ExpertError, Interrupted, NumericalError, RecipeError, StorageError, TrajectoryError
 from lad_dist.experts import actor as actor_module
 from lad_dist.experts import cluster, crew, private
@@ -376,7 +377,7 @@ def test_a_handler_that_a_library_has_put_in_place_of_ours():
 def test_environment_is_put_back(monkeypatch):
     monkeypatch.setenv("LAD_A", "1")
     monkeypatch.delenv("LAD_B", raising=False)
-    with cluster.environment({"LAD_A": "2", "LAD_B": "3"}):
+    with environment({"LAD_A": "2", "LAD_B": "3"}):
         assert (os.environ["LAD_A"], os.environ["LAD_B"]) == ("2", "3")
     assert os.environ["LAD_A"] == "1" and "LAD_B" not in os.environ
 
@@ -417,7 +418,7 @@ def test_the_environment_of_a_cluster_of_its_own(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of another cluster")
     found = cluster.own_environment(Profile(threads_per_expert=3), Path("/private/token"))
     assert found["RAY_AUTH_MODE"] == "token" and found["RAY_AUTH_TOKEN_PATH"] == "/private/token"
-    with cluster.environment(found):
+    with environment(found):
         assert "RAY_AUTH_TOKEN" not in os.environ
     assert os.environ["RAY_AUTH_TOKEN"] == "of another cluster"
     assert found["OMP_NUM_THREADS"] == "3" and found["RAY_worker_niceness"] == "5"
