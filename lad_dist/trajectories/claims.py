@@ -6,14 +6,17 @@
 Claims are advice. A work unit gives the same rows whoever does it, so what goes wrong here costs time and nothing else, and
 nothing waits for a claim longer than ``STALE_SECONDS`` after its holder is gone.
 
-On a local folder a claim is taken by an exclusive link and taken over by a rename, so one of any two takers wins. An object
-store offers neither through Arrow: there the last writer wins, a moment after writing; two who are much slower than that
-moment may both believe that they hold it, until the loser's next refresh.
+On a local folder a claim is taken by an exclusive link and taken over by a rename, by one taker of this machine at a time (a
+lock of the folder): one of any takers wins. Of takers on several machines two may, in a gap of microseconds, both take over
+one stale claim, until the loser's next refresh. An object store offers neither through Arrow: there the last writer wins, a
+moment after writing; two who are much slower than that moment may both believe that they hold it, until the loser's next
+refresh.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -37,6 +40,7 @@ STALE_SECONDS = 30.0  # without a refresh, after which a claim counts for nothin
 REFRESH_SECONDS = 5.0
 SETTLE_SECONDS = 0.5  # between writing a claim to an object store and looking whether another came after it
 _LEAVE_SECONDS = 2.0  # at the end of a hold, for a refresh under way
+_LOCK_SECONDS = 1.0  # of waiting for others who take or release a claim of the same folder
 _TRIES = 10
 _LONGEST = 2**16  # bytes of a claim file; ours are 200
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)  # of a file system without links
@@ -231,16 +235,39 @@ class _Folder(_Place):
         try:
             with open(temporary, "xb") as file:
                 file.write(mine.content())
-            for _ in range(_TRIES):
-                if self._placed(temporary, mine):
-                    return mine
-                seen = self.look()
-                if seen is not None and (self.in_the_way(seen, owner) or not self._clear(seen)):
-                    return None
+            with self._one_at_a_time():
+                for _ in range(_TRIES):
+                    if self._placed(temporary, mine):
+                        return mine
+                    seen = self.look()
+                    if seen is not None and (self.in_the_way(seen, owner) or not self._clear(seen)):
+                        return None
             return None  # others come and go so fast that they must be at work on it
         finally:
             with suppress(OSError):
                 os.unlink(temporary)
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Hold the folder's lock, where the file system has one, and if no holder of it was stopped in the middle."""
+        try:
+            folder = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:  # it may be listed by others only
+            yield
+            return
+        try:
+            deadline = time.monotonic() + _LOCK_SECONDS
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.001)
+                except OSError:  # file systems without such locks
+                    break
+            yield
+        finally:
+            os.close(folder)
 
     def _placed(self, temporary: str, mine: _Record) -> bool:
         """Give the temporary file its final name, if no other has it. The file that appears is whole."""
@@ -303,7 +330,8 @@ class _Folder(_Place):
     def release(self, mine: _Record) -> None:
         seen = self.look()
         if seen is not None and seen.content == mine.content():
-            self._clear(seen)
+            with self._one_at_a_time():
+                self._clear(seen)
 
     def now(self) -> float:
         probe = files.temporary_name(self.path)

@@ -17,7 +17,7 @@ LONGER = {
     "distill": {"iterations": 60, "student_steps": 2, "student_steps_classifier": 2, "batch": 5, "window_epochs": 1,
                 "start_epoch_max": 9, "class_weights": "mean-one", "lr_images": 1.0, "lr_alpha": 1e-7,
                 "checkpoint_every": 7},
-    "evaluate": {"seeds": 2, "epochs": 150, "full_epochs": 50},
+    "evaluate": {"seeds": 4, "epochs": 600, "full_epochs": 50},
 }  # fmt: skip
 
 

@@ -49,8 +49,13 @@ def test_the_estimate_is_within_a_quarter_of_the_measured_peak(shapes, images, s
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="other systems do not tell the peak")
 def test_recomputing_takes_no_more_for_more_steps():
-    """Measured: eight times the student steps, the same peak (within 5% of a process's)."""
-    few, many = (measured_peak(COLOUR, 60, steps, "representation", "recompute") for steps in (10, 80))
+    """Measured: eight times the student steps, the same peak (within 5% of a process's).
+
+    A process may keep freed memory beyond what it needs, never less than that: of three peaks the least counts.
+    """
+    few, many = (
+        min(measured_peak(COLOUR, 60, steps, "representation", "recompute") for _ in range(3)) for steps in (10, 80)
+    )
     assert abs(many - few) < 0.05 * (memory.PROCESS["cpu"] + few)
 
 

@@ -27,7 +27,8 @@ def examined(slurm, lad, profile, code, *said, more=()):
     return out
 
 
-def test_all_is_well(slurm, lad):
+def test_all_is_well(slurm, lad, monkeypatch):
+    monkeypatch.setenv("HOME", str(lad.folder))  # a Ray token there may be readable by others: a warning, rightly
     out = examined(slurm, lad, lad.profile(), 0, "ok    experts        SLURM would take its job", "ok    accounting")
     assert "ok    shared folder  n" in out and "ok    node's python" in out and "fail" not in out and "warn" not in out
 
