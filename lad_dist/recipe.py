@@ -206,6 +206,9 @@ class DistillConfig(_Section):
     regression_ridge: Annotated[Float, Field(gt=0)] = Field(
         0.1, description="ridge of the regression, relative to the mean squared norm of the features"
     )
+    regression_dropout: Annotated[Float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the features that each iteration leaves out of the regression, drawn anew every time"
+    )
     regression_epoch_max: Annotated[Int, Field(ge=1, le=MOST)] | None = Field(
         None,
         description="features are those of representation experts at epochs below this; default: 11, or all epochs where "
@@ -433,6 +436,7 @@ _LATER = {
         "lambda_regression",
         "regression_batch",
         "regression_ridge",
+        "regression_dropout",
         "regression_epoch_max",
         "regression_targets",
         "optimizer",

@@ -26,7 +26,7 @@ from lad_dist.distill.early import Early
 from lad_dist.distill.live import LiveExperts
 from lad_dist.distill.memory import choose_path, faster
 from lad_dist.distill.precision import cosines_to_float32, set_precision
-from lad_dist.distill.regression import RealBatches, RegressionResult, regress
+from lad_dist.distill.regression import RealBatches, RegressionResult, kept_features, regress
 from lad_dist.distill.replay import Record, check_not_replayed
 from lad_dist.distill.shards import Share
 from lad_dist.distill.start import Facts, first_set, mean_logits, publish
@@ -359,8 +359,9 @@ class Distillation:
         real = self.ranks.share(None if self._real is None else self._real.features(self.student, theta_P, iteration))
         assert real is not None, "rank 0 has the data"
         (batch,), (places,) = self._batches("regression", iteration, 1)
+        kept_D = kept_features(self.recipe, real.features_RD.shape[1], iteration)
         ridge = self.recipe.distill.regression_ridge
-        return regress(self.student, synthetic, batch, places, theta_P, real, ridge)
+        return regress(self.student, synthetic, batch, places, theta_P, real, ridge, kept_D)
 
     def _agree(
         self, results: list[tuple[NamedPhase, PhaseResult]], gradients: list[tuple[float, Gradients]]

@@ -12,6 +12,8 @@ predicts real features R by
 
 and the loss is the mean over real images of ||q - target||^2. It is what training a last layer *to the end* on the set
 would do, where a matching phase follows a student for a few steps (benchmarks/notes-convergence.md has what that is worth).
+Each iteration may see a random part of the features (``distill.regression_dropout``): so a few checkpoints serve as many
+networks, and the set does not fit itself to any one of their features.
 
 Over ranks, rank 0 computes the real features, which all receive. Every rank computes the features of its own images; their
 sum over ranks, each in its own rows, is the whole batch's. The small regression is then the same everywhere, and each rank
@@ -97,6 +99,17 @@ def _some(draws: np.random.Generator, members: np.ndarray, count: int) -> np.nda
     return np.concatenate(turns)[:count]
 
 
+def kept_features(recipe: Recipe, features: int, iteration: int) -> Tensor | None:
+    """Which of the features an iteration's regression uses (D,), 1 or 0; None for all of them. The same on every rank."""
+    dropout = recipe.distill.regression_dropout
+    if dropout == 0:
+        return None
+    order = rng(recipe.seed, "distill", iteration, "regression", "features").permutation(features)
+    kept_D = torch.zeros(features)
+    kept_D[torch.from_numpy(order[: max(1, round((1 - dropout) * features))])] = 1
+    return kept_D
+
+
 def regress(
     student: Student,
     synthetic: SyntheticSet,
@@ -105,13 +118,17 @@ def regress(
     theta_P: Tensor,
     real: RealFeatures,
     ridge: float,
+    kept_D: Tensor | None = None,
 ) -> RegressionResult:
     """The regression's loss and its gradients by this rank's images and labels. All ranks call it.
 
-    ``batch`` are this rank's images of a synthetic batch, and ``rows_in_batch_b`` their places in it.
+    ``batch`` are this rank's images of a synthetic batch, and ``rows_in_batch_b`` their places in it. ``kept_D``: see
+    ``kept_features``; a feature that is left out is one that is 0 everywhere.
     """
     device, classes = theta_P.device, synthetic.logits_SK.shape[1]
-    real_RD = _with_constant(real.features_RD.to(device))
+    kept_D = real.features_RD.new_ones(real.features_RD.shape[1]) if kept_D is None else kept_D
+    kept_D = kept_D.to(device, real.features_RD.dtype)
+    real_RD = _with_constant(real.features_RD.to(device) * kept_D)
     targets_RK, labels_R = real.targets_RK.to(device), real.labels_R.to(device)
     whole_BD = real_RD.new_zeros(batch.size, real_RD.shape[1])
     whole_BK = real_RD.new_zeros(batch.size, classes)
@@ -120,7 +137,7 @@ def regress(
     own_bD, own_bK = real_RD.new_zeros(0, real_RD.shape[1]), labels_bK
     if len(batch.rows_B):
         views = student.layout.views(theta_P.detach())
-        own_bD = _with_constant(functional.features(student.module, views, views_bCHH))
+        own_bD = _with_constant(functional.features(student.module, views, views_bCHH) * kept_D)
         own_bK = torch.softmax(labels_bK, dim=1) - 1 / classes
         whole_BD[rows_in_batch_b], whole_BK[rows_in_batch_b] = own_bD.detach(), own_bK.detach()
     features_BD = student.ranks.total(whole_BD).requires_grad_()

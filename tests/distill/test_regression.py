@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 
 from lad_dist.distill.loop import Distillation
-from lad_dist.distill.regression import RealBatches, RealFeatures, regress
+from lad_dist.distill.regression import RealBatches, RealFeatures, kept_features, regress
 from lad_dist.distill.start import Facts
 from lad_dist.distill.state import _trajectory_hash
 from lad_dist.distill.student import Batch, Student, SyntheticSet
@@ -21,7 +22,7 @@ from lad_dist.recipe import Recipe
 
 CPU = torch.device("cpu")
 REGRESSION = {"lambda_regression": 1.0, "optimizer": "adam", "schedule": "cosine", "lr_images": 0.02, "lr_labels": 0.02,
-              "regression_epoch_max": 4}  # fmt: skip
+              "regression_epoch_max": 4, "regression_dropout": 0.3}  # fmt: skip
 
 
 @pytest.fixture
@@ -63,6 +64,39 @@ def test_loss_and_gradients_equal_the_primal_problem(problem, rows):
     torch.testing.assert_close(found.image_grad_SCHH, images)
     torch.testing.assert_close(found.label_grad_SK, labels)
     assert float(images.abs().max()) > 0 and float(labels.abs().max()) > 0
+
+
+def test_features_left_out_take_no_part(problem):
+    """The same as a network without them: their real values do not matter, and the rest is the smaller primal problem."""
+    student, synthetic, theta, real = problem
+    rows, features = torch.arange(6), real.features_RD.shape[1]
+    kept = torch.arange(features) % 2
+    found = regress(student, synthetic, Batch(rows), rows, theta, real, ridge=0.1, kept_D=kept)
+    other = RealFeatures(real.features_RD + 100 * (1 - kept), real.targets_RK, real.labels_R)
+    again = regress(student, synthetic, Batch(rows), rows, theta, other, ridge=0.1, kept_D=kept)
+    torch.testing.assert_close(found.loss, again.loss)
+    torch.testing.assert_close(found.image_grad_SCHH, again.image_grad_SCHH)
+
+    def rest(module, views, images, all_of=functional.features):
+        return all_of(module, views, images)[:, kept == 1]
+
+    smaller = RealFeatures(real.features_RD[:, kept == 1], real.targets_RK, real.labels_R)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(functional, "features", rest)
+        loss, images, labels = by_normal_equations(student, synthetic, theta, smaller, 0.1, rows)
+    torch.testing.assert_close(found.loss, loss)
+    torch.testing.assert_close(found.image_grad_SCHH, images)
+    torch.testing.assert_close(found.label_grad_SK, labels)
+
+
+def test_which_features_are_kept():
+    recipe = Recipe.model_validate({"distill": {"regression_dropout": 0.75}})
+    first, again, next_one = (kept_features(recipe, 64, iteration) for iteration in (3, 3, 4))
+    assert first.sum() == 16 and torch.equal(first, again) and not torch.equal(first, next_one)
+    assert kept_features(recipe, 1, 0).tolist() == [1.0]
+    assert kept_features(Recipe(), 64, 0) is None
+    with pytest.raises(ValidationError, match="regression_dropout"):
+        Recipe.model_validate({"distill": {"regression_dropout": 1.0}})
 
 
 def test_a_classifier_that_recovers_the_targets_has_no_loss(problem):

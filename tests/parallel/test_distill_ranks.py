@@ -193,6 +193,7 @@ def test_a_rank_that_never_comes(monkeypatch):
 
 def test_the_regression_phase_of_three_ranks_equals_that_of_one(pipeline_of):
     """20 images in uneven shares; a batch of 7 may leave a rank without an image."""
-    distill = {"optimizer": "adam", "schedule": "cosine", "batch": 7, "regression_epoch_max": 4, "lr_images": 0.02}
+    distill = {"optimizer": "adam", "schedule": "cosine", "batch": 7, "regression_epoch_max": 4, "lr_images": 0.02,
+               "regression_dropout": 0.5}  # fmt: skip
     fields = {"method": "lad-fr", "distill": distill}
     same(over(pipeline_of("three", **fields), 3), over(pipeline_of("one", **fields), 1))
