@@ -6,7 +6,7 @@ Request       one job, or one array of jobs, in submitit's terms
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,14 @@ def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission:
         nodes, gpus = 1, own.gpus_per_node or 0
     # Cores are asked for by task; a single task that uses all GPUs gets those of all.
     cpus = own.cpus_per_task or s.cpus_per_task * (max(1, gpus) if tasks == 1 and stage != "report" else 1)
+    device: str = profile.device
+    if stage == "report":
+        device = "cpu"
+    elif device == "cuda" and gpus == 0 and not _gpus_by_options({**s.options, **own.options}):
+        raise RecipeError(
+            f"profile: device: cuda, but {stage} asks SLURM for no GPU; valid: gpus_per_node or slurm.stages.{stage}."
+            "gpus_per_node of 1 or more, or device: auto, which uses a GPU only where the job has one"
+        )
     minutes = own.time_minutes or s.time_minutes
     if s.warning_seconds >= minutes * 60:
         raise RecipeError(
@@ -114,6 +122,7 @@ def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission:
     inside = profile.model_copy(
         update={
             "launcher": "local",
+            "device": device,
             "nodes": 1,
             "gpus_per_node": gpus,
             "ranks": nodes * tasks if stage == "distill" else 1,
@@ -123,6 +132,11 @@ def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission:
         }
     )
     return Request(stage, count, fleet, inside, parameters)
+
+
+def _gpus_by_options(options: Mapping[str, Option]) -> bool:
+    """Whether options ask for GPUs by themselves: ``slurm_gres: gpu:1``, ``slurm_gpus_per_task: 1``, ``gpus`` among additional ones."""
+    return any("gpu" in f"{name}={value}" for name, value in options.items())
 
 
 def _optional(s: SlurmConfig, own: StageOnSlurm, gpus: int) -> dict[str, Any]:
