@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +38,8 @@ def submit(asked: JobOptions, recipe: Recipe, profile: Profile, stages: Sequence
         screen.print(text, soft_wrap=True)
 
     made = slurm.submit(recipe, out, profile, asked.buffers, stages, say)
+    for state in made.replaced:
+        say(f"submitted again, since what it waited for has ended: {state.line()}")
     for state in made.queued:
         say(f"already queued: {state.line()}")
     if made.submission is None and not made.queued:
@@ -48,7 +50,7 @@ def submit(asked: JobOptions, recipe: Recipe, profile: Profile, stages: Sequence
         say(f"watch: lad-dist status {out} --watch")
         say(f"cancel: lad-dist cancel {out}")
     if wait:
-        _stay(RunDir(out))
+        _stay(RunDir(out), made.ids)
         _print_results(RunDir(out))
     return out
 
@@ -62,14 +64,14 @@ def _print_results(run: RunDir) -> None:
     terminal.stdout().print(f"report: {page}" if page.exists() else f"run folder: {run.root}", soft_wrap=True)
 
 
-def _stay(run: RunDir) -> None:
+def _stay(run: RunDir, ids: Container[str]) -> None:
     from lad_dist.errors import Interrupted
     from lad_dist.interrupts import as_exceptions
     from lad_dist.launch.waiting import wait
 
     try:
         with as_exceptions():
-            wait(run, lambda text: terminal.stdout().print(text, soft_wrap=True))
+            wait(run, ids, lambda text: terminal.stdout().print(text, soft_wrap=True))
     except Interrupted as left:
         raise Interrupted(
             f"no longer waiting; the jobs go on (lad-dist status {run.root} --watch, lad-dist cancel {run.root})"

@@ -26,14 +26,11 @@ def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str]) -> list[str]
     A set that was made elsewhere needs no experts. Raises TrajectoryError where the buffer is damaged or another recipe's,
     DistilledError where the distilled set is damaged, RunDirError where results are damaged.
     """
-    from lad_dist.distill.live import all_stages, complete
     from lad_dist.distilled import DistilledSet
-    from lad_dist.trajectories.reader import Buffer
 
     left = []
     imported = run.distilled.exists() and DistilledSet.load(run.distilled).meta.method != recipe.method
-    buffer = Buffer(run.trajectories, expected_hash=recipe.experts_hash())
-    if not imported and len(complete(buffer, all_stages(recipe), recipe.experts.count)) < recipe.experts.count:
+    if not imported and experts_left(recipe, run):
         left.append("experts")
     if not run.distilled.exists():
         left.append("distill")
@@ -43,6 +40,15 @@ def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str]) -> list[str]
     if left or not (run.report / "index.html").exists():
         left.append("report")
     return [stage for stage in STAGES if stage in left and stage in wanted]
+
+
+def experts_left(recipe: Recipe, run: RunDir) -> list[int]:
+    """The experts that are not complete, ascending. Raises TrajectoryError where the buffer is damaged or another recipe's."""
+    from lad_dist.distill.live import all_stages, complete
+    from lad_dist.trajectories.reader import Buffer
+
+    buffer = Buffer(run.trajectories, expected_hash=recipe.experts_hash())
+    return sorted(set(range(recipe.experts.count)) - set(complete(buffer, all_stages(recipe), recipe.experts.count)))
 
 
 def _networks(recipe: Recipe, sources: Sequence[str]) -> set[tuple[str, str, int]]:
@@ -61,12 +67,13 @@ class Request:
     profile: Profile  # inside the jobs
     parameters: dict[str, Any]
 
-    def orders(self, run: RunDir, logs: Path) -> list[Order]:
-        """What each of the jobs is told."""
+    def orders(self, run: RunDir, logs: Path, after: str | None) -> list[Order]:
+        """What each of the jobs is told. ``after``: the stage before it, where that is queued."""
         document = self.profile.model_dump(mode="json")
         folder = str(run.root.resolve())
         return [
-            Order(self.stage, folder, document, str(logs), index, self.count, self.fleet) for index in range(self.count)
+            Order(self.stage, folder, document, str(logs), index, self.count, self.fleet, after)
+            for index in range(self.count)
         ]
 
 
@@ -135,7 +142,7 @@ def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission:
 
 
 def _gpus_by_options(options: Mapping[str, Option]) -> bool:
-    """Whether options ask for GPUs by themselves: ``slurm_gres: gpu:1``, ``slurm_gpus_per_task: 1``, ``gpus`` among additional ones."""
+    """Whether options ask for GPUs by themselves: ``slurm_gres: gpu:1``, ``slurm_gpus_per_task: 1``."""
     return any("gpu" in f"{name}={value}" for name, value in options.items())
 
 

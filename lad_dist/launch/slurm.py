@@ -84,10 +84,20 @@ class StageJob:
 
 @dataclass(frozen=True)
 class Submitted:
-    """What ``submit`` came to: the new jobs (None: nothing was left to submit), and stages that were queued already."""
+    """What ``submit`` came to: the new jobs (None: nothing was left to submit), and stages that were queued already.
+
+    ``replaced``: jobs that waited for one that has ended without doing its stage; they were cancelled and submitted again.
+    """
 
     submission: Submission | None
     queued: tuple[TaskState, ...]
+    replaced: tuple[TaskState, ...] = ()
+
+    @property
+    def ids(self) -> set[str]:
+        """The jobs that do what was asked."""
+        new = () if self.submission is None else self.submission.jobs
+        return {job.id for job in new} | {state.job.id for state in self.queued}
 
 
 def submit(
@@ -116,16 +126,22 @@ def submit(
     run = RunDir.open(out, recipe, store_of(buffers, profile))
     left = stages_left(recipe, run, wanted)
     queue = Queue(run)
-    queued = tuple(state for state in queue.states(now=True) if state.live)
+    states = queue.states(now=True)
     if queue.fault:
         raise ClusterError(queue.fault)
+    queued = [state for state in states if state.live]
     todo = [stage for stage in left if stage not in {state.stage for state in queued}]
     if not todo:
-        return Submitted(None, queued)
+        return Submitted(None, tuple(queued))
+    replaced = _in_vain(queued, todo[0])
+    queued = [state for state in queued if state not in replaced]
+    todo = [stage for stage in STAGES if stage in todo or stage in {state.stage for state in replaced}]
     identity = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     requests = [request(stage, recipe, profile, run.root.name, identity) for stage in todo]
     submission = Submission(identity, time.time(), profile.name, str(_log_folder(run, profile, identity)))
-    chain = Chain(run, submission, profile, {state.stage: state.id.split("_")[0] for state in queued})
+    _cancel(replaced)
+    ending = [state.job for state in states if state.state == "ending"]
+    chain = Chain(run, submission, profile, {state.stage: state.job for state in queued}, ending)
     try:
         for one in requests:
             job = chain.add(one)
@@ -135,34 +151,51 @@ def submit(
     except BaseException:
         chain.withdraw()
         raise
-    return Submitted(chain.submission, queued)
+    return Submitted(chain.submission, tuple(queued), tuple(replaced))
+
+
+def _in_vain(queued: Sequence[TaskState], stage: str) -> list[TaskState]:
+    """The jobs of later stages that have not begun, where ``stage`` has to be submitted again: they wait for its old job."""
+    later = STAGES[STAGES.index(stage) + 1 :]
+    begun = {state.job.id for state in queued if state.state == "running" or state.restarts}
+    return [state for state in queued if state.stage in later and state.job.id not in begun]
 
 
 class Chain:
-    """Jobs of one submission, written down as they are submitted. ``before``: the job of each stage that is queued."""
+    """Jobs of one submission, written down as they are submitted.
 
-    def __init__(self, run: RunDir, submission: Submission, profile: Profile, before: dict[str, str]) -> None:
+    ``before``: the job of each stage that is queued; ``ending``: jobs whose processes SLURM is ending.
+    """
+
+    def __init__(
+        self, run: RunDir, submission: Submission, profile: Profile, before: dict[str, Job], ending: Sequence[Job] = ()
+    ) -> None:
         self.run, self.submission, self.profile = run, submission, profile
-        self._ids = dict(before)
+        self._jobs, self._ending = dict(before), ending
 
     def add(self, wanted: Request) -> Job:
-        """Submit one stage, to begin after the nearest stage before it that is queued."""
+        """Submit one stage, to begin after those before it that are queued.
+
+        Of an array, jobs may have been cancelled whose share the others did: it need only be over, and the new job looks.
+        """
         logs = Path(self.submission.logs)
-        earlier = [self._ids[s] for s in STAGES[: STAGES.index(wanted.stage)] if s in self._ids]
-        more = {"slurm_dependency": f"afterok:{earlier[-1]}"} if earlier else {}
+        earlier = [self._jobs[s] for s in STAGES[: STAGES.index(wanted.stage)] if s in self._jobs]
+        waits = [f"{'afterok' if job.array is None else 'afterany'}:{job.id}" for job in earlier]
+        waits += [f"afterany:{i}" for i in dict.fromkeys(j.id for j in self._ending if j.stage == wanted.stage)]
+        more = {"slurm_dependency": ",".join(waits)} if waits else {}
         executor = _executor(logs, self.profile, wanted.parameters | more)
-        calls = [StageJob(one) for one in wanted.orders(self.run, logs)]
+        calls = [StageJob(one) for one in wanted.orders(self.run, logs, earlier[-1].stage if earlier else None)]
         with _refusals(wanted.stage), _outside_of_jobs():
             jobs = executor.submit_array(calls) if len(calls) > 1 else [executor.submit(calls[0])]
         number = str(jobs[0].job_id).split("_")[0]
         job = Job(
             wanted.stage, number, len(calls) if len(calls) > 1 else None, str(logs / number / f"{number}_submission.sh")
         )
-        self._ids[job.stage] = number
+        self._jobs[job.stage] = job
         self.submission = replace(self.submission, jobs=(*self.submission.jobs, job))
         others = [one for one in read_submissions(self.run) if one.id != self.submission.id]
         write_submissions(self.run, [*others, self.submission])
-        if earlier:
+        if waits:
             _check(job)
         return job
 
@@ -209,9 +242,14 @@ def cancel(run: RunDir) -> list[TaskState]:
     live = [state for state in queue.states(now=True) if state.live]
     if queue.fault:
         raise ClusterError(queue.fault)
-    if live:
-        slurm_command(["scancel", *dict.fromkeys(state.id.split("_")[0] for state in live)])
+    _cancel(live)
     return live
+
+
+def _cancel(states: Sequence[TaskState]) -> None:
+    """End jobs, those first that wait for others. Raises ClusterError."""
+    if states:
+        slurm_command(["scancel", *dict.fromkeys(state.job.id for state in reversed(states))])
 
 
 def _executor(logs: Path, profile: Profile, parameters: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ from lad_dist.rundir import RunDir
 from lad_dist.status.slurm import read_submissions, squeue
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+def wait_until(reached: Callable[[], Any], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.2)
+
+
 LOCAL = ("--on", "local", "--threads", 1, "--fleet", "off", "--device", "cpu")
 
 
@@ -77,7 +87,7 @@ def reference(lad: Any) -> Any:
 
 def test_a_cancelled_chain_is_completed_by_the_same_command(slurm, lad, reference):
     job, run = lad.job(), lad.folder / "run"
-    slow = lad.profile("slow.yaml", stages={"experts": {"options": {}}}, setup=["sleep 20"])
+    slow = lad.profile("slow.yaml", setup=['case "$SLURM_JOB_NAME" in *experts) sleep 20; esac'])
     waiting = lad.start("run", job, "--on", slow, "--out", run, "--wait")
     while "experts" not in (ids := jobs_of(run) if run.exists() else {}) or slurm.state(ids["experts"]) != "RUNNING":
         assert waiting.poll() is None, waiting.communicate()
@@ -88,10 +98,12 @@ def test_a_cancelled_chain_is_completed_by_the_same_command(slurm, lad, referenc
     out, err = lad.ended(waiting, code=11)
     assert re.search(rf"error: experts, job {ids['experts']}_\d: cancelled", err) and "scancel" in err
     assert "not begun, since they need it: distill, evaluate, report" in err
-    assert all(slurm.state(ids[stage]) == "CANCELLED" for stage in ids)
-    status, _ = lad("status", run)
+    assert all(slurm.state(ids[stage]) == "CANCELLED" for stage in ids if stage != "distill")
+    status, _ = lad("status", run, "--watch")
     assert f"experts, job {ids['experts']}_0: cancelled (scancel)" in status
-    assert f"distill, job {ids['distill']}: cancelled, since a stage before it did not finish" in status
+    why = r"experts: its jobs have ended and it is not done \(missing: 0, 1\)"
+    assert re.search(rf"distill, job {ids['distill']}: did not begin: {why}", status)
+    assert f"evaluate, job {ids['evaluate']}_0: cancelled, since a stage before it did not finish" in status
     slurm.nothing_left(*ids.values())
 
     out, _ = lad("run", job, "--on", lad.profile(), "--out", run, "--wait")
@@ -116,6 +128,39 @@ def test_a_cancelled_chain_is_completed_by_the_same_command(slurm, lad, referenc
     slurm.nothing_left(*again.values())
     out, _ = lad("run", job, "--on", lad.profile(), "--out", run)
     assert "all stages are done; nothing was submitted" in out
+
+
+@pytest.mark.timeout(400)
+def test_jobs_are_known_by_their_ids_and_ending_ones_are_not_queued(slurm, lad):
+    """One chain: its comments are changed, its experts are cancelled, it is submitted again at once, and an array loses a job."""
+    job, run = lad.job(), lad.folder / "a run"
+    stubborn = lad.profile("stubborn.yaml", setup=["trap '' TERM", "sleep 60"])  # ends by SIGKILL, seconds after scancel
+    lad("run", job, "--on", stubborn, "--out", run)
+    ids = jobs_of(run)
+    wait_until(lambda: slurm.state(ids["experts"]) == "RUNNING", 30)
+    for number in ids.values():
+        subprocess.run(["scontrol", "update", f"JobId={number}", "Comment=mine"], check=True)
+    out, _ = lad("run", job, "--on", stubborn, "--out", run)
+    assert jobs_of(run) == ids and f"already queued: experts, job {ids['experts']}_0: running on n" in out
+
+    subprocess.run(["scancel", ids["experts"]], check=True)
+    assert slurm.state(ids["experts"]) == "COMPLETING"
+    late = "if [ \"$SLURM_JOB_NAME/$SLURM_ARRAY_TASK_ID\" = 'a run-experts/1' ]; then sleep 120; fi"
+    waiting = lad.start("run", job, "--on", lad.profile(setup=[late]), "--out", run, "--wait")
+    wait_until(lambda: "report" in jobs_of(run) and not set(jobs_of(run).values()) & set(ids.values()), 30)
+    again = jobs_of(run)
+    assert slurm.state(ids["distill"]) == slurm.state(ids["report"]) == "CANCELLED"
+    wait_until(lambda: slurm.state(f"{again['experts']}_1") == "RUNNING", 60)
+    assert slurm.state(ids["experts"]) == "CANCELLED"  # its last process is gone
+    subprocess.run(["scancel", f"{again['experts']}_1"], check=True)
+    out, _ = lad.ended(waiting, code=0)
+    assert f"submitted again, since what it waited for has ended: distill, job {ids['distill']}" in out
+    assert f"already queued: experts, job {ids['experts']}" not in out
+    assert slurm.state(f"{again['experts']}_1") == "CANCELLED" and (run / "report/index.html").exists()
+    assert "nothing was submitted" in lad("run", job, "--on", lad.profile(), "--out", run, "--wait")[0]
+    status, _ = lad("status", run)
+    assert f"experts, job {again['experts']}_1: cancelled (scancel) on n" in status and "done all the same" in status
+    slurm.nothing_left(*ids.values(), *again.values())
 
 
 STEADY = {"lr_images": 0.01, "lr_labels": 0.01, "lr_alpha": 0.0, "checkpoint_every": 10_000}  # over thousands of iterations
