@@ -78,7 +78,7 @@ class Request:
 
 
 def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission: str) -> Request:
-    """The jobs of a stage. ``name``: the run's, ``submission``: the id by which its jobs are known again.
+    """The jobs of a stage. ``name``: the run's, ``submission``: the id that their comment holds.
 
     Raises RecipeError where the profile's numbers contradict each other.
     """
@@ -122,8 +122,8 @@ def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission:
         "cpus_per_task": cpus,
         **_optional(s, own, gpus),
         "slurm_signal_delay_s": s.warning_seconds,
-        "slurm_comment": f"lad-dist {submission}",
-        "slurm_setup": setup_lines(s.setup),
+        "slurm_comment": s.comment or f"lad-dist {submission}",
+        "slurm_setup": setup_lines(s.setup if own.setup is None else own.setup),
         **_options(s, own, tasks * nodes > 1),
     }
     inside = profile.model_copy(
@@ -151,9 +151,12 @@ def _optional(s: SlurmConfig, own: StageOnSlurm, gpus: int) -> dict[str, Any]:
         "gpus_per_node": gpus or None,
         "mem_gb": own.mem_gb or s.mem_gb,
         "slurm_partition": own.partition or s.partition,
-        "slurm_account": s.account,
+        "slurm_account": own.account or s.account,
         "slurm_qos": own.qos or s.qos,
         "slurm_constraint": own.constraint or s.constraint,
+        "slurm_dependency": s.dependency,
+        "slurm_mail_user": s.mail,
+        "slurm_mail_type": None if s.mail is None else s.mail_events,
     }
     return {name: value for name, value in asked.items() if value is not None}
 
@@ -170,7 +173,8 @@ def _options(s: SlurmConfig, own: StageOnSlurm, several: bool) -> dict[str, Any]
     """The options passed on, and those that every job has: a task that dies ends the others, a dead node requeues the job."""
     options: dict[str, Option] = {**s.options, **own.options}
     more = options.get("slurm_additional_parameters", {})
-    always = {"requeue": True, "kill-on-invalid-dep": "yes"}
+    fields = {"begin": s.begin, "reservation": own.reservation or s.reservation}
+    always = {"requeue": True, "kill-on-invalid-dep": "yes", **{k: v for k, v in fields.items() if v is not None}}
     arguments = options.get("slurm_srun_args", "")
     srun = [*(["--kill-on-bad-exit=1"] if several else []), *str(arguments).split()]
     return {

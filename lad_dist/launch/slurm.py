@@ -180,7 +180,9 @@ class Chain:
         """
         logs = Path(self.submission.logs)
         earlier = [self._jobs[s] for s in STAGES[: STAGES.index(wanted.stage)] if s in self._jobs]
-        waits = [f"{'afterok' if job.array is None else 'afterany'}:{job.id}" for job in earlier]
+        own = self.profile.slurm.dependency
+        waits = [own] if own else []
+        waits += [f"{'afterok' if job.array is None else 'afterany'}:{job.id}" for job in earlier]
         waits += [f"afterany:{i}" for i in dict.fromkeys(j.id for j in self._ending if j.stage == wanted.stage)]
         more = {"slurm_dependency": ",".join(waits)} if waits else {}
         executor = _executor(logs, self.profile, wanted.parameters | more)
@@ -226,8 +228,9 @@ def refusal(stage: str, recipe: Recipe, profile: Profile) -> str | None:
 
     Raises RecipeError where the profile's numbers contradict each other, or an option is not submitit's.
     """
-    wanted = request(stage, recipe, profile, "doctor", "doctor")
-    executor = _executor(Path(tempfile.gettempdir()), profile, wanted.parameters)
+    wanted = request(stage, recipe, profile, "doctor", "doctor").parameters
+    asked = {name: value for name, value in wanted.items() if name != "slurm_dependency"}  # see _check
+    executor = _executor(Path(tempfile.gettempdir()), profile, asked)
     script = executor._executor._make_submission_file_text("true", "doctor")
     try:
         slurm_command(["sbatch", "--test-only"], text=script, unless=_NOT_NOW)

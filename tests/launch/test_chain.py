@@ -8,7 +8,7 @@ from lad_dist import catalog, recipe_file
 from lad_dist.errors import RecipeError
 from lad_dist.launch.chain import Request, request
 from lad_dist.pipeline import STAGES
-from lad_dist.profile import Profile
+from lad_dist.profile import OWN_OPTIONS, Profile
 from lad_dist.recipe import Recipe
 
 
@@ -42,3 +42,43 @@ def test_a_gpu_that_no_job_asks_for(stage):
     by_option = {"device": "cuda", "slurm": {"options": {"slurm_gres": "gpu:a100:1"}}}
     assert asked(stage, **by_option).profile.device == "cuda"
     assert asked(stage, **{**fields, "device": "auto"}).profile.device == "auto"
+
+
+def test_fields_of_sbatch():
+    slurm = {"account": "a", "reservation": "r", "dependency": "afterok:7,singleton", "begin": "now+1hour", "comment": "mine",
+             "mail": "me@example.org", "setup": ["module load x"],
+             "stages": {"report": {"account": "b", "setup": [], "reservation": "other"}}}  # fmt: skip
+    first, last = asked("experts", slurm=slurm).parameters, asked("report", slurm=slurm).parameters
+    assert first["slurm_account"] == "a" and last["slurm_account"] == "b"
+    assert "module load x" in first["slurm_setup"] and last["slurm_setup"] == []
+    assert first["slurm_dependency"] == "afterok:7,singleton" and first["slurm_comment"] == "mine"
+    assert first["slurm_mail_user"] == "me@example.org" and first["slurm_mail_type"] == "FAIL"
+    more, others = first["slurm_additional_parameters"], last["slurm_additional_parameters"]
+    assert more["begin"] == "now+1hour" and more["reservation"] == "r" and others["reservation"] == "other"
+    plain = asked("experts").parameters
+    assert not {"slurm_mail_type", "slurm_dependency", "slurm_account"} & set(plain)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"slurm_dependency": "afterok:7"}, "slurm_dependency: is set by lad-dist; valid: the field slurm.dependency"),
+    ({"slurm_additional_parameters": {"dependency": "afterok:7"}}, "dependency: is set by lad-dist; valid: the field slurm.dep"),
+    ({"slurm_additional_parameters": {"cpus-per-task": 7}}, "cpus-per-task: is set by lad-dist; valid: the field slurm.cpus_per"),
+    ({"slurm_additional_parameters": "nice"}, "'nice' is no mapping; valid: sbatch's long options"),
+    ({"slurm_job_name": "x"}, "slurm_job_name: is set by lad-dist; leave it out"),
+    ({"mail-type": "FAIL"}, "mail-type: has no prefix slurm_; valid: for example slurm_exclude"),
+])  # fmt: skip
+def test_options_that_fields_say(options, said):
+    for section in ({"options": options}, {"stages": {"distill": {"options": options}}}):
+        with pytest.raises(RecipeError) as refused:
+            recipe_file.validated(Profile, {"slurm": section}, "p.yaml")
+        assert said in str(refused.value)
+
+
+def test_refusals_name_fields_that_exist():
+    fields = {field for field, _ in recipe_file.fields_of(Profile)}
+    assert {field for field in OWN_OPTIONS.values() if field is not None} <= fields
+
+
+def test_a_dependency_on_any_of_several():
+    with pytest.raises(RecipeError, match=r"slurm\.dependency: .*valid: ,"):
+        recipe_file.validated(Profile, {"slurm": {"dependency": "afterok:7?afterok:8"}}, "p.yaml")

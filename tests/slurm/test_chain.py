@@ -317,9 +317,19 @@ def test_a_job_that_died_without_a_word_is_noticed(slurm, lad):
 
 def test_submitting_again_and_cancel(slurm, lad):
     job, run = lad.job(), lad.folder / "run"
-    profile = lad.profile(setup=["sleep 300"])
+    held = ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true"]
+    other = subprocess.run(held, check=True, capture_output=True, text=True, cwd=lad.folder).stdout.strip()
+    profile = lad.profile(setup=["sleep 300"], dependency=f"afterany:{other}", comment="theirs", begin="now")
     lad("run", job, "--on", profile, "--out", run)
     ids = jobs_of(run)
+    waits = {stage: f"afterany:{other}(unfulfilled)" for stage in ids}
+    waits["distill"] += f",afterany:{ids['experts']}_*(unfulfilled)"
+    waits["evaluate"] = f"{waits['distill']},afterok:{ids['distill']}(unfulfilled)"
+    waits["report"] = f"{waits['evaluate']},afterany:{ids['evaluate']}_*(unfulfilled)"
+    for stage, number in ids.items():
+        said = subprocess.run(["scontrol", "-o", "show", "job", number], check=True, capture_output=True, text=True).stdout
+        assert f" Dependency={waits[stage]} " in said and " Comment=theirs " in said
+    subprocess.run(["scontrol", "release", other], check=True)
     out, _ = lad("run", job, "--on", profile, "--out", run)
     assert jobs_of(run) == ids and f"already queued: distill, job {ids['distill']}: pending (Dependency)" in out
     status, _ = lad("status", run)
