@@ -1,11 +1,15 @@
 """What a run needs from SLURM: which stages are left, as which jobs, with which options. No SLURM command is called here.
 
+Wanted        which stages a command submits, and what it asks of an evaluation
 stages_left   by what is on disk
 Request       one job, or one array of jobs, in submitit's terms
+waits_for     what a job is to wait for
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +22,53 @@ from lad_dist.pipeline import STAGES
 from lad_dist.profile import EvaluateOnSlurm, ExpertsOnSlurm, Option, Profile, SlurmConfig, StageOnSlurm
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
+from lad_dist.status.slurm import Job
 
 
-def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str]) -> list[str]:
+@dataclass(frozen=True)
+class Question:
+    """What an evaluation is asked other than what the run's recipe says: sources, measured as ``recipe`` says."""
+
+    sources: tuple[str, ...]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """By which its jobs are told from those of another question."""
+        asked = json.dumps([self.sources, self.recipe.evaluate.model_dump(mode="json")])
+        return hashlib.sha256(asked.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The stages that a command submits. ``again``: also where they are done, and the run's recipe stays as it is."""
+
+    stages: tuple[str, ...]
+    again: bool = False
+    question: Question | None = None
+
+    def means(self, job: Job) -> bool:
+        """Whether a job of a run's is one of those that this may submit."""
+        return job.stage != "evaluate" or job.question == self.name
+
+    @property
+    def name(self) -> str:
+        """The question's, empty where there is none."""
+        return "" if self.question is None else self.question.name
+
+
+def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str], buffer: Path | str | None = None) -> list[str]:
     """Those of ``wanted`` that are not done, in order; the report is written again after anything else.
 
-    A set that was made elsewhere needs no experts. Raises TrajectoryError where the buffer is damaged or another recipe's,
-    DistilledError where the distilled set is damaged, RunDirError where results are damaged.
+    ``buffer``: the trajectory buffer, where the run does not exist yet. A set that was made elsewhere needs no experts. Raises
+    TrajectoryError where the buffer is damaged or another recipe's, DistilledError where the distilled set is damaged,
+    RunDirError where results are damaged.
     """
     from lad_dist.distilled import DistilledSet
 
     left = []
     imported = run.distilled.exists() and DistilledSet.load(run.distilled).meta.method != recipe.method
-    if not imported and experts_left(recipe, run):
+    if not imported and experts_left(recipe, run.trajectories if buffer is None else buffer):
         left.append("experts")
     if not run.distilled.exists():
         left.append("distill")
@@ -42,12 +80,12 @@ def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str]) -> list[str]
     return [stage for stage in STAGES if stage in left and stage in wanted]
 
 
-def experts_left(recipe: Recipe, run: RunDir) -> list[int]:
+def experts_left(recipe: Recipe, trajectories: Path | str) -> list[int]:
     """The experts that are not complete, ascending. Raises TrajectoryError where the buffer is damaged or another recipe's."""
     from lad_dist.distill.live import all_stages, complete
     from lad_dist.trajectories.reader import Buffer
 
-    buffer = Buffer(run.trajectories, expected_hash=recipe.experts_hash())
+    buffer = Buffer(trajectories, expected_hash=recipe.experts_hash())
     return sorted(set(range(recipe.experts.count)) - set(complete(buffer, all_stages(recipe), recipe.experts.count)))
 
 
@@ -66,18 +104,22 @@ class Request:
     fleet: bool
     profile: Profile  # inside the jobs
     parameters: dict[str, Any]
+    question: Question | None = None
 
     def orders(self, run: RunDir, logs: Path, after: str | None) -> list[Order]:
         """What each of the jobs is told. ``after``: the stage before it, where that is queued."""
         document = self.profile.model_dump(mode="json")
-        folder = str(run.root.resolve())
+        folder, q = str(run.root.resolve()), self.question
+        asked = None if q is None else {"sources": list(q.sources), "recipe": q.recipe.model_dump(mode="json")}
         return [
-            Order(self.stage, folder, document, str(logs), index, self.count, self.fleet, after)
+            Order(self.stage, folder, document, str(logs), index, self.count, self.fleet, after, asked)
             for index in range(self.count)
         ]
 
 
-def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission: str) -> Request:
+def request(
+    stage: str, recipe: Recipe, profile: Profile, name: str, submission: str, question: Question | None = None
+) -> Request:
     """The jobs of a stage. ``name``: the run's, ``submission``: the id that their comment holds.
 
     Raises RecipeError where the profile's numbers contradict each other.
@@ -91,10 +133,15 @@ def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission:
         count = 1 if fleet else min(nodes, recipe.experts.count)
         nodes = nodes if fleet else 1
     elif isinstance(own, EvaluateOnSlurm):
-        count, nodes = min(own.jobs, len(_networks(recipe, ["distilled", *recipe.evaluate.baselines]))), 1
+        asked = question or Question(("distilled", *recipe.evaluate.baselines), recipe)
+        jobs = own.jobs if question is None else profile.ranks or own.jobs
+        count, nodes = min(jobs, len(_networks(asked.recipe, asked.sources))), 1
         gpus = min(gpus, 1) if own.gpus_per_node is None else gpus
     elif stage == "distill":
         tasks = own.tasks_per_node or s.tasks_per_node or max(1, gpus)
+        if profile.ranks is not None:
+            nodes, tasks = _spread(profile.ranks, nodes, tasks)
+            gpus = tasks if gpus else 0
     else:
         nodes, gpus = 1, own.gpus_per_node or 0
     # Cores are asked for by task; a single task that uses all GPUs gets those of all.
@@ -138,7 +185,27 @@ def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission:
             "slurm": SlurmConfig(),
         }
     )
-    return Request(stage, count, fleet, inside, parameters)
+    return Request(stage, count, fleet, inside, parameters, question)
+
+
+def _spread(ranks: int, nodes: int, tasks: int) -> tuple[int, int]:
+    """(nodes, tasks per node) of so many ranks: no more than ``tasks`` on a node if they fit on ``nodes``, else as few as do."""
+    even = [n for n in range(1, nodes + 1) if ranks % n == 0]
+    used = next((n for n in even if ranks // n <= tasks), even[-1])
+    return used, ranks // used
+
+
+def waits_for(stage: str, before: Mapping[str, Job], ending: Sequence[Job], own: str | None) -> str | None:
+    """sbatch's ``--dependency`` of a stage's jobs: ``own``, the profile's, the stages ``before`` it, and its own jobs that are
+    still ``ending``.
+
+    Of an array, jobs may have been cancelled whose share the others did: it need only be over, and the new job looks.
+    """
+    earlier = [before[s] for s in STAGES[: STAGES.index(stage)] if s in before]
+    waits = [own] if own else []
+    waits += [f"{'afterok' if job.array is None else 'afterany'}:{job.id}" for job in earlier]
+    waits += [f"afterany:{number}" for number in dict.fromkeys(job.id for job in ending if job.stage == stage)]
+    return ",".join(waits) or None
 
 
 def _gpus_by_options(options: Mapping[str, Option]) -> bool:
@@ -154,7 +221,6 @@ def _optional(s: SlurmConfig, own: StageOnSlurm, gpus: int) -> dict[str, Any]:
         "slurm_account": own.account or s.account,
         "slurm_qos": own.qos or s.qos,
         "slurm_constraint": own.constraint or s.constraint,
-        "slurm_dependency": s.dependency,
         "slurm_mail_user": s.mail,
         "slurm_mail_type": None if s.mail is None else s.mail_events,
     }

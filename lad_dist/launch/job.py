@@ -43,7 +43,8 @@ _LOOK_SECONDS = 0.5
 class Order:
     """``stage`` of the run folder ``run`` with a profile (dumped); this is the job ``index`` of an array of ``count``.
 
-    ``after``: the stage that it was chained to, which must be done by now.
+    ``after``: the stage before it, where it was chained to that; it must be done by now. ``question``: of an evaluation, the
+    sources and the recipe (dumped) that it is asked instead of the run's own.
     """
 
     stage: str
@@ -54,6 +55,7 @@ class Order:
     count: int = 1
     fleet: bool = False  # a Ray cluster over the job's nodes
     after: str | None = None
+    question: dict[str, Any] | None = None
 
 
 class Task:
@@ -171,7 +173,7 @@ def _check_done(stage: str, recipe: Recipe, run: RunDir) -> None:
 
     if not stages_left(recipe, run, [stage]):
         return
-    missing = f" (missing: {', '.join(map(str, experts_left(recipe, run)))})" if stage == "experts" else ""
+    missing = f" (missing: {', '.join(map(str, experts_left(recipe, run.trajectories)))})" if stage == "experts" else ""
     raise _NotBegun(
         f"{stage}: its jobs have ended and it is not done{missing}; their logs say why, and the same command submits the rest"
     )
@@ -197,7 +199,7 @@ def _stage(order: Order, task: Task) -> None:
     stages: dict[str, Callable[[Pipeline], None]] = {
         "experts": lambda p: p.experts(),
         "distill": lambda p: p.distill(),
-        "evaluate": lambda p: p.evaluate_all(),
+        "evaluate": lambda p: _evaluate(order, p),
         "report": lambda p: p.report(),
     }
     if order.fleet and task.rank > 0:
@@ -209,5 +211,15 @@ def _stage(order: Order, task: Task) -> None:
         place = environment({"RANK": str(order.index), "WORLD_SIZE": str(order.count), "LOCAL_RANK": "0"})
     else:
         place = environment({"SLURM_NTASKS": None})
+    own_log = order.stage == "evaluate"  # each of an array's jobs has one
     with place, ray_in_slurm.head(task, profile) if order.fleet else nullcontext(profile) as here:
-        local.run(recipe, run.root, here, None, screen, [stages[order.stage]])
+        local.run(recipe, run.root, here, None, screen, [stages[order.stage]], keep_recipe=True, own_log=own_log)
+
+
+def _evaluate(order: Order, pipeline: Pipeline) -> None:
+    from lad_dist.recipe import Recipe
+
+    if order.question is None:
+        pipeline.evaluate_all()
+    else:
+        pipeline.ask(Recipe.model_validate(order.question["recipe"]), order.question["sources"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Sequence
+from shlex import quote
 
 from lad_dist.errors import ClusterError
 from lad_dist.rundir import RunDir
@@ -60,7 +61,7 @@ def failure(states: Sequence[TaskState], run: RunDir) -> ClusterError | None:
     first = next((one for one in wrong if one.state in ("failed", "gone")), wrong[0])
     never = [one.stage for one in wrong if one.state == "cancelled" and one.stage != first.stage]
     after = f"; not begun, since they need it: {', '.join(dict.fromkeys(never))}" if never else ""
-    log = f"; its log: {first.log}" if first.log.exists() else ""
+    log = f"; its log: {quote(str(first.log))}" if first.log.exists() else ""
     return ClusterError(
         f"{first.line()}{after}{log}; what is finished is kept, and the same command submits the rest (run folder {run.root})"
     )

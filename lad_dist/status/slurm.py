@@ -20,6 +20,7 @@ import time
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from lad_dist.errors import ClusterError, RunDirError
@@ -57,6 +58,11 @@ class Job:
     array: int | None
     script: str
     question: str = ""
+
+    def output(self, logs: str) -> str:
+        """The files that its tasks write to, as a shell takes them (errors: ``..._log.err``)."""
+        each = "" if self.array is None else "_*"
+        return f"{quote(f'{logs}/{self.id}')}{each}/{self.id}_*_log.out"
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -194,7 +200,7 @@ class Queue:
             harmless = one.over and one.state != "done" and one.stage in done
             said.append(f"SLURM: {one.line()}{'; the stage is done all the same' if harmless else ''}")
             if one.state in ("failed", "gone") and not harmless:
-                said.append(f"SLURM:   log: {one.log}")
+                said.append(f"SLURM:   log: {quote(str(one.log))}")
             if one.state == "running" and one.dashboard:
                 said.append(f"SLURM:   {one.dashboard}")
         return said

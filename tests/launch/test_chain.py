@@ -6,10 +6,11 @@ import pytest
 
 from lad_dist import catalog, recipe_file
 from lad_dist.errors import RecipeError
-from lad_dist.launch.chain import Request, request
+from lad_dist.launch.chain import Request, request, waits_for
 from lad_dist.pipeline import STAGES
 from lad_dist.profile import OWN_OPTIONS, Profile
 from lad_dist.recipe import Recipe
+from lad_dist.status.slurm import Job
 
 
 def asked(stage: str, **fields) -> Request:
@@ -51,12 +52,35 @@ def test_fields_of_sbatch():
     first, last = asked("experts", slurm=slurm).parameters, asked("report", slurm=slurm).parameters
     assert first["slurm_account"] == "a" and last["slurm_account"] == "b"
     assert "module load x" in first["slurm_setup"] and last["slurm_setup"] == []
-    assert first["slurm_dependency"] == "afterok:7,singleton" and first["slurm_comment"] == "mine"
+    assert first["slurm_comment"] == "mine"
     assert first["slurm_mail_user"] == "me@example.org" and first["slurm_mail_type"] == "FAIL"
     more, others = first["slurm_additional_parameters"], last["slurm_additional_parameters"]
     assert more["begin"] == "now+1hour" and more["reservation"] == "r" and others["reservation"] == "other"
     plain = asked("experts").parameters
-    assert not {"slurm_mail_type", "slurm_dependency", "slurm_account"} & set(plain)
+    assert not {"slurm_mail_type", "slurm_account"} & set(plain)
+
+
+def test_what_a_stage_waits_for():
+    array, single = Job("experts", "7", 2, ""), Job("distill", "8", None, "")
+    assert waits_for("distill", {"experts": array}, [], None) == "afterany:7"
+    assert waits_for("report", {"experts": array, "distill": single}, [], "singleton") == "singleton,afterany:7,afterok:8"
+    assert waits_for("experts", {"distill": single}, [array, array, single], None) == "afterany:7"
+    assert waits_for("experts", {}, [], None) is None
+
+
+@pytest.mark.parametrize(("ranks", "nodes", "gpus", "made"), [
+    (None, 2, 8, (2, 8, 8)),
+    (4, 2, 8, (1, 4, 4)),  # near each other where they fit
+    (16, 2, 8, (2, 8, 8)),
+    (4, 2, 0, (2, 2, None)),
+    (3, 2, 0, (1, 3, None)),
+    (4, 1, 1, (1, 4, 4)),
+])  # fmt: skip
+def test_ranks_of_a_distillation(ranks, nodes, gpus, made):
+    one = asked("distill", ranks=ranks, nodes=nodes, gpus_per_node=gpus)
+    p = one.parameters
+    assert (p["nodes"], p["tasks_per_node"], p.get("gpus_per_node")) == made
+    assert one.profile.ranks == made[0] * made[1]
 
 
 @pytest.mark.parametrize(("options", "said"), [

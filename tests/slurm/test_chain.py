@@ -322,7 +322,7 @@ def test_submitting_again_and_cancel(slurm, lad):
     profile = lad.profile(setup=["sleep 300"], dependency=f"afterany:{other}", comment="theirs", begin="now")
     lad("run", job, "--on", profile, "--out", run)
     ids = jobs_of(run)
-    waits = {stage: f"afterany:{other}(unfulfilled)" for stage in ids}
+    waits = dict.fromkeys(ids, f"afterany:{other}(unfulfilled)")
     waits["distill"] += f",afterany:{ids['experts']}_*(unfulfilled)"
     waits["evaluate"] = f"{waits['distill']},afterok:{ids['distill']}(unfulfilled)"
     waits["report"] = f"{waits['evaluate']},afterany:{ids['evaluate']}_*(unfulfilled)"
