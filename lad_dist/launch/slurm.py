@@ -30,6 +30,7 @@ from lad_dist.errors import ClusterError, RecipeError
 from lad_dist.launch.chain import Request, Wanted, request, stages_left, waits_for
 from lad_dist.launch.job import Order, Task, carry_out
 from lad_dist.launch.local import store_of
+from lad_dist.launch.shortage import shortage
 from lad_dist.pipeline import STAGES
 from lad_dist.profile import OWN_OPTIONS, Profile
 from lad_dist.recipe import Recipe
@@ -256,7 +257,7 @@ class Chain:
         earlier = [stage for stage in STAGES[: STAGES.index(wanted.stage)] if stage in self._jobs]
         executor = _executor(logs, self.profile, wanted.parameters, waits)
         calls = [StageJob(one) for one in wanted.orders(self.run, logs, earlier[-1] if earlier else None)]
-        with _refusals(wanted.stage), _outside_of_jobs():
+        with _refusals(wanted), _outside_of_jobs():
             jobs = executor.submit_array(calls) if len(calls) > 1 else [executor.submit(calls[0])]
         number = str(jobs[0].job_id).split("_")[0]
         script = str(logs / number / f"{number}_submission.sh")
@@ -267,7 +268,7 @@ class Chain:
         others = [one for one in read_submissions(self.run) if one.id != self.submission.id]
         write_submissions(self.run, [*others, self.submission])
         if waits:
-            _check(job)
+            _check(job, wanted)
         return job
 
     def withdraw(self) -> None:
@@ -278,7 +279,7 @@ class Chain:
             write_submissions(self.run, [one for one in read_submissions(self.run) if one.id != self.submission.id])
 
 
-def _check(job: Job) -> None:
+def _check(job: Job, wanted: Request) -> None:
     """SLURM looks at what a job asks for when it could begin, which of one that waits for others is too late to say so.
 
     Raises ClusterError where no node could ever take it.
@@ -288,7 +289,7 @@ def _check(job: Job) -> None:
     try:
         slurm_command(["sbatch", "--test-only"], text=script, unless=_NOT_NOW)
     except ClusterError as error:
-        why = str(error).removeprefix("sbatch: ")
+        why = _with_shortage(str(error).removeprefix("sbatch: "), wanted)
         raise ClusterError(_REFUSED.format(stage=job.stage, why=why)) from error
 
 
@@ -305,8 +306,13 @@ def _refused(wanted: Request, profile: Profile) -> str | None:
     try:
         slurm_command(["sbatch", "--test-only"], text=script, unless=_NOT_NOW)
     except ClusterError as error:
-        return str(error).removeprefix("sbatch: ")
+        return _with_shortage(str(error).removeprefix("sbatch: "), wanted)
     return None
+
+
+def _with_shortage(why: str, wanted: Request) -> str:
+    lacks = shortage(wanted.parameters)
+    return why if lacks is None else f"{why} ({lacks})"
 
 
 def _script(wanted: Request, profile: Profile, waits: str | None) -> str:
@@ -377,15 +383,15 @@ def _log_folder(run: RunDir, profile: Profile, identity: str) -> Path:
 
 
 @contextlib.contextmanager
-def _refusals(stage: str) -> Iterator[None]:
+def _refusals(wanted: Request) -> Iterator[None]:
     """SLURM's refusal as one error; submitit also prints it."""
     heard = io.StringIO()
     try:
         with contextlib.redirect_stderr(heard):
             yield
     except (FailedJobError, FailedSubmissionError, OSError) as error:
-        said = reason(str(error)) or "no reason was given"
-        raise ClusterError(_REFUSED.format(stage=stage, why=said)) from error
+        said = _with_shortage(reason(str(error)) or "no reason was given", wanted)
+        raise ClusterError(_REFUSED.format(stage=wanted.stage, why=said)) from error
 
 
 @contextlib.contextmanager

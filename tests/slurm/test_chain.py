@@ -112,7 +112,7 @@ def test_a_cancelled_chain_is_completed_by_the_same_command(slurm, lad, referenc
     for stage, number in again.items():
         script = re.search(rf"^{stage}: job {number}.*: (/\S+)$", out, re.MULTILINE)
         assert script and Path(script[1]).read_text().startswith("#!/bin/bash")
-    assert f"lad-dist cancel {run}" in out and "/%j/" in out
+    assert f"lad-dist cancel {run}" in out
     assert "over" not in slurm.live()
     alone = reference(job)
     assert buffer_rows(run) == buffer_rows(alone)
@@ -132,7 +132,10 @@ def test_a_cancelled_chain_is_completed_by_the_same_command(slurm, lad, referenc
 
 @pytest.mark.timeout(400)
 def test_jobs_are_known_by_their_ids_and_ending_ones_are_not_queued(slurm, lad):
-    """One chain: its comments are changed, its experts are cancelled, it is submitted again at once, and an array loses a job."""
+    """One chain: its comments are changed, its experts are cancelled, it is submitted again at once, and an array loses a job.
+
+    Then other networks are asked for. The run folder has a space in its name.
+    """
     job, run = lad.job(), lad.folder / "a run"
     stubborn = lad.profile("stubborn.yaml", setup=["trap '' TERM", "sleep 60"])  # ends by SIGKILL, seconds after scancel
     lad("run", job, "--on", stubborn, "--out", run)
@@ -146,7 +149,7 @@ def test_jobs_are_known_by_their_ids_and_ending_ones_are_not_queued(slurm, lad):
     subprocess.run(["scancel", ids["experts"]], check=True)
     assert slurm.state(ids["experts"]) == "COMPLETING"
     late = "if [ \"$SLURM_JOB_NAME/$SLURM_ARRAY_TASK_ID\" = 'a run-experts/1' ]; then sleep 120; fi"
-    waiting = lad.start("run", job, "--on", lad.profile(setup=[late]), "--out", run, "--wait")
+    waiting = lad.start("run", job, "--on", lad.profile(setup=[late]), "--out", run, "--ranks", 4, "--wait")
     wait_until(lambda: "report" in jobs_of(run) and not set(jobs_of(run).values()) & set(ids.values()), 30)
     again = jobs_of(run)
     assert slurm.state(ids["distill"]) == slurm.state(ids["report"]) == "CANCELLED"
@@ -160,7 +163,22 @@ def test_jobs_are_known_by_their_ids_and_ending_ones_are_not_queued(slurm, lad):
     assert "nothing was submitted" in lad("run", job, "--on", lad.profile(), "--out", run, "--wait")[0]
     status, _ = lad("status", run)
     assert f"experts, job {again['experts']}_1: cancelled (scancel) on n" in status and "done all the same" in status
-    slurm.nothing_left(*ids.values(), *again.values())
+    output = dict(re.findall(r"^(\w+): job .*\n  output: (/.*|'/.*)$", out, re.MULTILINE))
+    said = {stage: subprocess.run(f"cat {files}", shell=True, capture_output=True, text=True).stdout
+            for stage, files in output.items()}  # fmt: skip
+    assert "task 3 of 4 on n2: distill" in said["distill"] and f"{again['experts']}_0, task 0 of 1" in said["experts"]
+
+    out, _ = lad("evaluate", run, "--arch", "mlp", "--on", lad.profile(), "--wait")
+    (asked,) = (one for one in read_submissions(RunDir(run))[-1].jobs if one.question)
+    assert asked.stage == "evaluate" and asked.array == 2 and re.search(r"evaluate, job \d+_1: done", out)
+    rows = json.loads((run / "evaluation/results.json").read_text())["rows"]
+    assert sorted(r["seed"] for r in rows if r["architecture"] == "mlp") == [0, 1]
+    for index in (0, 1):  # each job of the array says what it does
+        log = Path(read_submissions(RunDir(run))[-1].logs) / f"{asked.id}_{index}" / f"{asked.id}_{index}_0_log.out"
+        assert re.search(rf"evaluate distilled: 3/3 epochs done .* mlp  seed {index}", log.read_text())
+    assert kinds(run).count("evaluated") == len(rows) == 6
+    assert "mlp" not in (run / "recipe.yaml").read_text() and "mlp" in (run / "report/index.html").read_text()
+    slurm.nothing_left(*ids.values(), *again.values(), asked.id)
 
 
 STEADY = {"lr_images": 0.01, "lr_labels": 0.01, "lr_alpha": 0.0, "checkpoint_every": 10_000}  # over thousands of iterations
