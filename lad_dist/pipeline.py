@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +192,13 @@ class Pipeline:
         if source == "distilled" and self.recipe.evaluate.label_adjustment == "adsa":
             self._evaluate("distilled-adsa")
 
+    def ask(self, recipe: Recipe, sources: Sequence[str]) -> None:
+        """Measure sources as ``recipe`` says, which need not be the run's own; the report is written again, if there is one."""
+        asking = dataclasses.replace(self, recipe=recipe)
+        for source in dict.fromkeys(sources):
+            asking.evaluate(source)
+        self.refresh_report()
+
     def _evaluate(self, source: Source) -> None:
         """In this process, as one of the ranks that a launcher has started, or over ranks started here."""
         from lad_dist import ranks, results
@@ -347,7 +354,11 @@ class Pipeline:
         self.screen.say(f"{stage}: done, {what}")
 
     def _stage(self, name: str, **fields: int) -> _Stage:
-        return _Stage(self.events, name, fields)
+        """Among ranks that a launcher has started, rank 0 records it: it is the last to leave."""
+        from lad_dist import ranks
+
+        where = ranks.place()
+        return _Stage(self.events if where is None or where.rank == 0 else Events.nowhere(), name, fields)
 
 
 def distill_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, record: Record | None) -> None:

@@ -10,13 +10,19 @@ from lad_dist.recipe import Bool, Float, Int, Text
 
 MOST_THREADS = 1024  # of CPU threads: more than any machine gains by
 Option = bool | int | float | str | dict[str, bool | int | float | str]
-OWN_OPTIONS = {  # what lad-dist sets itself, with the field that says it
+OWN_OPTIONS: dict[str, str | None] = {  # what lad-dist sets itself, with the field that says it; None: no field does
     "slurm_partition": "slurm.partition",
     "slurm_account": "slurm.account",
     "slurm_qos": "slurm.qos",
     "slurm_constraint": "slurm.constraint",
     "slurm_time": "slurm.time_minutes",
     "slurm_mem": "slurm.mem_gb",
+    "slurm_reservation": "slurm.reservation",
+    "slurm_dependency": "slurm.dependency",
+    "slurm_begin": "slurm.begin",
+    "slurm_comment": "slurm.comment",
+    "slurm_mail_user": "slurm.mail",
+    "slurm_mail_type": "slurm.mail_events",
     "slurm_nodes": "nodes",
     "slurm_gpus_per_node": "gpus_per_node",
     "slurm_ntasks_per_node": "slurm.tasks_per_node",
@@ -25,10 +31,14 @@ OWN_OPTIONS = {  # what lad-dist sets itself, with the field that says it
     "slurm_signal_delay_s": "slurm.warning_seconds",
     "slurm_max_num_timeout": "slurm.max_requeues",
     "slurm_python": "slurm.python",
-    "slurm_job_name": "name",
-    "slurm_comment": "name",
-    "slurm_dependency": "slurm.stages",
-    "slurm_use_srun": "slurm.stages",
+    "slurm_signal": "slurm.warning_seconds",
+    "slurm_ntasks": "slurm.tasks_per_node",
+    "slurm_use_srun": None,
+    "slurm_job_name": None,
+    "slurm_array": None,
+    "slurm_output": None,
+    "slurm_error": None,
+    "slurm_open_mode": None,
 }
 
 
@@ -48,14 +58,25 @@ class RayConfig(BaseModel):
 
 
 def _passed_on(options: dict[str, Option]) -> dict[str, Option]:
-    for name in options:
+    for name, value in options.items():
         if not name.startswith("slurm_"):
             raise ValueError(
-                f"{name}: has no prefix slurm_; valid: for example slurm_exclude, slurm_gres, slurm_mail_type"
+                f"{name}: has no prefix slurm_; valid: for example slurm_exclude, slurm_gres, or any other option of sbatch "
+                f"in slurm_additional_parameters: {{{name.replace('_', '-')}: ...}}"
             )
-        if name in OWN_OPTIONS:
-            raise ValueError(f"{name}: is set by lad-dist; valid: the field {OWN_OPTIONS[name]}")
+        _check_not_own(name, name)
+        if name == "slurm_additional_parameters":
+            if not isinstance(value, dict):
+                raise ValueError(f"{name}: {value!r} is no mapping; valid: sbatch's long options, such as {{nice: 100}}")
+            for option in value:
+                _check_not_own(f"slurm_{option.lstrip('-').replace('-', '_')}", f"{name}: {option}")
     return options
+
+
+def _check_not_own(option: str, shown: str) -> None:
+    if option in OWN_OPTIONS:
+        field = OWN_OPTIONS[option]
+        raise ValueError(f"{shown}: is set by lad-dist; " + (f"valid: the field {field}" if field else "leave it out"))
 
 
 class StageOnSlurm(BaseModel):
@@ -64,8 +85,10 @@ class StageOnSlurm(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     partition: Text | None = Field(None, description="as slurm.partition, for this stage")
+    account: Text | None = Field(None, description="as slurm.account, for this stage")
     qos: Text | None = Field(None, description="as slurm.qos, for this stage")
     constraint: Text | None = Field(None, description="as slurm.constraint, for this stage")
+    reservation: Text | None = Field(None, description="as slurm.reservation, for this stage")
     time_minutes: Annotated[Int, Field(ge=1)] | None = Field(None, description="as slurm.time_minutes, for this stage")
     nodes: Annotated[Int, Field(ge=1)] | None = Field(None, description="as nodes, for this stage")
     gpus_per_node: Annotated[Int, Field(ge=0)] | None = Field(None, description="as gpus_per_node, for this stage")
@@ -76,6 +99,7 @@ class StageOnSlurm(BaseModel):
         None, description="as slurm.cpus_per_task, for this stage"
     )
     mem_gb: Annotated[Float, Field(gt=0)] | None = Field(None, description="as slurm.mem_gb, for this stage")
+    setup: tuple[Text, ...] | None = Field(None, description="instead of slurm.setup, for this stage")
     options: dict[str, Option] = Field(default_factory=dict, description="beside slurm.options, for this stage")
 
     _options = field_validator("options")(_passed_on)
@@ -117,6 +141,15 @@ class SlurmConfig(BaseModel):
     account: Text | None = Field(None, description="sbatch --account; default: the user's")
     qos: Text | None = Field(None, description="sbatch --qos; default: the account's")
     constraint: Text | None = Field(None, description="sbatch --constraint, for example a100")
+    reservation: Text | None = Field(None, description="sbatch --reservation")
+    dependency: Text | None = Field(
+        None,
+        description="sbatch --dependency, beside that of the chain itself: every job waits for it, for example afterok:1234",
+    )
+    begin: Text | None = Field(None, description="sbatch --begin: no job starts before, for example now+2hours or 20:00")
+    comment: Text | None = Field(None, description="sbatch --comment; default: lad-dist and the submission's name")
+    mail: Text | None = Field(None, description="sbatch --mail-user: whom SLURM writes to about the jobs; default: nobody")
+    mail_events: Text = Field("FAIL", description="sbatch --mail-type: what about, for example BEGIN,END,FAIL")
     time_minutes: Annotated[Int, Field(ge=1)] = Field(240, description="time limit of one job; it is requeued to go on")
     tasks_per_node: Annotated[Int, Field(ge=1)] | None = Field(
         None, description="ranks of a distillation on each node; default: one per GPU, else 1"
@@ -136,11 +169,19 @@ class SlurmConfig(BaseModel):
     )
     options: dict[str, Option] = Field(
         default_factory=dict,
-        description="anything else, by submitit's names: slurm_exclude, slurm_gres, slurm_mail_type",
+        description="anything else, by submitit's names: slurm_exclude, slurm_gres; any other option of sbatch under "
+        "slurm_additional_parameters, for example {nice: 100, licenses: matlab}",
     )
     stages: StagesOnSlurm = StagesOnSlurm()
 
     _options = field_validator("options")(_passed_on)
+
+    @field_validator("dependency")
+    @classmethod
+    def _all_of_them(cls, value: str | None) -> str | None:
+        if value is not None and "?" in value:
+            raise ValueError(f"{value!r}: SLURM cannot combine ? (any of them) with the chain's own; valid: , (all of them)")
+        return value
 
 
 class Profile(BaseModel):

@@ -165,13 +165,7 @@ class RunDir:
             # Looked at before the recipe is: what another process of the same run makes meanwhile is no stranger's.
             strange = _holds_strange_files(root)
             if run.recipe.exists():
-                saved = recipe_file.load(run.recipe)
-                changed = differences(saved.model_dump(mode="json"), recipe.model_dump(mode="json"))
-                if changed:
-                    advice = "choose another folder with --out, or remove this one"
-                    if saved.experts_hash() == recipe.experts_hash():
-                        advice = f"choose another folder with --out, and --buffers {root} to use its experts there"
-                    raise RunDirError(f"{root}: belongs to a run of another recipe ({'; '.join(changed)}); {advice}")
+                run.check_recipe(recipe)
             elif strange:
                 raise _not_a_run(root)
             text = recipe_file.dump(recipe, header="The resolved recipe of this run, every field spelled out.")
@@ -197,15 +191,29 @@ class RunDir:
             if root.exists() and _holds_strange_files(root) and not (root / "recipe.yaml").exists():
                 raise _not_a_run(root)
 
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raise RunDirError where this is another recipe's run, naming the fields that differ."""
+        from lad_dist import recipe_file
+
+        saved = recipe_file.load(self.recipe)
+        changed = differences(saved.model_dump(mode="json"), recipe.model_dump(mode="json"))
+        if changed:
+            advice = "choose another folder with --out, or remove this one"
+            if saved.experts_hash() == recipe.experts_hash():
+                advice = f"choose another folder with --out, and --buffers {self.root} to use its experts there"
+            raise RunDirError(f"{self.root}: belongs to a run of another recipe ({'; '.join(changed)}); {advice}")
+
+    @classmethod
+    def buffer_to_come(cls, root: Path, recipe: Recipe, buffers: Path | str | None) -> Path | str:
+        """Where the trajectory buffer of a run that is still to be opened will lie."""
+        shared = root / "trajectories" if buffers is None else _buffer_in(buffers, recipe)
+        return shared if location.is_remote(shared) else location.local_folder(shared)
+
     @classmethod
     def whitening_to_come(cls, root: Path, recipe: Recipe, buffers: Path | str | None) -> Path:
         """Where the whitening of a run that is still to be opened will lie."""
-        shared = None if buffers is None else _buffer_in(buffers, recipe)
-        if shared is None:
-            folder = root / "trajectories"
-        else:
-            folder = root if location.is_remote(shared) else location.local_folder(shared)
-        return folder / "whitening.safetensors"
+        buffer = cls.buffer_to_come(root, recipe, buffers)
+        return (root if isinstance(buffer, str) else buffer) / "whitening.safetensors"
 
     def _place_buffer(self, recipe: Recipe, buffers: Path | str | None) -> None:
         present = self.trajectories

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,7 @@ from lad_dist.cli import terminal
 from lad_dist.cli.options import JobOptions
 
 if TYPE_CHECKING:
+    from lad_dist.launch.chain import Wanted
     from lad_dist.profile import Profile
     from lad_dist.recipe import Recipe
     from lad_dist.rundir import RunDir
@@ -22,35 +24,48 @@ WaitOption = Annotated[
 ]
 
 
-def submit(asked: JobOptions, recipe: Recipe, profile: Profile, stages: Sequence[str], wait: bool) -> Path:
-    """Submit stages of the job as the profile says; returns the run folder. Raises what ``launch.slurm.submit`` raises."""
+def submit(asked: JobOptions, recipe: Recipe, profile: Profile, wanted: Wanted, wait: bool) -> None:
+    """Submit stages of the job as the profile says. Raises what ``launch.slurm.submit`` raises."""
     from lad_dist.errors import RecipeError
     from lad_dist.launch import slurm
     from lad_dist.rundir import RunDir
 
-    if not stages:
+    if not wanted.stages:
         raise RecipeError(
             f"profile {profile.name}: submits whole stages to SLURM, which this option is none of; valid: another --on"
         )
-    out, screen = asked.folder(recipe), terminal.stdout()
-
-    def say(text: str) -> None:
-        screen.print(text, soft_wrap=True)
-
-    made = slurm.submit(recipe, out, profile, asked.buffers, stages, say)
+    out = asked.folder(recipe)
+    made = slurm.submit(recipe, out, profile, asked.buffers, wanted, _say)
+    for state in made.replaced:
+        _say(f"submitted again, since what it waited for has ended: {state.line()}")
     for state in made.queued:
-        say(f"already queued: {state.line()}")
-    if made.submission is None and not made.queued:
-        say("all stages are done; nothing was submitted")
-    if made.submission is not None:
-        say(f"logs: {made.submission.logs}/%j/%j_%t_log.out (%j: the job's id, %t: its task; errors in ..._log.err)")
-    if not (made.submission is None and not made.queued):
-        say(f"watch: lad-dist status {out} --watch")
-        say(f"cancel: lad-dist cancel {out}")
+        _say(f"already queued: {state.line()}")
+    if made.ids:
+        _say(f"watch: lad-dist status {quote(str(out))} --watch")
+        _say(f"cancel: lad-dist cancel {quote(str(out))}")
+    else:
+        _say("all stages are done; nothing was submitted")
     if wait:
-        _stay(RunDir(out))
+        _stay(RunDir(out), made.ids)
         _print_results(RunDir(out))
-    return out
+
+
+def dry_run(asked: JobOptions, profile: Profile, wanted: Wanted) -> None:
+    """Say what ``submit`` would submit. Raises ClusterError where SLURM would refuse it, and what ``submit`` raises."""
+    from lad_dist.errors import RecipeError
+    from lad_dist.launch import slurm
+
+    if profile.launcher != "slurm":
+        raise RecipeError(
+            f"--dry-run: profile {profile.name} submits nothing; valid: a profile of SLURM with --on; `lad-dist plan` says "
+            "what a run takes on this machine"
+        )
+    recipe = asked.recipe()
+    slurm.dry_run(recipe, asked.folder(recipe), profile, asked.buffers, wanted, _say)
+
+
+def _say(text: str) -> None:
+    terminal.stdout().print(text, soft_wrap=True)
 
 
 def _print_results(run: RunDir) -> None:
@@ -62,17 +77,18 @@ def _print_results(run: RunDir) -> None:
     terminal.stdout().print(f"report: {page}" if page.exists() else f"run folder: {run.root}", soft_wrap=True)
 
 
-def _stay(run: RunDir) -> None:
+def _stay(run: RunDir, ids: Container[str]) -> None:
     from lad_dist.errors import Interrupted
     from lad_dist.interrupts import as_exceptions
     from lad_dist.launch.waiting import wait
 
+    folder = quote(str(run.root))
     try:
         with as_exceptions():
-            wait(run, lambda text: terminal.stdout().print(text, soft_wrap=True))
+            wait(run, ids, _say)
     except Interrupted as left:
         raise Interrupted(
-            f"no longer waiting; the jobs go on (lad-dist status {run.root} --watch, lad-dist cancel {run.root})"
+            f"no longer waiting; the jobs go on (lad-dist status {folder} --watch, lad-dist cancel {folder})"
         ) from left
 
 

@@ -71,7 +71,8 @@ FleetOption = Annotated[
 RanksOption = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Processes that share the work on this machine, one device each; overrides the profile's."
+        min=1,
+        help="Processes that share the work, one device each: on this machine, or as tasks on SLURM; overrides the profile's.",
     ),
 ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from lad_dist.cli.cluster import WaitOption
 from lad_dist.cli.options import Baseline, FleetOption, JobOptions, RanksOption
 
 if TYPE_CHECKING:
+    from lad_dist.launch.chain import Wanted
     from lad_dist.pipeline import Pipeline
 
 
@@ -26,13 +26,19 @@ def run(
     fleet: FleetOption = None,
     ranks: RanksOption = None,
     wait: WaitOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="On SLURM: say what would be submitted; nothing is, and nothing is written.")
+    ] = False,
 ) -> None:
     """Everything that is not done yet: experts, distillation, evaluation, report. Resumes."""
+    from lad_dist.launch.chain import Wanted
     from lad_dist.pipeline import STAGES
 
     if quick:
         asked = _quick(asked)
-    _print_results(_execute(asked, [lambda p: p.all()], on_slurm=STAGES, wait=wait, fleet=fleet, ranks=ranks))
+    if dry_run:
+        return cluster.dry_run(asked, asked.profile(fleet=fleet, ranks=ranks), Wanted(STAGES))
+    _print_results(_execute(asked, [lambda p: p.all()], Wanted(STAGES), wait=wait, fleet=fleet, ranks=ranks))
 
 
 def _quick(asked: JobOptions) -> JobOptions:
@@ -59,7 +65,9 @@ def _quick(asked: JobOptions) -> JobOptions:
 
 def experts(asked: JobOptions, fleet: FleetOption = None, wait: WaitOption = False) -> None:
     """Train the experts into the trajectory buffer."""
-    _execute(asked, [lambda p: p.experts()], on_slurm=("experts",), wait=wait, fleet=fleet)
+    from lad_dist.launch.chain import Wanted
+
+    _execute(asked, [lambda p: p.experts()], Wanted(("experts",)), wait=wait, fleet=fleet)
 
 
 def distill(
@@ -72,8 +80,10 @@ def distill(
     wait: WaitOption = False,
 ) -> None:
     """Match the experts' trajectories with a synthetic set."""
-    here = () if replay is not None else ("distill",)
-    _execute(asked, [lambda p: p.distill(replay)], on_slurm=here, wait=wait, ranks=ranks)
+    from lad_dist.launch.chain import Wanted
+
+    wanted = Wanted(()) if replay is not None else Wanted(("distill",))
+    _execute(asked, [lambda p: p.distill(replay)], wanted, wait=wait, ranks=ranks)
 
 
 def evaluate(
@@ -87,51 +97,49 @@ def evaluate(
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Networks to train per source and architecture.")] = None,
     ranks: RanksOption = None,
+    wait: WaitOption = False,
 ) -> None:
     """Measure what networks learn from the distilled set, from chosen real images, or from the whole training set.
 
     The run's own recipe stays as it is, whatever is asked here; its report is written again, if it has one.
     """
-    sources = [b.value for b in baseline] if baseline else ["distilled"]
+    from lad_dist.launch.chain import Question, Wanted
+
+    sources = tuple(dict.fromkeys(b.value for b in baseline)) if baseline else ("distilled",)
     more = [] if arch is None else [f"evaluate.architectures=[{arch}]"]
     more += [] if seeds is None else [f"evaluate.seeds={seeds}"]
     in_this_way = asked.recipe(more)
-
-    def measured(pipeline: Pipeline) -> None:
-        asking = dataclasses.replace(pipeline, recipe=in_this_way)
-        for source in dict.fromkeys(sources):
-            asking.evaluate(source)
-        pipeline.refresh_report()
-
-    _print_results(_execute(asked, [measured], keep_recipe=True, ranks=ranks))
+    wanted = Wanted(("evaluate",), again=True, question=Question(sources, in_this_way))
+    _print_results(_execute(asked, [lambda p: p.ask(in_this_way, sources)], wanted, wait=wait, ranks=ranks))
 
 
-def report(asked: JobOptions) -> None:
+def report(asked: JobOptions, wait: WaitOption = False) -> None:
     """Write the tables, pictures and the page of a run."""
-    _say_where(_execute(asked, [lambda p: p.report()], keep_recipe=True))
+    from lad_dist.launch.chain import Wanted
+
+    _say_where(_execute(asked, [lambda p: p.report()], Wanted(("report",), again=True), wait=wait))
 
 
 def _execute(
     asked: JobOptions,
     stages: Sequence[Callable[[Pipeline], None]],
-    on_slurm: Sequence[str] = (),
+    wanted: Wanted,
     wait: bool = False,
-    keep_recipe: bool = False,
     **overrides: object,
 ) -> Pipeline:
     """Run stages of the job as the profile says, with ``overrides`` of its fields that are not None.
 
-    ``on_slurm`` are the stages that are submitted instead, and then the command ends here, where the profile says SLURM.
-    ``keep_recipe``: leave the recipe of a run that is there as it is.
+    ``wanted`` is what is submitted instead, and then the command ends here, where the profile says SLURM.
     """
     from lad_dist.launch import local
     from lad_dist.progress import Screen
 
     recipe, profile = asked.recipe(), asked.profile(**overrides)
     if profile.launcher == "slurm":
-        cluster.submit(asked, recipe, profile, on_slurm, wait)
+        cluster.submit(asked, recipe, profile, wanted, wait)
         raise typer.Exit
-    return local.run(recipe, asked.folder(recipe), profile, asked.buffers, Screen(terminal.stdout()), stages, keep_recipe)
+    screen = Screen(terminal.stdout())
+    return local.run(recipe, asked.folder(recipe), profile, asked.buffers, screen, stages, keep_recipe=wanted.again)
 
 
 def _print_results(pipeline: Pipeline) -> None:

@@ -75,7 +75,7 @@ def _script(profile: Profile, folder: Path) -> str:
     asked = {
         "job-name": "lad-dist-doctor", "nodes": 1, "ntasks": 1, "time": 5, "output": f"{folder}/log.out",
         "error": f"{folder}/log.err", "partition": s.partition, "account": s.account, "qos": s.qos,
-        "constraint": s.constraint, "gpus-per-node": 1 if gpus else None,
+        "constraint": s.constraint, "reservation": s.reservation, "gpus-per-node": 1 if gpus else None,
     }  # fmt: skip
     lines = [f'#SBATCH --{name}="{value}"' for name, value in asked.items() if value is not None]
     python = s.python or shlex.quote(sys.executable)

@@ -1,12 +1,16 @@
 """What a run needs from SLURM: which stages are left, as which jobs, with which options. No SLURM command is called here.
 
+Wanted        which stages a command submits, and what it asks of an evaluation
 stages_left   by what is on disk
 Request       one job, or one array of jobs, in submitit's terms
+waits_for     what a job is to wait for
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +22,53 @@ from lad_dist.pipeline import STAGES
 from lad_dist.profile import EvaluateOnSlurm, ExpertsOnSlurm, Option, Profile, SlurmConfig, StageOnSlurm
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
+from lad_dist.status.slurm import Job
 
 
-def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str]) -> list[str]:
+@dataclass(frozen=True)
+class Question:
+    """What an evaluation is asked other than what the run's recipe says: sources, measured as ``recipe`` says."""
+
+    sources: tuple[str, ...]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """By which its jobs are told from those of another question."""
+        asked = json.dumps([self.sources, self.recipe.evaluate.model_dump(mode="json")])
+        return hashlib.sha256(asked.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The stages that a command submits. ``again``: also where they are done, and the run's recipe stays as it is."""
+
+    stages: tuple[str, ...]
+    again: bool = False
+    question: Question | None = None
+
+    def means(self, job: Job) -> bool:
+        """Whether a job of a run's is one of those that this may submit."""
+        return job.stage != "evaluate" or job.question == self.name
+
+    @property
+    def name(self) -> str:
+        """The question's, empty where there is none."""
+        return "" if self.question is None else self.question.name
+
+
+def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str], buffer: Path | str | None = None) -> list[str]:
     """Those of ``wanted`` that are not done, in order; the report is written again after anything else.
 
-    A set that was made elsewhere needs no experts. Raises TrajectoryError where the buffer is damaged or another recipe's,
-    DistilledError where the distilled set is damaged, RunDirError where results are damaged.
+    ``buffer``: the trajectory buffer, where the run does not exist yet. A set that was made elsewhere needs no experts. Raises
+    TrajectoryError where the buffer is damaged or another recipe's, DistilledError where the distilled set is damaged,
+    RunDirError where results are damaged.
     """
-    from lad_dist.distill.live import all_stages, complete
     from lad_dist.distilled import DistilledSet
-    from lad_dist.trajectories.reader import Buffer
 
     left = []
     imported = run.distilled.exists() and DistilledSet.load(run.distilled).meta.method != recipe.method
-    buffer = Buffer(run.trajectories, expected_hash=recipe.experts_hash())
-    if not imported and len(complete(buffer, all_stages(recipe), recipe.experts.count)) < recipe.experts.count:
+    if not imported and experts_left(recipe, run.trajectories if buffer is None else buffer):
         left.append("experts")
     if not run.distilled.exists():
         left.append("distill")
@@ -43,6 +78,15 @@ def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str]) -> list[str]
     if left or not (run.report / "index.html").exists():
         left.append("report")
     return [stage for stage in STAGES if stage in left and stage in wanted]
+
+
+def experts_left(recipe: Recipe, trajectories: Path | str) -> list[int]:
+    """The experts that are not complete, ascending. Raises TrajectoryError where the buffer is damaged or another recipe's."""
+    from lad_dist.distill.live import all_stages, complete
+    from lad_dist.trajectories.reader import Buffer
+
+    buffer = Buffer(trajectories, expected_hash=recipe.experts_hash())
+    return sorted(set(range(recipe.experts.count)) - set(complete(buffer, all_stages(recipe), recipe.experts.count)))
 
 
 def _networks(recipe: Recipe, sources: Sequence[str]) -> set[tuple[str, str, int]]:
@@ -60,18 +104,23 @@ class Request:
     fleet: bool
     profile: Profile  # inside the jobs
     parameters: dict[str, Any]
+    question: Question | None = None
 
-    def orders(self, run: RunDir, logs: Path) -> list[Order]:
-        """What each of the jobs is told."""
+    def orders(self, run: RunDir, logs: Path, after: str | None) -> list[Order]:
+        """What each of the jobs is told. ``after``: the stage before it, where that is queued."""
         document = self.profile.model_dump(mode="json")
-        folder = str(run.root.resolve())
+        folder, q = str(run.root.resolve()), self.question
+        asked = None if q is None else {"sources": list(q.sources), "recipe": q.recipe.model_dump(mode="json")}
         return [
-            Order(self.stage, folder, document, str(logs), index, self.count, self.fleet) for index in range(self.count)
+            Order(self.stage, folder, document, str(logs), index, self.count, self.fleet, after, asked)
+            for index in range(self.count)
         ]
 
 
-def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission: str) -> Request:
-    """The jobs of a stage. ``name``: the run's, ``submission``: the id by which its jobs are known again.
+def request(
+    stage: str, recipe: Recipe, profile: Profile, name: str, submission: str, question: Question | None = None
+) -> Request:
+    """The jobs of a stage. ``name``: the run's, ``submission``: the id that their comment holds.
 
     Raises RecipeError where the profile's numbers contradict each other.
     """
@@ -84,14 +133,27 @@ def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission:
         count = 1 if fleet else min(nodes, recipe.experts.count)
         nodes = nodes if fleet else 1
     elif isinstance(own, EvaluateOnSlurm):
-        count, nodes = min(own.jobs, len(_networks(recipe, ["distilled", *recipe.evaluate.baselines]))), 1
+        asked = question or Question(("distilled", *recipe.evaluate.baselines), recipe)
+        jobs = own.jobs if question is None else profile.ranks or own.jobs
+        count, nodes = min(jobs, len(_networks(asked.recipe, asked.sources))), 1
         gpus = min(gpus, 1) if own.gpus_per_node is None else gpus
     elif stage == "distill":
         tasks = own.tasks_per_node or s.tasks_per_node or max(1, gpus)
+        if profile.ranks is not None:
+            nodes, tasks = _spread(profile.ranks, nodes, tasks)
+            gpus = tasks if gpus else 0
     else:
         nodes, gpus = 1, own.gpus_per_node or 0
     # Cores are asked for by task; a single task that uses all GPUs gets those of all.
     cpus = own.cpus_per_task or s.cpus_per_task * (max(1, gpus) if tasks == 1 and stage != "report" else 1)
+    device: str = profile.device
+    if stage == "report":
+        device = "cpu"
+    elif device == "cuda" and gpus == 0 and not _gpus_by_options({**s.options, **own.options}):
+        raise RecipeError(
+            f"profile: device: cuda, but {stage} asks SLURM for no GPU; valid: gpus_per_node or slurm.stages.{stage}."
+            "gpus_per_node of 1 or more, or device: auto, which uses a GPU only where the job has one"
+        )
     minutes = own.time_minutes or s.time_minutes
     if s.warning_seconds >= minutes * 60:
         raise RecipeError(
@@ -107,13 +169,14 @@ def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission:
         "cpus_per_task": cpus,
         **_optional(s, own, gpus),
         "slurm_signal_delay_s": s.warning_seconds,
-        "slurm_comment": f"lad-dist {submission}",
-        "slurm_setup": setup_lines(s.setup),
+        "slurm_comment": s.comment or f"lad-dist {submission}",
+        "slurm_setup": setup_lines(s.setup if own.setup is None else own.setup),
         **_options(s, own, tasks * nodes > 1),
     }
     inside = profile.model_copy(
         update={
             "launcher": "local",
+            "device": device,
             "nodes": 1,
             "gpus_per_node": gpus,
             "ranks": nodes * tasks if stage == "distill" else 1,
@@ -122,7 +185,32 @@ def request(stage: str, recipe: Recipe, profile: Profile, name: str, submission:
             "slurm": SlurmConfig(),
         }
     )
-    return Request(stage, count, fleet, inside, parameters)
+    return Request(stage, count, fleet, inside, parameters, question)
+
+
+def _spread(ranks: int, nodes: int, tasks: int) -> tuple[int, int]:
+    """(nodes, tasks per node) of so many ranks: no more than ``tasks`` on a node if they fit on ``nodes``, else as few as do."""
+    even = [n for n in range(1, nodes + 1) if ranks % n == 0]
+    used = next((n for n in even if ranks // n <= tasks), even[-1])
+    return used, ranks // used
+
+
+def waits_for(stage: str, before: Mapping[str, Job], ending: Sequence[Job], own: str | None) -> str | None:
+    """sbatch's ``--dependency`` of a stage's jobs: ``own``, the profile's, the stages ``before`` it, and its own jobs that are
+    still ``ending``.
+
+    Of an array, jobs may have been cancelled whose share the others did: it need only be over, and the new job looks.
+    """
+    earlier = [before[s] for s in STAGES[: STAGES.index(stage)] if s in before]
+    waits = [own] if own else []
+    waits += [f"{'afterok' if job.array is None else 'afterany'}:{job.id}" for job in earlier]
+    waits += [f"afterany:{number}" for number in dict.fromkeys(job.id for job in ending if job.stage == stage)]
+    return ",".join(waits) or None
+
+
+def _gpus_by_options(options: Mapping[str, Option]) -> bool:
+    """Whether options ask for GPUs by themselves: ``slurm_gres: gpu:1``, ``slurm_gpus_per_task: 1``."""
+    return any("gpu" in f"{name}={value}" for name, value in options.items())
 
 
 def _optional(s: SlurmConfig, own: StageOnSlurm, gpus: int) -> dict[str, Any]:
@@ -130,9 +218,11 @@ def _optional(s: SlurmConfig, own: StageOnSlurm, gpus: int) -> dict[str, Any]:
         "gpus_per_node": gpus or None,
         "mem_gb": own.mem_gb or s.mem_gb,
         "slurm_partition": own.partition or s.partition,
-        "slurm_account": s.account,
+        "slurm_account": own.account or s.account,
         "slurm_qos": own.qos or s.qos,
         "slurm_constraint": own.constraint or s.constraint,
+        "slurm_mail_user": s.mail,
+        "slurm_mail_type": None if s.mail is None else s.mail_events,
     }
     return {name: value for name, value in asked.items() if value is not None}
 
@@ -149,7 +239,8 @@ def _options(s: SlurmConfig, own: StageOnSlurm, several: bool) -> dict[str, Any]
     """The options passed on, and those that every job has: a task that dies ends the others, a dead node requeues the job."""
     options: dict[str, Option] = {**s.options, **own.options}
     more = options.get("slurm_additional_parameters", {})
-    always = {"requeue": True, "kill-on-invalid-dep": "yes"}
+    fields = {"begin": s.begin, "reservation": own.reservation or s.reservation}
+    always = {"requeue": True, "kill-on-invalid-dep": "yes", **{k: v for k, v in fields.items() if v is not None}}
     arguments = options.get("slurm_srun_args", "")
     srun = [*(["--kill-on-bad-exit=1"] if several else []), *str(arguments).split()]
     return {

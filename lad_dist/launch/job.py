@@ -29,10 +29,11 @@ from lad_dist.interrupts import as_exceptions
 from lad_dist.launch.ward import WARNING
 from lad_dist.profile import Profile
 from lad_dist.rundir import RunDir, published
-from lad_dist.status.slurm import slurm_command, task_file
+from lad_dist.status.slurm import NOT_BEGUN, slurm_command, task_file
 
 if TYPE_CHECKING:
     from lad_dist.pipeline import Pipeline
+    from lad_dist.recipe import Recipe
 
 Ended = Literal["finished", "requeue"]
 _LOOK_SECONDS = 0.5
@@ -40,7 +41,11 @@ _LOOK_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Order:
-    """``stage`` of the run folder ``run`` with a profile (dumped); this is the job ``index`` of an array of ``count``."""
+    """``stage`` of the run folder ``run`` with a profile (dumped); this is the job ``index`` of an array of ``count``.
+
+    ``after``: the stage before it, where it was chained to that; it must be done by now. ``question``: of an evaluation, the
+    sources and the recipe (dumped) that it is asked instead of the run's own.
+    """
 
     stage: str
     run: str
@@ -49,6 +54,8 @@ class Order:
     index: int = 0
     count: int = 1
     fleet: bool = False  # a Ray cluster over the job's nodes
+    after: str | None = None
+    question: dict[str, Any] | None = None
 
 
 class Task:
@@ -95,7 +102,7 @@ def carry_out(order: Order) -> Ended:
         _complain(stopped)
         raise SystemExit(stopped.exit_code) from None
     except LadDistError as error:
-        task.write(state="failed", error=str(error))
+        task.write(state=NOT_BEGUN if isinstance(error, _NotBegun) else "failed", error=str(error))
         _complain(error)
         raise SystemExit(error.exit_code) from None
     except Exception as error:
@@ -156,6 +163,22 @@ def _preempted(task: Task) -> bool:
     return re.search(r" PreemptTime=\d", said) is not None
 
 
+class _NotBegun(ClusterError):
+    """The stage before this one is not done."""
+
+
+def _check_done(stage: str, recipe: Recipe, run: RunDir) -> None:
+    """Raise _NotBegun where a stage before this one is not done: its jobs have ended, but that is all SLURM knows of an array."""
+    from lad_dist.launch.chain import experts_left, stages_left
+
+    if not stages_left(recipe, run, [stage]):
+        return
+    missing = f" (missing: {', '.join(map(str, experts_left(recipe, run.trajectories)))})" if stage == "experts" else ""
+    raise _NotBegun(
+        f"{stage}: its jobs have ended and it is not done{missing}; their logs say why, and the same command submits the rest"
+    )
+
+
 def _complain(error: LadDistError) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
 
@@ -169,12 +192,14 @@ def _stage(order: Order, task: Task) -> None:
 
     run = RunDir.existing(Path(order.run))
     recipe = recipe_file.load(run.recipe)
+    if order.after is not None:
+        _check_done(order.after, recipe, run)
     profile = Profile.model_validate(order.profile)
     screen = Screen(Console(width=160, highlight=False))
     stages: dict[str, Callable[[Pipeline], None]] = {
         "experts": lambda p: p.experts(),
         "distill": lambda p: p.distill(),
-        "evaluate": lambda p: p.evaluate_all(),
+        "evaluate": lambda p: _evaluate(order, p),
         "report": lambda p: p.report(),
     }
     if order.fleet and task.rank > 0:
@@ -186,5 +211,15 @@ def _stage(order: Order, task: Task) -> None:
         place = environment({"RANK": str(order.index), "WORLD_SIZE": str(order.count), "LOCAL_RANK": "0"})
     else:
         place = environment({"SLURM_NTASKS": None})
+    own_log = order.stage == "evaluate"  # each of an array's jobs has one
     with place, ray_in_slurm.head(task, profile) if order.fleet else nullcontext(profile) as here:
-        local.run(recipe, run.root, here, None, screen, [stages[order.stage]])
+        local.run(recipe, run.root, here, None, screen, [stages[order.stage]], keep_recipe=True, own_log=own_log)
+
+
+def _evaluate(order: Order, pipeline: Pipeline) -> None:
+    from lad_dist.recipe import Recipe
+
+    if order.question is None:
+        pipeline.evaluate_all()
+    else:
+        pipeline.ask(Recipe.model_validate(order.question["recipe"]), order.question["sources"])

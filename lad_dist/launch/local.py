@@ -35,11 +35,13 @@ def run(
     screen: Screen,
     stages: Sequence[Callable[[Pipeline], None]],
     keep_recipe: bool = False,
+    own_log: bool = False,
 ) -> Pipeline:
     """Run stages of a job one after the other, as the profile says. Ctrl-C and SIGTERM raise Interrupted.
 
     ``buffers`` is the folder or the URI below which trajectory buffers lie; default: the profile's. ``keep_recipe``: leave the
-    recipe of a run that is there as it is.
+    recipe of a run that is there as it is. ``own_log``: every rank that a launcher has started speaks, for it has a log of
+    its own; else rank 0 speaks for all.
 
     Raises:
         LadDistError: whatever a stage raises; an interruption outside a stage too.
@@ -53,8 +55,10 @@ def run(
                 if not (out / "recipe.yaml").exists():
                     _check_that_it_fits(recipe, out, profile, store, device)
                 pipeline = open_pipeline(recipe, out, profile, store, device, screen, keep_recipe)
-            else:  # rank 0 makes the folder, keeps the record and speaks
-                pipeline = Pipeline(recipe, _awaited(out, profile), profile, device, Screen.silent(), Events.nowhere())
+            else:  # rank 0 makes the folder, and where they share a terminal, keeps the record and speaks
+                made = _awaited(out, profile)
+                events = Events(made.events) if own_log else Events.nowhere()
+                pipeline = Pipeline(recipe, made, profile, device, screen if own_log else Screen.silent(), events)
             with closing(pipeline.events):  # closing writes too, and may find the disk full
                 for stage in stages:
                     stage(pipeline)

@@ -10,7 +10,6 @@ import contextlib
 import io
 import os
 import secrets
-import shlex
 import shutil
 import signal
 import sys
@@ -19,15 +18,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
 from submitit.helpers import DelayedSubmission
 
+from lad_dist.data.datasets import look
 from lad_dist.errors import ClusterError, RecipeError
-from lad_dist.launch.chain import Request, request, stages_left
+from lad_dist.launch.chain import Request, Wanted, request, stages_left, waits_for
 from lad_dist.launch.job import Order, Task, carry_out
+from lad_dist.launch.local import store_of
+from lad_dist.launch.shortage import shortage
 from lad_dist.pipeline import STAGES
 from lad_dist.profile import OWN_OPTIONS, Profile
 from lad_dist.recipe import Recipe
@@ -84,10 +87,20 @@ class StageJob:
 
 @dataclass(frozen=True)
 class Submitted:
-    """What ``submit`` came to: the new jobs (None: nothing was left to submit), and stages that were queued already."""
+    """What ``submit`` came to: the new jobs (None: nothing was left to submit), and stages that were queued already.
+
+    ``replaced``: jobs that waited for one that has ended without doing its stage; they were cancelled and submitted again.
+    """
 
     submission: Submission | None
     queued: tuple[TaskState, ...]
+    replaced: tuple[TaskState, ...] = ()
+
+    @property
+    def ids(self) -> set[str]:
+        """The jobs that do what was asked."""
+        new = () if self.submission is None else self.submission.jobs
+        return {job.id for job in new} | {state.job.id for state in self.queued}
 
 
 def submit(
@@ -95,75 +108,167 @@ def submit(
     out: Path,
     profile: Profile,
     buffers: Path | str | None,
-    wanted: Sequence[str],
+    wanted: Wanted,
     say: Callable[[str], None],
 ) -> Submitted:
-    """Submit those of the stages ``wanted`` that are neither done nor queued, each to begin when the one before it is done.
+    """Submit those of the stages wanted that are neither done nor queued, each to begin when those before it are done.
 
-    ``buffers``: as for ``local.run``. ``say`` is told every job as it is submitted.
+    ``buffers``: as for ``local.run``. ``say`` is told every job as it is submitted. Of a new run, the data are looked at first:
+    where they are refused, nothing is left behind.
 
     Raises:
         ClusterError: SLURM refused a job (with its reason; nothing of the chain stays queued) or cannot be reached.
         RecipeError: a field of the profile is not valid here.
+        DataError: the data cannot be used.
         RunDirError: the run folder or the folder of logs cannot be written.
     """
-    from lad_dist.launch.local import store_of
-
-    if shutil.which("sbatch") is None:
-        raise ClusterError(
-            "sbatch: not found; submit from a login node of the cluster, or choose another profile with --on"
-        )
-    run = RunDir.open(out, recipe, store_of(buffers, profile))
-    left = stages_left(recipe, run, wanted)
-    queue = Queue(run)
-    queued = tuple(state for state in queue.states(now=True) if state.live)
-    if queue.fault:
-        raise ClusterError(queue.fault)
-    todo = [stage for stage in left if stage not in {state.stage for state in queued}]
-    if not todo:
-        return Submitted(None, queued)
     identity = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    requests = [request(stage, recipe, profile, run.root.name, identity) for stage in todo]
+    store = store_of(buffers, profile)
+    todo = _Todo.of(recipe, out, profile, store, wanted, identity)
+    run = RunDir.open(out, recipe, store, keep_recipe=wanted.again)
+    queued, replaced = tuple(todo.queued), tuple(todo.replaced)
+    if not todo.requests:
+        return Submitted(None, queued)
     submission = Submission(identity, time.time(), profile.name, str(_log_folder(run, profile, identity)))
-    chain = Chain(run, submission, profile, {state.stage: state.id.split("_")[0] for state in queued})
+    _cancel(replaced)
+    chain = Chain(run, submission, profile, todo.before, todo.ending)
     try:
-        for one in requests:
+        for one in todo.requests:
             job = chain.add(one)
-            say(
-                f"{job.stage}: job {job.id}{f', an array of {job.array}' if job.array is not None else ''}: {job.script}"
-            )
+            say(f"{job.stage}: job {job.id}{_array_of(job)}: {quote(job.script)}")
+            say(f"  output: {job.output(submission.logs)}")
     except BaseException:
         chain.withdraw()
         raise
-    return Submitted(chain.submission, queued)
+    return Submitted(chain.submission, queued, replaced)
+
+
+def dry_run(
+    recipe: Recipe,
+    out: Path,
+    profile: Profile,
+    buffers: Path | str | None,
+    wanted: Wanted,
+    say: Callable[[str], None],
+) -> None:
+    """Say what ``submit`` would do, and whether SLURM would take it; nothing is submitted or written.
+
+    Raises ClusterError where SLURM would refuse a stage, and what ``submit`` raises.
+    """
+    todo = _Todo.of(recipe, out, profile, store_of(buffers, profile), wanted, "SUBMISSION")
+    for state in todo.queued:
+        say(f"already queued: {state.line()}")
+    for state in todo.replaced:
+        say(f"to be submitted again, since what it waited for has ended: {state.line()}")
+    jobs, refused = dict(todo.before), list[str]()
+    for one in todo.requests:
+        waits = waits_for(one.stage, jobs, todo.ending, profile.slurm.dependency)
+        jobs[one.stage] = job = Job(one.stage, f"<{one.stage}>", one.count if one.count > 1 else None, "")
+        why = _refused(one, profile)
+        refused += [] if why is None else [one.stage]
+        ranks = f", {one.profile.ranks} ranks" if one.stage == "distill" else ""
+        verdict = "SLURM would take it" if why is None else f"SLURM would refuse it: {why}"
+        say(f"{one.stage}: {_array_of(job).removeprefix(', ') or 'one job'}{ranks}, on the {_device_of(one)}; {verdict}")
+        say(f"  sbatch {' '.join(_asked(one, profile, waits))}")
+    say(f"dry run: nothing was submitted, and nothing written; the run folder would be {quote(str(out))}" if todo.requests
+        else "dry run: there is nothing to submit")  # fmt: skip
+    if refused:
+        raise ClusterError(f"SLURM would refuse {', '.join(refused)}; correct the profile, or see `lad-dist doctor --on PROFILE`")
+
+
+def _array_of(job: Job) -> str:
+    return "" if job.array is None else f", an array of {job.array} jobs"
+
+
+def _device_of(one: Request) -> str:
+    gpus = one.parameters.get("gpus_per_node")
+    return {"cpu": "CPU", "cuda": "GPU"}.get(one.profile.device, "GPU" if gpus else "CPU, or a GPU where there is one")
+
+
+@dataclass(frozen=True)
+class _Todo:
+    """What a submission comes to, before anything is written or submitted.
+
+    ``before``: the jobs of stages that are queued; ``ending``: jobs whose processes SLURM is ending; ``replaced``: queued jobs that
+    wait for one that has ended, to be cancelled and submitted again.
+    """
+
+    requests: list[Request]
+    queued: list[TaskState]
+    replaced: list[TaskState]
+    before: dict[str, Job]
+    ending: list[Job]
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, out: Path, profile: Profile, store: Path | str | None, wanted: Wanted, identity: str
+    ) -> _Todo:
+        if shutil.which("sbatch") is None:
+            raise ClusterError(
+                "sbatch: not found; submit from a login node of the cluster, or choose another profile with --on"
+            )
+        run, buffer = RunDir(out), None
+        if run.recipe.exists():
+            run.check_recipe(recipe)
+        else:
+            RunDir.check_free(out)
+            look(recipe.data)
+            buffer = RunDir.buffer_to_come(out, recipe, store)
+        left = list(wanted.stages) if wanted.again else stages_left(recipe, run, wanted.stages, buffer)
+        queue = Queue(run)
+        states = [state for state in queue.states(now=True) if wanted.means(state.job)]
+        if queue.fault:
+            raise ClusterError(queue.fault)
+        queued = [state for state in states if state.live]
+        todo = [stage for stage in left if stage not in {state.stage for state in queued}]
+        replaced = _in_vain(queued, todo[0]) if todo and not wanted.again else []
+        queued = [state for state in queued if state not in replaced]
+        todo = [stage for stage in STAGES if stage in todo or stage in {state.stage for state in replaced}]
+        requests = [request(stage, recipe, profile, out.name, identity, wanted.question) for stage in todo]
+        for one in requests:
+            _executor(Path(tempfile.gettempdir()), profile, one.parameters)  # refuses options that submitit does not know
+        ending = [state.job for state in states if state.state == "ending"]
+        return cls(requests, queued, replaced, {state.stage: state.job for state in queued}, ending)
+
+
+def _in_vain(queued: Sequence[TaskState], stage: str) -> list[TaskState]:
+    """The jobs of later stages that have not begun, where ``stage`` has to be submitted again: they wait for its old job."""
+    later = STAGES[STAGES.index(stage) + 1 :]
+    begun = {state.job.id for state in queued if state.state == "running" or state.restarts}
+    return [state for state in queued if state.stage in later and state.job.id not in begun]
 
 
 class Chain:
-    """Jobs of one submission, written down as they are submitted. ``before``: the job of each stage that is queued."""
+    """Jobs of one submission, written down as they are submitted.
 
-    def __init__(self, run: RunDir, submission: Submission, profile: Profile, before: dict[str, str]) -> None:
+    ``before``: the job of each stage that is queued; ``ending``: jobs whose processes SLURM is ending.
+    """
+
+    def __init__(
+        self, run: RunDir, submission: Submission, profile: Profile, before: dict[str, Job], ending: Sequence[Job] = ()
+    ) -> None:
         self.run, self.submission, self.profile = run, submission, profile
-        self._ids = dict(before)
+        self._jobs, self._ending = dict(before), ending
 
     def add(self, wanted: Request) -> Job:
-        """Submit one stage, to begin after the nearest stage before it that is queued."""
+        """Submit one stage, to begin after those before it that are queued."""
         logs = Path(self.submission.logs)
-        earlier = [self._ids[s] for s in STAGES[: STAGES.index(wanted.stage)] if s in self._ids]
-        more = {"slurm_dependency": f"afterok:{earlier[-1]}"} if earlier else {}
-        executor = _executor(logs, self.profile, wanted.parameters | more)
-        calls = [StageJob(one) for one in wanted.orders(self.run, logs)]
-        with _refusals(wanted.stage), _outside_of_jobs():
+        waits = waits_for(wanted.stage, self._jobs, self._ending, self.profile.slurm.dependency)
+        earlier = [stage for stage in STAGES[: STAGES.index(wanted.stage)] if stage in self._jobs]
+        executor = _executor(logs, self.profile, wanted.parameters, waits)
+        calls = [StageJob(one) for one in wanted.orders(self.run, logs, earlier[-1] if earlier else None)]
+        with _refusals(wanted), _outside_of_jobs():
             jobs = executor.submit_array(calls) if len(calls) > 1 else [executor.submit(calls[0])]
         number = str(jobs[0].job_id).split("_")[0]
-        job = Job(
-            wanted.stage, number, len(calls) if len(calls) > 1 else None, str(logs / number / f"{number}_submission.sh")
-        )
-        self._ids[job.stage] = number
+        script = str(logs / number / f"{number}_submission.sh")
+        question = "" if wanted.question is None else wanted.question.name
+        job = Job(wanted.stage, number, len(calls) if len(calls) > 1 else None, script, question)
+        self._jobs[job.stage] = job
         self.submission = replace(self.submission, jobs=(*self.submission.jobs, job))
         others = [one for one in read_submissions(self.run) if one.id != self.submission.id]
         write_submissions(self.run, [*others, self.submission])
-        if earlier:
-            _check(job)
+        if waits:
+            _check(job, wanted)
         return job
 
     def withdraw(self) -> None:
@@ -174,7 +279,7 @@ class Chain:
             write_submissions(self.run, [one for one in read_submissions(self.run) if one.id != self.submission.id])
 
 
-def _check(job: Job) -> None:
+def _check(job: Job, wanted: Request) -> None:
     """SLURM looks at what a job asks for when it could begin, which of one that waits for others is too late to say so.
 
     Raises ClusterError where no node could ever take it.
@@ -184,7 +289,7 @@ def _check(job: Job) -> None:
     try:
         slurm_command(["sbatch", "--test-only"], text=script, unless=_NOT_NOW)
     except ClusterError as error:
-        why = str(error).removeprefix("sbatch: ")
+        why = _with_shortage(str(error).removeprefix("sbatch: "), wanted)
         raise ClusterError(_REFUSED.format(stage=job.stage, why=why)) from error
 
 
@@ -193,14 +298,36 @@ def refusal(stage: str, recipe: Recipe, profile: Profile) -> str | None:
 
     Raises RecipeError where the profile's numbers contradict each other, or an option is not submitit's.
     """
-    wanted = request(stage, recipe, profile, "doctor", "doctor")
-    executor = _executor(Path(tempfile.gettempdir()), profile, wanted.parameters)
-    script = executor._executor._make_submission_file_text("true", "doctor")
+    return _refused(request(stage, recipe, profile, "doctor", "doctor"), profile)
+
+
+def _refused(wanted: Request, profile: Profile) -> str | None:
+    script = _script(wanted, profile, None)  # without what it waits for, see _check
     try:
         slurm_command(["sbatch", "--test-only"], text=script, unless=_NOT_NOW)
     except ClusterError as error:
-        return str(error).removeprefix("sbatch: ")
+        return _with_shortage(str(error).removeprefix("sbatch: "), wanted)
     return None
+
+
+def _with_shortage(why: str, wanted: Request) -> str:
+    lacks = shortage(wanted.parameters)
+    return why if lacks is None else f"{why} ({lacks})"
+
+
+def _script(wanted: Request, profile: Profile, waits: str | None) -> str:
+    """A script like the one that submitit would submit."""
+    executor = _executor(Path(tempfile.gettempdir()), profile, wanted.parameters, waits)
+    text: str = executor._executor._make_submission_file_text("true", "doctor")
+    return text
+
+
+def _asked(wanted: Request, profile: Profile, waits: str | None) -> list[str]:
+    """sbatch's options of a stage's jobs, but for those that say where their logs go."""
+    lines = _script(wanted, profile, waits).splitlines()
+    found = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
+    array = [f"--array=0-{wanted.count - 1}"] if wanted.count > 1 else []
+    return array + [one for one in found if not one.startswith(("--output", "--error", "--open-mode", "--wckey"))]
 
 
 def cancel(run: RunDir) -> list[TaskState]:
@@ -209,14 +336,19 @@ def cancel(run: RunDir) -> list[TaskState]:
     live = [state for state in queue.states(now=True) if state.live]
     if queue.fault:
         raise ClusterError(queue.fault)
-    if live:
-        slurm_command(["scancel", *dict.fromkeys(state.id.split("_")[0] for state in live)])
+    _cancel(live)
     return live
 
 
-def _executor(logs: Path, profile: Profile, parameters: dict[str, Any]) -> Any:
+def _cancel(states: Sequence[TaskState]) -> None:
+    """End jobs, those first that wait for others. Raises ClusterError."""
+    if states:
+        slurm_command(["scancel", *dict.fromkeys(state.job.id for state in reversed(states))])
+
+
+def _executor(logs: Path, profile: Profile, parameters: dict[str, Any], waits: str | None = None) -> Any:
     """Raises RecipeError for an option that submitit does not know."""
-    python = profile.slurm.python or _quoted(sys.executable)
+    python = profile.slurm.python or quote(sys.executable)
     executor = submitit.AutoExecutor(
         folder=logs / "%j",
         cluster="slurm",  # submitit would choose by what is in PATH
@@ -224,16 +356,12 @@ def _executor(logs: Path, profile: Profile, parameters: dict[str, Any]) -> Any:
         slurm_max_num_timeout=profile.slurm.max_requeues,
     )
     try:
-        executor.update_parameters(**parameters)
+        executor.update_parameters(**parameters, **({} if waits is None else {"slurm_dependency": waits}))
     except (NameError, TypeError, ValueError) as error:
         known = {f"slurm_{name}" for name in submitit.SlurmExecutor._valid_parameters()} - OWN_OPTIONS.keys()
         what = " ".join(str(error).split()).partition(". Valid")[0]
         raise RecipeError(f"profile: slurm.options: {what}; valid: {', '.join(sorted(known))}") from None
     return executor
-
-
-def _quoted(path: str) -> str:
-    return shlex.quote(path)
 
 
 def _log_folder(run: RunDir, profile: Profile, identity: str) -> Path:
@@ -255,15 +383,15 @@ def _log_folder(run: RunDir, profile: Profile, identity: str) -> Path:
 
 
 @contextlib.contextmanager
-def _refusals(stage: str) -> Iterator[None]:
+def _refusals(wanted: Request) -> Iterator[None]:
     """SLURM's refusal as one error; submitit also prints it."""
     heard = io.StringIO()
     try:
         with contextlib.redirect_stderr(heard):
             yield
     except (FailedJobError, FailedSubmissionError, OSError) as error:
-        said = reason(str(error)) or "no reason was given"
-        raise ClusterError(_REFUSED.format(stage=stage, why=said)) from error
+        said = _with_shortage(reason(str(error)) or "no reason was given", wanted)
+        raise ClusterError(_REFUSED.format(stage=wanted.stage, why=said)) from error
 
 
 @contextlib.contextmanager

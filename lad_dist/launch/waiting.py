@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from shlex import quote
 
 from lad_dist.errors import ClusterError
 from lad_dist.rundir import RunDir
@@ -14,36 +15,53 @@ LOOK_SECONDS = 2.0  # between two looks at the run's files; squeue is asked less
 PROGRESS_SECONDS = 10.0  # between two lines about one stage's progress
 
 
-def wait(run: RunDir, say: Callable[[str], None]) -> None:
-    """Until no job of the run is queued or at work. Interrupted, the jobs go on.
+def wait(run: RunDir, ids: Container[str], say: Callable[[str], None]) -> None:
+    """Until the jobs ``ids`` of the run are over. Interrupted, they go on.
 
     Raises:
-        ClusterError: a job did not finish; names it, its reason and its log.
+        ClusterError: a stage of theirs is not done; names the job, its reason and its log.
+        LadDistError: what the run folder holds is damaged.
     """
     queue, follower, told = Queue(run), Follower(run.root), _Told(say)
     while True:
-        states = queue.states()
+        states = [state for state in queue.states() if state.job.id in ids]
         told.jobs(states, queue.fault)
         for stage in follower.read().stages:
             if stage.state in ("running", "done"):
                 told.progress(stage.name, f"{stage.name}: {stage.state}{', ' if stage.detail else ''}{stage.detail}")
-        if queue.fault is None and not any(one.live for one in states):
+        if queue.fault is None and all(one.over for one in states):
             break
         time.sleep(LOOK_SECONDS)
-    failed = failure(states, run)
+    done = _done_by_others(states, run)
+    failed = failure([state for state in states if state.stage not in done], run)
     if failed is not None:
         raise failed
 
 
+def _done_by_others(states: Sequence[TaskState], run: RunDir) -> set[str]:
+    """The stages that are done although a job of theirs did not finish, by what is on disk.
+
+    Measured networks and pages may be there from before, so there a job of the stage must have finished as well.
+    """
+    from lad_dist import recipe_file
+    from lad_dist.launch.chain import stages_left
+
+    doubtful = {state.stage for state in states if state.state != "done"}
+    if not doubtful:
+        return set()
+    finished = {state.stage for state in states if state.state == "done"} | {"experts", "distill"}
+    return (doubtful & finished) - set(stages_left(recipe_file.load(run.recipe), run, list(doubtful)))
+
+
 def failure(states: Sequence[TaskState], run: RunDir) -> ClusterError | None:
     """What the chain failed of: its first job that did not finish; None if all have."""
-    wrong = [one for one in states if one.state not in ("done", "waiting", "running")]
+    wrong = [one for one in states if one.over and one.state != "done"]
     if not wrong:
         return None
     first = next((one for one in wrong if one.state in ("failed", "gone")), wrong[0])
     never = [one.stage for one in wrong if one.state == "cancelled" and one.stage != first.stage]
     after = f"; not begun, since they need it: {', '.join(dict.fromkeys(never))}" if never else ""
-    log = f"; its log: {first.log}" if first.log.exists() else ""
+    log = f"; its log: {quote(str(first.log))}" if first.log.exists() else ""
     return ClusterError(
         f"{first.line()}{after}{log}; what is finished is kept, and the same command submits the rest (run folder {run.root})"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -41,7 +42,8 @@ class RunStatus:
 
     ``experts`` are lines about the experts that a fleet trains now, and those that failed; ``notes`` are what else one
     should know (the dashboard's address); ``error`` is the last stage's, where it stopped with one; ``rows`` are
-    results.json's. ``version`` differs from the last one's exactly if something happened in between.
+    results.json's. ``version`` differs from the last one's exactly if something happened in between. ``over``: all jobs
+    that were submitted to SLURM are over, and no stage is running.
     """
 
     folder: Path
@@ -52,11 +54,17 @@ class RunStatus:
     experts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     version: tuple[object, ...] = ()
+    over: bool = False
 
     @property
     def finished(self) -> bool:
         """Whether every stage is done."""
         return all(stage.state == "done" for stage in self.stages)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more happens by itself: every stage is done, or all that was submitted to SLURM is over."""
+        return self.finished or self.over
 
 
 def read_status(folder: Path, now: float | None = None) -> RunStatus:
@@ -109,7 +117,7 @@ class Follower:
         written = page.exists()
         state = _state(log.stages.get("report"), written, False, now, log.last)
         stages.append(StageStatus("report", state, str(page) if written else ""))
-        slurm = self._queue.lines()
+        slurm = self._queue.lines(_done(stages))
         notes = [*slurm, *([self._shelf.fault] if self._shelf.fault else [])]
         if experts.state == "running" and log.ray is not None:
             notes.append(_ray(log.ray.get("dashboard"), log.ray.get("address"), log.ray.get("namespace")))
@@ -120,7 +128,8 @@ class Follower:
             len(rows),
             self._shelf.fault,
         )
-        return RunStatus(run.root, recipe, tuple(stages), log.error, tuple(rows), tuple(lines), tuple(notes), version)
+        over = self._queue.over and not any(stage.state == "running" for stage in stages)
+        return RunStatus(run.root, recipe, tuple(stages), log.error, tuple(rows), tuple(lines), tuple(notes), version, over)
 
     def _read_recipe(self) -> Recipe:
         status = self.run.recipe.stat()
@@ -128,6 +137,15 @@ class Follower:
         if self._recipe is None or self._recipe[0] != stamp:
             self._recipe = stamp, recipe_file.load(self.run.recipe)
         return self._recipe[1]
+
+
+def _done(stages: Sequence[StageStatus]) -> set[str]:
+    """The stages as SLURM's jobs have them, of which evaluations and their tuning are one."""
+    by_verb: dict[str, list[bool]] = {}
+    for stage in stages:
+        verb = "evaluate" if stage.name.startswith("tune ") else stage.name.split()[0]
+        by_verb.setdefault(verb, []).append(stage.state == "done")
+    return {verb for verb, done in by_verb.items() if all(done)}
 
 
 class _Shelf:

@@ -1,6 +1,7 @@
 """What SLURM says about a run's jobs, joined with what the run has written down about them.
 
-    Submission, Job    what was submitted: slurm/jobs.json of the run, published by rename
+    Submission, Job    what was submitted: slurm/jobs.json of the run, published by rename. The ids that sbatch returned are
+                       what jobs are known by, whatever comment or name they have
     TaskState          one job, or one job of an array, now: from squeue while SLURM remembers it, then from what it left
     Queue              asks squeue, and remembers the answer for a moment
 
@@ -16,19 +17,21 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from lad_dist.errors import ClusterError, RunDirError
+from lad_dist.pipeline import STAGES
 from lad_dist.rundir import RunDir, published
 
-State = Literal["waiting", "running", "done", "failed", "cancelled", "gone"]
+State = Literal["waiting", "running", "ending", "done", "failed", "cancelled", "gone"]
 ASK_SECONDS = 5.0  # between two calls of squeue
 _COMMAND_SECONDS = 30.0  # that squeue may take
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
-_RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT")
+_RUNNING = ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT")
 _WORDS = {
     "FAILED": "failed",
     "TIMEOUT": "ran out of time",
@@ -38,18 +41,28 @@ _WORDS = {
     "DEADLINE": "passed its deadline",
     "BOOT_FAIL": "could not start its node",
 }
+NOT_BEGUN = "not begun"  # what a job writes down that found the stage before it not done
 _TAIL = 2**14  # bytes of a log that are searched for an error
 _LONGEST_LINE = 500
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it was submitted. ``array``: how many jobs it consists of; None: it is no array."""
+    """A job as it was submitted. ``array``: how many jobs it consists of; None: it is no array.
+
+    ``question``: what an evaluation was asked other than what the run's recipe says; empty: that.
+    """
 
     stage: str
     id: str
     array: int | None
     script: str
+    question: str = ""
+
+    def output(self, logs: str) -> str:
+        """The files that its tasks write to, as a shell takes them (errors: ``..._log.err``)."""
+        each = "" if self.array is None else "_*"
+        return f"{quote(f'{logs}/{self.id}')}{each}/{self.id}_*_log.out"
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -97,20 +110,34 @@ def task_file(logs: Path, task: str) -> Path:
 
 @dataclass(frozen=True)
 class TaskState:
-    """One job now. ``words`` say it to people; ``log`` is its standard output's file, ``why`` what it failed of."""
+    """One job now. ``words`` say it to people; ``log`` is its standard output's file, ``why`` what it failed of.
 
-    stage: str
+    ``ending``: SLURM has ended it and waits for its processes; it will do nothing more, and is not queued.
+    """
+
+    job: Job
     id: str
     state: State
     words: str
     log: Path
     why: str | None = None
     dashboard: str | None = None
+    restarts: int = 0
+
+    @property
+    def stage(self) -> str:
+        """The stage that it does, or does a part of."""
+        return self.job.stage
 
     @property
     def live(self) -> bool:
         """Whether it is queued or at work."""
         return self.state in ("waiting", "running")
+
+    @property
+    def over(self) -> bool:
+        """Whether none of its processes is left."""
+        return not self.live and self.state != "ending"
 
     def line(self) -> str:
         """``experts, job 12: running on n1, 0:40 left``."""
@@ -119,7 +146,7 @@ class TaskState:
 
 @dataclass
 class Queue:
-    """The jobs of the newest submission of every stage, and what became of them.
+    """The newest job of every stage, any older one that is not over, and what became of them.
 
     ``fault`` says why squeue could not be asked; states are then what the jobs have written down.
     """
@@ -130,44 +157,50 @@ class Queue:
     _states: tuple[TaskState, ...] = field(default=())
 
     def states(self, now: bool = False) -> tuple[TaskState, ...]:
-        """Every job of the newest submission of each stage, in the order of stages; ``now``: ask squeue in any case.
+        """The jobs, in the order of stages; ``now``: ask squeue in any case.
 
         Raises RunDirError where the record is damaged.
         """
         if not now and time.monotonic() - self._asked < ASK_SECONDS:
             return self._states
-        newest: dict[str, tuple[Submission, Job]] = {}
-        for submission in read_submissions(self.run):
-            newest |= {job.stage: (submission, job) for job in submission.jobs}
+        every = [(submission, job) for submission in read_submissions(self.run) for job in submission.jobs]
+        newest = {(job.stage, job.question): job.id for _, job in every}
         listed: dict[str, dict[str, str]] = {}
         self.fault = None
-        if newest:
+        if every:
             try:
-                listed = squeue(job.id for _, job in newest.values())
+                listed = squeue(job.id for _, job in every)
             except ClusterError as error:
                 self.fault = str(error)
-        order = ("experts", "distill", "evaluate", "report")
-        self._states = tuple(
-            _state_of(submission, job, task, listed.get(task), self.fault is None)
-            for _, (submission, job) in sorted(newest.items(), key=lambda item: order.index(item[0]))
-            for task in job.tasks
-        )
+        found: list[TaskState] = []
+        for submission, job in sorted(every, key=lambda item: STAGES.index(item[1].stage)):
+            new = newest[job.stage, job.question] == job.id
+            if new or any(task in listed for task in job.tasks):
+                states = [_state_of(submission, job, task, listed.get(task), self.fault is None) for task in job.tasks]
+                found += states if new or not all(one.over for one in states) else []
+        self._states = tuple(found)
         self._asked = time.monotonic()
         return self._states
+
+    @property
+    def over(self) -> bool:
+        """Whether there were jobs, as of the last look, and none of them will do anything more."""
+        return self.fault is None and bool(self._states) and all(one.over for one in self._states)
 
     @property
     def version(self) -> tuple[object, ...]:
         """Differs from the last one's if a job's state does."""
         return (self.fault, *((one.id, one.state) for one in self._states))
 
-    def lines(self) -> list[str]:
-        """For people; nothing where nothing was submitted."""
+    def lines(self, done: Container[str] = ()) -> list[str]:
+        """For people; nothing where nothing was submitted. ``done``: stages that are, whatever became of their jobs."""
         states = self.states()
         said = [f"SLURM: {self.fault}"] if self.fault and states else []
         for one in states:
-            said.append(f"SLURM: {one.line()}")
-            if one.state in ("failed", "gone"):
-                said.append(f"SLURM:   log: {one.log}")
+            harmless = one.over and one.state != "done" and one.stage in done
+            said.append(f"SLURM: {one.line()}{'; the stage is done all the same' if harmless else ''}")
+            if one.state in ("failed", "gone") and not harmless:
+                said.append(f"SLURM:   log: {quote(str(one.log))}")
             if one.state == "running" and one.dashboard:
                 said.append(f"SLURM:   {one.dashboard}")
         return said
@@ -178,11 +211,11 @@ def squeue(ids: Iterable[str]) -> dict[str, dict[str, str]]:
 
     Jobs that SLURM has forgotten are missing. Raises ClusterError where squeue cannot be asked.
     """
-    names = ("id", "state", "reason", "node", "left", "time", "comment")
+    names = ("id", "state", "reason", "node", "left", "end", "command")
     wanted = sorted(set(ids))
     # A second id keeps squeue from failing because the only one is unknown.
     chosen = ",".join([*wanted, *wanted[:1]])
-    command = ["squeue", "--states=all", "--noheader", "--array", f"--jobs={chosen}", "--format=%i|%T|%r|%N|%L|%M|%k"]
+    command = ["squeue", "--states=all", "--noheader", "--array", f"--jobs={chosen}", "--format=%i|%T|%r|%N|%L|%e|%o"]
     output = slurm_command(command, unless=("Invalid job id",))
     rows = (dict(zip(names, line.split("|", len(names) - 1), strict=False)) for line in output.splitlines())
     return {row["id"].strip(): {k: v.strip() for k, v in row.items()} for row in rows if len(row) == len(names)}
@@ -220,11 +253,13 @@ def _state_of(submission: Submission, job: Job, task: str, row: dict[str, str] |
     left = _left(task_file(logs, task))
     log = logs / task / f"{task}_0_log.out"
     dashboard = left.get("dashboard")
-    if row is not None and submission.id not in row["comment"]:  # another cluster's, or one that was wiped
-        row = None
+    if row is not None and row["command"].startswith("/") and not row["command"].startswith(submission.logs):
+        row = None  # another cluster's job of this number, or of one that was wiped: its script is not ours
     state, words = _in_words(row, left, asked)
-    why = _why(left, logs / task / f"{task}_0_log.err") if state in ("failed", "gone") else None
-    return TaskState(job.stage, task, state, f"{words}: {why}" if why else words, log, why, dashboard)
+    told = state in ("failed", "gone") or left.get("state") == NOT_BEGUN
+    why = _why(left, logs / task / f"{task}_0_log.err") if told else None
+    restarts = left.get("restarts") or 0
+    return TaskState(job, task, state, f"{words}: {why}" if why else words, log, why, dashboard, restarts)
 
 
 def _in_words(row: dict[str, str] | None, left: dict[str, Any], asked: bool) -> tuple[State, str]:
@@ -234,13 +269,19 @@ def _in_words(row: dict[str, str] | None, left: dict[str, Any], asked: bool) -> 
             return "done", "done"
         if told == "failed":
             return "failed", "failed"
+        if told == NOT_BEGUN:
+            return "cancelled", "did not begin"
         if not asked:
             return "waiting", f"state unknown; it says {told or 'nothing'}"
         return "gone", "SLURM does not know it any more, and it left no result"
     state, why = row["state"], row["reason"]
     again = f", requeued {left['restarts']} times" if left.get("restarts") else ""
+    if state == "COMPLETING":
+        if _is_time(row["end"]):
+            return "ending", f"ending on {row['node']}"
+        return "waiting", f"requeued{again}"  # it has no end, since it is to start again
     if state in _WAITING:
-        return "waiting", f"{state.lower()} ({why}){again}"
+        return "waiting", state.lower() + (f" ({why})" if why not in ("", "None") else "") + again
     if state in _RUNNING:
         return "running", f"{state.lower()} on {row['node']}, {row['left']} left{again}"
     if state == "COMPLETED":
@@ -249,8 +290,14 @@ def _in_words(row: dict[str, str] | None, left: dict[str, Any], asked: bool) -> 
         if "Dependency" in why:
             return "cancelled", "cancelled, since a stage before it did not finish"
         return "cancelled", "cancelled (scancel)" + (f" on {row['node']}" if row["node"] else "")
+    if told == NOT_BEGUN:
+        return "cancelled", "did not begin"
     where = f" on {row['node']}" if row["node"] else ""
     return "failed", f"{_WORDS.get(state, state.lower())}{where}" + (f" ({why})" if why != "None" else "")
+
+
+def _is_time(text: str) -> bool:
+    return re.match(r"\d{4}-", text) is not None
 
 
 def _left(file: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def write(folder: Path, every: float | None, say: Callable[[str], None]) -> Path
     count = 0
     try:
         while True:
-            done = follower.read().finished  # before the events: the last ones are then among them
+            done = follower.read().ended  # before the events: the last ones are then among them
             other, events = tail.read()
             if writer is None or other:
                 if writer is not None:

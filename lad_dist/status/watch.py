@@ -1,4 +1,4 @@
-"""A run's status, redrawn until every stage is done."""
+"""A run's status, redrawn until every stage is done, or all that was submitted to SLURM is over."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lad_dist.status.show import print_status, renderables
 
 
 def watch(folder: Path, console: Console, every: float) -> None:
-    """Show the status every ``every`` seconds until all is done: in place in a terminal, else a block for each change.
+    """Show the status every ``every`` seconds until it has ``ended``: in place in a terminal, else a block for each change.
 
     Raises:
         RunDirError, RecipeError: as ``read_status`` does.
@@ -26,7 +26,7 @@ def watch(folder: Path, console: Console, every: float) -> None:
         while True:
             found = follower.read()
             live.update(Group(*renderables(found)), refresh=True)
-            if found.finished:
+            if found.ended:
                 return
             time.sleep(every)
 
@@ -39,6 +39,6 @@ def _watch_plainly(follower: Follower, console: Console, every: float) -> None:
             shown = found.version
             console.print(f"--- {datetime.now().isoformat(' ', 'seconds')}")
             print_status(found, console)
-        if found.finished:
+        if found.ended:
             return
         time.sleep(every)

@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ from lad_dist.rundir import RunDir
 from lad_dist.status.slurm import read_submissions, squeue
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+def wait_until(reached: Callable[[], Any], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.2)
+
+
 LOCAL = ("--on", "local", "--threads", 1, "--fleet", "off", "--device", "cpu")
 
 
@@ -77,7 +87,7 @@ def reference(lad: Any) -> Any:
 
 def test_a_cancelled_chain_is_completed_by_the_same_command(slurm, lad, reference):
     job, run = lad.job(), lad.folder / "run"
-    slow = lad.profile("slow.yaml", stages={"experts": {"options": {}}}, setup=["sleep 20"])
+    slow = lad.profile("slow.yaml", setup=['case "$SLURM_JOB_NAME" in *experts) sleep 20; esac'])
     waiting = lad.start("run", job, "--on", slow, "--out", run, "--wait")
     while "experts" not in (ids := jobs_of(run) if run.exists() else {}) or slurm.state(ids["experts"]) != "RUNNING":
         assert waiting.poll() is None, waiting.communicate()
@@ -88,10 +98,12 @@ def test_a_cancelled_chain_is_completed_by_the_same_command(slurm, lad, referenc
     out, err = lad.ended(waiting, code=11)
     assert re.search(rf"error: experts, job {ids['experts']}_\d: cancelled", err) and "scancel" in err
     assert "not begun, since they need it: distill, evaluate, report" in err
-    assert all(slurm.state(ids[stage]) == "CANCELLED" for stage in ids)
-    status, _ = lad("status", run)
+    assert all(slurm.state(ids[stage]) == "CANCELLED" for stage in ids if stage != "distill")
+    status, _ = lad("status", run, "--watch")
     assert f"experts, job {ids['experts']}_0: cancelled (scancel)" in status
-    assert f"distill, job {ids['distill']}: cancelled, since a stage before it did not finish" in status
+    why = r"experts: its jobs have ended and it is not done \(missing: 0, 1\)"
+    assert re.search(rf"distill, job {ids['distill']}: did not begin: {why}", status)
+    assert f"evaluate, job {ids['evaluate']}_0: cancelled, since a stage before it did not finish" in status
     slurm.nothing_left(*ids.values())
 
     out, _ = lad("run", job, "--on", lad.profile(), "--out", run, "--wait")
@@ -100,7 +112,7 @@ def test_a_cancelled_chain_is_completed_by_the_same_command(slurm, lad, referenc
     for stage, number in again.items():
         script = re.search(rf"^{stage}: job {number}.*: (/\S+)$", out, re.MULTILINE)
         assert script and Path(script[1]).read_text().startswith("#!/bin/bash")
-    assert f"lad-dist cancel {run}" in out and "/%j/" in out
+    assert f"lad-dist cancel {run}" in out
     assert "over" not in slurm.live()
     alone = reference(job)
     assert buffer_rows(run) == buffer_rows(alone)
@@ -116,6 +128,57 @@ def test_a_cancelled_chain_is_completed_by_the_same_command(slurm, lad, referenc
     slurm.nothing_left(*again.values())
     out, _ = lad("run", job, "--on", lad.profile(), "--out", run)
     assert "all stages are done; nothing was submitted" in out
+
+
+@pytest.mark.timeout(400)
+def test_jobs_are_known_by_their_ids_and_ending_ones_are_not_queued(slurm, lad):
+    """One chain: its comments are changed, its experts are cancelled, it is submitted again at once, and an array loses a job.
+
+    Then other networks are asked for. The run folder has a space in its name.
+    """
+    job, run = lad.job(), lad.folder / "a run"
+    stubborn = lad.profile("stubborn.yaml", setup=["trap '' TERM", "sleep 60"])  # ends by SIGKILL, seconds after scancel
+    lad("run", job, "--on", stubborn, "--out", run)
+    ids = jobs_of(run)
+    wait_until(lambda: slurm.state(ids["experts"]) == "RUNNING", 30)
+    for number in ids.values():
+        subprocess.run(["scontrol", "update", f"JobId={number}", "Comment=mine"], check=True)
+    out, _ = lad("run", job, "--on", stubborn, "--out", run)
+    assert jobs_of(run) == ids and f"already queued: experts, job {ids['experts']}_0: running on n" in out
+
+    subprocess.run(["scancel", ids["experts"]], check=True)
+    assert slurm.state(ids["experts"]) == "COMPLETING"
+    late = "if [ \"$SLURM_JOB_NAME/$SLURM_ARRAY_TASK_ID\" = 'a run-experts/1' ]; then sleep 120; fi"
+    waiting = lad.start("run", job, "--on", lad.profile(setup=[late]), "--out", run, "--ranks", 4, "--wait")
+    wait_until(lambda: "report" in jobs_of(run) and not set(jobs_of(run).values()) & set(ids.values()), 30)
+    again = jobs_of(run)
+    assert slurm.state(ids["distill"]) == slurm.state(ids["report"]) == "CANCELLED"
+    wait_until(lambda: slurm.state(f"{again['experts']}_1") == "RUNNING", 60)
+    assert slurm.state(ids["experts"]) == "CANCELLED"  # its last process is gone
+    subprocess.run(["scancel", f"{again['experts']}_1"], check=True)
+    out, _ = lad.ended(waiting, code=0)
+    assert f"submitted again, since what it waited for has ended: distill, job {ids['distill']}" in out
+    assert f"already queued: experts, job {ids['experts']}" not in out
+    assert slurm.state(f"{again['experts']}_1") == "CANCELLED" and (run / "report/index.html").exists()
+    assert "nothing was submitted" in lad("run", job, "--on", lad.profile(), "--out", run, "--wait")[0]
+    status, _ = lad("status", run)
+    assert f"experts, job {again['experts']}_1: cancelled (scancel) on n" in status and "done all the same" in status
+    output = dict(re.findall(r"^(\w+): job .*\n  output: (/.*|'/.*)$", out, re.MULTILINE))
+    said = {stage: subprocess.run(f"cat {files}", shell=True, capture_output=True, text=True).stdout
+            for stage, files in output.items()}  # fmt: skip
+    assert "task 3 of 4 on n2: distill" in said["distill"] and f"{again['experts']}_0, task 0 of 1" in said["experts"]
+
+    out, _ = lad("evaluate", run, "--arch", "mlp", "--on", lad.profile(), "--wait")
+    (asked,) = (one for one in read_submissions(RunDir(run))[-1].jobs if one.question)
+    assert asked.stage == "evaluate" and asked.array == 2 and re.search(r"evaluate, job \d+_1: done", out)
+    rows = json.loads((run / "evaluation/results.json").read_text())["rows"]
+    assert sorted(r["seed"] for r in rows if r["architecture"] == "mlp") == [0, 1]
+    for index in (0, 1):  # each job of the array says what it does
+        log = Path(read_submissions(RunDir(run))[-1].logs) / f"{asked.id}_{index}" / f"{asked.id}_{index}_0_log.out"
+        assert re.search(rf"evaluate distilled: 3/3 epochs done .* mlp  seed {index}", log.read_text())
+    assert kinds(run).count("evaluated") == len(rows) == 6
+    assert "mlp" not in (run / "recipe.yaml").read_text() and "mlp" in (run / "report/index.html").read_text()
+    slurm.nothing_left(*ids.values(), *again.values(), asked.id)
 
 
 STEADY = {"lr_images": 0.01, "lr_labels": 0.01, "lr_alpha": 0.0, "checkpoint_every": 10_000}  # over thousands of iterations
@@ -272,9 +335,19 @@ def test_a_job_that_died_without_a_word_is_noticed(slurm, lad):
 
 def test_submitting_again_and_cancel(slurm, lad):
     job, run = lad.job(), lad.folder / "run"
-    profile = lad.profile(setup=["sleep 300"])
+    held = ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true"]
+    other = subprocess.run(held, check=True, capture_output=True, text=True, cwd=lad.folder).stdout.strip()
+    profile = lad.profile(setup=["sleep 300"], dependency=f"afterany:{other}", comment="theirs", begin="now")
     lad("run", job, "--on", profile, "--out", run)
     ids = jobs_of(run)
+    waits = dict.fromkeys(ids, f"afterany:{other}(unfulfilled)")
+    waits["distill"] += f",afterany:{ids['experts']}_*(unfulfilled)"
+    waits["evaluate"] = f"{waits['distill']},afterok:{ids['distill']}(unfulfilled)"
+    waits["report"] = f"{waits['evaluate']},afterany:{ids['evaluate']}_*(unfulfilled)"
+    for stage, number in ids.items():
+        said = subprocess.run(["scontrol", "-o", "show", "job", number], check=True, capture_output=True, text=True).stdout
+        assert f" Dependency={waits[stage]} " in said and " Comment=theirs " in said
+    subprocess.run(["scontrol", "release", other], check=True)
     out, _ = lad("run", job, "--on", profile, "--out", run)
     assert jobs_of(run) == ids and f"already queued: distill, job {ids['distill']}: pending (Dependency)" in out
     status, _ = lad("status", run)

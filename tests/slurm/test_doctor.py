@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 
@@ -56,8 +57,16 @@ def test_a_missing_module(slurm, lad):
 
 
 def test_asking_for_more_than_there_is(slurm, lad):
-    profile = lad.profile(stages={"distill": {"gpus_per_node": 8, "tasks_per_node": 1}})
-    examined(slurm, lad, profile, 12, "fail  distill", "Requested node configuration is not available")
+    """Each stage is told which resource the partition cannot give."""
+    stages = {"experts": {"mem_gb": 900}, "distill": {"gpus_per_node": 8, "tasks_per_node": 1}, "evaluate": {"cpus_per_task": 9},
+              "report": {"mem_gb": 1}}  # fmt: skip
+    said = ("memory (mem_gb): 900 GB a node are asked for, main has 7.81 GB at most",
+            "GPUs (gpus_per_node): 8 a node are asked for, main has 2 at most",
+            "cores (cpus_per_task): 9 a node are asked for, main has 4 at most")  # fmt: skip
+    out = examined(slurm, lad, lad.profile(stages=stages), 12, "Requested node configuration is not available", *said)
+    for stage, lacks in zip(("experts", "distill", "evaluate"), said, strict=True):
+        assert re.search(rf"^fail  {stage} .*{re.escape(lacks)}", out, re.MULTILINE)
+    assert "ok    report " in out
 
 
 def test_nodes_that_are_busy(slurm, lad):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 pytestmark = pytest.mark.slurm
@@ -68,9 +70,37 @@ def test_a_setup_line_that_fails(slurm, lad):
         "experts", lad.job(), "--on", lad.profile(setup=["module load nowhere"]), "--out", run, "--wait", code=11
     )
     assert "slurm.setup: exit code 127: module load nowhere" in err and "log" in err
+    status, _ = lad("status", run, "--watch")  # it ends: nothing more was submitted
+    assert "module load nowhere" in status
 
 
 def test_slurm_commands_that_are_missing(slurm, lad, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     _, err = lad("run", lad.job(), "--on", lad.profile(), "--out", lad.folder / "run", code=11)
     assert err.startswith("error: sbatch: not found; submit from a login node")
+
+
+def test_a_dry_run_submits_and_writes_nothing(slurm, lad):
+    before, run = slurm.live(), lad.folder / "run"
+    profile = lad.profile(dependency="singleton", stages={"report": {"mem_gb": 1}})
+    out, _ = lad("run", lad.job(), "--on", profile, "--out", run, "--ranks", 4, "--dry-run")
+    stages = re.findall(r"^(\w+): (.*); SLURM would take it\n  sbatch (.*)$", out, re.MULTILINE)
+    found = {stage: (what, options.split()) for stage, what, options in stages}
+    assert list(found) == ["experts", "distill", "evaluate", "report"]
+    assert found["distill"][0] == "one job, 4 ranks, on the CPU"
+    assert {"--nodes=2", "--ntasks-per-node=2", "--mem=2GB"} <= set(found["distill"][1])
+    assert {"--array=0-1", "--dependency=singleton"} <= set(found["experts"][1]) and "--mem=1GB" in found["report"][1]
+    assert "--dependency='singleton,afterany:<experts>,afterok:<distill>,afterany:<evaluate>'" in found["report"][1]
+    assert slurm.live() == before and not run.exists()
+    more = lad.profile(stages={"distill": {"mem_gb": 900}})
+    out, err = lad("run", lad.job(), "--on", more, "--out", run, "--dry-run", code=11)
+    assert re.search(r"^distill: one job, 2 ranks, on the CPU; SLURM would refuse it: .*memory \(mem_gb\): 900 GB", out, re.M)
+    assert "would refuse distill;" in err
+    assert slurm.live() == before and not run.exists()
+
+
+def test_data_that_are_refused_leave_nothing(slurm, lad):
+    before, run = slurm.live(), lad.folder / "run"
+    job = lad.job(data={"dataset": "image-folder", "root": str(lad.folder / "nowhere"), "image_size": 8})
+    _, err = lad("run", job, "--on", lad.profile(), "--out", run, code=3)
+    assert "nowhere" in err and not run.exists() and slurm.live() == before

@@ -1,0 +1,74 @@
+"""Which resource a partition's nodes lack for a job that SLURM refuses: it says only that no node can take it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lad_dist.errors import ClusterError
+from lad_dist.status.slurm import slurm_command
+
+_MB = 1024  # per GB, as SLURM reads --mem
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node of a partition has."""
+
+    partition: str
+    cores: int
+    memory_mb: int
+    gpus: int
+
+    @classmethod
+    def parsed(cls, line: str) -> Node:
+        """From ``sinfo --Node --format=%P|%c|%m|%G``: ``main*|4|8000|gpu:a100:2(S:0-1)``."""
+        partition, cores, memory, gres = line.split("|", 3)
+        gpus = sum(int(count) for count in re.findall(r"\bgpu(?::[^,:(]+)?:(\d+)", gres))
+        return cls(partition.strip(), int(cores.strip(" +")), int(memory.strip(" +")), gpus)
+
+
+def shortage(asked: Mapping[str, Any]) -> str | None:
+    """``memory (mem_gb): 900 GB a node are asked for, main has 7.8 GB at most``; None where nothing is known to lack.
+
+    ``asked``: in submitit's terms.
+    """
+    try:
+        nodes = nodes_of(asked.get("slurm_partition"))
+    except (ClusterError, ValueError):
+        return None
+    return compared(asked, nodes) if nodes else None
+
+
+def nodes_of(partition: str | None) -> list[Node]:
+    """The nodes of a partition, by default the cluster's default one. Raises ClusterError where sinfo cannot be asked."""
+    chosen = [] if partition is None else [f"--partition={partition}"]
+    lines = slurm_command(["sinfo", "--noheader", "--Node", *chosen, "--format=%P|%c|%m|%G"]).splitlines()
+    found = [Node.parsed(line) for line in lines if line.strip()]
+    return found if partition is not None else [node for node in found if node.partition.endswith("*")]
+
+
+def compared(asked: Mapping[str, Any], nodes: list[Node]) -> str | None:
+    """As ``shortage``, of the nodes of one partition."""
+    count, gpus = asked.get("nodes", 1), asked.get("gpus_per_node", 0)
+    cores = asked.get("tasks_per_node", 1) * asked.get("cpus_per_task", 1)
+    memory_mb = float(asked.get("mem_gb", 0)) * _MB
+    name = ", ".join(dict.fromkeys(node.partition.rstrip("*") for node in nodes))
+    most = Node(name, max(n.cores for n in nodes), max(n.memory_mb for n in nodes), max(n.gpus for n in nodes))
+    lacking = []
+    if memory_mb > most.memory_mb:
+        gb = f"{asked['mem_gb']:g} GB a node are asked for, {name} has {most.memory_mb / _MB:.3g} GB at most"
+        lacking.append(f"memory (mem_gb): {gb}")
+    if cores > most.cores:
+        lacking.append(f"cores (cpus_per_task): {cores} a node are asked for, {name} has {most.cores} at most")
+    if gpus > most.gpus:
+        lacking.append(f"GPUs (gpus_per_node): {gpus} a node are asked for, {name} has {most.gpus} at most")
+    if count > len(nodes):
+        lacking.append(f"nodes: {count} are asked for, {name} has {len(nodes)}")
+    if lacking:
+        return "; ".join(lacking)
+    fit = sum(n.memory_mb >= memory_mb and n.cores >= cores and n.gpus >= gpus for n in nodes)
+    together = f"{fit} of {name}'s nodes have the memory, cores and GPUs together, {count} are asked for"
+    return together if fit < count else None
