@@ -204,6 +204,10 @@ class Record:
         """Epochs that are done, whoever trained them."""
         return sum(self._trained.values())
 
+    def trained(self, expert: int) -> int:
+        """Epochs of an expert that are done, as far as this driver knows."""
+        return self._trained[expert]
+
     @property
     def experts_done(self) -> int:
         """Experts that are finished, whoever trained them."""
@@ -232,11 +236,7 @@ class Record:
         e, first = self._experts, epoch.stage == "representation"
         self._reached(epoch.expert, epoch.epoch if first else e.epochs + epoch.epoch)
         self.images_per_second[epoch.expert] = epoch.images_per_second
-        self._row(
-            epoch.expert,
-            f"{epoch.stage} epoch {epoch.epoch} of {e.epochs if first else e.classifier_epochs}, loss {epoch.loss:.4g}, "
-            f"accuracy {epoch.accuracy:.3f}, {epoch.images_per_second:.0f} images/s",
-        )
+        self._row(epoch.expert, in_words(epoch, e))
 
     def finished(self, expert: int, elsewhere: bool = False) -> None:
         """All its epochs are in the buffer; ``elsewhere``: another driver put them there."""
@@ -288,6 +288,15 @@ class Record:
     def _row(self, expert: int, text: str | None) -> None:
         if self._board is not None:
             self._board.row(name_of(expert), text)
+
+
+def in_words(epoch: Epoch, experts: ExpertsConfig) -> str:
+    """``representation epoch 31 of 100, loss 0.2345, accuracy 0.912, 812 images/s``."""
+    last = experts.epochs if epoch.stage == "representation" else experts.classifier_epochs
+    return (
+        f"{epoch.stage} epoch {epoch.epoch} of {last}, loss {epoch.loss:.4g}, accuracy {epoch.accuracy:.3f}, "
+        f"{epoch.images_per_second:.0f} images/s"
+    )
 
 
 def _times(attempts: int) -> str:
