@@ -13,10 +13,9 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lad_dist import errors
+from lad_dist import cores, errors
 from lad_dist.errors import ExpertError, LadDistError
 from lad_dist.profile import Profile
 from lad_dist.progress import Board, Events, Screen
@@ -57,10 +56,10 @@ def choose(profile: Profile, on_gpu: bool, left: int) -> Choice:
         gpus = gpu_count()
         fit, has = gpus * profile.experts_per_gpu, f"{_many(gpus, 'GPU')}, {profile.experts_per_gpu} per GPU"
     else:
-        cores = cores_to_use(profile)
+        usable = cores_to_use(profile)
         fit, has = (
-            cores // profile.threads_per_expert,
-            f"{_many(cores, 'core')}, {profile.threads_per_expert} per expert",
+            usable // profile.threads_per_expert,
+            f"{_many(usable, 'core')}, {profile.threads_per_expert} per expert",
         )
     if fit < 2:
         return Choice(False, f"no two experts fit ({has})")
@@ -74,17 +73,7 @@ def cluster_address(profile: Profile) -> str | None:
 
 def cores_to_use(profile: Profile) -> int:
     """CPU cores that may be used: ``threads`` of the profile, else what this process may run on."""
-    if profile.threads is not None:
-        return profile.threads
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        cores = os.cpu_count() or 1
-    try:  # a container's share (control groups, version 2): microseconds of CPU time in each period
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores
+    return cores.available() if profile.threads is None else profile.threads
 
 
 def gpu_count() -> int:
