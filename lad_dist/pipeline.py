@@ -10,7 +10,6 @@ what is done and does the rest, so any of them can be killed, resumed, or run on
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lad_dist import cores
 from lad_dist.errors import RankError, RecipeError, RunDirError
 from lad_dist.profile import Profile
 from lad_dist.progress import Events, Screen, shortened
@@ -155,6 +155,7 @@ class Pipeline:
             distill_as_rank(self, record)
         elif self.profile.world > 1:
             self.screen.say(f"distill: {self.profile.world} ranks")
+            self._say_threads(self.profile.world)
             what = (self.recipe, self.run, self.profile, self.device.type, record)
             ranks.launch(self.profile.world, distill_rank, what, self.profile.rank_restarts, self.screen.say)
         else:
@@ -234,6 +235,7 @@ class Pipeline:
             elif world > 1:
                 prepare_shared(self.recipe, self.data, self.run, source)
                 self.screen.say(f"{name}: {len(left)} networks over {world} ranks")
+                self._say_threads(world)
                 what = (self.recipe, self.run, profile, self.device.type, source, left)
                 ranks.launch(world, evaluate_rank, what, profile.rank_restarts, self.screen.say)
                 results.merge(table_of(self.run, planned))
@@ -291,6 +293,12 @@ class Pipeline:
                 self.screen.say(f"data: {note}")
             self._choose_threads(images.channels, images.size, images.num_classes)
         return self._data
+
+    def _say_threads(self, world: int) -> None:
+        """Say where ``world`` ranks on this machine work with fewer threads than the profile asks for."""
+        _, fewer = cores.of_each_rank(self.profile.threads, world)
+        if fewer:
+            self.screen.say(fewer)
 
     def _choose_threads(self, channels: int, size: int, classes: int) -> None:
         """Work with as many CPU threads as the run did before, else with what a few timed steps are fastest with.
@@ -375,7 +383,7 @@ def prepare_rank(profile: Profile, world: int) -> None:
 
     from lad_dist import allocator
 
-    torch.set_num_threads(profile.threads or max(1, (os.cpu_count() or 1) // world))
+    torch.set_num_threads(cores.of_each_rank(profile.threads, world)[0])
     allocator.keep_freed_memory()
 
 

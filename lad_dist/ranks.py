@@ -163,6 +163,13 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
     return Place(rank, world, local) if world > 1 else None
 
 
+def on_this_host(environment: Mapping[str, str] = os.environ) -> int:
+    """How many ranks torchrun has started on this host, which share its cores; 1 where it has not, or where SLURM has given
+    each of them cores of its own."""
+    said = environment.get("LOCAL_WORLD_SIZE", "") if "RANK" in environment else ""
+    return int(said) if said.isdecimal() and int(said) > 0 else 1
+
+
 @contextmanager
 def joined(where: Place, device: torch.device, timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """The ranks, met and connected: NCCL between GPUs, gloo between CPUs. Parted again when the block ends.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lad_dist import cores
+from lad_dist import cores, ranks
 
 ROOT = Path(__file__).parents[1]
 # What the command line's entry leaves in the environment, and whether torch was loaded before that.
@@ -42,3 +42,24 @@ def test_cores_that_others_use_are_not_obtained():
 
 def test_one_thread_obtains_at_most_one_core():
     assert 0 < cores.obtained(1, 0.1) <= 1.01
+
+
+@pytest.mark.parametrize(("asked", "world", "each"), [
+    (None, 1, 4), (None, 2, 2), (None, 3, 1), (None, 8, 1),  # as many as there is room for
+    (2, 2, 2), (1, 4, 1), (9, 1, 9),  # as asked
+    (3, 2, 2), (2, 8, 1),
+])  # fmt: skip
+def test_ranks_have_no_more_threads_than_cores(monkeypatch, asked, world, each):
+    monkeypatch.setattr(cores, "available", lambda: 4)
+    threads, said = cores.of_each_rank(asked, world)
+    assert threads == each
+    assert (said is not None) == (asked is not None and asked > each)
+    if said:
+        assert f"{world} ranks x {asked} threads are more than the 4 cores here; each rank works with {each}" in said
+
+
+def test_ranks_that_torchrun_started_share_the_cores():
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert ranks.on_this_host(torchrun) == 2
+    assert ranks.on_this_host({}) == ranks.on_this_host({"LOCAL_WORLD_SIZE": "2"}) == 1
+    assert ranks.on_this_host({"RANK": "0", "LOCAL_WORLD_SIZE": "x"}) == 1

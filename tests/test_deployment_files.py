@@ -142,6 +142,15 @@ def test_pods_have_resources_the_image_and_no_root(job):
     assert all(spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] >= 1 for spec in workers)
 
 
+def test_pods_that_ask_for_gpus_may_run_on_gpu_nodes(job):
+    """GPU nodes carry the taint ``nvidia.com/gpu:NoSchedule`` on GKE, and where the cluster's owner has put it."""
+    asking = [spec for spec in templates(job) if "nvidia.com/gpu" in spec["containers"][0]["resources"]["limits"]]
+    assert asking
+    for spec in templates(job):
+        tolerated = [t for t in spec.get("tolerations", []) if t["key"] == "nvidia.com/gpu"]
+        assert [(t["operator"], t["effect"]) for t in tolerated] == ([("Exists", "NoSchedule")] if spec in asking else [])
+
+
 def test_the_entrypoint_is_a_command_that_finds_its_files(job):
     program, *words = shlex.split(job["spec"]["entrypoint"])
     assert program == "lad-dist" and words[0] == "experts"
@@ -255,6 +264,14 @@ def test_versions_are_those_of_the_constraints():
     for rest in installations:
         assert rest.count("pip install") == rest.count("-c /src/constraints.txt") == 1, rest
         assert "--no-cache-dir" in rest
+
+
+def test_triton_can_compile():
+    """Triton builds a C extension for each kernel's launcher when it first runs."""
+    (system,) = [rest for word, rest in instructions() if word == "RUN" and "apt-get" in rest]
+    always, _, without_python = system.partition("command -v python3")
+    assert {"gcc", "libc6-dev"} <= set(always.split())
+    assert "python3-dev" in without_python.split()  # the default base's own Python has its headers
 
 
 def test_the_user_is_not_root():

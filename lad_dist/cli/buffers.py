@@ -43,10 +43,21 @@ RunOrBuffer = Annotated[str, typer.Argument(metavar="DIR", help="A run folder, a
 
 
 def inspect(
-    folder: RunOrBuffer, as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False
+    folder: RunOrBuffer,
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+    digest: Annotated[
+        bool, typer.Option("--digest/--no-digest", help="Whether to open every part for the digest of all weights.")
+    ] = True,
 ) -> None:
-    """Per stage and expert the epochs present, sizes, and a digest of all weights (reads every checkpoint)."""
-    found = _buffer(folder).inspect()
+    """Per stage and expert the epochs present, sizes, and a digest of all weights, from the checksums in the parts."""
+    from lad_dist.progress import Screen
+
+    buffer = _buffer(folder)
+    if digest:
+        with Screen(terminal.stderr()).task("digest", len(buffer.parts), "parts") as task:
+            found = buffer.inspect(report=task.advance)
+    else:
+        found = buffer.inspect(digest=False)
     if as_json:
         import json
 
@@ -60,11 +71,12 @@ def inspect(
             table.add_row(stage, expert, _ranges(has["epochs"]), str(len(has["parts"])), f"{has['bytes'] / 1e6:.2f}")
     terminal.stdout().print(table)
     size = f"{found['bytes'] / 1e6:.2f} MB"
-    terminal.stdout().print(
-        f"{found['folder']}: {found['parts']} parts, {found['checkpoints']} checkpoints, {size}\n"
-        f"experts: {found['meta']['experts_hash']}\ndigest:  {found['digest']}",
-        soft_wrap=True,
-    )
+    lines = [
+        f"{found['folder']}: {found['parts']} parts, {found['checkpoints']} checkpoints, {size}",
+        f"experts: {found['meta']['experts_hash']}",
+        *([f"digest:  {found['digest']}"] if digest else []),
+    ]
+    terminal.stdout().print("\n".join(lines), soft_wrap=True)
 
 
 def verify(folder: RunOrBuffer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -22,9 +23,9 @@ from lad_dist.data.prepare import PreparedData
 from lad_dist.data.prepared import PreparedSet
 from lad_dist.data.whitening import Kind, Whitening
 from lad_dist.errors import LadDistError
-from lad_dist.experts.crew import Failure, Process, name_of
+from lad_dist.experts.crew import Failure, Process, in_words, name_of
 from lad_dist.experts.train import Epoch, ExpertTrainer
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import ExpertsConfig, Recipe
 from lad_dist.trajectories import claims
 
 
@@ -110,19 +111,32 @@ Report = Started | Epoch | Claimed | Failure | Finished
 
 
 class ExpertActor:
-    """Trains an expert and reports what happens. It needs the buffer's location, and no file of the data set."""
+    """Trains ``expert`` and reports what happens. It needs the buffer's location, and no file of the data set.
 
-    def __init__(self, orders: Orders, data: SharedData) -> None:
+    ``trained``: the epochs that it had when the actor was started, for its name on Ray's dashboard. Ray asks for the name once,
+    after this constructor; how far the expert is, the actor says in its log, a line per epoch.
+    """
+
+    def __init__(self, orders: Orders, data: SharedData, expert: int, trained: int = 0) -> None:
         torch.set_num_threads(orders.threads)
         allocator.keep_freed_memory()
-        self._orders, self._data = orders, data
+        self._orders, self._data, self._expert, self._trained = orders, data, expert, trained
 
-    def train(self, expert: int) -> Iterator[Report]:
+    def __repr__(self) -> str:
+        e = self._orders.recipe.experts
+        return f"expert {self._expert}, from epoch {self._trained} of {e.epochs + e.classifier_epochs}"
+
+    def train(self) -> Iterator[Report]:
         """``Started``, an ``Epoch`` for each that is trained, ``Finished``; or a ``Failure`` instead; or nothing but ``Claimed``.
 
         Errors are reported as text, so that no type of them has to survive the way to another process.
         """
-        o = self._orders
+        for report in self._reports():
+            _log(self._orders.recipe.experts, self._expert, report)
+            yield report
+
+    def _reports(self) -> Iterator[Report]:
+        o, expert = self._orders, self._expert
         try:
             with claims.hold(o.location, name_of(expert), o.owner) as held:
                 if not held:
@@ -135,6 +149,22 @@ class ExpertActor:
             yield Finished()
         except Exception as error:
             yield failure_of(expert, error)
+
+
+def _log(experts: ExpertsConfig, expert: int, report: Report) -> None:
+    """A line on stdout, which Ray keeps in the actor's log."""
+    match report:
+        case Started(process):
+            text = f"begins: {process}"
+        case Epoch():
+            text = in_words(report, experts)
+        case Claimed():
+            text = "another driver is training it; nothing to do"
+        case Failure():
+            text = f"failed: {report.trace or report.message}".rstrip()
+        case Finished():
+            text = "finished: all its epochs are in the buffer"
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} expert {expert}: {text}", flush=True)
 
 
 def failure_of(expert: int, error: Exception) -> Failure:

@@ -52,6 +52,7 @@ from lad_dist.trajectories.reader import Buffer
 WAIT_SECONDS = 0.5  # for reports, before looking at anything else
 LOOK_SECONDS = 5.0  # between two looks at the cluster, and at the size of the buffer
 SEEN_SECONDS = 5.0  # until parts that an actor has published must be seen here
+END_SECONDS = 3.0  # that actors which have finished are waited for
 TOKEN = "token"  # noqa: S105 - the name of the file in the private folder of a cluster of its own
 GONE_SECONDS = 3.0  # without an answer from the cluster's head, after which it is given up
 
@@ -220,6 +221,7 @@ class Fleet:
         self.cluster, self.profile, self.staff = cluster, profile, staff
         self.queue, self.record, self.screen = queue, record, screen
         self._members: list[_Member] = []
+        self._ending: list[Any] = []  # of each actor that was told to end: ready when it has
         self._attempts, self._started = Counter[int](), Counter[int]()
         self._room, self._looked_at = 0, -LOOK_SECONDS
         self._metrics = _Metrics(staff.trainer.folder, record)
@@ -241,10 +243,12 @@ class Fleet:
                 elif not self._take_reports():
                     self._look()
                 self._metrics.update(len(self._members))
+            if self._ending:  # before this process leaves, which would end them as orphans
+                undisturbed(ray.wait, self._ending, num_returns=len(self._ending), timeout=END_SECONDS)
         finally:
             if self.cluster.answers():
                 for member in self._members:
-                    self._end(member)
+                    self._kill(member)
 
     def _choose_device(self) -> str:
         """As this process; where a cluster was joined and any device will do, GPUs if the cluster has some."""
@@ -295,8 +299,8 @@ class Fleet:
             options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(p.threads_per_expert)}}
         actor: Any = ray.remote(ExpertActor)
         with deferred():
-            handle = actor.options(**options).remote(self._orders, self._data)
-            reports = handle.train.options(num_returns="streaming").remote(expert)
+            handle = actor.options(**options).remote(self._orders, self._data, expert, self.record.trained(expert))
+            reports = handle.train.options(num_returns="streaming").remote()
             self._members.append(_Member(expert, handle, reports))
         self.record.starting(expert)
 
@@ -317,6 +321,7 @@ class Fleet:
             report = Failure(member.expert, "its process stopped without a word")
         except RayError as error:
             report = self._lost(member, error)
+            self._kill(member)  # it may be out of reach only
         if isinstance(report, Started):
             member.process = report.process
             self.record.started(member.expert, member.process)
@@ -325,7 +330,7 @@ class Fleet:
             self._metrics.epoch()
         else:
             self._members.remove(member)
-            self._end(member)
+            self._ending.append(member.handle.__ray_terminate__.remote())  # it has nothing left to do, and ends by itself
             if isinstance(report, Failure):
                 self._failed(report)
             elif isinstance(report, Finished):
@@ -365,8 +370,8 @@ class Fleet:
             self.record.restarted(failure, attempts, retries)
             self.queue.again(expert)
 
-    def _end(self, member: _Member) -> None:
-        """End an actor's process. One that is gone already is no error."""
+    def _kill(self, member: _Member) -> None:
+        """End an actor's process, whatever it does. One that is gone already is no error."""
         with deferred():
             ray.kill(member.handle)
 

@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lad_dist import allocator, ranks
+from lad_dist import allocator, cores, ranks
 from lad_dist.errors import RecipeError, StorageError
 from lad_dist.interrupts import as_exceptions
 from lad_dist.location import is_remote, is_uri
@@ -52,6 +52,9 @@ def run(
         try:
             where = ranks.place()
             if where is None or where.rank == 0:
+                _, fewer = cores.of_each_rank(profile.threads, ranks.on_this_host())
+                if fewer:
+                    screen.say(fewer)
                 if not (out / "recipe.yaml").exists():
                     _check_that_it_fits(recipe, out, profile, store, device)
                 pipeline = open_pipeline(recipe, out, profile, store, device, screen, keep_recipe)
@@ -123,7 +126,7 @@ def prepare_device(profile: Profile) -> torch.device:
     import torch
 
     if profile.threads is not None:
-        torch.set_num_threads(profile.threads)
+        torch.set_num_threads(cores.of_each_rank(profile.threads, ranks.on_this_host())[0])
     if profile.device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("profile: device: cuda, but torch sees no CUDA GPU here; auto or cpu are valid")
     name = profile.device if profile.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")

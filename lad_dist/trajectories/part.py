@@ -4,6 +4,9 @@ A part carries two SHA-256 sums in its Parquet footer: one of all bytes before t
 (with the digits of that sum set to zero). The footer's is checked whenever a part is opened, so damaged sizes and
 offsets never reach the Parquet decoder; the data's is checked by ``verify``, so that no flipped byte anywhere in the
 file goes unnoticed. In between, page checksums guard every single read.
+
+The footer also carries the part's name and one SHA-256 of each row's weights, so that a buffer's digest needs no weights
+(``read_row_sums``). Parts of earlier versions lack these sums; their rows are read instead.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import BinaryIO
+from dataclasses import dataclass, replace
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +28,7 @@ from lad_dist.errors import TrajectoryError
 from lad_dist.trajectories import files
 from lad_dist.trajectories.schema import (
     KEY_COLUMNS,
+    META_KEY,
     VECTOR_COLUMN,
     VECTOR_LEAF,
     WRITER_OPTIONS,
@@ -35,12 +39,20 @@ from lad_dist.trajectories.schema import (
 )
 
 _DATA_SUM, _FOOTER_SUM = b"lad_dist_data_sha256", b"lad_dist_footer_sha256"
+_ROW_SUMS = b"lad_dist_row_sha256"  # the part's name, a line break, 64 digits a row
 _NO_SUM = b"0" * 64
 # In Thrift's compact protocol a key and the 64-character value that follows it are joined by 0x18 (next field, binary)
 # and 0x40 (length 64). JSON escapes control characters, so the metadata cannot contain this by chance.
 _SUMS = {key: re.compile(re.escape(key) + b"\x18\x40([0-9a-f]{64})") for key in (_DATA_SUM, _FOOTER_SUM)}
 
+# The same for values of any length, which precedes them as a number in base 128: bytes from 0x80 on, then one below.
+_VALUES = {
+    key: re.compile(re.escape(b"\x18" + bytes([len(key)]) + key) + rb"\x18([\x80-\xff]{0,4}[\x00-\x7f])")
+    for key in (META_KEY, _ROW_SUMS)
+}
+
 _MAGIC = b"PAR1"
+_LAST_BYTES = 2**15  # read at once from the end of a file; footers of ten epochs have 10 to 20 KiB
 _TAIL = 8  # length of the footer (4 bytes, little-endian), then the magic
 _LARGEST_FOOTER = 2**26
 _SLACK = 2**16  # bytes for the page header and the levels of one vector
@@ -58,10 +70,18 @@ class Footer:
     parquet: pq.FileMetaData
     data_sum: str
     data_end: int  # where the footer starts, in bytes
+    row_sums: tuple[bytes, ...] | None = None  # of the weights, by row; None in parts of earlier versions
 
     def row_group(self, epoch: int) -> int:
         """Index of the row group that holds ``epoch``."""
         return epoch - self.name.first
+
+
+class RowSums(NamedTuple):
+    """What a part says about its weights: its metadata as JSON, and one sum a row (None in parts of earlier versions)."""
+
+    meta: bytes
+    sums: tuple[bytes, ...] | None
 
 
 def damaged(path: str, what: str) -> TrajectoryError:
@@ -112,8 +132,17 @@ def write_part(file: BinaryIO, meta: BufferMeta, rows: Sequence[Checkpoint]) -> 
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=1)
         # Without an embedded Arrow schema the writer drops the schema's metadata: it goes into the footer by itself.
-        writer.add_key_value_metadata({**schema.metadata, _DATA_SUM: _NO_SUM, _FOOTER_SUM: _NO_SUM})
+        name = PartName(rows[0].stage, rows[0].expert, rows[0].epoch, rows[-1].epoch)
+        sums = f"{name}\n" + "".join(weights_sum(row.weights).hex() for row in rows)
+        writer.add_key_value_metadata(
+            {**schema.metadata, _ROW_SUMS: sums.encode(), _DATA_SUM: _NO_SUM, _FOOTER_SUM: _NO_SUM}
+        )
     _seal(file)
+
+
+def weights_sum(weights: npt.NDArray[np.float32]) -> bytes:
+    """SHA-256 of one row's weights as little-endian float32."""
+    return hashlib.sha256(weights.astype("<f4", copy=False).tobytes()).digest()
 
 
 def _seal(file: BinaryIO) -> None:
@@ -158,37 +187,74 @@ def load_footer(filesystem: fs.FileSystem, path: str, name: PartName) -> Footer:
         stamp = files.stamp(filesystem, path)
         if stamp is None:
             raise FileNotFoundError(path)
-        with files.open_for_reading(filesystem, path) as source:
-            footer, data_end = _read_footer(source, path)
-        found = {key: _find_sum(footer, key) for key in _SUMS}
-        data_sum, footer_sum = found[_DATA_SUM], found[_FOOTER_SUM]
-        if data_sum is None or footer_sum is None:
-            raise damaged(path, "its footer has no checksums, so lad-dist did not write it in this form")
-        if hashlib.sha256(_with_sum(footer, _FOOTER_SUM, _NO_SUM)).hexdigest().encode() != footer_sum[1]:
-            raise damaged(path, "its footer does not match its checksum")
+        footer, data_end, data_sum = _read_footer(filesystem, path)
         limit = len(footer)  # no string or list in it can be longer than the whole
         parquet = pq.ParquetFile(
             pa.BufferReader(_MAGIC + footer), thrift_string_size_limit=limit, thrift_container_size_limit=limit
         ).metadata
         meta = BufferMeta.from_metadata(parquet.metadata, path)
-        result = Footer(name, path, stamp, meta, parquet, data_sum[1].decode(), data_end)
+        result = Footer(name, path, stamp, meta, parquet, data_sum, data_end)
         _check_rows(result)
-    return result
+        return replace(result, row_sums=_row_sums(parquet.metadata.get(_ROW_SUMS), path, name))
 
 
-def _read_footer(source: pa.NativeFile, path: str) -> tuple[bytes, int]:
-    """The bytes from the start of the footer to the end of the file, and where they start."""
-    size = source.size()
-    if size < len(_MAGIC) + _TAIL:
-        raise damaged(path, f"it is {size} bytes long, too short for a Parquet file")
-    tail = source.read_at(_TAIL, size - _TAIL)
-    if tail[4:] != _MAGIC:
-        raise damaged(path, "it does not end as a Parquet file does, so it was cut short or overwritten")
-    length = int.from_bytes(tail[:4], "little")
-    if not 0 < length <= min(size - _TAIL - len(_MAGIC), _LARGEST_FOOTER):
-        raise damaged(path, f"its footer claims {length:,} bytes in a file of {size:,}")
-    data_end = size - _TAIL - length
-    return source.read_at(length + _TAIL, data_end), data_end
+def read_row_sums(filesystem: fs.FileSystem, path: str, name: PartName) -> RowSums:
+    """The sums of the rows of the part at ``path``, which should hold ``name``, from its footer alone.
+
+    A tenth of the time of ``load_footer``: the footer's sum is checked, and the rest of it is not decoded. Raises
+    ``TrajectoryError``.
+    """
+    with damage_named(path):
+        footer, _, _ = _read_footer(filesystem, path)
+        meta = _value(footer, META_KEY)
+        if meta is None:
+            raise damaged(path, "its footer has no lad_dist metadata")
+        return RowSums(meta, _row_sums(_value(footer, _ROW_SUMS), path, name))
+
+
+def _row_sums(text: bytes | None, path: str, name: PartName) -> tuple[bytes, ...] | None:
+    if text is None:
+        return None
+    said, _, digits = text.decode().partition("\n")
+    if said != str(name):
+        raise damaged(path, f"it holds {said} where its name says {name}; was it renamed?")
+    sums = bytes.fromhex(digits)
+    rows = name.last - name.first + 1
+    if len(sums) != 32 * rows:
+        raise damaged(path, f"it has {len(sums)} bytes of sums for {rows} rows")
+    return tuple(sums[at : at + 32] for at in range(0, len(sums), 32))
+
+
+def _value(footer: bytes, key: bytes) -> bytes | None:
+    """The value that a footer keeps under ``key``, without decoding the rest."""
+    found = _VALUES[key].search(footer)
+    if found is None:
+        return None
+    length = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(found[1]))
+    return footer[found.end() : found.end() + length]
+
+
+def _read_footer(filesystem: fs.FileSystem, path: str) -> tuple[bytes, int, str]:
+    """The checked bytes from the start of the footer to the end of the file, where they start, the sum of the data."""
+    with files.open_for_reading(filesystem, path) as source:
+        size = source.size()
+        if size < len(_MAGIC) + _TAIL:
+            raise damaged(path, f"it is {size} bytes long, too short for a Parquet file")
+        begin = max(0, size - _LAST_BYTES)
+        end = source.read_at(size - begin, begin)
+        if end[-len(_MAGIC) :] != _MAGIC:
+            raise damaged(path, "it does not end as a Parquet file does, so it was cut short or overwritten")
+        length = int.from_bytes(end[-_TAIL : -len(_MAGIC)], "little")
+        if not 0 < length <= min(size - _TAIL - len(_MAGIC), _LARGEST_FOOTER):
+            raise damaged(path, f"its footer claims {length:,} bytes in a file of {size:,}")
+        data_end = size - _TAIL - length
+        footer = end[data_end - begin :] if data_end >= begin else source.read_at(length + _TAIL, data_end)
+    data_sum, footer_sum = _find_sum(footer, _DATA_SUM), _find_sum(footer, _FOOTER_SUM)
+    if data_sum is None or footer_sum is None:
+        raise damaged(path, "its footer has no checksums, so lad-dist did not write it in this form")
+    if hashlib.sha256(_with_sum(footer, _FOOTER_SUM, _NO_SUM)).hexdigest().encode() != footer_sum[1]:
+        raise damaged(path, "its footer does not match its checksum")
+    return footer, data_end, data_sum[1].decode()
 
 
 def _check_rows(footer: Footer) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from lad_dist.errors import TrajectoryError
 from lad_dist.location import shown
 from lad_dist.trajectories import files, part
 from lad_dist.trajectories.schema import (
+    META_KEY,
     STAGES,
     VECTOR_COLUMN,
     BufferMeta,
@@ -31,6 +33,8 @@ _Result = TypeVar("_Result")
 # A footer takes about 80 KiB in memory for ten epochs and half a millisecond to read: every rank keeps at most 40 MiB
 # of them.
 KEPT_FOOTERS = 512
+_BATCH = 256  # parts between two reports of a digest
+_READ_AT_ONCE = 16  # footers of an object store, which takes tens of milliseconds to answer; a local file takes 0.1
 
 
 class Buffer:
@@ -55,7 +59,7 @@ class Buffer:
         self._index: dict[tuple[Stage, int], tuple[PartName, ...]] = {}
         self._footers: dict[PartName, part.Footer] = {}
         self._footers_lock = threading.Lock()
-        self._reference: part.Footer | None = None
+        self._reference: tuple[str, BufferMeta] | None = None  # path and metadata of the first part that was opened
         self.refresh()
 
     def refresh(self) -> int:
@@ -120,21 +124,48 @@ class Buffer:
         name = self._require(stage, expert, epoch)
         return self._retried(name, lambda footer: part.checkpoint(self.filesystem, footer, epoch))
 
-    def digest(self) -> str:
-        """SHA-256 over (stage, expert, epoch, weights as little-endian float32) of all checkpoints, in key order.
+    def digest(self, report: Callable[[int], None] | None = None) -> str:
+        """SHA-256 over (stage, expert, epoch, SHA-256 of the weights as little-endian float32) of all checkpoints, in key
+        order.
 
-        Does not depend on how epochs are cut into parts, on duplicates, or on the metrics. Reads every checkpoint.
+        Does not depend on how epochs are cut into parts, on duplicates, or on the metrics. Reads the parts' footers, which
+        hold the sums of their rows; the rows, too, of parts that earlier versions wrote without them. ``report`` is called
+        with the number of parts that were read since it was called last. Raises ``TrajectoryError``.
         """
-        total = hashlib.sha256()
-        for stage in STAGES:
-            for expert in self.experts(stage):
-                for epoch in self.epochs(stage, expert):
-                    total.update(f"{stage}/{expert}/{epoch}\n".encode())
-                    total.update(self.read(stage, expert, epoch).astype("<f4", copy=False).tobytes())
+        total, known = hashlib.sha256(), set[bytes]()
+        shares = [share for stage in STAGES for expert in self.experts(stage) for share in self._shares(stage, expert)]
+        with ThreadPoolExecutor(1 if files.is_local(self.filesystem) else _READ_AT_ONCE) as pool:
+            for begin in range(0, len(shares), _BATCH):
+                batch = shares[begin : begin + _BATCH]
+                sums = pool.map(self._row_sums, (name for name, _ in batch))
+                for (name, epochs), found in zip(batch, sums, strict=True):
+                    if found.meta not in known:
+                        path = f"{self.root}/{name}"
+                        self._check_origin(path, BufferMeta.from_metadata({META_KEY: found.meta}, path))
+                        known.add(found.meta)
+                    for epoch in epochs:
+                        total.update(f"{name.stage}/{name.expert}/{epoch}\n".encode())
+                        total.update(found.sums[epoch - name.first] if found.sums else self._computed_sum(name, epoch))
+                if report:
+                    report(len(batch))
         return total.hexdigest()
 
-    def inspect(self, digest: bool = True) -> dict[str, Any]:
-        """What the buffer holds, as plain values for JSON. ``digest=False`` skips what needs all data to be read."""
+    def _shares(self, stage: Stage, expert: int) -> Iterator[tuple[PartName, range]]:
+        """The parts of one expert, in order, with the epochs that are read from each: those of no part before it."""
+        reached = -1
+        for name in self._index[stage, expert]:
+            yield name, range(max(name.first, reached + 1), name.last + 1)
+            reached = max(reached, name.last)
+
+    def _row_sums(self, name: PartName) -> part.RowSums:
+        return part.read_row_sums(self.filesystem, f"{self.root}/{name}", name)
+
+    def _computed_sum(self, name: PartName, epoch: int) -> bytes:
+        return part.weights_sum(self.read(name.stage, name.expert, epoch))
+
+    def inspect(self, digest: bool = True, report: Callable[[int], None] | None = None) -> dict[str, Any]:
+        """What the buffer holds, as plain values for JSON. ``digest=False`` skips the one figure for which all parts are
+        opened; ``report`` as for ``digest``."""
         stages: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
         for (stage, expert), names in sorted(self._index.items()):
             stages[stage][str(expert)] = {
@@ -156,7 +187,7 @@ class Buffer:
             "stages": stages,
             "meta": meta,
         }
-        return found | {"digest": self.digest()} if digest else found
+        return found | {"digest": self.digest(report)} if digest else found
 
     def verify(self, report: Callable[[str], None] | None = None) -> list[str]:
         """Read everything and return the problems found; see ``lad_dist.trajectories.verify``."""
@@ -172,7 +203,7 @@ class Buffer:
             if known is not None and not fresh and known.stamp == files.stamp(self.filesystem, path):
                 return known
         loaded = part.load_footer(self.filesystem, path, name)
-        self._check_origin(loaded)
+        self._check_origin(loaded.path, loaded.meta)
         with self._footers_lock:
             self._footers.pop(name, None)
             self._footers[name] = loaded
@@ -180,25 +211,26 @@ class Buffer:
                 self._footers.pop(next(iter(self._footers)))  # the oldest
         return loaded
 
-    def _check_origin(self, footer: part.Footer) -> None:
+    def _check_origin(self, path: str, meta: BufferMeta) -> None:
         """Refuse a part made by another recipe than the expected one, or than the first part that was opened."""
-        reference = self._reference
-        expected = self.expected_hash or (reference.meta.experts_hash if reference else footer.meta.experts_hash)
-        if footer.meta.experts_hash != expected:
-            source = "is expected here" if self.expected_hash or not reference else f"is in {reference.path}"
+        if self._reference is None:
+            first, reference = path, meta
+        else:
+            first, reference = self._reference
+        expected = self.expected_hash or reference.experts_hash
+        if meta.experts_hash != expected:
+            source = "is expected here" if self.expected_hash or first == path else f"is in {first}"
             raise TrajectoryError(
-                f"{footer.path}: made by another recipe: its experts_hash is {footer.meta.experts_hash}, "
+                f"{path}: made by another recipe: its experts_hash is {meta.experts_hash}, "
                 f"and {expected} {source}; move it to a folder of its own, or choose another buffer folder"
             )
-        if reference is None:
-            self._reference = footer
-            return
-        different = reference.meta.differences(footer.meta)
+        different = reference.differences(meta)
         if different:
             raise TrajectoryError(
-                f"{footer.path}: has the same experts_hash as {reference.path} but another {', '.join(different)}; "
+                f"{path}: has the same experts_hash as {first} but another {', '.join(different)}; "
                 "delete the wrong one and run `lad-dist experts` again"
             )
+        self._reference = first, reference
 
     def _find(self, stage: Stage, expert: int, epoch: int) -> PartName | None:
         return next((n for n in self._index.get((stage, expert), ()) if n.first <= epoch <= n.last), None)

@@ -58,6 +58,8 @@ def _check_part(buffer: Buffer, name: PartName, seen: _Seen) -> Iterator[str]:
         except TrajectoryError as error:
             yield str(error)
             continue
+        if footer.row_sums and part.weights_sum(row.weights) != footer.row_sums[footer.row_group(epoch)]:
+            yield f"{path}: epoch {epoch}: its weights do not match their checksum; delete it and run `lad-dist experts` again"
         yield from _check_values(path, row)
         content = _content_sum(row)
         first_content, first_path = seen.setdefault((row.stage, row.expert, row.epoch), (content, path))

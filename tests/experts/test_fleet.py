@@ -286,7 +286,7 @@ def shared(data) -> SharedData:
 
 
 def test_an_actor_writes_what_the_trainer_writes(data, trainer, orders, recwarn):
-    reports = list(ExpertActor(orders, shared(data)).train(1))
+    reports = list(ExpertActor(orders, shared(data), 1).train())
     assert isinstance(reports[0], Started) and reports[0].process.pid > 0
     assert [r.epoch for r in reports[1:-1]] == [1, 2, 3, 4, 1, 2, 3] and reports[-1] == Finished()
     assert not [w for w in recwarn if "writ" in str(w.message)]
@@ -311,11 +311,24 @@ def test_shared_data_is_the_same_data(small_recipe, tmp_path, whitening):
     assert np.shares_memory(found.splits.train.images_NCHW.numpy(), handed.images_NCHW)
 
 
+def test_an_actor_says_what_it_does_and_how_far_it_is(data, orders, capsys):
+    actor = ExpertActor(orders, shared(data), 1, trained=2)
+    assert repr(actor) == "expert 1, from epoch 2 of 7"
+    list(actor.train())
+    lines = [line.split(" expert 1: ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0].startswith("begins: process ") and lines[-1] == "finished: all its epochs are in the buffer"
+    assert [line.partition(",")[0] for line in lines[1:-1]] == [
+        *(f"representation epoch {epoch} of 4" for epoch in (1, 2, 3, 4)),
+        *(f"classifier epoch {epoch} of 3" for epoch in (1, 2, 3)),
+    ]
+    assert "images/s" in lines[1] and "loss" in lines[1]
+
+
 def test_an_actor_leaves_what_another_driver_claims(data, orders):
     with claims.hold(orders.location, name_of(0), "another"):
-        assert list(ExpertActor(orders, shared(data)).train(0)) == [Claimed()]
+        assert list(ExpertActor(orders, shared(data), 0).train()) == [Claimed()]
     with claims.hold(orders.location, name_of(0), orders.owner):  # of a lost actor of the same driver
-        assert isinstance(list(ExpertActor(orders, shared(data)).train(0))[-1], Finished)
+        assert isinstance(list(ExpertActor(orders, shared(data), 0).train())[-1], Finished)
 
 
 def test_an_actor_reports_errors_as_text(data, orders, monkeypatch):
@@ -325,7 +338,7 @@ def test_an_actor_reports_errors_as_text(data, orders, monkeypatch):
             raise ValueError("poison")
 
     monkeypatch.setattr(actor_module, "ExpertTrainer", Poisoned)
-    _, first, failure = ExpertActor(orders, shared(data)).train(5)
+    _, first, failure = ExpertActor(orders, shared(data), 5).train()
     assert isinstance(first, Epoch)
     assert (failure.expert, failure.message, failure.kind) == (5, "ValueError: poison", None)
     assert failure.trace.startswith("Traceback") and "in train" in failure.trace
@@ -344,7 +357,7 @@ def test_the_kind_of_a_failure():
 def test_an_actor_uses_as_many_threads_as_it_is_told(data, orders, monkeypatch):
     told = []
     monkeypatch.setattr(torch, "set_num_threads", told.append)
-    ExpertActor(orders, shared(data))
+    ExpertActor(orders, shared(data), 0)
     assert told == [1]
 
 

@@ -145,6 +145,20 @@ def test_two_actors_one_killed_twice(lad, fleet_job, undisturbed, nodes, on, loo
     assert cluster["address"] == nodes.address and "fleet" not in cluster["namespace"].partition("-run-")[0]
     assert f"joined the cluster at {nodes.address}" in ended.out
     assert f"{3 * EACH}/{3 * EACH} epochs done" in ended.out
+    assert_shown_on_the_dashboard(nodes.actors())
+
+
+def assert_shown_on_the_dashboard(actors: list[dict[str, Any]]) -> None:
+    """Each actor is named by its expert and where it began, has a line per epoch in its log, and has ended by itself."""
+    shown = {actor["name"]: actor for actor in actors if actor["class_name"] == "ExpertActor"}
+    assert set(shown) == {"expert-0000", "expert-0001", "expert-0001-start-2", "expert-0001-start-3", "expert-0002"}
+    for name in ("expert-0000", "expert-0001-start-3", "expert-0002"):
+        actor, expert = shown[name], int(name[7:11])
+        begin = int(actor["repr_name"].removeprefix(f"expert {expert}, from epoch ").removesuffix(f" of {EACH}"))
+        assert (begin > PART) == ("start" in name)
+        assert f"expert {expert}: classifier epoch 10 of 10, loss" in actor["log"]
+        assert actor["log"].count(" epoch ") >= EACH - begin
+        assert "exit code 0" in str(actor["death_cause"]) and "ray.kill" not in str(actor["death_cause"])
 
 
 def assert_metrics(port: int) -> None:

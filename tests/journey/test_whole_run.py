@@ -115,6 +115,15 @@ def test_inspect(lad, finished):
     assert found["digest"] in shown and "0-3" in shown
 
 
+def test_inspect_says_how_far_it_is_and_can_leave_out_the_digest(lad, finished):
+    with_it, without = (lad("buffer", "inspect", finished, "--json", *more).succeeds() for more in ([], ["--no-digest"]))
+    assert "digest: 8/8 parts done" in with_it.err and not without.err
+    whole = json.loads(with_it.out)
+    whole.pop("digest")
+    assert json.loads(without.out) == whole
+    assert "digest" not in lad("buffer", "inspect", finished, "--no-digest").succeeds().out
+
+
 def test_the_digest_does_not_depend_on_how_parts_are_cut(lad, job, finished):
     lad("experts", job(), "--out", "run", "--set", "experts.epochs_per_part=3").succeeds()
     digests = {json.loads(lad("buffer", "inspect", run, "--json").out)["digest"] for run in ("run", finished)}

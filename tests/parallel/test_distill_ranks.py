@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -13,19 +14,21 @@ from pathlib import Path
 import pytest
 import rank_workers
 import torch
+from rich.console import Console
 
 from lad_dist import ranks
 from lad_dist.distilled import DistilledSet
 from lad_dist.errors import RankError, StorageError
 from lad_dist.profile import Profile
-from lad_dist.progress import read_events
+from lad_dist.progress import Screen, read_events
 
 ROOT = Path(__file__).parents[2]
+MANY = 1000  # threads: more than there are cores anywhere
 
 
 def over(pipeline, world: int, **fields) -> DistilledSet:
     """Distill over ``world`` ranks of one thread each."""
-    pipeline.profile = Profile(fleet="off", ranks=world, threads=1, **fields)
+    pipeline.profile = Profile(**{"fleet": "off", "ranks": world, "threads": 1, **fields})
     pipeline.distill()
     return DistilledSet.load(pipeline.run.distilled)
 
@@ -66,8 +69,10 @@ def test_five_iterations_in_float64(small_recipe, small_experts, tmp_path, world
 
 def test_the_distilled_set_of_two_ranks_is_that_of_one(pipeline_of):
     alone = over(pipeline_of("alone"), 1)
-    both = pipeline_of("both")
-    same(over(both, 2), alone)
+    both, said = pipeline_of("both"), io.StringIO()
+    both.screen = Screen(Console(file=said, width=200))
+    same(over(both, 2, threads=MANY), alone)
+    assert f"threads: 2 ranks x {MANY} threads are more than the " in said.getvalue()
     kinds = [e["kind"] for e in read_events(both.run.events)]
     assert kinds.count("iteration") == 6 and kinds.count("initial-set") == 1  # rank 0 alone reports
 
@@ -163,10 +168,11 @@ def test_torchrun_starts_the_ranks_as_well(pipeline_of, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
                "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
-               "-m", "lad_dist.cli", "distill", str(under.run.root), "--threads", "1", "--device", "cpu"]  # fmt: skip
+               "-m", "lad_dist.cli", "distill", str(under.run.root), "--threads", str(MANY), "--device", "cpu"]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("initial images") == 1
+    assert done.stdout.count(f"threads: 2 ranks x {MANY} threads are more than the ") == 1
     same(DistilledSet.load(under.run.distilled), alone)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -12,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # `ray start` takes 127.0.0.1 for the host's address in the network, on which other hosts could reach it.
 RAY_START = """
@@ -67,7 +70,7 @@ class RayNodes:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lr-", dir="/tmp"))  # Ray's sockets need a short path
-        self.port, self.metrics_port = free_port(), free_port()
+        self.port, self.metrics_port, self.dashboard_port = free_port(), free_port(), free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # a user of the cluster has it
         self._started: list[subprocess.Popen[bytes]] = []
@@ -75,12 +78,27 @@ class RayNodes:
     def head(self, cpus: int) -> int:
         client = f"--ray-client-server-port={free_port()}"
         metrics = f"--metrics-export-port={self.metrics_port}"
-        leader = self._start(cpus, "--head", f"--port={self.port}", client, metrics, "--include-dashboard=false")
+        dashboard = (f"--dashboard-port={self.dashboard_port}", "--dashboard-host=127.0.0.1")
+        leader = self._start(cpus, "--head", f"--port={self.port}", client, metrics, *dashboard)
         wait_until(self._listens, 60, self._log("head"))
         return leader
 
     def node(self, cpus: int) -> int:
         return self._start(cpus, f"--address={self.address}")
+
+    def actors(self) -> list[dict[str, Any]]:
+        """What the dashboard shows of the actors that have begun, each with its ``log``."""
+        found = json.loads(self._dashboard("actors?detail=1&limit=1000"))["data"]["result"]["result"]
+        begun: list[dict[str, Any]] = [actor for actor in found if actor["pid"]]
+        for actor in begun:
+            actor["log"] = self._dashboard(f"logs/file?actor_id={actor['actor_id']}&lines=-1")
+        return begun
+
+    def _dashboard(self, path: str) -> str:
+        asked = urllib.request.Request(f"http://127.0.0.1:{self.dashboard_port}/api/v0/{path}")
+        asked.add_header("Authorization", f"Bearer {self.token['RAY_AUTH_TOKEN']}")
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            return str(answer.read().decode())
 
     def close(self) -> None:
         for process in self._started:
