@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +25,10 @@ _DEEPEST, _MOST_ALIASES = 32, 32  # a few hundred bytes of nested aliases stand 
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, deep nesting and many aliases, and reads 1e-5 as a number (YAML 1.1 takes it
-    for text)."""
+    """Safe YAML that refuses a key given twice, deep nesting and many aliases, and reads numbers as people do.
+
+    YAML 1.1 takes 1e-5 for text, 010 for 8 and 1:30 for 90: here the first is a number, the others are text.
+    """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -78,9 +81,24 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_FLOAT = __import__("re").compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9_]*)$",
+    "tag:yaml.org,2002:float": r"[-+]?(([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF))$"
+    r"|\.(nan|NaN|NAN)$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts text in quotes where this loader or one of YAML 1.1 would take it for a number."""
+
+
+for _of in (_Loader, _Dumper):
+    for _tag, _pattern in _NUMBERS.items():
+        _of.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
@@ -249,4 +267,4 @@ def dump(recipe: BaseModel, header: str = "") -> str:
     """The resolved recipe as YAML, every field spelled out; ``header`` becomes comment lines."""
     doc = recipe.model_dump(mode="json")
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    return comment + yaml.safe_dump(doc, sort_keys=False, allow_unicode=True)
+    return comment + yaml.dump(doc, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -221,6 +221,28 @@ def test_numbers_beyond_any_experiment_are_refused(field, value):
     assert f"--set {field}=" in str(raised.value) and len(raised.value.faults) == 1
 
 
+@pytest.mark.parametrize("value", ["1:30", "010", "0x1f", "0b101", "190:20:30"])
+def test_numbers_that_people_read_otherwise_are_refused(tmp_path, value):
+    (tmp_path / "r.yaml").write_text(f"ipc: {value}\nexperts: {{lr: {value}}}\n")
+    with pytest.raises(RecipeError) as raised:
+        recipe_file.load(tmp_path / "r.yaml")
+    assert [line.split(": ")[1:3] for line in raised.value.faults] == [["ipc", repr(value)], ["experts.lr", repr(value)]]
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("0.5", 0.5), (".5", 0.5), ("5.", 5.0), ("1e-3", 1e-3), ("1.5E+3", 1.5e3), ("1_000.5", 1000.5), ("2.0e-06", 2e-6),
+])  # fmt: skip
+def test_numbers_as_they_are_written(text, value):
+    assert recipe_file.from_document({}, [f"experts.lr={text}"]).experts.lr == value
+    assert recipe_file.from_document({}, ["ipc=1_000"]).ipc == 1000
+
+
+@pytest.mark.parametrize("name", ["1e5", "1.5", "010", "0x1f", "null", "yes", "2001-02-03", "1_000"])
+def test_a_name_that_looks_like_a_number_survives_its_file(name):
+    recipe = recipe_file.from_document({"name": name})
+    assert recipe_file.from_document(recipe_file.parse_yaml(recipe_file.dump(recipe), "r")) == recipe
+
+
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )

@@ -22,11 +22,12 @@ from lad_dist.data.datasets import DataSplits, ImageSet
 from lad_dist.data.prepare import PreparedData
 from lad_dist.data.prepared import PreparedSet
 from lad_dist.data.whitening import Kind, Whitening
-from lad_dist.errors import LadDistError
+from lad_dist.errors import LadDistError, StorageError
 from lad_dist.experts.crew import Failure, Process, in_words, name_of
 from lad_dist.experts.train import Epoch, ExpertTrainer
 from lad_dist.recipe import ExpertsConfig, Recipe
 from lad_dist.trajectories import claims
+from lad_dist.trajectories.files import is_lasting
 
 
 @dataclass(frozen=True)
@@ -172,5 +173,6 @@ def failure_of(expert: int, error: Exception) -> Failure:
     trace = "".join(traceback.format_exception(error))
     if isinstance(error, LadDistError):
         known = next(t.__name__ for t in type(error).__mro__ if getattr(errors, t.__name__, None) is t)
-        return Failure(expert, str(error), known, trace)
+        lasting = isinstance(error, StorageError) and is_lasting(error.__cause__)
+        return Failure(expert, str(error), known, trace, lasting)
     return Failure(expert, f"{type(error).__name__}: {error}", None, trace)

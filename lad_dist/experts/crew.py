@@ -159,13 +159,20 @@ class Process(NamedTuple):
 class Failure:
     """Why an attempt at an expert ended: ``kind`` is the name of its type in ``errors.py``, None for any other.
 
-    ``message`` is one line or paragraph for people; ``trace`` says where it came from.
+    ``message`` is one line or paragraph for people; ``trace`` says where it came from. ``lasting``: the buffer refuses every
+    write until somebody acts, so that no expert can go on.
     """
 
     expert: int
     message: str
     kind: str | None = None
     trace: str | None = None
+    lasting: bool = False
+
+    def error(self) -> LadDistError:
+        """As an error of its kind."""
+        error: LadDistError = getattr(errors, self.kind or "", ExpertError)(self.message)
+        return error
 
 
 class Record:
@@ -241,11 +248,12 @@ class Record:
         self.stopped(expert)
 
     def failed(self, failure: Failure, attempts: int) -> None:
-        """It is given up; where it failed is shown here, and nowhere else."""
-        self.failures.append(failure)
+        """It is given up; where it failed is shown here, and nowhere else. A lasting failure is the caller's to raise."""
         self._events.emit("expert-failed", expert=failure.expert, attempts=attempts, error=failure.message)
-        self._screen.say(f"{name_of(failure.expert)}: failed {_times(attempts)}; the last time:")
-        self._screen.say((failure.trace or failure.message).rstrip())
+        if not failure.lasting:
+            self.failures.append(failure)
+            self._screen.say(f"{name_of(failure.expert)}: failed {_times(attempts)}; the last time:")
+            self._screen.say((failure.trace or failure.message).rstrip())
         self.stopped(failure.expert)
 
     def stopped(self, expert: int) -> None:

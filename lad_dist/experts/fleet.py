@@ -361,9 +361,13 @@ class Fleet:
         )
 
     def _failed(self, failure: Failure) -> None:
+        """Try the expert again, or give it up. Raises StorageError where every other actor would meet the same refusal."""
         expert = failure.expert
         self._attempts[expert] += 1
         attempts, retries = self._attempts[expert], self.profile.expert_retries
+        if failure.lasting:
+            self.record.failed(failure, attempts)
+            raise failure.error()
         if attempts > retries:
             self.record.failed(failure, attempts)
         else:

@@ -64,6 +64,8 @@ _ADVICE = {
     errno.EPERM: "make the folder writable for you",
     errno.EROFS: "choose a folder on a file system that is mounted for writing",
 }
+# Errors of a folder that a second attempt meets again, wherever it is made.
+_LASTING_ERRNO = frozenset({*_ADVICE, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 
 class Stamp(NamedTuple):
@@ -217,6 +219,11 @@ def open_for_reading(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
     return filesystem.open_input_file(path)
 
 
+def is_lasting(cause: BaseException | None) -> bool:
+    """Whether a refused write stays refused until somebody acts: a full or read-only disk, a folder without write permission."""
+    return isinstance(cause, OSError) and (cause.errno in _LASTING_ERRNO or _LASTING.search(str(cause)) is not None)
+
+
 @contextmanager
 def _storage_errors(path: str) -> Iterator[None]:
     try:
@@ -304,7 +311,7 @@ def _retried(step: Callable[[], None]) -> None:
             return step()
         except OSError as cause:
             late = attempt == _PUBLISH_ATTEMPTS or time.monotonic() - began > _PUBLISH_SECONDS
-            if late or not of_the_store(cause) or _LASTING.search(str(cause)):
+            if late or not of_the_store(cause) or is_lasting(cause):
                 raise
         time.sleep(0.25 * 2**attempt)
 

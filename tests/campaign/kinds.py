@@ -158,6 +158,7 @@ def broken_texts(rng: random.Random) -> dict[str, str]:
         "a bracket left open": whole + "extra: [1, 2\n",
         "a huge number": whole.replace("ipc: 1", "ipc: " + "9" * 10_000),
         "sexagesimal number": whole.replace("ipc: 1", "ipc: 1:30"),
+        "octal number": whole.replace("ipc: 1", "ipc: 010"),
         "a number as key": "1: 2\n",
         "null as key": "~: 2\n",
         "2 MB of comments": "# x\n" * 500_000 + whole,

@@ -5,6 +5,7 @@ Whole fleets with real processes are in ``tests/journey/test_fleet_faults.py``.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -19,6 +20,7 @@ from collections import Counter
 from contextlib import closing, suppress
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -354,6 +356,19 @@ def test_the_kind_of_a_failure():
     assert failure_of(0, OSError("no")).kind is None
 
 
+@pytest.mark.parametrize(("number", "lasting"), [
+    (errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EROFS, True), (errno.EACCES, True), (errno.EIO, False),
+    (errno.ESTALE, False),
+])  # fmt: skip
+@pytest.mark.parametrize("where", ["part", "claim"])
+def test_what_no_second_attempt_cures(data, orders, monkeypatch, number, lasting, where):
+    refused = "lad_dist.trajectories.files.os.fsync" if where == "part" else "lad_dist.trajectories.claims.os.link"
+    monkeypatch.setattr(refused, Mock(side_effect=OSError(number, os.strerror(number))))
+    *_, failure = ExpertActor(orders, shared(data)).train(5)
+    assert (failure.kind, failure.lasting) == ("StorageError", lasting)
+    assert os.strerror(number) in failure.message
+
+
 def test_an_actor_uses_as_many_threads_as_it_is_told(data, orders, monkeypatch):
     told = []
     monkeypatch.setattr(torch, "set_num_threads", told.append)
@@ -554,6 +569,14 @@ def test_as_many_attempts_as_the_profile_allows(fleet, told):
         assert len(made.queue) == min(attempt, 2)
     assert told.kinds() == [("expert-restarted", 1), ("expert-restarted", 1), ("expert-failed", 1)]
     assert [f.message for f in told.record.failures] == ["reason 3"]
+
+
+def test_a_buffer_that_refuses_every_write_ends_the_fleet(fleet, told):
+    made = fleet("cpu")
+    with pytest.raises(StorageError, match="^the disk is full$"):
+        made._failed(Failure(1, "the disk is full", "StorageError", "Traceback: where it was", lasting=True))
+    assert told.kinds() == [("expert-failed", 1)]
+    assert "Traceback" not in told.out.getvalue() and len(made.queue) == 0
 
 
 def test_parts_that_are_written_where_the_driver_does_not_see_them(fleet, monkeypatch):

@@ -356,6 +356,40 @@ def test_interrupted(lad, fleet_job, undisturbed, look):
     same_as(undisturbed, run, look)
 
 
+FULL = """
+import errno, os
+sync = os.fsync
+def fsync(handle):
+    if ".epochs-0010" in os.readlink(f"/proc/self/fd/{handle}"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    sync(handle)
+os.fsync = fsync
+"""
+
+
+@needs_two_cores
+def test_a_full_disk_ends_the_fleet_at_once(lad, fleet_job, undisturbed, look, tmp_path):
+    """From the third part on there is no space: one message, no second attempt, and the same command goes on later."""
+    from ray_nodes import kill_session, session
+
+    run, patched = Path("run"), tmp_path / "patched"
+    patched.mkdir()
+    (patched / "sitecustomize.py").write_text(FULL)
+    lad.environment["PYTHONPATH"] = f"{patched}:{ROOT}"
+    process = lad.start("experts", fleet_job, "--out", run, "--fleet", "on", preexec_fn=os.setsid)
+    try:
+        ended = lad.ended(process).fails(8, "epochs-0010-0014.parquet", "No space left on device", "free some space")
+        assert not session(process.pid)
+    finally:
+        kill_session(process.pid)
+    assert "tried again" not in ended.out
+    happened = look.events(run)
+    assert len(of(happened, "expert-failed")) == 1 and not of(happened, "expert-restarted")
+    assert of(happened, "stage-stopped")[0]["time"] - of(happened, "expert-failed")[0]["time"] < 10
+    lad("experts", fleet_job, "--out", run).succeeds()
+    same_as(undisturbed, run, look)
+
+
 @needs_two_cores
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_while_ray_starts(lad, fleet_job, number):
