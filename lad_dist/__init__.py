@@ -1,22 +1,39 @@
 """lad-dist: a large long-tailed image data set into a few synthetic images per class that train a good, fair classifier.
 
-    from lad_dist import load
-    images, soft_labels, lr = load("runs/digits-lt/distilled")
+    from lad_dist import Recipe, Run, load
 
-Importing this package is cheap: torch is imported by ``load``, not before.
+    run = Run.open("runs/digits", "digits-lt")               # stages: train_experts, distill, evaluate, report
+    images, soft_labels, lr = run.distill()
+    images, soft_labels, lr = load("runs/digits/distilled")  # anywhere else
+
+Importing this package is cheap: torch is imported by what needs it, not before.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lad_dist.api import Run
+    from lad_dist.callbacks import Callback
     from lad_dist.distilled import DistilledSet
+    from lad_dist.profile import Profile
+    from lad_dist.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["Callback", "Profile", "Recipe", "Run", "__version__", "load"]
+
+_HOMES = {"Run": "api", "Recipe": "recipe", "Profile": "profile", "Callback": "callbacks"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def load(path: str | Path) -> DistilledSet:

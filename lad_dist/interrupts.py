@@ -13,14 +13,23 @@ from lad_dist.errors import Interrupted, LadDistError
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def in_main_thread() -> bool:
+    """Whether signals are delivered to this thread, and may be handled by it."""
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
 def as_exceptions() -> Iterator[None]:
     """Inside the block Ctrl-C and SIGTERM raise ``Interrupted`` in the main thread, so that ``finally`` blocks run.
 
     Where the signal arrives while a library's C code calls Python, the library may report an error of its own instead
     (torch, reading the length of a sequence: ``ValueError``). Any such error after a signal is ``Interrupted`` to the caller;
-    what we raise ourselves, and what the system refuses (``OSError``), is told as it is.
+    what we raise ourselves, and what the system refuses (``OSError``), is told as it is. In another thread than the main
+    one, which gets no signals, nothing is changed.
     """
+    if not in_main_thread():
+        yield
+        return
     arrived: list[Interrupted] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -56,8 +65,14 @@ class StopFlag:
 
 @contextmanager
 def as_flag() -> Iterator[StopFlag]:
-    """Inside the block Ctrl-C and SIGTERM are only noted: for processes that must stop together, at a point they agree on."""
+    """Inside the block Ctrl-C and SIGTERM are only noted: for processes that must stop together, at a point they agree on.
+
+    In another thread than the main one none ever arrives.
+    """
     flag = StopFlag()
+    if not in_main_thread():
+        yield flag
+        return
 
     def note(number: int, frame: FrameType | None) -> None:
         flag.name = signal.Signals(number).name
@@ -73,7 +88,7 @@ def as_flag() -> Iterator[StopFlag]:
 @contextmanager
 def deferred() -> Iterator[None]:
     """Hold Ctrl-C and SIGTERM back until the block ends: for updates in place that must be whole or not at all."""
-    if threading.current_thread() is not threading.main_thread():
+    if not in_main_thread():
         yield  # signals are only ever delivered to the main thread
         return
     arrived: list[tuple[int, FrameType | None]] = []

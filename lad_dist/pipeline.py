@@ -27,6 +27,7 @@ from lad_dist.rundir import RunDir
 if TYPE_CHECKING:
     import torch
 
+    from lad_dist.callbacks import Listener
     from lad_dist.data.prepare import PreparedData
     from lad_dist.distill.early import Early
     from lad_dist.distill.replay import Record
@@ -122,7 +123,7 @@ class Pipeline:
         from lad_dist.experts.alongside import alongside
 
         _ = self.data  # which fits and stores the whitening, so that the other process finds it
-        with alongside(self.run.root, self.profile, self.screen.say):
+        with alongside(self.run.root, self.profile, self.screen.say):  # whose experts' events reach the record alone
             self.distill()
 
     def distill(self, replay: Path | None = None) -> None:
@@ -157,7 +158,8 @@ class Pipeline:
             self.screen.say(f"distill: {self.profile.world} ranks")
             self._say_threads(self.profile.world)
             what = (self.recipe, self.run, self.profile, self.device.type, record)
-            ranks.launch(self.profile.world, distill_rank, what, self.profile.rank_restarts, self.screen.say)
+            with self.events.from_others():
+                ranks.launch(self.profile.world, distill_rank, what, self.profile.rank_restarts, self.screen.say)
         else:
             early = self.early()
             distill(self.recipe, self.data, self.run, self.events, self.screen, self.device, record=record, early=early)
@@ -237,7 +239,8 @@ class Pipeline:
                 self.screen.say(f"{name}: {len(left)} networks over {world} ranks")
                 self._say_threads(world)
                 what = (self.recipe, self.run, profile, self.device.type, source, left)
-                ranks.launch(world, evaluate_rank, what, profile.rank_restarts, self.screen.say)
+                with self.events.from_others():
+                    ranks.launch(world, evaluate_rank, what, profile.rank_restarts, self.screen.say)
                 results.merge(table_of(self.run, planned))
             else:
                 evaluate(self.recipe, self.data, self.run, source, self.events, self.screen, planned)
@@ -499,8 +502,9 @@ def open_pipeline(
     device: torch.device,
     screen: Screen,
     keep_recipe: bool = False,
+    listener: Listener | None = None,
 ) -> Pipeline:
-    """The pipeline of a recipe in the run folder ``out``; ``keep_recipe``: see ``RunDir.open``.
+    """The pipeline of a recipe in the run folder ``out``; ``keep_recipe``: see ``RunDir.open``, ``listener``: see ``Events``.
 
     Where there is no such folder, the data are loaded first, so that nothing is written for data that are refused: the
     corrected recipe finds the folder free. Raises DataError, RunDirError, and what ``RunDir.open`` raises.
@@ -514,4 +518,4 @@ def open_pipeline(
     run = RunDir.open(out, recipe, buffers, keep_recipe)
     if accepted is not None:
         accepted.keep_whitening(run.whitening)
-    return Pipeline(recipe, run, profile, device, screen, Events(run.events), _accepted=accepted)
+    return Pipeline(recipe, run, profile, device, screen, Events(run.events, listener), _accepted=accepted)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import stat
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,14 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
 from rich.text import Text
 
+from lad_dist.callbacks import Event, Listener
 from lad_dist.errors import RunDirError
 
 PLAIN_SECONDS = 10.0  # between two plain lines of one task
 MOST_ROWS = 20  # lines of workers that are shown at a time
 _SPARE_LINES = 3  # of a terminal's height: the bar, and where the prompt or a last line stands
 _LOOKED_AT_AGAIN = 256  # bytes
+_FOLLOW_SECONDS = 0.2  # between two looks at what other processes append
 
 T = TypeVar("T")
 
@@ -35,8 +38,9 @@ class Events:
     Lines of several processes of a host never mix: each is appended by one unbuffered write, however long it is.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, listener: Listener | None = None) -> None:
+        """``listener`` is told every event once it is written (see ``callbacks``)."""
+        self.path, self._listener = path, listener
         self._file = path.open("a+b", buffering=0)
         if self._file.seek(0, os.SEEK_END):
             self._file.seek(-1, os.SEEK_END)
@@ -54,12 +58,45 @@ class Events:
         left = memoryview(json.dumps(record, separators=(",", ":")).encode() + b"\n")
         while left:  # a signal or a full disk may cut a write short; the next one raises what is wrong
             left = left[self._file.write(left) :]
+        if self._listener is not None:
+            self._listener(record)
+
+    @contextmanager
+    def from_others(self) -> Iterator[None]:
+        """Inside the block, tell the listener what other processes append, from a thread of its own.
+
+        Raises at the end whatever the listener raised, after which it was told no more.
+        """
+        if self._listener is None:
+            yield
+            return
+        tail, ended, raised = EventTail(self.path), threading.Event(), []
+        for _ in tail.read()[1]:
+            pass
+
+        def follow(listener: Listener) -> None:
+            last = False
+            while not last:
+                last = ended.wait(_FOLLOW_SECONDS)
+                try:
+                    for event in tail.read()[1]:
+                        listener(event)
+                except Exception as error:  # the listener's own, which may be anything
+                    raised.append(error)
+                    return
+
+        thread = threading.Thread(target=follow, args=(self._listener,), name="events of other processes", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+        if raised:
+            raise raised[0]
 
     def close(self) -> None:
         self._file.close()
-
-
-Event = dict[str, Any]
 
 
 def read_events(path: Path) -> Iterator[Event]:
@@ -230,7 +267,7 @@ class Screen:
     @contextmanager
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
         """A task of ``total`` steps (``done`` of them before this process) shown until the block ends."""
-        if self.console.is_terminal:
+        if _is_watched(self.console):
             with _live(self.console, unit) as live:
                 yield _RichTask(live, title, total, done)
         else:
@@ -244,13 +281,18 @@ class Screen:
 
         One thread advances a board; what others ``say`` meanwhile appears above it.
         """
-        if self.console.is_terminal:
+        if _is_watched(self.console):
             with _live(self.console, unit) as live:
                 yield _RichBoard(live, title, total, done)
         else:
             plain = _PlainBoard(self, title, total, unit, done)
             yield plain
             plain.finish()
+
+
+def _is_watched(console: Console) -> bool:
+    """Whether a person sees a live view: in a terminal or a notebook."""
+    return console.is_terminal or console.is_jupyter
 
 
 def _live(console: Console, unit: str) -> _Live:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lad_dist import errors
 from lad_dist.errors import Interrupted, LadDistError, RankError
+from lad_dist.interrupts import in_main_thread
 
 if TYPE_CHECKING:
     import torch
@@ -239,13 +240,15 @@ def launch(
 
     Raises:
         LadDistError: whatever a process raised; the first that does not merely complain of another's absence.
-        RankError: processes kept dying.
+        RankError: processes kept dying, or this is not the main thread, from which alone they can be stopped.
         Interrupted: this process was asked to stop; the others have been, too.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
+    if not in_main_thread():
+        raise RankError("ranks are started from the main thread only; valid: call this there, or use one rank")
     for attempt in range(restarts + 1):
         try:
             with (

@@ -12,12 +12,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Arrows point down only: a room imports from rooms of a greater number, or from itself.
 LEVEL = {
-    "cli": 0, "doctor": 1, "status": 1, "launch": 1, "plan": 2, "pipeline": 2, "starter": 2,
+    "cli": 0, "api": 0, "doctor": 1, "status": 1, "launch": 1, "plan": 2, "pipeline": 2, "starter": 2,
     "experts": 3, "distill": 3, "evaluate": 3, "report": 3, "exchange": 3,
     "teachers": 3.5,
     "trajectories": 4, "distilled": 4, "data": 4, "models": 4,
     "catalog": 5, "recipe": 5, "recipe_file": 5, "results": 5, "profile": 5, "rundir": 5, "progress": 5, "ranks": 5, "seeds": 5,
     "errors": 5, "interrupts": 5, "location": 5, "allocator": 5, "cores": 5, "environment": 5,
+    "callbacks": 5,
 }  # fmt: skip
 STAGES = ("experts", "distill", "evaluate", "report")
 SAME_LEVEL = {  # within a level, only these
@@ -27,8 +28,8 @@ SAME_LEVEL = {  # within a level, only these
     ("profile", "recipe"), ("rundir", "recipe"), ("rundir", "recipe_file"), ("rundir", "errors"), ("rundir", "location"),
     ("location", "errors"),
     ("results", "errors"), ("results", "rundir"), ("results", "recipe"), ("results", "seeds"), ("catalog", "errors"),
-    ("progress", "errors"),
-    ("interrupts", "errors"), ("data", "recipe"), ("ranks", "errors"),
+    ("progress", "errors"), ("progress", "callbacks"),
+    ("interrupts", "errors"), ("data", "recipe"), ("ranks", "errors"), ("ranks", "interrupts"),
     ("models", "data"),  # torchvision, which one file of data/ imports
 }  # fmt: skip
 

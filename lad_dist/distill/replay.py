@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lad_dist import recipe_file
+from lad_dist.callbacks import Event
 from lad_dist.distill.student import GradientPath
 from lad_dist.errors import RunDirError, TrajectoryError
-from lad_dist.progress import Event, read_events
+from lad_dist.progress import read_events
 from lad_dist.recipe import PhaseName, Recipe
 from lad_dist.rundir import RunDir
 from lad_dist.trajectories.reader import Buffer

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from lad_dist import recipe_file
 from lad_dist.errors import ExpertError, Interrupted, LadDistError
-from lad_dist.interrupts import as_exceptions
+from lad_dist.interrupts import as_exceptions, in_main_thread
 from lad_dist.profile import Profile
 
 _STOP_SECONDS = 8.0  # that the process, and its fleet, have to publish and end when this one ends
@@ -157,8 +157,11 @@ def alongside(run: Path, profile: Profile, say: Callable[[str], None]) -> Iterat
 def _forward_interruptions(process: ExpertsProcess) -> None:
     """Until the handlers are replaced: a signal that stops this process stops ``process`` at once, so that both save at a time.
 
-    Where ranks distill, their launcher has handlers of its own, and ``process`` is told when they have ended.
+    Where ranks distill, their launcher has handlers of its own, and ``process`` is told when they have ended. No signal
+    reaches another thread than the main one.
     """
+    if not in_main_thread():
+        return
     for number in (signal.SIGINT, signal.SIGTERM):
         stop = signal.getsignal(number)
         assert callable(stop), "as_exceptions has just set it"

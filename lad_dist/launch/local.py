@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lad_dist import allocator, cores, ranks
+from lad_dist.callbacks import Listener
 from lad_dist.errors import RecipeError, StorageError
 from lad_dist.interrupts import as_exceptions
 from lad_dist.location import is_remote, is_uri
@@ -37,40 +38,63 @@ def run(
     keep_recipe: bool = False,
     own_log: bool = False,
 ) -> Pipeline:
-    """Run stages of a job one after the other, as the profile says. Ctrl-C and SIGTERM raise Interrupted.
+    """Run stages of a job one after the other; the arguments and errors are those of ``working``."""
+    with working(recipe, out, profile, buffers, screen, keep_recipe, own_log) as pipeline:
+        for stage in stages:
+            stage(pipeline)
+    return pipeline
+
+
+@contextmanager
+def working(
+    recipe: Recipe,
+    out: Path,
+    profile: Profile,
+    buffers: Path | str | None,
+    screen: Screen,
+    keep_recipe: bool = False,
+    own_log: bool = False,
+    listener: Listener | None = None,
+) -> Iterator[Pipeline]:
+    """The pipeline of a job in this process, as the profile says. Inside the block Ctrl-C and SIGTERM raise Interrupted.
 
     ``buffers`` is the folder or the URI below which trajectory buffers lie; default: the profile's. ``keep_recipe``: leave the
     recipe of a run that is there as it is. ``own_log``: every rank that a launcher has started speaks, for it has a log of
-    its own; else rank 0 speaks for all.
+    its own; else rank 0 speaks for all. ``listener`` is told the run's events.
 
     Raises:
         LadDistError: whatever a stage raises; an interruption outside a stage too.
     """
-    with as_exceptions():
+    with stopped_by_signals(out):
         device = prepare_device(profile)
         store = store_of(buffers, profile)
+        where = ranks.place()
+        if where is None or where.rank == 0:
+            _, fewer = cores.of_each_rank(profile.threads, ranks.on_this_host())
+            if fewer:
+                screen.say(fewer)
+            if not (out / "recipe.yaml").exists():
+                _check_that_it_fits(recipe, out, profile, store, device)
+            pipeline = open_pipeline(recipe, out, profile, store, device, screen, keep_recipe, listener)
+        else:  # rank 0 makes the folder, and where they share a terminal, keeps the record and speaks
+            made = _awaited(out, profile)
+            events = Events(made.events) if own_log else Events.nowhere()
+            pipeline = Pipeline(recipe, made, profile, device, screen if own_log else Screen.silent(), events)
+        with closing(pipeline.events):  # closing writes too, and may find the disk full
+            yield pipeline
+
+
+@contextmanager
+def stopped_by_signals(out: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM as ``Interrupted``, and what the system refuses as ``StorageError``."""
+    with as_exceptions():
         try:
-            where = ranks.place()
-            if where is None or where.rank == 0:
-                _, fewer = cores.of_each_rank(profile.threads, ranks.on_this_host())
-                if fewer:
-                    screen.say(fewer)
-                if not (out / "recipe.yaml").exists():
-                    _check_that_it_fits(recipe, out, profile, store, device)
-                pipeline = open_pipeline(recipe, out, profile, store, device, screen, keep_recipe)
-            else:  # rank 0 makes the folder, and where they share a terminal, keeps the record and speaks
-                made = _awaited(out, profile)
-                events = Events(made.events) if own_log else Events.nowhere()
-                pipeline = Pipeline(recipe, made, profile, device, screen if own_log else Screen.silent(), events)
-            with closing(pipeline.events):  # closing writes too, and may find the disk full
-                for stage in stages:
-                    stage(pipeline)
+            yield
         except OSError as error:
             raise StorageError(
                 f"{error.filename or out}: {error.strerror or error}; what was finished before is kept, "
                 "and the same command continues"
             ) from error
-    return pipeline
 
 
 def _check_that_it_fits(

@@ -15,6 +15,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +24,42 @@ from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir, published
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One network, trained on ``source`` and measured: what a row says, typed.
+
+    Accuracies are top-1 in [0, 1]: over all images, and the means over the head, medium and tail thirds of the classes;
+    ``balanced`` is the mean over classes, ``per_class`` each class's. ``ece``: expected calibration error. ``split``: test or
+    validation. ``ipc`` is None for a source that is not a set of so many images per class. ``seconds``: of its training.
+    """
+
+    source: str
+    architecture: str
+    seed: int
+    overall: float
+    head: float
+    medium: float
+    tail: float
+    balanced: float | None
+    ece: float | None
+    per_class: tuple[float, ...]
+    ipc: int | None
+    epochs: int
+    lr: float
+    batch: int
+    split: str
+    train_images: int | None
+    seconds: float | None
+
+    @classmethod
+    def of(cls, row: Row) -> Result:
+        """The result that a row of results.json holds."""
+        read = {f.name: row.get(f.name) for f in fields(cls)} | {n: row["settings"][n] for n in ("epochs", "lr", "batch")}
+        return cls(**read | {"per_class": tuple(row.get("per_class", ()))})
+
+
 FIGURES = ("overall", "head", "medium", "tail")
 MORE_FIGURES = ("balanced", "ece")  # of rows written since they are measured
 Source = Literal[

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lad_dist.callbacks import Event
 from lad_dist.errors import RunDirError, StorageError
-from lad_dist.progress import Event, EventTail
+from lad_dist.progress import EventTail
 from lad_dist.rundir import RunDir, host_name
 from lad_dist.status.read import Follower
 

@@ -1,0 +1,117 @@
+"""Callbacks: what happens in a run, told to code of one's own as it happens.
+
+    class Losses(Callback):
+        def on_iteration(self, iteration: Iteration) -> None:
+            wandb.log(iteration.losses, step=iteration.number)
+
+    Run.open("runs/x", recipe, callbacks=[Losses()]).distill()
+
+``events.jsonl`` is the record that lasts; a callback sees the same events, one at a time. An error that a callback raises
+ends the stage as any other error does: what is finished is kept, and the same call continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class ExpertEpoch:
+    """An expert has trained one more epoch. ``stage``: representation or classifier; ``epoch`` counts from 1 in each."""
+
+    stage: str
+    expert: int
+    epoch: int
+    loss: float | None
+    accuracy: float | None
+    images_per_second: float | None
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """Distillation has done one more iteration: ``number`` of them so far.
+
+    ``losses``: by phase (representation, classifier, regression). ``alpha``: the student's learning rate.
+    """
+
+    number: int
+    losses: dict[str, float]
+    alpha: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One network was trained on ``source`` and measured. Accuracies are top-1, in [0, 1]."""
+
+    source: str
+    architecture: str
+    seed: int
+    overall: float
+    head: float
+    medium: float
+    tail: float
+
+
+@dataclass(frozen=True)
+class StageEnd:
+    """A stage has ended. ``error``: with what, where it stopped before it was done; None: it is done."""
+
+    stage: str
+    seconds: float
+    error: str | None
+
+
+class Callback:
+    """Override what is of interest; each method does nothing by itself."""
+
+    def on_stage_start(self, stage: str) -> None:
+        """``experts``, ``distill``, ``evaluate SOURCE`` or ``report`` begins, or goes on after a stop."""
+
+    def on_epoch(self, epoch: ExpertEpoch) -> None:
+        """An expert has trained one more epoch, whichever process it is trained by."""
+
+    def on_iteration(self, iteration: Iteration) -> None:
+        """One more iteration of distillation is done."""
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """One more network was measured."""
+
+    def on_stage_end(self, end: StageEnd) -> None:
+        """A stage is done, or stopped."""
+
+    def on_event(self, event: Event) -> None:
+        """Any event of ``events.jsonl``: its ``time`` (Unix seconds), its ``kind`` and the fields of that kind."""
+
+
+def listener(callbacks: Iterable[Callback]) -> Listener:
+    """What hands each event to the methods of ``callbacks`` that it concerns."""
+    every = tuple(callbacks)
+
+    def told(event: Event) -> None:
+        for callback in every:
+            callback.on_event(event)
+            _tell(callback, event)
+
+    return told
+
+
+def _tell(callback: Callback, event: Event) -> None:
+    kind = event["kind"]
+    if kind == "stage-started":
+        callback.on_stage_start(event["stage"])
+    elif kind == "expert-epoch":
+        callback.on_epoch(ExpertEpoch(**{f.name: event.get(f.name) for f in fields(ExpertEpoch)}))  # type: ignore[arg-type]
+    elif kind == "iteration":
+        prefix = "loss_"
+        losses = {name.removeprefix(prefix): value for name, value in event.items() if name.startswith(prefix)}
+        callback.on_iteration(Iteration(event["iteration"], losses, event["alpha"], event["seconds"]))
+    elif kind == "evaluated":
+        callback.on_evaluation(Evaluation(**{f.name: event[f.name] for f in fields(Evaluation)}))
+    elif kind in ("stage-finished", "stage-stopped"):
+        callback.on_stage_end(StageEnd(event["stage"], event["seconds"], event.get("error")))
