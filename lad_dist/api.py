@@ -169,7 +169,9 @@ class Run:
         try:
             import pandas
         except ModuleNotFoundError as error:
-            raise LadDistError("Run.frame: pandas is not installed; pip install pandas, or use Run.results()") from error
+            raise LadDistError(
+                "Run.frame: pandas is not installed; pip install pandas, or use Run.results()"
+            ) from error
         columns = [f.name for f in dataclasses.fields(Result)]
         return pandas.DataFrame([vars(result) for result in self.results()], columns=columns)
 
@@ -218,7 +220,9 @@ class Run:
         from lad_dist.launch import local
 
         if self.profile.launcher == "slurm":
-            raise RecipeError(f"profile {self.profile.name}: launcher: slurm runs nothing here; valid: submit(), or local")
+            raise RecipeError(
+                f"profile {self.profile.name}: launcher: slurm runs nothing here; valid: submit(), or local"
+            )
         if not self._busy.acquire(blocking=False):
             raise RunDirError(f"{self.folder}: another thread is at work with this run; wait until it has ended")
         try:

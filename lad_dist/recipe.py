@@ -67,8 +67,13 @@ class DataConfig(_Section):
     """Which images, how long their tail is, and how they are whitened."""
 
     dataset: Literal[
-        "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "list", "parquet"
-    ] = Field("cifar10", description="the source of the images")
+        "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "list", "parquet", "custom"
+    ] = Field("cifar10", description="the source of the images; custom: what data.source names")
+    source: Text | None = Field(
+        None,
+        description="data.dataset custom: module:attribute, or the name of an entry point of the group lad_dist.datasets; a "
+        "function of this section that returns (train, test), each a torch Dataset, a Hugging Face Dataset or a pair of arrays",
+    )
     root: Text | None = Field(None, description="data folder; default: $LAD_DIST_DATA, else ./data")
     train: Text | None = Field(None, description="training split: file, folder or pattern under root")
     test: Text | None = Field(None, description="test split: file, folder or pattern under root")
@@ -430,7 +435,7 @@ class Recipe(_Section):
 
 # Fields that came after the first buffers and runs: at their defaults they leave every hash as it was.
 _LATER = {
-    "data": ("normalize_before_zca", "test_fraction"),
+    "data": ("normalize_before_zca", "test_fraction", "source"),
     "distill": (
         "initial_labels",
         "lambda_regression",
@@ -502,6 +507,8 @@ def _cross_faults(recipe: Recipe) -> list[str]:
                 faults.append(
                     f"data.{field}: must name the {field} split's file for data.dataset {recipe.data.dataset}"
                 )
+    if (recipe.data.dataset == "custom") != (recipe.data.source is not None):
+        faults.append("data.source: names the data of data.dataset custom; valid: both, or neither")
     if recipe.data.test_fraction is not None and (
         recipe.data.dataset != "image-folder" or recipe.data.test is not None
     ):

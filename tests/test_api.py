@@ -73,7 +73,9 @@ def test_stages_one_after_the_other_equal_the_command_line(opened, tmp_path, sma
     job = tmp_path / "job.yaml"
     job.write_text(yaml.safe_dump(small_recipe().model_dump(mode="json")))
     with pytest.raises(SystemExit) as ended:
-        cli.app(["run", str(job), "--out", str(tmp_path / "by-cli"), "--threads", "1", "--device", "cpu", "--fleet", "off"])
+        cli.app(
+            ["run", str(job), "--out", str(tmp_path / "by-cli"), "--threads", "1", "--device", "cpu", "--fleet", "off"]
+        )
     assert ended.value.code == 0
     other = lad_dist.load(tmp_path / "by-cli" / "distilled")
     assert torch.equal(images, other.images) and torch.equal(soft_labels, other.soft_labels) and lr == other.lr
@@ -95,7 +97,9 @@ def test_stages_one_after_the_other_equal_the_command_line(opened, tmp_path, sma
         for expert in range(2)
         for epoch in range(1, epochs + 1)
     )
-    assert [(e.source, e.seed, e.overall) for e in told.evaluations] == [(r.source, r.seed, r.overall) for r in measured]
+    assert [(e.source, e.seed, e.overall) for e in told.evaluations] == [
+        (r.source, r.seed, r.overall) for r in measured
+    ]
     kinds = type(told.epochs[0]), type(told.iterations[0]), type(told.evaluations[0]), type(told.ended[0])
     assert kinds == (ExpertEpoch, Iteration, Evaluation, StageEnd)
     assert told.kinds == [event["kind"] for event in run.events()]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lad_dist.data.arrays import cifar, digits, fashion_mnist
+from lad_dist.data.custom import custom
 from lad_dist.data.decoding import PixelFormat, decode, probe
 from lad_dist.data.folders import image_folder, image_list, tiny_imagenet
 from lad_dist.data.longtail import exponential_counts, hold_out, reserve_of, select
@@ -37,6 +38,7 @@ _OPENERS: dict[str, Callable[[DataConfig], tuple[Source, Source]]] = {
     "image-folder": image_folder,
     "list": image_list,
     "parquet": parquet,
+    "custom": custom,
 }
 
 

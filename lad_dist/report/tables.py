@@ -57,6 +57,7 @@ DATASETS = {
     "image-folder": "Image folder",
     "list": "Image list",
     "parquet": "Images in Parquet",
+    "custom": "Own data set",
 }
 SELECTION = {
     "last": "The set of the last iteration is reported: no accuracy was looked at to choose it.",
