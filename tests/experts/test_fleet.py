@@ -479,15 +479,17 @@ def test_a_token_is_never_readable_by_others_not_even_for_a_moment(tmp_path, mon
 def test_folders_that_killed_processes_left_are_removed_and_no_others(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(private, "_LONGEST", 4096)
-    monkeypatch.setattr(private, "_YOUNG_SECONDS", -1.0)
-    left, others = tmp_path / "ladist-ray-left", tmp_path / "ladist-ray-locked"
-    for folder in (left, others):
+    ages = {"left": 3, "locked": 3, "new": 0, "half-removed": 61, "half-made": 3}
+    folders = {name: tmp_path / f"ladist-ray-{name}" for name in ages}
+    for name, folder in folders.items():
         folder.mkdir()
-        (folder / "lock").touch()
-    with (others / "lock").open() as lock:
+        if "half" not in name:
+            (folder / "lock").touch()
+        os.utime(folder, (time.time() - ages[name],) * 2)
+    with (folders["locked"] / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with private.private_folder():
-            assert not left.exists() and others.exists()
+            assert {name for name, folder in folders.items() if folder.exists()} == {"locked", "new", "half-made"}
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o620])
