@@ -565,6 +565,20 @@ def test_parts_that_are_written_where_the_driver_does_not_see_them(fleet, monkey
         fleet("cpu")._finished(1)
 
 
+def test_the_state_dump_of_a_node_that_ended_is_left_out_and_nothing_else(monkeypatch):
+    from ray._private import worker
+
+    from lad_dist.experts.fleet import _without_state_dumps
+
+    printed: list[str] = []
+    monkeypatch.setattr(worker, "print_to_stdstream", lambda data, ignore_prefix: printed.extend(data["lines"]))
+    ours = worker.print_to_stdstream
+    with _without_state_dumps():
+        for line in ("Raylet is terminated. Termination is unexpected.", "1 Workers killed due to memory pressure"):
+            worker.print_to_stdstream({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert printed == ["1 Workers killed due to memory pressure"] and worker.print_to_stdstream is ours
+
+
 def test_an_address_that_cannot_be_used(monkeypatch):
     from lad_dist.experts.fleet import connected
 
