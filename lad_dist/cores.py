@@ -39,8 +39,7 @@ def of_each_rank(asked: int | None, ranks: int) -> tuple[int, str | None]:
     """Threads of each of ``ranks`` processes on this machine, which together have no more than there are cores; also, where
     that is fewer than ``asked``, a line that says so.
 
-    Two ranks of two threads on two cores took 3.4 s an iteration, of one thread 0.058: a rank's threads wait for a core while
-    the other rank waits for that rank.
+    With more threads than cores a rank's threads wait for a core while the other ranks wait for that rank in every sum.
     """
     cores = available()
     most = max(1, cores // ranks)

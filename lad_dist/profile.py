@@ -196,7 +196,8 @@ class Profile(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU if there is one, else the CPU")
     threads: Annotated[Int, Field(ge=1, le=MOST_THREADS)] | None = Field(
         None,
-        description="CPU threads; default: what a few steps are fastest with, up to the cores there are, kept with the run",
+        description="CPU threads, of each rank where there are several (then at most the cores divided by the ranks); default: "
+        "what a few steps are fastest with, up to the cores there are, kept with the run",
     )
     buffers: Text | None = Field(
         None, description="folder of shared trajectory buffers, each under its recipe's hash; default: inside the run"

@@ -348,8 +348,8 @@ class EvaluateConfig(_Section):
     )
     together: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="on: all seeds of ConvNet train at once by grouped convolutions; auto: on a CPU where one network's "
-        "batch is so small that this is faster; same numbers to rounding",
+        description="on: all seeds of ConvNet train at once by grouped convolutions, the same numbers to rounding; auto: on a "
+        "CPU where one network's batch is so small that this is faster, and where a trial gives the same bits",
     )
 
 

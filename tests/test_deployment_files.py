@@ -82,6 +82,18 @@ def test_paths_in_the_readme_exist(file):
         assert (ROOT / name).exists(), name
 
 
+def test_the_lines_that_start_a_ray_cluster_ask_for_a_token_first():
+    """Without it the head starts open to the network, or refuses nodes and drivers (tried with Ray 2.60)."""
+    lines = [line.strip() for line in readme(CLUSTER).splitlines() if line.startswith("    ")]
+    (begin,) = [i for i, line in enumerate(lines) if line.startswith("ray start --head")]
+    assert lines[begin - 2].startswith("export RAY_AUTH_MODE=token")
+    assert "ray get-auth-token --generate" in lines[begin - 1]
+    assert lines[begin + 1].startswith("ray start --address=HEAD:6379")
+    command = lines[begin + 2].partition("#")[0]
+    assert command.startswith("RAY_ADDRESS=HEAD:6379 lad-dist ")
+    check_command(shlex.split(command)[2:])
+
+
 def test_only_files_at_the_top_are_profiles():
     assert {path.parent for path in catalog.profiles().values()} == {CLUSTER}
     listed = CliRunner().invoke(app, ["clusters"])

@@ -32,7 +32,7 @@ from lad_dist.evaluate.sources import (
     settings_of,
     training_set,
 )
-from lad_dist.evaluate.train import Counters, Settings, TrainingSet, train, train_together
+from lad_dist.evaluate.train import Counters, Settings, TrainingSet, same_together, train, train_together
 from lad_dist.models.convnet import ConvNet, feature_side
 from lad_dist.models.zoo import network
 from lad_dist.progress import Events, Screen, Task
@@ -238,19 +238,32 @@ class _Work:
         for architecture in dict.fromkeys(row["architecture"] for row in todo):
             rows = [row for row in todo if row["architecture"] == architecture]
             alike = all(row["settings"] == rows[0]["settings"] for row in rows)
-            if len(rows) > 1 and alike and self._together(architecture, rows[0]["settings"]["batch"]):
+            if len(rows) > 1 and alike and self._together(architecture, rows):
                 yield rows
             else:
                 yield from ([row] for row in rows)
 
-    def _together(self, architecture: str, batch: int) -> bool:
+    def _together(self, architecture: str, rows: Sequence[results.Row]) -> bool:
+        """Whether to train the networks of ``rows`` at once; where nobody asked for it, only if that changes no bit of a row."""
         e, m, images = self.recipe.evaluate, self.recipe.model, self.data.splits.train
         if architecture != "convnet" or e.norm != "instance" or e.together == "off":
             return False
-        side = feature_side(images.size, images.channels, 0)
+        if e.together == "on":
+            return True
+        side, batch = feature_side(images.size, images.channels, 0), rows[0]["settings"]["batch"]
         everything = len(self.data.train) if of_everything(self.source) else self.recipe.ipc * self.data.classes
         first_block = min(batch, everything) * m.width * side * side
-        return e.together == "on" or (self.data.device.type == "cpu" and first_block <= TOGETHER_VALUES)
+        if self.data.device.type != "cpu" or first_block > TOGETHER_VALUES:
+            return False
+        counters = [self._counters(row) for row in rows]
+
+        def networks() -> list[ConvNet]:
+            return [made for row in rows if isinstance(made := self._network(row), ConvNet)]
+
+        return same_together(networks, self._sets(rows), settings_in(rows[0]), self.recipe.seed, counters)
+
+    def _sets(self, rows: Sequence[results.Row]) -> list[TrainingSet]:
+        return [training_set(self.recipe, self.data, self.run, self.source, _drawn(row)) for row in rows]
 
     def measure(self, rows: Sequence[results.Row], task: Task, unless_published: bool = False) -> None:
         """Train and measure the networks of some rows at once, and publish them. Raises _Published where it is asked to."""
@@ -258,7 +271,7 @@ class _Work:
             return
         began, checked = time.perf_counter(), time.monotonic()
         networks = [self._network(row) for row in rows]
-        sets = [training_set(self.recipe, self.data, self.run, self.source, _drawn(row)) for row in rows]
+        sets = self._sets(rows)
         counters = [self._counters(row) for row in rows]
         shown = {"architecture": rows[0]["architecture"], "seed": ", ".join(str(row["seed"]) for row in rows)}
 

@@ -7,7 +7,7 @@ Shapes: R networks trained at once, S training images, B of one batch, C channel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ BatchOf = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From row numbers (B,) to images (B, C, H, H) and label probabilities (B, K), both on the training device."""
 
 Counters = tuple[int | str, ...]
+_TRIAL_EPOCHS = 3  # momentum counts from the second on
 
 
 def rows_of(images_SCHH: Tensor, p_SK: Tensor) -> BatchOf:
@@ -88,8 +89,8 @@ def train_together(
     counters: Sequence[Counters],
     on_epoch: Callable[[], None],
 ) -> list[float]:
-    """``train`` for several ConvNets at once, each on its own set (all of one size) with its own draws: to rounding the same
-    weights and losses as one by one. ``on_epoch`` is called once per epoch of all.
+    """``train`` for several ConvNets at once, each on its own set (all of one size) with its own draws: the same weights and
+    losses as one by one, to the bit where ``same_together``. ``on_epoch`` is called once per epoch of all.
 
     Raises:
         NumericalError: a loss left the finite numbers.
@@ -100,6 +101,34 @@ def train_together(
     for network in networks:
         network.eval()
     return losses
+
+
+def same_together(
+    networks: Callable[[], list[ConvNet]],
+    sets: Sequence[TrainingSet],
+    settings: Settings,
+    seed: int,
+    counters: Sequence[Counters],
+) -> bool:
+    """Whether ``train_together`` gives the bits of ``train``, tried for a few epochs on what ``networks`` makes.
+
+    Whether a grouped convolution adds in the order of a single one depends on the library, the processor and the shapes: on an
+    AMD EPYC with torch 2.13 it does for grey images at widths 16, 32 and 64, and does not at 4 and 12 or for three channels.
+    """
+    short = replace(settings, epochs=min(settings.epochs, _TRIAL_EPOCHS))
+    alone, together = networks(), networks()
+    try:
+        losses = [
+            train(network, images, short, seed, c, lambda: None)
+            for network, images, c in zip(alone, sets, counters, strict=True)
+        ]
+        same = losses == train_together(together, sets, short, seed, counters, lambda: None)
+    except NumericalError:
+        return False  # one by one it is clear which network it was
+    pairs = zip(alone, together, strict=True)
+    return same and all(
+        torch.equal(a, b) for x, y in pairs for a, b in zip(x.parameters(), y.parameters(), strict=True)
+    )
 
 
 def _train(
@@ -136,7 +165,9 @@ def _train(
                     shift_RK = [_log_priors(s, logits_RBK.shape[2]).to(logits_RBK) for s in sets]
                 logits_RBK = logits_RBK + settings.logit_adjustment * torch.stack(shift_RK).unsqueeze(1)
             p_RBK = torch.stack([p for _, p in batches])
-            losses = -(p_RBK * logits_RBK.log_softmax(dim=2)).sum(dim=(1, 2)) / len(rows[0])
+            terms_RBK = p_RBK * logits_RBK.log_softmax(dim=2)
+            # Network by network: the order of a sum over all of them depends on their number.
+            losses = torch.cat([-terms.sum(dim=(1, 2)) for terms in terms_RBK.split(1)]) / len(rows[0])
             sgd.zero_grad(set_to_none=True)
             losses.sum().backward()
             sgd.step()

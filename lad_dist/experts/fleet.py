@@ -100,7 +100,7 @@ def connected(profile: Profile, data_bytes: int) -> Iterator[Cluster]:
         yield Cluster(context.gcs_address, None, own=False)
         return
     address = cluster_address(profile)
-    with _own_surroundings(profile) if address is None else nullcontext() as folder:
+    with _own_surroundings(profile) if address is None else nullcontext() as folder, _without_state_dumps():
         try:
             with signals_heeded(), nothing_left_on_error():
                 cluster = _joined(str(address)) if folder is None else _started(profile, data_bytes, folder)
@@ -167,6 +167,29 @@ def _joined(address: str) -> Cluster:
             secured = "where it demands a token (as `ray start` does if there is one), set RAY_AUTH_MODE=token"
             raise ExpertError(f"{missing}; {secured} ({first_line(error)})") from error
     return Cluster(context.address_info["gcs_address"], context.dashboard_url or None, own=False)
+
+
+@contextmanager
+def _without_state_dumps() -> Iterator[None]:
+    """Leave out what Ray prints into its drivers' output when a node ends: "Raylet is terminated. Termination is unexpected",
+    and the last lines of the raylet's log, also where a job's scheduler has ended the node as planned.
+
+    ``log_to_driver`` does not cover it. What else Ray has to say (memory, for one) is printed as before, and actors that are
+    gone with a node are told by ``Record``.
+    """
+    from ray._private import worker
+
+    printed = worker.print_to_stdstream
+
+    def chosen(data: Any, ignore_prefix: bool) -> None:
+        if not any(line.startswith("Raylet is terminated.") for line in data["lines"]):
+            printed(data, ignore_prefix)
+
+    worker.print_to_stdstream = chosen
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = printed
 
 
 @contextmanager

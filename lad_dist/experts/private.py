@@ -20,7 +20,7 @@ from pathlib import Path
 from lad_dist.errors import ExpertError
 
 _PREFIX, _LOCK = "ladist-ray-", "lock"
-_YOUNG_SECONDS = 60.0  # a folder of this age may not have its lock yet
+_LOCK_SECONDS, _NO_LOCK_SECONDS = 2.0, 60.0  # within which a new folder's lock is taken, and is there
 _LONGEST = 40  # bytes of a folder for sockets: a socket's path may have 107, and Ray appends about 65
 
 
@@ -46,15 +46,20 @@ def private_folder() -> Iterator[Path]:
 
 
 def _remove_if_left(folder: Path) -> None:
-    """Remove ``folder`` if it is this user's and its process is gone."""
+    """Remove ``folder`` if it is this user's and its process is gone: nobody holds its lock, or there is none any more."""
+    age = 0.0
     try:
         there = folder.lstat()
-        if there.st_uid != os.getuid() or time.time() - there.st_mtime < _YOUNG_SECONDS:
+        age = time.time() - there.st_mtime
+        if there.st_uid != os.getuid() or age < _LOCK_SECONDS:
             return
         with (folder / _LOCK).open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-    except OSError:  # in use, or being made or removed at this moment
+    except FileNotFoundError:  # a process of Ray's has written there while it was being removed; or it is being made
+        if age > _NO_LOCK_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError:  # in use, or not ours
         return
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lad_dist.models.block import NormReluPool
@@ -41,7 +42,8 @@ class StackedConvNets(nn.Module):
         for block in self.blocks:
             x = block(x)
         features_RBD = x.view(batch, networks, -1).transpose(0, 1)
-        return torch.baddbmm(self.bias_RK.unsqueeze(1), features_RBD, self.weight_RKD.transpose(1, 2))
+        each = zip(features_RBD.contiguous(), self.weight_RKD, self.bias_RK, strict=True)
+        return torch.stack([F.linear(*network) for network in each])  # one product of all has other bits
 
     @torch.no_grad()
     def unstack(self, networks: Sequence[ConvNet]) -> None:

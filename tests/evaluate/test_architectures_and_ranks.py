@@ -65,15 +65,30 @@ def test_seeds_at_once_measure_what_they_measure_alone(pipeline_of):
     assert len([e for e in read_events(together.run.events) if e["kind"] == "evaluated"]) == 3
 
 
-def test_auto_trains_at_once_where_a_batch_is_small(pipeline_of, monkeypatch):
+@pytest.mark.parametrize("same", [True, False])
+def test_auto_trains_at_once_where_a_batch_is_small_and_the_bits_are_the_same(pipeline_of, monkeypatch, same):
+    monkeypatch.setattr(measure, "same_together", lambda *args: same)
     pipeline = pipeline_of()
     monkeypatch.setattr(measure, "TOGETHER_VALUES", 8 * 4 * 12 * 12)  # batch, width, side of the first block
     pipeline.evaluate("random")
     monkeypatch.setattr(measure, "TOGETHER_VALUES", 8 * 4 * 12 * 12 - 1)
     other = pipeline_of("other")
     other.evaluate("random")
-    assert {r["together"] for r in results.read(pipeline.run.results)} == {2}
+    assert {r["together"] for r in results.read(pipeline.run.results)} == {2 if same else 1}
     assert {r["together"] for r in results.read(other.run.results)} == {1}
+
+
+@pytest.mark.parametrize("width", [4, 32])  # where grouped convolutions add in another order, and where they do not
+def test_three_seeds_measure_the_bits_of_three_measured_one_at_a_time(pipeline_of, small_recipe, width):
+    """On a CPU, whether or not they are trained at once: which of the two is the library's and the processor's matter."""
+    once = pipeline_of("once", model={"width": width}, evaluate={"seeds": 3, "epochs": 6})
+    once.evaluate("random")
+    apart = pipeline_of("apart", model={"width": width}, evaluate={"seeds": 1, "epochs": 6})
+    for seeds in (1, 2, 3):
+        changed = small_recipe(model={"width": width}, evaluate={"seeds": seeds, "epochs": 6})
+        replace(apart, recipe=changed).evaluate("random")
+    assert {r["together"] for r in results.read(apart.run.results)} == {1}
+    assert len(measured(once)) == 3 and measured(once) == measured(apart)
 
 
 # --- over ranks -------------------------------------------------------------------------------------------------------

@@ -494,15 +494,17 @@ def test_a_token_is_never_readable_by_others_not_even_for_a_moment(tmp_path, mon
 def test_folders_that_killed_processes_left_are_removed_and_no_others(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(private, "_LONGEST", 4096)
-    monkeypatch.setattr(private, "_YOUNG_SECONDS", -1.0)
-    left, others = tmp_path / "ladist-ray-left", tmp_path / "ladist-ray-locked"
-    for folder in (left, others):
+    ages = {"left": 3, "locked": 3, "new": 0, "half-removed": 61, "half-made": 3}
+    folders = {name: tmp_path / f"ladist-ray-{name}" for name in ages}
+    for name, folder in folders.items():
         folder.mkdir()
-        (folder / "lock").touch()
-    with (others / "lock").open() as lock:
+        if "half" not in name:
+            (folder / "lock").touch()
+        os.utime(folder, (time.time() - ages[name],) * 2)
+    with (folders["locked"] / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with private.private_folder():
-            assert not left.exists() and others.exists()
+            assert {name for name, folder in folders.items() if folder.exists()} == {"locked", "new", "half-made"}
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o620])
@@ -584,6 +586,20 @@ def test_parts_that_are_written_where_the_driver_does_not_see_them(fleet, monkey
     monkeypatch.setattr("lad_dist.experts.fleet.WAIT_SECONDS", 0.01)
     with pytest.raises(StorageError, match=r"/somewhere: lacks what an actor has written.*share under one name"):
         fleet("cpu")._finished(1)
+
+
+def test_the_state_dump_of_a_node_that_ended_is_left_out_and_nothing_else(monkeypatch):
+    from ray._private import worker
+
+    from lad_dist.experts.fleet import _without_state_dumps
+
+    printed: list[str] = []
+    monkeypatch.setattr(worker, "print_to_stdstream", lambda data, ignore_prefix: printed.extend(data["lines"]))
+    ours = worker.print_to_stdstream
+    with _without_state_dumps():
+        for line in ("Raylet is terminated. Termination is unexpected.", "1 Workers killed due to memory pressure"):
+            worker.print_to_stdstream({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert printed == ["1 Workers killed due to memory pressure"] and worker.print_to_stdstream is ours
 
 
 def test_an_address_that_cannot_be_used(monkeypatch):

@@ -96,7 +96,7 @@ def test_a_killed_driver_takes_all_that_computes_along(killed):
     """Two small processes of Ray's notice at once, too, and then try for a minute to report it (see the last test)."""
     from ray_nodes import session, wait_until
 
-    wait_until(lambda: all("Agent" in command for command in session(killed).values()), 15, str(session(killed)))
+    wait_until(lambda: all("Agent" in command for command in session(killed[0]).values()), 15, str(session(killed[0])))
 
 
 @contextmanager
@@ -268,8 +268,8 @@ def test_a_cluster_that_goes_away(lad, fleet_job, look):
 
 
 @pytest.fixture(scope="module")
-def killed(fleet_job: Path, tmp_path_factory: pytest.TempPathFactory, look: Any) -> Iterator[int]:
-    """The session of a driver that was killed while two actors trained."""
+def killed(fleet_job: Path, tmp_path_factory: pytest.TempPathFactory, look: Any) -> Iterator[tuple[int, Path]]:
+    """The session and the private folder of a driver that was killed while two actors trained."""
     from ray_nodes import kill_session, wait_until
 
     folder = tmp_path_factory.mktemp("killed")
@@ -278,12 +278,21 @@ def killed(fleet_job: Path, tmp_path_factory: pytest.TempPathFactory, look: Any)
     with (folder / "log").open("wb") as log:
         driver = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_until(lambda: two_train(folder / "run", look), 60, (folder / "log").read_text())
+        wait_until(lambda: two_train(folder / "run", look), 180, (folder / "log").read_text())
+        private = private_of(driver.pid)
         driver.kill()
         driver.wait()
-        yield driver.pid
+        yield driver.pid, private
     finally:
         kill_session(driver.pid)
+
+
+def private_of(driver: int) -> Path:
+    """The private folder of the driver's own cluster."""
+    from ray_nodes import session
+
+    (private,) = (f for f in Path("/tmp").glob("ladist-ray-*") if str(f) in str(session(driver)))
+    return private
 
 
 def two_train(run: Path, look: Any) -> bool:
@@ -319,9 +328,7 @@ def interrupt(process: Any, number: signal.Signals, lad: Any) -> Any:
 
 def nobody_else_may(driver: int, dashboard: str) -> Path:
     """The private folder of the driver's cluster, whose dashboard answers only to who has the token in it."""
-    from ray_nodes import session
-
-    (private,) = (f for f in Path("/tmp").glob("ladist-ray-*") if str(f) in str(session(driver)))
+    private = private_of(driver)
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
     token = private / "token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
@@ -342,7 +349,7 @@ def test_interrupted(lad, fleet_job, undisturbed, look):
     lad.environment |= {"HOME": str(lad.folder), "RAY_AUTH_MODE": "disabled"}
     process = lad.start("experts", fleet_job, "--out", run, "--fleet", "on", preexec_fn=os.setsid)
     try:
-        wait_until(lambda: two_train(run, look), 60)
+        wait_until(lambda: two_train(run, look), 180)
         private = nobody_else_may(process.pid, of(look.events(run), "ray-started")[0]["dashboard"])
         members = session(process.pid)
         assert len(members) > 5 and ports(set(members)) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
@@ -398,7 +405,9 @@ def test_interrupted_while_ray_starts(lad, fleet_job, number):
     process = lad.start("experts", fleet_job, "--out", "run", "--fleet", "on", preexec_fn=os.setsid)
     try:
         wait_until(lambda: any("raylet/raylet" in command for command in session(process.pid).values()), 60)
+        private = private_of(process.pid)
         interrupt(process, number, lad)
+        assert not private.exists()
     finally:
         kill_session(process.pid)
 
@@ -407,4 +416,9 @@ def test_interrupted_while_ray_starts(lad, fleet_job, number):
 def test_nothing_is_left_of_a_killed_driver_in_the_end(killed):
     from ray_nodes import session, wait_until
 
-    wait_until(lambda: not session(killed), 90, str(session(killed)))
+    from lad_dist.experts.private import private_folder
+
+    driver, folder = killed
+    wait_until(lambda: not session(driver), 90, str(session(driver)))
+    with private_folder():  # the first thing that the next cluster of a driver does
+        assert not folder.exists()

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -100,6 +101,25 @@ def test_distill_without_experts_says_what_to_do(lad, job):
 
 def test_evaluate_without_a_distilled_set_says_what_to_do(lad, job):
     lad("evaluate", job(), "--out", "run").fails(6, "lad-dist distill")
+
+
+def test_other_users_of_a_shared_folder_can_read_every_file(lad, finished, tmp_path):
+    """Whatever a run, a buffer and an export write has the mode that the umask says."""
+    for kind in ("pt", "png", "folder", "parquet", "hf"):
+        lad("export", finished, "--to", kind, "--out", tmp_path / "exported" / kind).succeeds()
+    lad("buffer", "export", finished, tmp_path / "exported" / "buffer", "--to", "pt").succeeds()
+    mask = os.umask(0)
+    os.umask(mask)
+    found = [path for folder in (finished, tmp_path / "exported") for path in (folder, *folder.rglob("*"))]
+    assert {"whitening.safetensors", "tensors.safetensors", "index.html", "events.jsonl"} <= {path.name for path in found}
+    assert len([path for path in found if path.suffix in (".parquet", ".pt", ".png")]) > 10
+    wrong = {
+        str(path): oct(stat.S_IMODE(path.lstat().st_mode))
+        for path in found
+        if not path.is_symlink()
+        and stat.S_IMODE(path.lstat().st_mode) != (0o777 if path.is_dir() else 0o666) & ~mask
+    }
+    assert not wrong
 
 
 # --- buffers ----------------------------------------------------------------------------------------------------------

@@ -73,6 +73,9 @@ def test_the_distilled_set_of_two_ranks_is_that_of_one(pipeline_of):
     both.screen = Screen(Console(file=said, width=200))
     same(over(both, 2, threads=MANY), alone)
     assert f"threads: 2 ranks x {MANY} threads are more than the " in said.getvalue()
+    again = over(pipeline_of("again"), 2)
+    for name in ("images", "label_logits"):  # the same number of ranks, the same bits
+        assert torch.equal(getattr(again, name), getattr(DistilledSet.load(both.run.distilled), name))
     kinds = [e["kind"] for e in read_events(both.run.events)]
     assert kinds.count("iteration") == 6 and kinds.count("initial-set") == 1  # rank 0 alone reports
 
