@@ -560,7 +560,7 @@ def test_as_many_attempts_as_the_profile_allows(fleet, told):
 
 def test_a_buffer_that_refuses_every_write_ends_the_fleet(fleet, told):
     made = fleet("cpu")
-    with pytest.raises(StorageError, match="^the disk is full$"):
+    with pytest.raises(StorageError, match=r"^the disk is full$"):
         made._failed(Failure(1, "the disk is full", "StorageError", "Traceback: where it was", lasting=True))
     assert told.kinds() == [("expert-failed", 1)]
     assert "Traceback" not in told.out.getvalue() and len(made.queue) == 0
