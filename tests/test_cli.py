@@ -116,7 +116,7 @@ def test_where_buffers_lie(monkeypatch, given, of_profile, used):
     class OpenedError(Exception):
         pass
 
-    def opened(recipe, out, profile, buffers, device, screen, keep_recipe):
+    def opened(recipe, out, profile, buffers, *rest):
         raise OpenedError(buffers)
 
     monkeypatch.setattr(local, "open_pipeline", opened)

@@ -364,7 +364,7 @@ def test_the_kind_of_a_failure():
 def test_what_no_second_attempt_cures(data, orders, monkeypatch, number, lasting, where):
     refused = "lad_dist.trajectories.files.os.fsync" if where == "part" else "lad_dist.trajectories.claims.os.link"
     monkeypatch.setattr(refused, Mock(side_effect=OSError(number, os.strerror(number))))
-    *_, failure = ExpertActor(orders, shared(data)).train(5)
+    *_, failure = ExpertActor(orders, shared(data), 5).train()
     assert (failure.kind, failure.lasting) == ("StorageError", lasting)
     assert os.strerror(number) in failure.message
 

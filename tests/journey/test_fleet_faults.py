@@ -391,7 +391,8 @@ def test_a_full_disk_ends_the_fleet_at_once(lad, fleet_job, undisturbed, look, t
         kill_session(process.pid)
     assert "tried again" not in ended.out
     happened = look.events(run)
-    assert len(of(happened, "expert-failed")) == 1 and not of(happened, "expert-restarted")
+    assert len(of(happened, "expert-failed")) in (1, 2)  # the other actor may meet it at the same moment
+    assert not of(happened, "expert-restarted")
     assert of(happened, "stage-stopped")[0]["time"] - of(happened, "expert-failed")[0]["time"] < 10
     lad("experts", fleet_job, "--out", run).succeeds()
     same_as(undisturbed, run, look)
