@@ -17,6 +17,7 @@ test: lint types unit
 
 lint: develop
 	$(BIN)/ruff check lad_dist tests benchmarks
+	$(BIN)/ruff format --check lad_dist tests benchmarks docs
 
 types: develop
 	$(BIN)/mypy

@@ -53,7 +53,12 @@ def steps(args: argparse.Namespace) -> Iterator[Row]:
         for name, seconds in found["seconds"].items():
             base = "plain loop" if name.startswith("gsam") else "textbook"
             yield Row(
-                f"step, {size}: {name}", seconds, "s", ratio=found["ratio"][name], of=base, floor=found["floor"].get(name)
+                f"step, {size}: {name}",
+                seconds,
+                "s",
+                ratio=found["ratio"][name],
+                of=base,
+                floor=found["floor"].get(name),
             )
         for layer, rate in enumerate(found["rates"]["convolutions"], 1):
             yield Row(f"rate, {size}: convolution {layer}", rate / 1e9, "GFLOP/s", "more")
@@ -111,7 +116,9 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 
 def called(script: str, *options: str) -> str:
     """What one of the benchmarks beside this one printed. Raises SystemExit with its complaint if it fails."""
-    done = subprocess.run([sys.executable, str(HERE / script), *options], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *options], stdout=subprocess.PIPE, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"benchmarks/{script} failed with exit code {done.returncode}")
     return done.stdout
@@ -127,16 +134,24 @@ def from_file(script: str, *options: str) -> Any:
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
     """What the numbers hold for."""
-    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     changed = subprocess.run(
-        ["git", "-C", str(HERE), "status", "--porcelain", "--", "../lad_dist"], capture_output=True, text=True, check=False
+        ["git", "-C", str(HERE), "status", "--porcelain", "--", "../lad_dist"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return {
         "date": date.today().isoformat(),
         "machine": f"{processor()}, {os.cpu_count()} cores",
         "threads": args.threads,
         "commit": (commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")) or "unknown",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numba", "ray", "pyarrow")}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numba", "ray", "pyarrow")},
+        },
         "load_before": round(os.getloadavg()[0], 2),
     }
 

@@ -47,7 +47,9 @@ def compared(old: dict[str, Any], new: dict[str, Any], least: float) -> list[str
         if before is None:
             lines.append(f"{name:<74}{'':>11}{after['value']:>11.4f} {after['unit']:<10} new row")
             continue
-        ratios = f"{before['ratio']:.2f} -> {after['ratio']:.2f}" if None not in (before["ratio"], after["ratio"]) else ""
+        ratios = (
+            f"{before['ratio']:.2f} -> {after['ratio']:.2f}" if None not in (before["ratio"], after["ratio"]) else ""
+        )
         factor = after["value"] / before["value"] if before["value"] else float("nan")
         lines.append(
             f"{name:<74}{before['value']:>11.4f}{after['value']:>11.4f} {after['unit']:<10}{factor:>8.2f}{ratios:>16} "

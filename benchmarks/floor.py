@@ -78,7 +78,9 @@ def floors(backbone: nn.Sequential, image: Tensor, measured: Rates, batches: dic
     for row, (first, others, passes) in COUNTS.items():
         seconds = 0.0
         for i, (layer, rate) in enumerate(zip(found, measured.convolutions, strict=True)):
-            seconds += (first if i == 0 else others) * layer.operations / rate + passes * 4 * layer.values / measured.copy
+            seconds += (
+                first if i == 0 else others
+            ) * layer.operations / rate + passes * 4 * layer.values / measured.copy
         out[row] = batches[row] * seconds
     return out
 

@@ -183,7 +183,9 @@ def table(args: argparse.Namespace, runs: list[Run]) -> str:
                     for m in args.methods
                 ]
                 if "initial" in args.baselines:
-                    wanted += [(f"{m}, starting set", [r for r in these if r.method == m], "initial") for m in args.methods]
+                    wanted += [
+                        (f"{m}, starting set", [r for r in these if r.method == m], "initial") for m in args.methods
+                    ]
                 real = [b for b in args.baselines if b != "initial" and not b.startswith("full")]
                 wanted += [(NAMES.get(b, b), these, b) for b in real]
                 # The whole set has no IPC: it is measured with the first.

@@ -69,7 +69,10 @@ def drift(iterations: int, folder: Path) -> tuple[Difference, Difference]:
     recipe = Recipe.model_validate(document)
 
     def distilled(name: str, ranks: int) -> DistilledSet:
-        screen, profile = Screen(Console(file=io.StringIO())), Profile(fleet="off", threads=1, ranks=ranks, device="cpu")
+        screen, profile = (
+            Screen(Console(file=io.StringIO())),
+            Profile(fleet="off", threads=1, ranks=ranks, device="cpu"),
+        )
         pipeline = open_pipeline(recipe, folder / name, profile, folder / "buffers", torch.device("cpu"), screen)
         pipeline.experts()
         pipeline.distill()

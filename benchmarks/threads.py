@@ -82,7 +82,9 @@ def table(seconds: float, load: float) -> str:
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {cores} cores, load {load:.1f} before: `python benchmarks/threads.py`. "
         "Milliseconds of a call (a student's calls are two steps), mean.",
         "",
-        "| step | busy processes | cores free | " + " | ".join(f"{t} thread{'s' * (t > 1)}, {w}" for t, w in columns) + " |",
+        "| step | busy processes | cores free | "
+        + " | ".join(f"{t} thread{'s' * (t > 1)}, {w}" for t, w in columns)
+        + " |",
         "|---|---|---|" + "---|" * len(columns),
     ]
     for name in STEPS:

@@ -67,7 +67,9 @@ def _passed_on(options: dict[str, Option]) -> dict[str, Option]:
         _check_not_own(name, name)
         if name == "slurm_additional_parameters":
             if not isinstance(value, dict):
-                raise ValueError(f"{name}: {value!r} is no mapping; valid: sbatch's long options, such as {{nice: 100}}")
+                raise ValueError(
+                    f"{name}: {value!r} is no mapping; valid: sbatch's long options, such as {{nice: 100}}"
+                )
             for option in value:
                 _check_not_own(f"slurm_{option.lstrip('-').replace('-', '_')}", f"{name}: {option}")
     return options
@@ -146,9 +148,13 @@ class SlurmConfig(BaseModel):
         None,
         description="sbatch --dependency, beside that of the chain itself: every job waits for it, for example afterok:1234",
     )
-    begin: Text | None = Field(None, description="sbatch --begin: no job starts before, for example now+2hours or 20:00")
+    begin: Text | None = Field(
+        None, description="sbatch --begin: no job starts before, for example now+2hours or 20:00"
+    )
     comment: Text | None = Field(None, description="sbatch --comment; default: lad-dist and the submission's name")
-    mail: Text | None = Field(None, description="sbatch --mail-user: whom SLURM writes to about the jobs; default: nobody")
+    mail: Text | None = Field(
+        None, description="sbatch --mail-user: whom SLURM writes to about the jobs; default: nobody"
+    )
     mail_events: Text = Field("FAIL", description="sbatch --mail-type: what about, for example BEGIN,END,FAIL")
     time_minutes: Annotated[Int, Field(ge=1)] = Field(240, description="time limit of one job; it is requeued to go on")
     tasks_per_node: Annotated[Int, Field(ge=1)] | None = Field(
@@ -180,7 +186,9 @@ class SlurmConfig(BaseModel):
     @classmethod
     def _all_of_them(cls, value: str | None) -> str | None:
         if value is not None and "?" in value:
-            raise ValueError(f"{value!r}: SLURM cannot combine ? (any of them) with the chain's own; valid: , (all of them)")
+            raise ValueError(
+                f"{value!r}: SLURM cannot combine ? (any of them) with the chain's own; valid: , (all of them)"
+            )
         return value
 
 

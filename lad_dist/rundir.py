@@ -143,9 +143,7 @@ class RunDir:
         return self.root / "slurm" / "logs"
 
     @classmethod
-    def open(
-        cls, root: Path, recipe: Recipe, buffers: Path | str | None = None, keep_recipe: bool = False
-    ) -> RunDir:
+    def open(cls, root: Path, recipe: Recipe, buffers: Path | str | None = None, keep_recipe: bool = False) -> RunDir:
         """The folder of ``recipe``'s run, made if need be.
 
         Raises RunDirError where the folder cannot be written, or holds another recipe's run (naming the fields that

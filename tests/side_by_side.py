@@ -1,6 +1,6 @@
 """Every test, in two processes side by side: those in tests/slurm and of the documents mostly wait, the others compute.
 
-    python tests/side_by_side.py          # the second's output comes when the first has ended
+python tests/side_by_side.py          # the second's output comes when the first has ended
 """
 
 from __future__ import annotations

@@ -78,15 +78,33 @@ def test_what_it_calls_takes_its_options(benchmark_module):
 
 def result(path: Path, factor: float, name: str = "step") -> Path:
     rows = [
-        {"name": name, "value": 2.0 * factor, "unit": "s", "better": "less", "ratio": 0.5 * factor, "of": "x", "floor": 1.0},
-        {"name": "rate", "value": 3.0 * factor, "unit": "1/s", "better": "more", "ratio": None, "of": None, "floor": None},
+        {
+            "name": name,
+            "value": 2.0 * factor,
+            "unit": "s",
+            "better": "less",
+            "ratio": 0.5 * factor,
+            "of": "x",
+            "floor": 1.0,
+        },
+        {
+            "name": "rate",
+            "value": 3.0 * factor,
+            "unit": "1/s",
+            "better": "more",
+            "ratio": None,
+            "of": None,
+            "floor": None,
+        },
     ]
     machine = {"date": "2026-01-02", "machine": "m", "threads": 2, "commit": "abc", "versions": {"torch": "2"}}
     path.write_text(json.dumps({**machine, "rows": rows}))
     return path
 
 
-@pytest.mark.parametrize(("factor", "of_step", "of_rate"), [(2.0, "worse", "better"), (0.5, "better", "worse"), (1.05, "", "")])
+@pytest.mark.parametrize(
+    ("factor", "of_step", "of_rate"), [(2.0, "worse", "better"), (0.5, "better", "worse"), (1.05, "", "")]
+)
 def test_what_changed(benchmark_module, monkeypatch, capsys, tmp_path, factor, of_step, of_rate):
     old, new = result(tmp_path / "old.json", 1), result(tmp_path / "new.json", factor)
     monkeypatch.setattr(sys, "argv", ["compare.py", str(old), str(new)])

@@ -160,7 +160,9 @@ def test_pods_that_ask_for_gpus_may_run_on_gpu_nodes(job):
     assert asking
     for spec in templates(job):
         tolerated = [t for t in spec.get("tolerations", []) if t["key"] == "nvidia.com/gpu"]
-        assert [(t["operator"], t["effect"]) for t in tolerated] == ([("Exists", "NoSchedule")] if spec in asking else [])
+        assert [(t["operator"], t["effect"]) for t in tolerated] == (
+            [("Exists", "NoSchedule")] if spec in asking else []
+        )
 
 
 def test_the_entrypoint_is_a_command_that_finds_its_files(job):

@@ -104,7 +104,9 @@ def test_every_cell_with_a_configuration_is_compared() -> None:
     cells = [row["cell"] for row in official()]
     assert len(set(cells)) == len(cells) == 22
     without = {f"cifar100-lt-f50-ipc{i}" for i in (10, 20, 50)} | {f"tiny-imagenet-lt-f100-ipc{i}" for i in (10, 20)}
-    tables = {f.stem for f in FILES if f.stem.startswith(("cifar10-lt", "cifar100-lt", "tiny")) and "f500" not in f.stem}
+    tables = {
+        f.stem for f in FILES if f.stem.startswith(("cifar10-lt", "cifar100-lt", "tiny")) and "f500" not in f.stem
+    }
     assert tables - {"cifar10-lt-f1000-ipc10"} == set(cells) | without
 
 

@@ -103,7 +103,9 @@ def test_a_second_one_refuses_and_names_the_first(pipeline_of, other, verb):
     pipeline = pipeline_of()
     first = other(pipeline.run.root, verb)
     began = time.monotonic()
-    with pytest.raises(RunDirError, match=rf"lad-dist {verb}` in this folder already \(process {first.pid} on {host_name()}, "):
+    with pytest.raises(
+        RunDirError, match=rf"lad-dist {verb}` in this folder already \(process {first.pid} on {host_name()}, "
+    ):
         pipeline.all() if verb == "run" else pipeline.distill()
     assert time.monotonic() - began < 10 and not list(read_events(pipeline.run.events))
     assert not pipeline.run.distilled.exists()

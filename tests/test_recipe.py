@@ -226,7 +226,10 @@ def test_numbers_that_people_read_otherwise_are_refused(tmp_path, value):
     (tmp_path / "r.yaml").write_text(f"ipc: {value}\nexperts: {{lr: {value}}}\n")
     with pytest.raises(RecipeError) as raised:
         recipe_file.load(tmp_path / "r.yaml")
-    assert [line.split(": ")[1:3] for line in raised.value.faults] == [["ipc", repr(value)], ["experts.lr", repr(value)]]
+    assert [line.split(": ")[1:3] for line in raised.value.faults] == [
+        ["ipc", repr(value)],
+        ["experts.lr", repr(value)],
+    ]
 
 
 @pytest.mark.parametrize(("text", "value"), [

@@ -411,7 +411,12 @@ def test_odd_values_in_events_are_no_traceback_anywhere(run, tmp_path):
     whole = {"iteration": 3, "epoch": 2, "expert": 0, "seed": 0, "stage": "representation", "source": "distilled",
              "architecture": "convnet", "counts": [5, 1], "alpha": 0.1, "loss_representation": 0.5, "seconds": 1.0,
              "alignment": {"representation": {"cosine_head": 0.5}}, "pixel_gradient_norm": [1.0, 0.5]}  # fmt: skip
-    lines = [json.dumps({"time": 1.0, "kind": kind, **whole, field: odd}) for kind in KINDS for field in FIELDS for odd in ODD]
+    lines = [
+        json.dumps({"time": 1.0, "kind": kind, **whole, field: odd})
+        for kind in KINDS
+        for field in FIELDS
+        for odd in ODD
+    ]
     lines += ["[" * 100_000, "9" * 5000, "null", "[]", '"kind"', '{"kind": ["x"]}']
     run.root.joinpath("events.jsonl").write_text("\n".join(lines) + "\n")
     print_status(run.status(), Console(file=io.StringIO()))

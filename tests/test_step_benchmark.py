@@ -17,7 +17,9 @@ ARGUMENTS = ["--width", "4", "--shape", "1x8x8", "--classes", "3", "--batch", "6
 PLAIN = {"representation/textbook", "classifier/textbook", "gsam/plain loop", "gsam/plain loop of the classifier"}
 OURS = {*(f"{phase}/{path}" for phase in ("representation", "classifier") for path in ("keep", "recompute")),
         "gsam/representation", "gsam/classifier"}  # fmt: skip
-KEEPING = {f"{phase}/textbook, memory kept" for phase in ("representation", "classifier")} | {"gsam/plain loop, memory kept"}
+KEEPING = {f"{phase}/textbook, memory kept" for phase in ("representation", "classifier")} | {
+    "gsam/plain loop, memory kept"
+}
 ROWS = PLAIN | OURS | KEEPING
 
 
@@ -99,7 +101,9 @@ def test_the_floor_counts_what_the_layers_do(benchmark_module):
     batches = dict.fromkeys(floor.COUNTS, 10)
     found = floor.floors(net.features, torch.randn(1, 3, 8, 8), rates, batches)
     passes = 3.5 * 4 * (first.values + second.values) / 1e10
-    assert found["classifier/keep"] == pytest.approx(10 * (2 * first.operations / 1e9 + 2 * second.operations / 2e9 + passes))
+    assert found["classifier/keep"] == pytest.approx(
+        10 * (2 * first.operations / 1e9 + 2 * second.operations / 2e9 + passes)
+    )
     assert found["representation/keep"] < found["representation/recompute"]
 
 

@@ -35,4 +35,6 @@ def doctor(
             screen.print(line, soft_wrap=True)
             failed += [one.name] if one.level == "fail" else []
     if failed:
-        raise DoctorError(f"{len(failed)} check{'s' if len(failed) > 1 else ''} failed: {', '.join(dict.fromkeys(failed))}")
+        raise DoctorError(
+            f"{len(failed)} check{'s' if len(failed) > 1 else ''} failed: {', '.join(dict.fromkeys(failed))}"
+        )

@@ -27,7 +27,8 @@ def run(
     ranks: RanksOption = None,
     wait: WaitOption = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="On SLURM: say what would be submitted; nothing is, and nothing is written.")
+        bool,
+        typer.Option("--dry-run", help="On SLURM: say what would be submitted; nothing is, and nothing is written."),
     ] = False,
 ) -> None:
     """Everything that is not done yet: experts, distillation, evaluation, report. Resumes."""

@@ -127,7 +127,9 @@ def _of_hugging_face(of: Any, where: str, config: DataConfig) -> _Items:
         if column not in of.features:
             raise DataError(f"data.{field}: {where} has no column {column!r}; valid: {', '.join(of.column_names)}")
     names = getattr(of.features[labels], "names", None)
-    return _Items(where, _labels(of[labels], where), lambda i: _item(of, where, i)[images], tuple(names) if names else None)
+    return _Items(
+        where, _labels(of[labels], where), lambda i: _item(of, where, i)[images], tuple(names) if names else None
+    )
 
 
 def _only(where: str, what: str, columns: list[str]) -> str:

@@ -111,7 +111,14 @@ def load_splits(config: DataConfig, on_progress: Progress | None = None) -> Data
     field at fault.
     """
     o = _open(config)
-    train, test, class_names, kept, held_out, pixel_format = o.train, o.test, o.class_names, o.kept, o.held_out, o.pixels
+    train, test, class_names, kept, held_out, pixel_format = (
+        o.train,
+        o.test,
+        o.class_names,
+        o.kept,
+        o.held_out,
+        o.pixels,
+    )
     total = len(kept) + len(held_out) + len(test.labels_N)
     done = 0
 
@@ -172,7 +179,9 @@ def _open(config: DataConfig) -> _Opened:
     if config.test_fraction is None:  # else a class of one image is not tested
         check_labels(test, num_classes)
     elif not len(test.labels_N):
-        raise DataError(f"{train.where}: every class has one image, so none can be tested; valid: a test split of its own")
+        raise DataError(
+            f"{train.where}: every class has one image, so none can be tested; valid: a test split of its own"
+        )
     class_names = train.class_names or tuple(str(c) for c in range(num_classes))
     kept, held_out = choose_training_images(train.labels_N, class_names, config)
     return _Opened(train, test, class_names, kept, held_out, probe(train, config))

@@ -105,7 +105,9 @@ def _open(item: Item) -> Image.Image:
         raise DataError(f"{item.where}: no such file") from error
     except UnidentifiedImageError as error:
         what = "of no known format" if content else "empty"
-        raise DataError(f"{item.where}: not a readable image (it is {what}); valid: PNG, JPEG, BMP, WebP, ...") from error
+        raise DataError(
+            f"{item.where}: not a readable image (it is {what}); valid: PNG, JPEG, BMP, WebP, ..."
+        ) from error
     except _DECODE_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(f"{item.where}: not a readable image ({reason}); valid: PNG, JPEG, BMP, WebP, ...") from error

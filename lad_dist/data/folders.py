@@ -128,7 +128,9 @@ def image_files(folder: Path) -> tuple[list[Path], list[str]]:
         for link in (Path(parent, name) for name in sorted(folders) if os.path.islink(os.path.join(parent, name))):
             target = link.resolve()
             if target in (Path(parent).resolve(), *Path(parent).resolve().parents):
-                raise DataError(f"{link.absolute()}: is a link to {target}, which it is in itself: a loop; remove the link")
+                raise DataError(
+                    f"{link.absolute()}: is a link to {target}, which it is in itself: a loop; remove the link"
+                )
             skipped.append(f"{link.absolute()} (a link to the folder {target}) is not followed")
         files += [
             Path(parent, name)

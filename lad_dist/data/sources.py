@@ -143,7 +143,9 @@ def check_labels(source: Source, num_classes: int | None = None) -> int:
             f"valid: at least one image of each of the {top} classes"
         )
     if top < 2:
-        raise DataError(f"{source.where}: there is one class only; valid: two or more, since one leaves nothing to tell apart")
+        raise DataError(
+            f"{source.where}: there is one class only; valid: two or more, since one leaves nothing to tell apart"
+        )
     return top
 
 

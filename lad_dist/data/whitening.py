@@ -158,7 +158,9 @@ class Whitening:
             tensors, metadata = load_tensors(Path(path))
             if metadata.get("format") not in (_FORMAT, _WITHOUT_SUM):
                 raise DataError(f"{path}: format {metadata.get('format')!r}; valid: {_FORMAT!r}")
-            if set(metadata) != {"format", "kind", "eps", "shape"} | ({"sha256"} if metadata["format"] == _FORMAT else set()):
+            if set(metadata) != {"format", "kind", "eps", "shape"} | (
+                {"sha256"} if metadata["format"] == _FORMAT else set()
+            ):
                 raise ValueError(f"its metadata are {', '.join(sorted(metadata))}")
             channels, height, width = (int(size) for size in metadata["shape"].split(","))
             kind, eps = _KINDS[_KINDS.index(metadata["kind"])], float(metadata["eps"])

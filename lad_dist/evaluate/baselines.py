@@ -136,7 +136,9 @@ def chosen_real(
     try:
         if file.exists():
             kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["key"] == key and "sha256" in kept:  # of a version that wrote none: chosen again, with the same outcome
+            if (
+                kept["key"] == key and "sha256" in kept
+            ):  # of a version that wrote none: chosen again, with the same outcome
                 if kept["sha256"] != _sum_of(kept):
                     raise ValueError("it does not match its own checksum")
                 return np.array(kept["images"], dtype=np.int64)

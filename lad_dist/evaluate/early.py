@@ -65,9 +65,7 @@ class EarlyEvaluation:
         assert images is not None, "the recipe was checked to hold out validation images"
         rows = rng(self._recipe.seed, "early", "images").permutation(len(images))[:MOST_IMAGES]
         rows_N = torch.from_numpy(np.sort(rows))
-        return PreparedSet(
-            images.images_NCHW[rows_N], images.labels_N[rows_N], self._data.whitening, self._data.device
-        )
+        return PreparedSet(images.images_NCHW[rows_N], images.labels_N[rows_N], self._data.whitening, self._data.device)
 
 
 def trained(

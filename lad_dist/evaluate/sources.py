@@ -72,7 +72,9 @@ def settings_of(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
         "momentum": e.momentum,
         "weight_decay": e.weight_decay,
         "decay": e.decay,
-        "augment": recipe.augment.model_copy(update={"operations": ()}) if source.endswith("-plain") else recipe.augment,
+        "augment": recipe.augment.model_copy(update={"operations": ()})
+        if source.endswith("-plain")
+        else recipe.augment,
     }
     if of_everything(source):
         return Settings(

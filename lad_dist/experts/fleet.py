@@ -353,7 +353,9 @@ class Fleet:
             self._metrics.epoch()
         else:
             self._members.remove(member)
-            self._ending.append(member.handle.__ray_terminate__.remote())  # it has nothing left to do, and ends by itself
+            self._ending.append(
+                member.handle.__ray_terminate__.remote()
+            )  # it has nothing left to do, and ends by itself
             if isinstance(report, Failure):
                 self._failed(report)
             elif isinstance(report, Finished):

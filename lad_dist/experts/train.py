@@ -47,7 +47,6 @@ class Epoch:
     images_per_second: float
 
 
-
 def network_loss(module: nn.Module, layout: Layout, images_BCHH: Tensor, labels_B: Tensor) -> LossOf:
     """Cross-entropy of the whole network on one batch, as a function of all weights (P,)."""
 

@@ -205,7 +205,9 @@ def _node(
         )
     try:
         yield process
-    except BaseException:  # SLURM, which has asked this task to end, waits a few seconds only; a node has nothing to save
+    except (
+        BaseException
+    ):  # SLURM, which has asked this task to end, waits a few seconds only; a node has nothing to save
         process.kill()
         raise
     finally:
@@ -222,7 +224,9 @@ def _make_private(folder: Path) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
     there = folder.lstat()
     if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o077:
-        raise ClusterError(f"ray: {folder}: is not a folder of this user alone (mode 0700); remove it, or ask its owner to")
+        raise ClusterError(
+            f"ray: {folder}: is not a folder of this user alone (mode 0700); remove it, or ask its owner to"
+        )
 
 
 def _await_head(process: subprocess.Popen[bytes], address: str, port: int, task: Task) -> None:

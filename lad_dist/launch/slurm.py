@@ -168,12 +168,16 @@ def dry_run(
         refused += [] if why is None else [one.stage]
         ranks = f", {one.profile.ranks} ranks" if one.stage == "distill" else ""
         verdict = "SLURM would take it" if why is None else f"SLURM would refuse it: {why}"
-        say(f"{one.stage}: {_array_of(job).removeprefix(', ') or 'one job'}{ranks}, on the {_device_of(one)}; {verdict}")
+        say(
+            f"{one.stage}: {_array_of(job).removeprefix(', ') or 'one job'}{ranks}, on the {_device_of(one)}; {verdict}"
+        )
         say(f"  sbatch {' '.join(_asked(one, profile, waits))}")
     say(f"dry run: nothing was submitted, and nothing written; the run folder would be {quote(str(out))}" if todo.requests
         else "dry run: there is nothing to submit")  # fmt: skip
     if refused:
-        raise ClusterError(f"SLURM would refuse {', '.join(refused)}; correct the profile, or see `lad-dist doctor --on PROFILE`")
+        raise ClusterError(
+            f"SLURM would refuse {', '.join(refused)}; correct the profile, or see `lad-dist doctor --on PROFILE`"
+        )
 
 
 def _array_of(job: Job) -> str:
@@ -226,7 +230,9 @@ class _Todo:
         todo = [stage for stage in STAGES if stage in todo or stage in {state.stage for state in replaced}]
         requests = [request(stage, recipe, profile, out.name, identity, wanted.question) for stage in todo]
         for one in requests:
-            _executor(Path(tempfile.gettempdir()), profile, one.parameters)  # refuses options that submitit does not know
+            _executor(
+                Path(tempfile.gettempdir()), profile, one.parameters
+            )  # refuses options that submitit does not know
         ending = [state.job for state in states if state.state == "ending"]
         return cls(requests, queued, replaced, {state.stage: state.job for state in queued}, ending)
 

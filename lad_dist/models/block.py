@@ -140,7 +140,9 @@ def _compiled_gpu(device: torch.device, dtype: torch.dtype, size: tuple[int, ...
         _warn(device.type, str(error))
         return None
     with torch.no_grad():
-        against = compiled_gpu.check(torch.empty(0, 0, *size, dtype=dtype, device=device), (_forward, _backward, _second))
+        against = compiled_gpu.check(
+            torch.empty(0, 0, *size, dtype=dtype, device=device), (_forward, _backward, _second)
+        )
     if against is not None:
         _warn(device.type, against)
     return compiled_gpu if against is None else None

@@ -146,7 +146,11 @@ def _second(data: Any, zero: Any) -> None:
     mean, rstd = carray(_at(d[13], zero), planes), carray(_at(d[14], zero), planes)
     by_x, by_gamma = carray(_at(d[16], zero), (planes, count)), carray(_at(d[17], zero), planes)
     n, quarter = x.dtype.type(count), x.dtype.type(0.25)
-    row, masked, spare = np.zeros(width, x.dtype), np.zeros((height, width), x.dtype), np.empty((height, width), x.dtype)
+    row, masked, spare = (
+        np.zeros(width, x.dtype),
+        np.zeros((height, width), x.dtype),
+        np.empty((height, width), x.dtype),
+    )
     g, h = masked.ravel(), spare.ravel()
     start = _take(data, amount)
     while start < planes:

@@ -63,7 +63,12 @@ def _forward(
     a, b, c, d = _load(x + plane * height * width, width, corner, m00, m01, m10, m11)
     count = height * width
     m = _total(a, b, c, d) / count
-    ca, cb, cc, cd = tl.where(m00, a - m, 0.0), tl.where(m01, b - m, 0.0), tl.where(m10, c - m, 0.0), tl.where(m11, d - m, 0.0)
+    ca, cb, cc, cd = (
+        tl.where(m00, a - m, 0.0),
+        tl.where(m01, b - m, 0.0),
+        tl.where(m10, c - m, 0.0),
+        tl.where(m11, d - m, 0.0),
+    )
     s = 1.0 / tl.sqrt(_total(ca * ca, cb * cb, cc * cc, cd * cd) / count + tl.load(eps))
     channel = plane % channels
     scale = s * tl.load(gamma + channel)
@@ -127,10 +132,20 @@ def _second(
     channel, count, after = plane % channels, height * width, plane * (height // 2) * (width // 2)
     x0, x1, x2, x3 = _load(x + plane * count, width, corner, m00, m01, m10, m11)
     a0, a1, a2, a3 = _load(a + plane * count, width, corner, m00, m01, m10, m11)
-    m, s, gamma_c, beta_c = tl.load(mean + plane), tl.load(rstd + plane), tl.load(gamma + channel), tl.load(beta + channel)
+    m, s, gamma_c, beta_c = (
+        tl.load(mean + plane),
+        tl.load(rstd + plane),
+        tl.load(gamma + channel),
+        tl.load(beta + channel),
+    )
     scale = s * gamma_c
     g0, g1, g2, g3 = _masked(u + after, x0, x1, x2, x3, scale, beta_c - m * scale, place, m11)
-    x0, x1, x2, x3 = (x0 - m) * s, (x1 - m) * s, (x2 - m) * s, (x3 - m) * s  # z; where there is no pixel, a and g are zero
+    x0, x1, x2, x3 = (
+        (x0 - m) * s,
+        (x1 - m) * s,
+        (x2 - m) * s,
+        (x3 - m) * s,
+    )  # z; where there is no pixel, a and g are zero
     m_a, m_g = _total(a0, a1, a2, a3) / count, _total(g0, g1, g2, g3) / count
     m_az, m_gz = _total(a0 * x0, a1 * x1, a2 * x2, a3 * x3) / count, _total(g0 * x0, g1 * x1, g2 * x2, g3 * x3) / count
     inner = _total(a0 * g0, a1 * g1, a2 * g2, a3 * g3) / count - m_a * m_g - m_az * m_gz  # k = N gamma inner
@@ -141,8 +156,14 @@ def _second(
     r0, r1 = _by_x(x0, a0, g0, s, q_a, q_g, m_q, m_qz, k), _by_x(x1, a1, g1, s, q_a, q_g, m_q, m_qz, k)
     r2, r3 = _by_x(x2, a2, g2, s, q_a, q_g, m_q, m_qz, k), _by_x(x3, a3, g3, s, q_a, q_g, m_q, m_qz, k)
     _store(by_x + plane * count, width, corner, m00, m01, m10, m11, r0, r1, r2, r3)
-    h0, h1 = _h(x0, a0, scale, m_a, m_az, gamma_c, beta_c, c_c, e_c), _h(x1, a1, scale, m_a, m_az, gamma_c, beta_c, c_c, e_c)
-    h2, h3 = _h(x2, a2, scale, m_a, m_az, gamma_c, beta_c, c_c, e_c), _h(x3, a3, scale, m_a, m_az, gamma_c, beta_c, c_c, e_c)
+    h0, h1 = (
+        _h(x0, a0, scale, m_a, m_az, gamma_c, beta_c, c_c, e_c),
+        _h(x1, a1, scale, m_a, m_az, gamma_c, beta_c, c_c, e_c),
+    )
+    h2, h3 = (
+        _h(x2, a2, scale, m_a, m_az, gamma_c, beta_c, c_c, e_c),
+        _h(x3, a3, scale, m_a, m_az, gamma_c, beta_c, c_c, e_c),
+    )
     tl.store(by_u + after + place, 0.25 * (h0 + h1 + h2 + h3), mask=m11)
 
 
@@ -193,7 +214,9 @@ def _run(kernel: Any, x_BCHH: Tensor, *tensors: Tensor) -> None:
         with where:
             held = [t.contiguous() for t in tensors]
             warps = 1 if windows <= 64 else 4 if windows <= 1024 else 16
-            kernel[(batch * channels,)](*held, channels, height, width, ROWS=sides[0], COLUMNS=sides[1], num_warps=warps)
+            kernel[(batch * channels,)](
+                *held, channels, height, width, ROWS=sides[0], COLUMNS=sides[1], num_warps=warps
+            )
 
 
 @functools.lru_cache(maxsize=64)
@@ -211,7 +234,9 @@ def check(x_BCHH: Tensor, by_torch: tuple[Callable[..., Any], Callable[..., Any]
     if max(height, width) > LARGEST_SIDE:
         return f"planes of {height}x{width} are too large"
     like: dict[str, Any] = {"dtype": x_BCHH.dtype, "device": x_BCHH.device}
-    x, a = (torch.linspace(-1, 1, 6 * height * width, **like).mul(f).sin().view(2, 3, height, width) for f in (31.0, 47.0))
+    x, a = (
+        torch.linspace(-1, 1, 6 * height * width, **like).mul(f).sin().view(2, 3, height, width) for f in (31.0, 47.0)
+    )
     gamma, beta, c, e = (torch.linspace(low, 1, 3, **like) for low in (-1.0, 0.2, -0.7, 0.5))
     u = torch.linspace(-1, 2, 6 * (height // 2) * (width // 2), **like).view(2, 3, height // 2, width // 2)
     try:

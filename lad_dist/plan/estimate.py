@@ -99,7 +99,9 @@ def refuse_what_cannot_fit(recipe: Recipe, facts: Facts, place: Place, buffer: P
     """Raise RecipeError where the place's memory, or the whole disk of ``buffer``, is too small for the job."""
     shapes = shapes_of(recipe, facts)
     needed, free = _disk(recipe, shapes, buffer)
-    room = None if buffer is None or free is None else shutil.disk_usage(_existing(buffer)).total or None  # 0: not a disk
+    room = (
+        None if buffer is None or free is None else shutil.disk_usage(_existing(buffer)).total or None
+    )  # 0: not a disk
     faults = limits.faults(recipe, facts, shapes, place, (needed, room))
     if faults:
         raise RecipeError(faults)
@@ -405,7 +407,9 @@ class _Times:
             return []
         rounds = math.ceil(rates * len(epochs) / self.place.world)
         seconds = rounds * epoch * sum(epochs) / len(epochs)
-        return [(f"tune {source}", seconds, f"{rates} learning rates x {len(epochs)} numbers of epochs, a network each")]
+        return [
+            (f"tune {source}", seconds, f"{rates} learning rates x {len(epochs)} numbers of epochs, a network each")
+        ]
 
 
 def _epoch(step: StepTime, images: int, batch: int) -> float:

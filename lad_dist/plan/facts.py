@@ -48,6 +48,8 @@ _KNOWN = {
     "cifar100": _Known(3, 32, 100, 500, 10_000),
     "tiny-imagenet": _Known(3, 64, 200, 500, 10_000),
 }
+
+
 @dataclass(frozen=True)
 class _Lists:
     title: str

@@ -36,7 +36,10 @@ _VECTORS = 10  # of P values: the window, theta, the sum, the direction, and res
 _REPLICA_VECTORS = 3  # DistributedDataParallel: weights, gradients, bucket
 _SMALL = 4 * 2**20  # what no shape explains: compiled kernels, the allocator's own
 _FLOAT64_UP_TO = 4096  # values per image up to which data/whitening.py computes in float64
-PROCESS = {"cpu": 420 * 10**6, "cuda": 600 * 10**6}  # a process with torch and numba loaded (measured); a CUDA context (assumed)
+PROCESS = {
+    "cpu": 420 * 10**6,
+    "cuda": 600 * 10**6,
+}  # a process with torch and numba loaded (measured); a CUDA context (assumed)
 RAY_BYTES = 600 * 10**6  # of Ray's own processes on a host, without the dashboard (measured)
 COMPRESSION = 0.85  # of the trajectory buffer, BYTE_STREAM_SPLIT and zstd: benchmarks/results/buffer_encoding.md
 

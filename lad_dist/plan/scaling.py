@@ -122,7 +122,9 @@ def phases_of(recipe: Recipe, shapes: Shapes, path: str, step_of: Callable[[str]
             step = step_of(f"classifier/{path}")
             real = d.regression_batch * step.per_image / WAY_AND_BACK
             features = 4 * min(d.batch, total) * (shapes.classifier // shapes.classes + shapes.classes)
-            found.append(PhaseCost(name, path, 1, features, 1, StepTime(step.per_image, step.per_step + real, step.launch)))
+            found.append(
+                PhaseCost(name, path, 1, features, 1, StepTime(step.per_image, step.per_step + real, step.launch))
+            )
         else:
             sums = 2 if path == "recompute" and name == "representation" else 1
             found.append(PhaseCost(name, path, steps[name], bytes_per_sum[name], sums, step_of(f"{name}/{path}")))

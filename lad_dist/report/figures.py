@@ -36,7 +36,9 @@ def _by_source(found: Contents) -> dict[str, list[list[float]]]:
         return {}
     architecture = found.rows[0]["architecture"]
     all_of = {
-        key: [row["per_class"] for row in found.main_rows if (row["source"], row["architecture"]) == (key, architecture)]
+        key: [
+            row["per_class"] for row in found.main_rows if (row["source"], row["architecture"]) == (key, architecture)
+        ]
         for key in tables.CHARTED
     }
     return {key: of for key, of in all_of.items() if of}

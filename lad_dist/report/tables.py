@@ -142,7 +142,9 @@ def protocol_notes(rows: Iterable[Row]) -> list[str]:
             notes.append(f"Another protocol than {source_title(first)}: {title}: {told}.")
     said = [f"{rule}: {', '.join(titles)}" for rule, titles in rules.items()]
     if len(schedules["small"]) < 2:
-        known = {kind: sorted(filter(None, of)) for kind, of in schedules.items()}  # a row may not say how it was trained
+        known = {
+            kind: sorted(filter(None, of)) for kind, of in schedules.items()
+        }  # a row may not say how it was trained
         spans = [f"{', '.join(of)}{' (whole set)' * (kind == 'whole')}" for kind, of in known.items() if of]
         said[:0] = [f"epochs, rate {'; '.join(spans)}"] if spans else []
     return [*([f"Schedules. {'; '.join(said)}."] if said else []), *notes]

@@ -56,7 +56,9 @@ class Result:
     @classmethod
     def of(cls, row: Row) -> Result:
         """The result that a row of results.json holds."""
-        read = {f.name: row.get(f.name) for f in fields(cls)} | {n: row["settings"][n] for n in ("epochs", "lr", "batch")}
+        read = {f.name: row.get(f.name) for f in fields(cls)} | {
+            n: row["settings"][n] for n in ("epochs", "lr", "batch")
+        }
         return cls(**read | {"per_class": tuple(row.get("per_class", ()))})
 
 
@@ -116,7 +118,12 @@ def _without_start(tensors: Path) -> bool:
     try:
         with tensors.open("rb") as file:
             return "initial_label_logits" not in json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    except (OSError, ValueError, OverflowError, MemoryError):  # not there yet, or damaged: whoever reads the set says so
+    except (
+        OSError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    ):  # not there yet, or damaged: whoever reads the set says so
         return False
 
 
@@ -370,7 +377,9 @@ def _row(file: Path) -> Row:
             raise ValueError("it does not match its own checksum")
         _check(row)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirError(f"{file}: is not a row of results ({_reason(error)}); remove it to measure it again") from error
+        raise RunDirError(
+            f"{file}: is not a row of results ({_reason(error)}); remove it to measure it again"
+        ) from error
     return row
 
 
@@ -411,7 +420,9 @@ def _check(row: Any) -> None:
     per_class = row.get("per_class") or []
     if not isinstance(per_class, list):
         raise ValueError(f"per_class is {per_class!r:.80}; valid: a list of numbers from 0 to 1")
-    shares = [(name, row.get(name)) for name in (*FIGURES, *MORE_FIGURES)] + [("per_class", value) for value in per_class]
+    shares = [(name, row.get(name)) for name in (*FIGURES, *MORE_FIGURES)] + [
+        ("per_class", value) for value in per_class
+    ]
     for name, value in shares:
         if value is not None and not (type(value) in (int, float) and 0 <= value <= 1):
             raise ValueError(f"{name} is {value!r:.80}; valid: a number from 0 to 1")

@@ -129,7 +129,9 @@ class Follower:
             self._shelf.fault,
         )
         over = self._queue.over and not any(stage.state == "running" for stage in stages)
-        return RunStatus(run.root, recipe, tuple(stages), log.error, tuple(rows), tuple(lines), tuple(notes), version, over)
+        return RunStatus(
+            run.root, recipe, tuple(stages), log.error, tuple(rows), tuple(lines), tuple(notes), version, over
+        )
 
     def _read_recipe(self) -> Recipe:
         status = self.run.recipe.stat()

@@ -174,7 +174,9 @@ def compare_notes(runs: Sequence[Path]) -> Iterator[str]:
             continue
         for architecture in dict.fromkeys(row["architecture"] for row in rows):
             for figure in ("overall", "tail"):
-                found = paired(results.of_one_way(rows), results.of_one_way(first[1]), figure, architecture=architecture)
+                found = paired(
+                    results.of_one_way(rows), results.of_one_way(first[1]), figure, architecture=architecture
+                )
                 if found is not None:
                     yield f"{name} - {first[0]}, {architecture}, {figure}: {difference(found)}"
 

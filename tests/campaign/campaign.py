@@ -97,7 +97,12 @@ class Record:
 def preload() -> None:
     """Import once what every forked case needs, with one thread: a fork keeps no threads."""
     os.environ.update(
-        OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", COLUMNS="160", NO_COLOR="1", TERM="dumb", RAY_USAGE_STATS_ENABLED="0"
+        OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
+        COLUMNS="160",
+        NO_COLOR="1",
+        TERM="dumb",
+        RAY_USAGE_STATS_ENABLED="0",
     )
     import sklearn.datasets  # noqa: F401
     import torch
@@ -264,7 +269,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=300)
-    parser.add_argument("--out", type=Path, required=True, help="gets cases.jsonl, and the folders of cases with faults")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="gets cases.jsonl, and the folders of cases with faults"
+    )
     parser.add_argument("--limit", type=float, default=120, help="seconds per case")
     parser.add_argument("--seconds", type=float, help="begin no case after so many seconds")
     asked = parser.parse_args()

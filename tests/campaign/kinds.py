@@ -182,7 +182,10 @@ def recipe(rng: random.Random, folder: Path, undamaged: Undamaged) -> Attempt:
     elif choice == "absurd":
         name, value = rng.choice(sorted(ABSURD.items()))
     elif choice == "section":
-        name, value = rng.choice(("data", "model", "experts", "distill", "evaluate", "buffer", "augment")), rng.choice(WRONG)
+        name, value = (
+            rng.choice(("data", "model", "experts", "distill", "evaluate", "buffer", "augment")),
+            rng.choice(WRONG),
+        )
     else:
         value = rng.choice(WRONG)
     put(doc, name, value)
@@ -231,7 +234,11 @@ def option(rng: random.Random, folder: Path, undamaged: Undamaged) -> Attempt:
             ["plan", rng.choice(("nothing", "/", "/dev/null", "", "no\0thing".replace("\0", "\\0"), "x" * 5000))],
             ["status", rng.choice(("nothing", "/", "/dev/null", "", "x" * 5000))],
             ["compare", rng.choice(("nothing", "/", "/dev/null", ""))],
-            ["buffer", rng.choice(("verify", "inspect")), rng.choice(("nothing", "/dev/null", "s3://", "s3:///x", "gopher://x"))],
+            [
+                "buffer",
+                rng.choice(("verify", "inspect")),
+                rng.choice(("nothing", "/dev/null", "s3://", "s3:///x", "gopher://x")),
+            ],
             ["export", "nothing", "--to", rng.choice(("pt", "zip", ""))],
             ["experts", "recipe.yaml", "--out", rng.choice(("recipe.yaml", "/dev/null", "/dev/null/x", "x" * 300))],
         ]
@@ -240,7 +247,9 @@ def option(rng: random.Random, folder: Path, undamaged: Undamaged) -> Attempt:
         return Attempt("option: " + _short(command[-1]), command, named, same)
     name = rng.choice(leaves(RECIPE))
     text = rng.choice(ODD_TEXTS)
-    name = rng.choice((name, name, name, name + "x", "", ".", "..", name.partition(".")[0], name + ".deeper", "__class__"))
+    name = rng.choice(
+        (name, name, name, name + "x", "", ".", "..", name.partition(".")[0], name + ".deeper", "__class__")
+    )
     assignment = rng.choice((f"{name}={text}", f"{name}={text}", f"{name}={text}", name, f"{name}:{text}"))
     asked = assignment.partition("=")
 
@@ -469,7 +478,9 @@ def tensors_result(folder: Path, outcome: Outcome) -> str:
 def figures_result(folder: Path, outcome: Outcome) -> str:
     """Every accuracy of the merged table, and the distilled tensors."""
     rows = json.loads((folder / "run/evaluation/results.json").read_text())["rows"]
-    return json.dumps([[row["source"], row["seed"], row["per_class"]] for row in rows]) + tensors_result(folder, outcome)
+    return json.dumps([[row["source"], row["seed"], row["per_class"]] for row in rows]) + tensors_result(
+        folder, outcome
+    )
 
 
 def page_result(folder: Path, outcome: Outcome) -> str:
@@ -523,9 +534,15 @@ READERS = {
         figures_result,
         _remove("evaluation/rows/distilled-convnet-0.json", "evaluation/results.json"),
     ),
-    "run": Reader(["run", "run", "--fleet", "off", *HERE], figures_result, _remove("evaluation/results.json", "report")),
+    "run": Reader(
+        ["run", "run", "--fleet", "off", *HERE], figures_result, _remove("evaluation/results.json", "report")
+    ),
 }
-FREE_TEXT = ("recipe.yaml", "events.jsonl", "threads.json")  # no checksum: one may edit the recipe, and the log is a log
+FREE_TEXT = (
+    "recipe.yaml",
+    "events.jsonl",
+    "threads.json",
+)  # no checksum: one may edit the recipe, and the log is a log
 
 
 def run_file(rng: random.Random, folder: Path, undamaged: Undamaged) -> Attempt:
@@ -570,7 +587,9 @@ def run_file(rng: random.Random, folder: Path, undamaged: Undamaged) -> Attempt:
 
     def differs(outcome: Outcome) -> str:
         if target.name in FREE_TEXT and reader.result is text_result:
-            return "" if _cells(outcome.out) == _cells(undamaged.said[name]) or name == "tensorboard" else "another table"
+            return (
+                "" if _cells(outcome.out) == _cells(undamaged.said[name]) or name == "tensorboard" else "another table"
+            )
         found = reader.result(folder, outcome)
         return "" if found == undamaged.said[name] else f"{found[:140]}, undamaged: {undamaged.said[name][:140]}"
 

@@ -247,7 +247,9 @@ def test_only_regular_files_are_read(config, tmp_path, kind):
             os.truncate(odd, 2**31)
         else:
             made.bind(os.path.relpath(odd))
-        with pytest.raises(DataError, match=r"train/ant/0\.png: (not a regular file|2,147,483,648 bytes|not a readable image)"):
+        with pytest.raises(
+            DataError, match=r"train/ant/0\.png: (not a regular file|2,147,483,648 bytes|not a readable image)"
+        ):
             load_splits(config(dataset="image-folder", root=str(root), imbalance="natural"))
 
 

@@ -44,7 +44,9 @@ def four_experts(tmp_path_factory: pytest.TempPathFactory, small_recipe: Callabl
 
 
 @pytest.fixture
-def live_pipeline(tmp_path: Path, small_recipe: Callable[..., Any], four_experts: Path, silent: Any) -> Callable[..., Any]:
+def live_pipeline(
+    tmp_path: Path, small_recipe: Callable[..., Any], four_experts: Path, silent: Any
+) -> Callable[..., Any]:
     """A pipeline whose buffer holds only the experts given: ``live_pipeline("name", experts=[0, 1], buffer={...})``."""
     import torch
 
@@ -61,7 +63,9 @@ def live_pipeline(tmp_path: Path, small_recipe: Callable[..., Any], four_experts
     return make
 
 
-def publish(source: Path, target: Path, experts: Any, stages: tuple[str, ...] = ("representation", "classifier")) -> None:
+def publish(
+    source: Path, target: Path, experts: Any, stages: tuple[str, ...] = ("representation", "classifier")
+) -> None:
     for expert in experts:
         for stage in stages:
             name = f"{stage}/expert-{expert:04d}"

@@ -224,7 +224,10 @@ def test_two_ranks_draw_the_same_windows(live_pipeline, publisher, monkeypatch):
     ours, theirs = (events(p, "iteration") for p in (again, pipeline))
     assert [e["windows"] for e in ours] == [e["windows"] for e in theirs]
     # Sooner or later one value before a ReLU lies so near zero that rounding decides its side: a small jump from there on.
-    far = [abs(a["loss_classifier"] - b["loss_classifier"]) / b["loss_classifier"] for a, b in zip(ours, theirs, strict=True)]
+    far = [
+        abs(a["loss_classifier"] - b["loss_classifier"]) / b["loss_classifier"]
+        for a, b in zip(ours, theirs, strict=True)
+    ]
     assert max(far[:50]) < 1e-3 and max(far) < 0.1
     ours, theirs = (DistilledSet.load(p.run.distilled) for p in (again, pipeline))
     torch.testing.assert_close(ours.images, theirs.images, rtol=0, atol=0.1)

@@ -233,7 +233,9 @@ def test_more_iterations_than_were_recorded(killed, replaying):
 def test_a_checkpoint_that_the_buffer_lacks(killed, live_pipeline):
     pipeline = live_pipeline("poor", experts=[1, 3])
     first = next(i for i, w in enumerate(last_windows(killed), 1) if {e for _, e, _ in w} & {0, 2})
-    with pytest.raises(TrajectoryError, match=rf"expert [02] epoch \d is missing, which iteration {first} of .*killed used"):
+    with pytest.raises(
+        TrajectoryError, match=rf"expert [02] epoch \d is missing, which iteration {first} of .*killed used"
+    ):
         pipeline.distill(replay=killed.run.root)
     poorer = live_pipeline("poorer", experts=[0, 1, 2])
     with pytest.raises(TrajectoryError, match=r"expert 3 epoch 4 is missing, which the initial set of .*killed used"):

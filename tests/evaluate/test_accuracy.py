@@ -82,7 +82,9 @@ def test_calibration_error_by_hand():
     right = torch.tensor([True, False, True, True, False])
     gaps = abs(1 - 1.92) + abs(2 - 1.02) + abs(0 - 1 / 15)
     assert calibration_error(confidence, right) == pytest.approx(gaps / 5)
-    edge = torch.tensor([0.15, 0.2], dtype=torch.float64)  # 3/15 is the upper end of the third bin, not the lower of the fourth
+    edge = torch.tensor(
+        [0.15, 0.2], dtype=torch.float64
+    )  # 3/15 is the upper end of the third bin, not the lower of the fourth
     assert calibration_error(edge, torch.tensor([False, True])) == pytest.approx(abs(1 - 0.35) / 2)
     assert calibration_error(torch.ones(4), torch.ones(4, dtype=torch.bool)) == 0
     assert calibration_error(torch.ones(4), torch.zeros(4, dtype=torch.bool)) == 1

@@ -71,7 +71,9 @@ def test_ipc_images_of_every_class_chosen_in_the_experts_space(pipeline, source)
 
 
 def test_the_choice_is_made_with_the_features_of_the_class(pipeline, monkeypatch):
-    monkeypatch.setattr(baselines, "_features", lambda recipe, data, *_: data.train.batch(torch.arange(96))[0].flatten(1))
+    monkeypatch.setattr(
+        baselines, "_features", lambda recipe, data, *_: data.train.batch(torch.arange(96))[0].flatten(1)
+    )
     chosen = chosen_real(pipeline.recipe, pipeline.data, pipeline.run, "herding", never)
     members = np.flatnonzero(pipeline.data.splits.train.labels_N.numpy() == 3)
     own = pipeline.data.train.batch(torch.from_numpy(members))[0].flatten(1)
@@ -130,9 +132,13 @@ def test_every_baseline_is_measured_into_one_table(pipeline_of):
     by_source = {r["source"]: r for r in rows}
     assert by_source["full-balanced"]["settings"]["sampling"] == "class-balanced"
     assert by_source["full-logit-adjusted"]["settings"]["logit_adjustment"] == 1.0
-    labels = {s: by_source[s]["settings"]["labels"] for s in ("distilled", "distilled-adsa", "distilled-hard", "random")}
+    labels = {
+        s: by_source[s]["settings"]["labels"] for s in ("distilled", "distilled-adsa", "distilled-hard", "random")
+    }
     assert list(labels.values()) == ["soft", "soft, adjusted by ADSA", "hard", "hard"]
-    assert by_source["distilled-adsa"]["label_adjustment"] == "adsa" and 0 <= by_source["distilled-adsa"]["label_tau"] <= 3
+    assert (
+        by_source["distilled-adsa"]["label_adjustment"] == "adsa" and 0 <= by_source["distilled-adsa"]["label_tau"] <= 3
+    )
     page = (pipeline.run.report / "index.html").read_text()
     for text in ("Distilled (LAD), labels adjusted (ADSA)", "arXiv 2511.17914", "Real, k-center greedy",
                  "Whole set, logit-adjusted loss", "Balanced accuracy and calibration", "ECE"):  # fmt: skip
@@ -155,9 +161,7 @@ def test_variants_of_a_source_share_its_draws(pipeline, small_recipe):
     mtt.distill()
     mtt.evaluate("distilled")
     mtt.evaluate("distilled-hard")
-    a, b = (
-        [r for r in results.read(mtt.run.results) if r["source"] == s] for s in ("distilled", "distilled-hard")
-    )
+    a, b = ([r for r in results.read(mtt.run.results) if r["source"] == s] for s in ("distilled", "distilled-hard"))
     assert [r["train_loss"] for r in a] == pytest.approx([r["train_loss"] for r in b], rel=1e-5)
 
 

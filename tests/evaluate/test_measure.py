@@ -129,7 +129,9 @@ def test_changed_test_images_are_measured_again(distilled):
     distilled._data = replace(data, splits=replace(data.splits, test=changed))
     distilled.evaluate("distilled")
     after = rows(distilled)
-    assert [r["fingerprints"] for r in before] == [{"train": data.splits.train.fingerprint(), "test": images.fingerprint()}] * 2
+    assert [r["fingerprints"] for r in before] == [
+        {"train": data.splits.train.fingerprint(), "test": images.fingerprint()}
+    ] * 2
     assert {r["fingerprints"]["test"] for r in after} == {changed.fingerprint()} and len(evaluated(distilled)) == 4
     distilled.evaluate("distilled")
     assert len(evaluated(distilled)) == 4

@@ -70,7 +70,9 @@ def test_what_else_differs_between_sources_is_said(run):
     asked("evaluate", run, "--baseline", "random", "--set", "evaluate.batch=4", "--set", "evaluate.momentum=0.5")
     notes = protocol_notes(results.read(run.results))
     assert notes[0].endswith("the learned alpha: Distilled (LAD); distill.alpha: Random real.")
-    assert notes[1] == "Another protocol than Distilled (LAD): Random real: batch 4 (there 8), momentum 0.5 (there 0.9)."
+    assert (
+        notes[1] == "Another protocol than Distilled (LAD): Random real: batch 4 (there 8), momentum 0.5 (there 0.9)."
+    )
     assert notes[1] in (run.report / "index.html").read_text()
 
 

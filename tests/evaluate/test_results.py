@@ -43,13 +43,17 @@ IMPOSSIBLE = [{"overall": 1.5}, {"overall": -0.1}, {"overall": None}, {"overall"
 def test_impossible_rows_are_refused_with_the_name_of_their_file(tmp_path, changed):
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"rows": [row() | changed]}))
-    with pytest.raises(RunDirError, match=rf"results\.json: is not a results file \({next(iter(changed))} is .*valid: "):
+    with pytest.raises(
+        RunDirError, match=rf"results\.json: is not a results file \({next(iter(changed))} is .*valid: "
+    ):
         results.read(path)
     path.unlink()
     file = results.row_file(path, row())
     file.parent.mkdir()
     file.write_text(json.dumps(row() | changed))
-    with pytest.raises(RunDirError, match=rf"distilled-convnet-0\.json: is not a row of results \({next(iter(changed))} is "):
+    with pytest.raises(
+        RunDirError, match=rf"distilled-convnet-0\.json: is not a row of results \({next(iter(changed))} is "
+    ):
         results.read(path)
 
 
@@ -220,5 +224,7 @@ def test_a_row_of_a_run_of_another_seed_is_refused(tmp_path, merged):
     else:
         results.put(path, strange)
     where = r"results\.json" if merged else r"random-convnet-0\.json"
-    with pytest.raises(RunDirError, match=where + ": holds the row of a run of seed 1, while other rows of this run are of seed 0"):
+    with pytest.raises(
+        RunDirError, match=where + ": holds the row of a run of seed 1, while other rows of this run are of seed 0"
+    ):
         results.read(path)

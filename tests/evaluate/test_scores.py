@@ -168,7 +168,11 @@ def measured(source: str, values: list[float], architecture: str = "convnet", **
 
 
 def test_the_gain_over_the_starting_set_is_paired():
-    rows = [*measured("distilled", [0.52, 0.61, 0.70]), *measured("initial", [0.50, 0.60, 0.67]), *measured("random", [0.4])]
+    rows = [
+        *measured("distilled", [0.52, 0.61, 0.70]),
+        *measured("initial", [0.50, 0.60, 0.67]),
+        *measured("random", [0.4]),
+    ]
     (gain,) = gains(rows)
     assert (gain.reference, gain.architecture) == ("initial", "convnet") and set(gain.figures) == {"overall", "tail"}
     assert gain.figures["overall"].differences == pytest.approx((0.02, 0.01, 0.03))

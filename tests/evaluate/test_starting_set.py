@@ -87,7 +87,9 @@ def test_soft_labels_of_random_images_are_the_mean_logits_of_all_experts(pipelin
     picked = random_real(pipeline.recipe, pipeline.data, 1)
     images, p = made(pipeline, "random-soft", seed=1)
     hard_images, hard = made(pipeline, "random", seed=1)
-    assert torch.equal(images, hard_images) and torch.equal(images, pipeline.data.train.batch(torch.from_numpy(picked))[0])
+    assert torch.equal(images, hard_images) and torch.equal(
+        images, pipeline.data.train.batch(torch.from_numpy(picked))[0]
+    )
     buffer, logits = Buffer(pipeline.run.trajectories), []
     for expert in range(2):
         weights = torch.tensor(buffer.read("representation", expert, 4))

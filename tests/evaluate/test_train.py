@@ -105,6 +105,7 @@ def test_nan_is_refused(images, labels):
 
 def test_networks_trained_together_equal_those_trained_alone(images, labels):
     """Each with its own set, start, order and draws; the last batch is a short one."""
+
     def nets() -> list[ConvNet]:
         return [build(1, 8, 3, 4, 2, seed=s, purpose=("test",)).double() for s in range(3)]
 

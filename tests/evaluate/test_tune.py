@@ -29,7 +29,9 @@ def tuned_experts(tmp_path_factory, small_recipe, silent):
     from lad_dist.profile import Profile
 
     folder = tmp_path_factory.mktemp("held-out") / "run"
-    pipeline = open_pipeline(small_recipe(data=HELD_OUT), folder, Profile(fleet="off"), None, torch.device("cpu"), silent)
+    pipeline = open_pipeline(
+        small_recipe(data=HELD_OUT), folder, Profile(fleet="off"), None, torch.device("cpu"), silent
+    )
     pipeline.experts()
     pipeline.distill()
     return folder

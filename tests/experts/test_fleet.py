@@ -233,9 +233,7 @@ def test_the_record_counts_repeated_epochs_once(told):
     for number in (1, 2, 3):
         record.epoch(epoch(1, number), by)
     assert board.done == 3 and record.images_per_second == {1: 1000.0}
-    assert board.rows == {
-        "expert-0001": "representation epoch 3 of 4, loss 0.5, accuracy 0.250, 1000 images/s"
-    }
+    assert board.rows == {"expert-0001": "representation epoch 3 of 4, loss 0.5, accuracy 0.250, 1000 images/s"}
     record.restarted(Failure(1, "it is gone"), 1, 3)
     assert board.rows == {} and record.images_per_second == {}
     record.started(1, by)
@@ -381,7 +379,12 @@ def test_an_actor_uses_as_many_threads_as_it_is_told(data, orders, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_no_signal_is_lost_where_a_library_drops_exceptions_of_handlers(number):
-    with pytest.raises(Interrupted, match=number.name), as_exceptions(), cluster.signals_heeded(), suppress(Interrupted):
+    with (
+        pytest.raises(Interrupted, match=number.name),
+        as_exceptions(),
+        cluster.signals_heeded(),
+        suppress(Interrupted),
+    ):
         signal.raise_signal(number)
 
 

@@ -120,7 +120,9 @@ def test_two_actors_one_killed_twice(lad, fleet_job, undisturbed, nodes, on, loo
 
         def well_under_way(found: Happenings, restarts: int = restarts) -> bool:
             since = next((i for i, e in enumerate(found) if len(of(found[: i + 1], "expert-restarted")) == restarts), 0)
-            return len(of(found[since:], "expert-epoch", 1)) > 2 * PART and len(of(found, "expert-started", 1)) > restarts
+            return (
+                len(of(found[since:], "expert-epoch", 1)) > 2 * PART and len(of(found, "expert-started", 1)) > restarts
+            )
 
         assert look.wait_for(run, process, well_under_way)
         if restarts == 0:
@@ -187,10 +189,14 @@ def test_a_second_driver_does_no_work_twice(lad, fleet_job, undisturbed, on, loo
         assert look.wait_for(run, second, lambda found: of(found, "expert-finished") != [])
     lad.ended(first).succeeds()
     said = lad.ended(second).succeeds().out
-    assert "waiting for those that another driver is training (expert 0 by process " in said and "; expert 1 by " in said
+    assert (
+        "waiting for those that another driver is training (expert 0 by process " in said and "; expert 1 by " in said
+    )
     epochs = of(look.events(run), "expert-epoch")
     assert len(epochs) == 3 * EACH
-    assert {e["expert"] for e in epochs if "pid" in e} == {0, 1} and {e["expert"] for e in epochs if "pid" not in e} == {2}
+    assert {e["expert"] for e in epochs if "pid" in e} == {0, 1} and {
+        e["expert"] for e in epochs if "pid" not in e
+    } == {2}
     assert [e["expert"] for e in of(look.events(run), "expert-finished") if e.get("elsewhere")].count(2) == 1
     same_as(undisturbed, run, look)
 

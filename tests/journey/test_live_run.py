@@ -64,7 +64,10 @@ def test_distillation_begins_while_experts_train_and_the_run_is_whole(lad, live_
     process = lad.start("run", live_job, "--out", RUN)
     assert look.wait_for(RUN, process, trains_and_distills)
     ended = lad.ended(process).succeeds()
-    assert "experts: trained in this process" in ended.out and f"experts: {EXPERTS * 50}/{EXPERTS * 50} epochs done" in ended.out
+    assert (
+        "experts: trained in this process" in ended.out
+        and f"experts: {EXPERTS * 50}/{EXPERTS * 50} epochs done" in ended.out
+    )
     found = look.events(RUN)
     kinds = [(e["kind"], e.get("stage")) for e in found]
     assert kinds.index(("initial-set", None)) < kinds.index(("stage-finished", "experts"))
@@ -116,7 +119,9 @@ def test_the_experts_process_is_killed(lad, live_job, look):
 def test_an_error_of_the_experts_is_told_once_with_its_exit_code(lad, job):
     broken = {**LIVE["experts"], "lr": 1e20}
     ended = lad("run", job(**{**LIVE, "experts": broken}), "--out", RUN)
-    ended.fails(7, "the process that trains the experts ended with exit code 7: expert 0, representation stage, epoch 1")
+    ended.fails(
+        7, "the process that trains the experts ended with exit code 7: expert 0, representation stage, epoch 1"
+    )
     assert (ended.out + ended.err).count("the loss is") == 1
 
 

@@ -111,13 +111,14 @@ def test_other_users_of_a_shared_folder_can_read_every_file(lad, finished, tmp_p
     mask = os.umask(0)
     os.umask(mask)
     found = [path for folder in (finished, tmp_path / "exported") for path in (folder, *folder.rglob("*"))]
-    assert {"whitening.safetensors", "tensors.safetensors", "index.html", "events.jsonl"} <= {path.name for path in found}
+    assert {"whitening.safetensors", "tensors.safetensors", "index.html", "events.jsonl"} <= {
+        path.name for path in found
+    }
     assert len([path for path in found if path.suffix in (".parquet", ".pt", ".png")]) > 10
     wrong = {
         str(path): oct(stat.S_IMODE(path.lstat().st_mode))
         for path in found
-        if not path.is_symlink()
-        and stat.S_IMODE(path.lstat().st_mode) != (0o777 if path.is_dir() else 0o666) & ~mask
+        if not path.is_symlink() and stat.S_IMODE(path.lstat().st_mode) != (0o777 if path.is_dir() else 0o666) & ~mask
     }
     assert not wrong
 
@@ -136,7 +137,9 @@ def test_inspect(lad, finished):
 
 
 def test_inspect_says_how_far_it_is_and_can_leave_out_the_digest(lad, finished):
-    with_it, without = (lad("buffer", "inspect", finished, "--json", *more).succeeds() for more in ([], ["--no-digest"]))
+    with_it, without = (
+        lad("buffer", "inspect", finished, "--json", *more).succeeds() for more in ([], ["--no-digest"])
+    )
     assert "digest: 8/8 parts done" in with_it.err and not without.err
     whole = json.loads(with_it.out)
     whole.pop("digest")

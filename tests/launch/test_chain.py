@@ -63,7 +63,9 @@ def test_fields_of_sbatch():
 def test_what_a_stage_waits_for():
     array, single = Job("experts", "7", 2, ""), Job("distill", "8", None, "")
     assert waits_for("distill", {"experts": array}, [], None) == "afterany:7"
-    assert waits_for("report", {"experts": array, "distill": single}, [], "singleton") == "singleton,afterany:7,afterok:8"
+    assert (
+        waits_for("report", {"experts": array, "distill": single}, [], "singleton") == "singleton,afterany:7,afterok:8"
+    )
     assert waits_for("experts", {"distill": single}, [array, array, single], None) == "afterany:7"
     assert waits_for("experts", {}, [], None) is None
 

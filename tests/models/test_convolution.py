@@ -12,7 +12,11 @@ from lad_dist.models import convolution
 from lad_dist.models.convnet import build, flat_parameters
 from lad_dist.models.convolution import Convolution
 
-SHAPES = {"colour": (3, 3, 4, 5, 1), "grey, padded by 3": (2, 1, 3, 4, 3), "no padding": (1, 2, 2, 5, 0)}  # B, C, W, H, padding
+SHAPES = {
+    "colour": (3, 3, 4, 5, 1),
+    "grey, padded by 3": (2, 1, 3, 4, 3),
+    "no padding": (1, 2, 2, 5, 0),
+}  # B, C, W, H, padding
 
 
 def problem(batch: int, channels: int, width: int, side: int, padding: int, dtype: torch.dtype = torch.float64):

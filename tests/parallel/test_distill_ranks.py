@@ -107,7 +107,18 @@ def ranks_of(run) -> list[int]:
 
 def start(folder: Path, job: Path, *options: str, world: int = 2) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "lad_dist.cli", "distill", str(job), "--ranks", str(world), "--threads", "1", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "lad_dist.cli",
+        "distill",
+        str(job),
+        "--ranks",
+        str(world),
+        "--threads",
+        "1",
+        *options,
+    ]
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
 
@@ -172,7 +183,9 @@ def test_torchrun_starts_the_ranks_as_well(pipeline_of, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
                "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
                "-m", "lad_dist.cli", "distill", str(under.run.root), "--threads", str(MANY), "--device", "cpu"]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("initial images") == 1
     assert done.stdout.count(f"threads: 2 ranks x {MANY} threads are more than the ") == 1

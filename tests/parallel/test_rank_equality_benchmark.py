@@ -15,5 +15,7 @@ def test_it_sees_no_difference_between_equal_runs_and_rounding_between_ranks(ben
 
 def test_the_page_has_the_figures_that_were_measured():
     measured = (ROOT / "benchmarks" / "results" / "rank_equality.md").read_text()
-    shown = (ROOT / "docs" / "scaling.md").read_text().partition("<!-- drift -->\n")[2].partition("<!-- end drift -->")[0]
+    shown = (
+        (ROOT / "docs" / "scaling.md").read_text().partition("<!-- drift -->\n")[2].partition("<!-- end drift -->")[0]
+    )
     assert shown.count("\n") >= 4 and shown in measured + "\n"

@@ -27,7 +27,9 @@ CASES = [
 ]
 
 
-FEW = [(torch.float64, path, classifier_only, 3, 1) for path in get_args(GradientPath) for classifier_only in (False, True)]
+FEW = [
+    (torch.float64, path, classifier_only, 3, 1) for path in get_args(GradientPath) for classifier_only in (False, True)
+]
 
 
 @pytest.mark.parametrize(("world", "cases"), [(2, CASES), (3, CASES), (5, FEW)])

@@ -205,7 +205,13 @@ def test_published_counts_are_those_of_the_recipe():
 def test_published_counts_of_lists(job, train, test, classes, largest):
     """Liu et al., CVPR 2019."""
     lists = published(recipe_file.load(catalog.find_job(job).recipe).data)
-    assert (lists.train, lists.test, lists.classes, max(lists.counts), min(lists.counts)) == (train, test, classes, largest, 5)
+    assert (lists.train, lists.test, lists.classes, max(lists.counts), min(lists.counts)) == (
+        train,
+        test,
+        classes,
+        largest,
+        5,
+    )
     assert list(lists.counts) == sorted(lists.counts, reverse=True)
 
 

@@ -11,7 +11,10 @@ from lad_dist.plan.quick import SECONDS, quick
 from lad_dist.recipe import Recipe
 
 FIT = ("cifar10-lt-f100-ipc10", "cifar10-lt-f10-ipc50", "cifar100-lt-f10-ipc50")
-LARGE = ("tiny-imagenet-lt-f10-ipc20", "imagenet-lt-f256-ipc10")  # 64x64, 200 and 1,000 classes: shortened as far as it goes
+LARGE = (
+    "tiny-imagenet-lt-f10-ipc20",
+    "imagenet-lt-f256-ipc10",
+)  # 64x64, 200 and 1,000 classes: shortened as far as it goes
 SMALL = Facts(3, 32, (48, 30, 9, 2), 16, "a test")
 
 
@@ -20,7 +23,9 @@ def test_published_recipes_fit_and_name_every_change(name):
     recipe = recipe_file.load(catalog.find_job(name).recipe)
     made = quick(recipe, published(recipe.data))
     assert (made.seconds <= SECONDS) == (name in FIT) and made.seconds < 600
-    assert made.recipe.model.width == (32 if name in FIT else 16) and made.recipe.data.image_size == recipe.data.image_size
+    assert (
+        made.recipe.model.width == (32 if name in FIT else 16) and made.recipe.data.image_size == recipe.data.image_size
+    )
     changed = {field: now for field, _, now in made.changes}
     assert changed["experts.count"] == 2 and changed["distill.iterations"] < recipe.distill.iterations
     again = recipe_file.load(catalog.find_job(name).recipe, [f"{field}={now}" for field, now in changed.items()])

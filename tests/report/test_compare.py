@@ -50,7 +50,9 @@ def test_what_the_page_shows(two_runs, tmp_path):
     text = (tmp_path / "pages" / "compare.html").read_text()
     rows = tables_of(text)
     assert rows["Runs"] == 2 and rows["Where the recipes differ"] == 1 and "distill.weighted_loss" in text
-    assert rows["Accuracy by run and source"] == 10 + 2  # all but the distilled sets are the same in both, and shown once
+    assert (
+        rows["Accuracy by run and source"] == 10 + 2
+    )  # all but the distilled sets are the same in both, and shown once
     assert rows["What distilling added"] == 2 * 2 * 2 and "+5.7" in text  # runs, architectures, references
     assert rows["Differences in pairs"] == 2 * len(results.FIGURES) and rows["Cost"] >= 2
     assert re.search(r"second − first</th><td>convnet</td><td>overall</td><td class=\"number\">\+4\.0</td>", text)

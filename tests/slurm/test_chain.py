@@ -137,7 +137,9 @@ def test_jobs_are_known_by_their_ids_and_ending_ones_are_not_queued(slurm, lad):
     Then other networks are asked for. The run folder has a space in its name.
     """
     job, run = lad.job(), lad.folder / "a run"
-    stubborn = lad.profile("stubborn.yaml", setup=["trap '' TERM", "sleep 60"])  # ends by SIGKILL, seconds after scancel
+    stubborn = lad.profile(
+        "stubborn.yaml", setup=["trap '' TERM", "sleep 60"]
+    )  # ends by SIGKILL, seconds after scancel
     lad("run", job, "--on", stubborn, "--out", run)
     ids = jobs_of(run)
     wait_until(lambda: slurm.state(ids["experts"]) == "RUNNING", 30)
@@ -176,7 +178,9 @@ def test_jobs_are_known_by_their_ids_and_ending_ones_are_not_queued(slurm, lad):
     for index in (0, 1):  # each job of the array says what it does
         log = Path(read_submissions(RunDir(run))[-1].logs) / f"{asked.id}_{index}" / f"{asked.id}_{index}_0_log.out"
         assert re.search(rf"evaluate distilled: 3/3 epochs done .* mlp  seed {index}", log.read_text())
-    told = [e for e in read_events(run / "events.jsonl") if e["kind"] == "evaluated"]  # twice where job 0 took a row over
+    told = [
+        e for e in read_events(run / "events.jsonl") if e["kind"] == "evaluated"
+    ]  # twice where job 0 took a row over
     of_events, of_rows = ({(x["source"], x["architecture"], x["seed"]) for x in found} for found in (told, rows))
     assert of_events == of_rows
     assert len(rows) == 6
@@ -184,7 +188,12 @@ def test_jobs_are_known_by_their_ids_and_ending_ones_are_not_queued(slurm, lad):
     slurm.nothing_left(*ids.values(), *again.values(), asked.id)
 
 
-STEADY = {"lr_images": 0.01, "lr_labels": 0.01, "lr_alpha": 0.0, "checkpoint_every": 10_000}  # over thousands of iterations
+STEADY = {
+    "lr_images": 0.01,
+    "lr_labels": 0.01,
+    "lr_alpha": 0.0,
+    "checkpoint_every": 10_000,
+}  # over thousands of iterations
 
 
 def seconds_each(lad: Any) -> tuple[float, float]:
@@ -351,7 +360,9 @@ def test_submitting_again_and_cancel(slurm, lad):
     waits["evaluate"] = f"{waits['distill']},afterok:{ids['distill']}(unfulfilled)"
     waits["report"] = f"{waits['evaluate']},afterany:{ids['evaluate']}_*(unfulfilled)"
     for stage, number in ids.items():
-        said = subprocess.run(["scontrol", "-o", "show", "job", number], check=True, capture_output=True, text=True).stdout
+        said = subprocess.run(
+            ["scontrol", "-o", "show", "job", number], check=True, capture_output=True, text=True
+        ).stdout
         assert f" Dependency={waits[stage]} " in said and " Comment=theirs " in said
     subprocess.run(["scontrol", "release", other], check=True)
     out, _ = lad("run", job, "--on", profile, "--out", run)

@@ -70,7 +70,9 @@ def test_a_warning_requeues_the_job_and_it_goes_on(slurm, lad, sbatch, monkeypat
         time.sleep(0.1)
     subprocess.run(["scancel", "--batch", "--signal=USR1", f"{number}_0"], check=True)
     until(slurm, f"{number}_0", "COMPLETED", 150, lad.folder)
-    events = [e for e in read_events(run / "events.jsonl") if e["kind"] in ("expert-epoch", "stage-stopped", "stage-finished")]
+    events = [
+        e for e in read_events(run / "events.jsonl") if e["kind"] in ("expert-epoch", "stage-stopped", "stage-finished")
+    ]
     kinds = [e["kind"] for e in events]
     assert kinds.count("stage-stopped") == 1 and kinds[-1] == "stage-finished"
     epochs = [(e["stage"], e["epoch"]) for e in events if e["kind"] == "expert-epoch"]

@@ -94,7 +94,9 @@ def test_a_dry_run_submits_and_writes_nothing(slurm, lad):
     assert slurm.live() == before and not run.exists()
     more = lad.profile(stages={"distill": {"mem_gb": 900}})
     out, err = lad("run", lad.job(), "--on", more, "--out", run, "--dry-run", code=11)
-    assert re.search(r"^distill: one job, 2 ranks, on the CPU; SLURM would refuse it: .*memory \(mem_gb\): 900 GB", out, re.M)
+    assert re.search(
+        r"^distill: one job, 2 ranks, on the CPU; SLURM would refuse it: .*memory \(mem_gb\): 900 GB", out, re.M
+    )
     assert "would refuse distill;" in err
     assert slurm.live() == before and not run.exists()
 

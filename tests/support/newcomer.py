@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-COUNTS = {"Rotkehlchen": 60, "blue tit": 38, "Zaunkönig": 24, "house sparrow": 15, "Kormorán": 9, "ルリビタキ": 5, "Große Möwe": 2}
+COUNTS = {
+    "Rotkehlchen": 60,
+    "blue tit": 38,
+    "Zaunkönig": 24,
+    "house sparrow": 15,
+    "Kormorán": 9,
+    "ルリビタキ": 5,
+    "Große Möwe": 2,
+}
 TEST_PER_CLASS = 4
 
 

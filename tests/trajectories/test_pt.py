@@ -74,8 +74,6 @@ def test_both_stages_survive_the_round_trip(full, exported, taken_in, tmp_path):
     assert not new.meta.differences(full.meta)
 
 
-
-
 def test_parameters_that_are_modules_own_are_read(meta, taken_in, tmp_path):
     """Some peers save ``nn.Parameter``, and more epochs than are asked for; the first ones are taken."""
     content = [[[torch.nn.Parameter(torch.full(shape, float(e))) for _, shape in meta.parameters] for e in range(6)]]
@@ -95,8 +93,6 @@ def test_only_complete_experts_are_exported(full, write, tmp_path):
     assert [len(torch.load(file)) for file in files] == [3, 3]
 
 
-
-
 def test_export_replaces_nothing(full, tmp_path):
     old = tmp_path / "pt" / "classifier" / "replay_buffer_7.pt"
     old.parent.mkdir(parents=True)
@@ -105,8 +101,6 @@ def test_export_replaces_nothing(full, tmp_path):
         export_pt(full, tmp_path / "pt")
     assert old.read_bytes() == b"precious" and not (tmp_path / "pt" / "representation").exists()
     assert len(export_pt(full, tmp_path / "pt", ["representation"])) == 1
-
-
 
 
 # --- what is not an expert of this recipe ---------------------------------------------------------------------------------
@@ -125,15 +119,11 @@ def nan(tensor):
     return tensor
 
 
-
-
 class Code:
     """Runs when it is unpickled by a loader that lets it."""
 
     def __reduce__(self):
         return (print, ("the pickle's code ran",))
-
-
 
 
 def test_an_interruption_is_not_taken_for_damage(exported, taken_in, monkeypatch):
@@ -143,10 +133,6 @@ def test_an_interruption_is_not_taken_for_damage(exported, taken_in, monkeypatch
     monkeypatch.setattr(torch, "load", stopped)
     with pytest.raises(Interrupted):
         taken_in(pt_files(exported / "representation"))
-
-
-
-
 
 
 # --- what is in the buffer already ------------------------------------------------------------------------------------------
@@ -194,8 +180,6 @@ def test_an_expert_that_is_being_trained_is_left_alone(exported, taken_in, tmp_p
         with pytest.raises(TrajectoryError, match="expert 1 is being trained or imported by another process"):
             taken_in(pt_files(exported / "representation"))
     assert Buffer(tmp_path / "new").experts("representation") == (0,)
-
-
 
 
 # --- the command line -------------------------------------------------------------------------------------------------------
