@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -31,8 +34,14 @@ def as_exceptions() -> Iterator[None]:
         yield
         return
     arrived: list[Interrupted] = []
+    postponed: set[int] = set()
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if _starts_a_thread(frame):
+            postponed.add(number)
+            # Not threading.Thread, whose lock this very frame may hold.
+            _thread.start_new_thread(_send_again, (number, postponed))
+            return
         for s in _SIGNALS:  # a second Ctrl-C must not tear apart what the first one saves
             # Not SIG_IGN: one that has already arrived would be reported as "ignored due to race condition", with a traceback.
             signal.signal(s, lambda number, frame: None)
@@ -46,6 +55,8 @@ def as_exceptions() -> Iterator[None]:
     previous = {s: signal.signal(s, stop) for s in _SIGNALS}
     try:
         yield
+        if postponed and not arrived:
+            stop(postponed.pop(), None)
     except (LadDistError, OSError):
         raise
     except Exception as error:
@@ -53,8 +64,25 @@ def as_exceptions() -> Iterator[None]:
             raise arrived[0] from error
         raise
     finally:
+        postponed.clear()
         for s, handler in previous.items():
             signal.signal(s, handler)
+
+
+def _starts_a_thread(frame: FrameType | None) -> bool:
+    """Whether the main thread is inside ``Thread.start``: an exception there leaves a thread that cannot begin, with a traceback."""
+    while frame is not None:
+        if frame.f_code is threading.Thread.start.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(number: int, postponed: set[int]) -> None:
+    """Send this process the signal a moment later, if it is still waited for."""
+    time.sleep(0.02)
+    if number in postponed:
+        os.kill(os.getpid(), number)
 
 
 class StopFlag:

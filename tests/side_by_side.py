@@ -11,19 +11,25 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WAITING = ("tests/slurm", "tests/test_docs.py")
+SECOND = (
+    "tests/slurm",
+    "tests/test_docs.py",
+    "tests/parallel",
+    "tests/journey/test_newcomer.py",
+    "tests/campaign",
+)
 
 
 def main() -> int:
     """The exit code of whichever failed, 0 if neither did."""
     pytest = [sys.executable, "-m", "pytest"]
     with tempfile.TemporaryFile("w+") as log:
-        waiting = subprocess.Popen([*pytest, *WAITING], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        second = subprocess.Popen([*pytest, *SECOND], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:
-            ignored = [f"--ignore={path}" for path in WAITING]
-            codes = [subprocess.run([*pytest, *ignored], cwd=ROOT, check=False).returncode, waiting.wait()]
+            ignored = [f"--ignore={path}" for path in SECOND]
+            codes = [subprocess.run([*pytest, *ignored], cwd=ROOT, check=False).returncode, second.wait()]
         except KeyboardInterrupt:
-            waiting.wait()  # it got the same Ctrl-C, and takes its SLURM down
+            second.wait()  # it got the same Ctrl-C, and takes its SLURM down
             raise
         finally:
             log.seek(0)

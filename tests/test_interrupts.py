@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from contextlib import suppress
 
 import pytest
@@ -38,6 +40,29 @@ def test_a_second_signal_does_not_tear_apart_what_the_first_one_saves():
             os.kill(os.getpid(), signal.SIGINT)
             saved.append("whole")
     assert saved == ["whole"]
+
+
+@pytest.mark.parametrize("then", [0.0, 5.0])
+def test_a_signal_while_a_thread_starts(monkeypatch, then):
+    """An exception inside ``Thread.start`` would leave a thread that dies of a KeyError, with a traceback."""
+    begin, complaints, ran = threading._start_new_thread, [], []
+
+    def signalled(*args):
+        found = begin(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(threading, "_start_new_thread", signalled)
+    monkeypatch.setattr(threading, "excepthook", complaints.append)
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match="interrupted by SIGTERM"), as_exceptions():
+        thread = threading.Thread(target=ran.append, args=(1,))
+        thread.start()
+        monkeypatch.undo()
+        thread.join()
+        time.sleep(then)  # with 0 the block may end before the signal comes again
+    assert ran == [1] and complaints == []
+    assert time.monotonic() - began < 4
 
 
 def test_a_signal_within_a_library_that_reports_an_error_of_its_own():
