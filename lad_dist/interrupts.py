@@ -70,7 +70,7 @@ def as_exceptions() -> Iterator[None]:
 
 
 def _starts_a_thread(frame: FrameType | None) -> bool:
-    """Whether the main thread is inside ``Thread.start``: an exception there leaves a thread that cannot begin, with a traceback."""
+    """Whether the main thread is inside ``Thread.start``: an exception there breaks the thread, with a traceback."""
     while frame is not None:
         if frame.f_code is threading.Thread.start.__code__:
             return True
