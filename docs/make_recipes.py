@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lad_dist.profile import Profile
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import Recipe, affects
 
 INTRO = """\
 # Recipes and profiles, field by field
@@ -25,6 +25,23 @@ not exist is refused with the nearest one that does; all faults are reported at 
 
 The resolved recipe, every field spelled out, is saved as `recipe.yaml` of the run. A recipe may be a file or the name of one
 that ships (`lad-dist jobs`).
+
+## When a run's recipe changes
+
+Every field says which stage's result depends on it first: those of `data`, `model`, `augment` and `experts` affect the
+experts; `ipc`, `seed`, `method`, `buffer` and `distill` the distillation; `evaluate` the evaluation; exceptions are noted with
+the field. A run folder takes on a changed recipe where that contradicts nothing it holds:
+
+| changed | before anything is distilled | after |
+|---|---|---|
+| affects nothing | accepted | accepted |
+| affects evaluate | accepted; networks that were measured otherwise are measured again | the same |
+| `distill.iterations`, more | accepted | goes on and equals a run of as many, bit for bit on a CPU; refused with a cosine |
+| affects distill (`experts.count` too) | accepted | refused: `--out OTHER --buffers RUN` shares the experts |
+| affects experts | refused | refused |
+
+    lad-dist run digits-lt --set distill.schedule=constant --set distill.iterations=500 --out runs/growing
+    lad-dist run digits-lt --set distill.schedule=constant --set distill.iterations=600 --out runs/growing
 """
 
 
@@ -71,6 +88,9 @@ def rows(model: type[BaseModel], prefix: str) -> list[str]:
         )
         values = " ".join(part for part in (shown(field.annotation), bounds(field)) if part)
         description = " ".join((field.description or "").split()).replace("|", "\\|")
+        usual = getattr(model, "AFFECTS", None)  # a profile affects no result
+        if usual is not None and (stage := affects(f"{prefix}{name}")) != usual:
+            description += f" (affects {stage})"
         lines.append(f"| `{prefix}{name}` | {values} | {text or 'empty'} | {description} |")
     return lines
 

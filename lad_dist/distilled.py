@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
@@ -26,6 +26,9 @@ from torch.utils.data import Dataset
 from lad_dist.data.whitening import Whitening
 from lad_dist.errors import DataError, DistilledError
 from lad_dist.rundir import save_tensors
+
+if TYPE_CHECKING:
+    from lad_dist.recipe import Recipe
 
 FORMAT_VERSION = 1
 _TENSORS, _WHITENING, _META = "tensors.safetensors", "whitening.safetensors", "meta.json"
@@ -50,6 +53,18 @@ class DistilledMeta:
     recipe: dict[str, Any]
     versions: dict[str, str]
     label_source: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def iterations(self) -> int | None:
+        """The iterations of the distillation that made it, of which ``iteration`` was chosen; None of an imported set."""
+        found = (self.recipe.get("distill") or {}).get("iterations")
+        return found if isinstance(found, int) else None
+
+    def grows_into(self, recipe: Recipe) -> bool:
+        """Whether ``recipe``, which may share the run folder, asks for more iterations of the same distillation."""
+        return (
+            self.method == recipe.method and self.iterations is not None and self.iterations < recipe.distill.iterations
+        )
 
 
 class DistilledSet(Dataset[tuple[Tensor, Tensor]]):

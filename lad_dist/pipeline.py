@@ -132,14 +132,20 @@ class Pipeline:
         ``replay``: a run folder; its recorded windows are used instead of drawing them, which makes the same set.
         Raises RunDirError where another process distils in this folder.
         """
+        from lad_dist import results
         from lad_dist.distill.replay import Record
         from lad_dist.distilled import DistilledSet
 
         record = None if replay is None else Record.read(replay, self.recipe, self.run)
         if self.run.distilled.exists():
             made = DistilledSet.load(self.run.distilled).meta
-            how = f"iteration {made.iteration}" if made.method == self.recipe.method else made.method
-            return self._already("distill", f"{self.run.distilled} is there ({how})")
+            if not made.grows_into(self.recipe):
+                how = f"iteration {made.iteration}" if made.method == self.recipe.method else made.method
+                return self._already("distill", f"{self.run.distilled} is there ({how})")
+            self.screen.say(
+                f"distill: {self.run.distilled} is of {made.iterations} iterations; goes on to {self.recipe.distill.iterations}"
+            )
+            results.forget(self.run.results, lambda row: str(row["source"]).startswith("distilled"))
         with self._alone("distill"), self._stage("distill"):
             self._distill(record)
             if self.recipe.distill.select != "last":
@@ -510,7 +516,9 @@ def open_pipeline(
     corrected recipe finds the folder free. Raises DataError, RunDirError, and what ``RunDir.open`` raises.
     """
     accepted = None
-    if not (out / "recipe.yaml").exists():
+    if (out / "recipe.yaml").exists():
+        check_nobody_distils(RunDir(out), recipe)
+    else:
         from lad_dist.data.prepare import accept
 
         RunDir.check_free(out)
@@ -519,3 +527,16 @@ def open_pipeline(
     if accepted is not None:
         accepted.keep_whitening(run.whitening)
     return Pipeline(recipe, run, profile, device, screen, Events(run.events, listener), _accepted=accepted)
+
+
+def check_nobody_distils(run: RunDir, recipe: Recipe) -> None:
+    """Raise RunDirError where a process distils in ``run`` by a recipe that distils another set than ``recipe``."""
+    from lad_dist import recipe_file
+    from lad_dist.recipe import affects, differences
+    from lad_dist.trajectories import claims
+
+    changed = [d for d in differences(recipe_file.load(run.recipe), recipe) if affects(d.field) == "distill"]
+    if changed and (other := claims.foreign(run.root, "distill", claims.owner_id())) is not None:
+        raise RunDirError(
+            f"{run.root}: is being distilled by {other}, and {'; '.join(map(str, changed))}; wait until it has ended, or stop it"
+        )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -59,7 +61,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+Affects = Literal["experts", "distill", "evaluate", "nothing"]
+_NOTHING: dict[str, Any] = {
+    "affects": "nothing"
+}  # of a field: where things lie, how often to save, what memory to take
+_DISTILL: dict[str, Any] = {"affects": "distill"}
+
+
 class _Section(BaseModel):
+    """``AFFECTS``: the first stage whose result depends on the section's fields; a field may say another one itself."""
+
+    AFFECTS: ClassVar[Affects] = "experts"
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
@@ -74,7 +86,9 @@ class DataConfig(_Section):
         description="data.dataset custom: module:attribute, or the name of an entry point of the group lad_dist.datasets; a "
         "function of this section that returns (train, test), each a torch Dataset, a Hugging Face Dataset or a pair of arrays",
     )
-    root: Text | None = Field(None, description="data folder; default: $LAD_DIST_DATA, else ./data")
+    root: Text | None = Field(
+        None, description="data folder; default: $LAD_DIST_DATA, else ./data", json_schema_extra=_NOTHING
+    )
     train: Text | None = Field(None, description="training split: file, folder or pattern under root")
     test: Text | None = Field(None, description="test split: file, folder or pattern under root")
     test_fraction: Annotated[Float, Field(gt=0, lt=1)] | None = Field(
@@ -104,7 +118,7 @@ class DataConfig(_Section):
         0,
         description="images per class held out of the training pool, to choose settings on; a class of no more keeps one image",
     )
-    download: Bool = Field(True, description="let torchvision download a missing data set")
+    download: Bool = Field(True, description="let torchvision download a missing data set", json_schema_extra=_NOTHING)
     whitening: Literal["zca", "standardize", "none"] = Field(
         "zca", description="fitted on the training set, applied to all"
     )
@@ -140,7 +154,9 @@ class AugmentConfig(_Section):
 class ExpertsConfig(_Section):
     """Both stages of the expert trajectories (stage 1: representation, stage 2: classifier)."""
 
-    count: Annotated[Int, Field(ge=1, le=100_000)] = Field(100, description="experts to train")
+    count: Annotated[Int, Field(ge=1, le=100_000)] = Field(
+        100, description="experts to train", json_schema_extra=_DISTILL
+    )
     seed: Annotated[Int, Field(ge=0)] = Field(
         0,
         description="seed of all experts; not tied to the recipe's seed, so that "
@@ -161,12 +177,14 @@ class ExpertsConfig(_Section):
         4, description="consecutive draws per class, classifier stage"
     )
     epochs_per_part: Annotated[Int, Field(ge=1, le=MOST)] = Field(
-        5, description="epochs in one part file: what a crash can lose"
+        5, description="epochs in one part file: what a crash can lose", json_schema_extra=_NOTHING
     )
 
 
 class BufferConfig(_Section):
     """The trajectory buffer between experts and distillation."""
+
+    AFFECTS: ClassVar[Affects] = "distill"
 
     start_after: Annotated[Int, Field(ge=1, le=MOST)] | None = Field(
         None,
@@ -174,12 +192,16 @@ class BufferConfig(_Section):
         "default: all, and a distillation depends on nothing but the recipe",
     )
     cache_mb: Annotated[Int, Field(ge=1, le=MOST)] = Field(
-        128, description="MiB of decoded checkpoints that each distilling process keeps in host memory"
+        128,
+        description="MiB of decoded checkpoints that each distilling process keeps in host memory",
+        json_schema_extra=_NOTHING,
     )
 
 
 class DistillConfig(_Section):
     """The synthetic set and how it is matched to the experts."""
+
+    AFFECTS: ClassVar[Affects] = "distill"
 
     iterations: Annotated[Int, Field(ge=1, le=100 * MOST)] = Field(10_000, description="outer iterations")
     matching: Literal["decoupled", "joint"] = Field(
@@ -261,9 +283,12 @@ class DistillConfig(_Section):
         "auto",
         description="keep the graphs of all student steps, or recompute them in constant memory, or that with every step "
         "captured as a CUDA graph; same numbers. auto: keep where it fits, and on a GPU what is faster at the start",
+        json_schema_extra=_NOTHING,
     )
     memory_gb: Annotated[Float, Field(gt=0)] | None = Field(
-        None, description="memory that auto may plan with; default: 60% of what is free on the device"
+        None,
+        description="memory that auto may plan with; default: 60% of what is free on the device",
+        json_schema_extra=_NOTHING,
     )
     initial: Literal["real-correct", "real-herded", "real-random"] = Field(
         "real-correct",
@@ -286,7 +311,9 @@ class DistillConfig(_Section):
         500, description="iterations between the candidates of select"
     )
     checkpoint_every: Annotated[Int, Field(ge=1, le=MOST)] = Field(
-        100, description="iterations between checkpoints for resuming; there is one every minute, too"
+        100,
+        description="iterations between checkpoints for resuming; there is one every minute, too",
+        json_schema_extra=_NOTHING,
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -296,11 +323,14 @@ class DistillConfig(_Section):
         0.02,
         description="share of the time that quick measurements of the set may take, at checkpoints; they are shown and "
         "recorded and choose nothing; 0: none",
+        json_schema_extra=_NOTHING,
     )
 
 
 class EvaluateConfig(_Section):
     """How a network is trained on a set to measure what the set is worth."""
+
+    AFFECTS: ClassVar[Affects] = "evaluate"
 
     seeds: Annotated[Int, Field(ge=1, le=1000)] = Field(5, description="networks trained per source and architecture")
     epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(1000)
@@ -356,8 +386,10 @@ class EvaluateConfig(_Section):
 class Recipe(_Section):
     """One experiment. ``seed`` drives distillation and evaluation; ``experts.seed`` drives the experts."""
 
+    AFFECTS: ClassVar[Affects] = "distill"
+
     name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        "unnamed", description="default run folder"
+        "unnamed", description="default run folder", json_schema_extra=_NOTHING
     )
     method: Method = Field(
         "lad",
@@ -407,6 +439,11 @@ class Recipe(_Section):
         return (*found, "regression") if d.lambda_regression > 0 else tuple(found)
 
     @property
+    def can_grow(self) -> bool:
+        """Whether the first iterations do not depend on how many there are: with a cosine, every step depends on the last one."""
+        return self.distill.schedule == "constant"
+
+    @property
     def regression_epochs(self) -> int:
         """Features of the regression phase are those of representation experts at epochs below this."""
         given = self.distill.regression_epoch_max
@@ -415,10 +452,10 @@ class Recipe(_Section):
     def experts_document(self) -> dict[str, Any]:
         """The part of the recipe that determines the experts' rows, apart from the data's own fingerprint."""
         doc = self.model_dump(mode="json")
-        data = {k: v for k, v in doc["data"].items() if k not in ("root", "download")}
-        data = without_later_defaults("data", data)
-        experts = {k: v for k, v in doc["experts"].items() if k not in ("count", "epochs_per_part")}
-        return {"data": data, "model": doc["model"], "augment": doc["augment"], "experts": experts}
+        return {
+            name: without_later_defaults(name, fields_that_affect("experts", name, doc[name]))
+            for name in ("data", "model", "augment", "experts")
+        }
 
     def experts_hash(self) -> str:
         """SHA-256 (hex) of ``experts_document``: equal hashes mean interchangeable experts."""
@@ -452,9 +489,59 @@ _LATER = {
 
 def without_later_defaults(section: str, doc: dict[str, Any]) -> dict[str, Any]:
     """A section's fields without the later ones that are at their defaults."""
-    models: dict[str, type[BaseModel]] = {"data": DataConfig, "distill": DistillConfig}
-    fields = models[section].model_fields
-    return {k: v for k, v in doc.items() if k not in _LATER[section] or v != fields[k].default}
+    fields = section_of(section).model_fields
+    return {k: v for k, v in doc.items() if k not in _LATER.get(section, ()) or v != fields[k].default}
+
+
+def section_of(name: str) -> type[_Section]:
+    """The model of a recipe's section."""
+    found = Recipe.model_fields[name].annotation
+    assert isinstance(found, type) and issubclass(found, _Section)
+    return found
+
+
+def affects(field: str) -> Affects:
+    """The first stage whose result depends on a field: ``affects("distill.iterations")`` is ``distill``."""
+    section, dot, name = field.rpartition(".")
+    model = section_of(section) if dot else Recipe
+    extra = model.model_fields[name].json_schema_extra
+    return extra["affects"] if isinstance(extra, dict) else model.AFFECTS  # type: ignore[return-value]
+
+
+def fields_that_affect(stage: Affects, section: str, doc: dict[str, Any]) -> dict[str, Any]:
+    """Those fields of a section (dumped) that affect ``stage`` first."""
+    return {name: value for name, value in doc.items() if affects(f"{section}.{name}") == stage}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A field that two recipes do not agree on. ``there``: its value in the first of them, ``here``: in the second."""
+
+    field: str
+    there: Any
+    here: Any
+
+    def __str__(self) -> str:
+        return f"{self.field} is {_shown(self.there)} there, {_shown(self.here)} here"
+
+
+def differences(there: Recipe, here: Recipe) -> list[Difference]:
+    """All fields in which two recipes differ, in their order."""
+    first, second = (dict(_flat(r.model_dump(mode="json"))) for r in (there, here))
+    return [Difference(field, first[field], value) for field, value in second.items() if value != first[field]]
+
+
+def _flat(doc: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every field of a dumped recipe; the sections are its only mappings."""
+    for name, value in doc.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _digest(doc: dict[str, Any]) -> str:

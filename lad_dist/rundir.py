@@ -32,28 +32,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lad_dist import location
 from lad_dist.errors import LadDistError, RunDirError, StorageError
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import Recipe, affects, differences
 
 _SUM, _NO_SUM = "sha256", "0" * 64  # a file's checksum is that of the file with zeros in its place
 ABANDONED_AFTER = 6 * 3600.0  # seconds after which another host's temporary file counts as left behind
-
-# Fields that may differ between a run's saved recipe and the one it is continued with: they say where data lie, how
-# often to save, or how to measure (results carry their own settings), and change no distilled pixel.
-_FREE = (
-    "data.root",
-    "data.download",
-    "experts.epochs_per_part",
-    "buffer.cache_mb",
-    "distill.memory_gb",
-    "distill.gradient",
-    "distill.checkpoint_every",
-    "evaluate.",
-    "name",
-)
 
 
 class RunDir:
@@ -190,16 +174,56 @@ class RunDir:
                 raise _not_a_run(root)
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Raise RunDirError where this is another recipe's run, naming the fields that differ."""
+        """Raise RunDirError where ``recipe`` contradicts what this run has done, naming the fields.
+
+        Evaluation may always change. Before anything is distilled or measured so may all of distillation, and the number of
+        experts; after it ``distill.iterations``, where the iterations that are done do not depend on it (``Recipe.can_grow``).
+        """
         from lad_dist import recipe_file
 
         saved = recipe_file.load(self.recipe)
-        changed = differences(saved.model_dump(mode="json"), recipe.model_dump(mode="json"))
+        begun = self._has_results()
+        changed = [
+            d
+            for d in differences(saved, recipe)
+            if affects(d.field) == "experts" or (begun and affects(d.field) == "distill")
+        ]
+        if [d.field for d in changed] == ["distill.iterations"]:
+            return self._check_iterations(saved, recipe)
         if changed:
             advice = "choose another folder with --out, or remove this one"
             if saved.experts_hash() == recipe.experts_hash():
                 advice = f"choose another folder with --out, and --buffers {self.root} to use its experts there"
-            raise RunDirError(f"{self.root}: belongs to a run of another recipe ({'; '.join(changed)}); {advice}")
+            raise RunDirError(
+                f"{self.root}: belongs to a run of another recipe ({'; '.join(map(str, changed))}); {advice}"
+            )
+
+    def _check_iterations(self, saved: Recipe, recipe: Recipe) -> None:
+        """Raise RunDirError where the iterations that are done are not the first ones of ``recipe``."""
+        there, here = saved.distill.iterations, recipe.distill.iterations
+        if not recipe.can_grow:
+            raise RunDirError(
+                f"{self.root}: distill.iterations is {there} there, {here} here, and with distill.schedule "
+                f"{recipe.distill.schedule} every step depends on it; choose another folder with --out, and --buffers {self.root} "
+                "to use its experts there"
+            )
+        done = self.iterations_done()
+        if here < done:
+            raise RunDirError(
+                f"{self.root}: distill.iterations is {here} here, and {done} are done there; valid: {done} or more, or another "
+                "folder with --out"
+            )
+
+    def _has_results(self) -> bool:
+        """Whether anything was distilled, imported or measured here."""
+        folders = (self.distill_checkpoint, self.candidate(0).parent, self.results.parent)
+        return self.distilled.exists() or any(f.is_dir() and next(f.iterdir(), None) is not None for f in folders)
+
+    def iterations_done(self) -> int:
+        """Iterations up to the newest checkpoint; 0 without one."""
+        folder = self.distill_checkpoint
+        found = [int(p.name[len("iteration-") :]) for p in folder.glob("iteration-*")] if folder.is_dir() else []
+        return max(found, default=0)
 
     @classmethod
     def buffer_to_come(cls, root: Path, recipe: Recipe, buffers: Path | str | None) -> Path | str:
@@ -459,7 +483,7 @@ def _buffer_in(buffers: Path | str, recipe: Recipe) -> Path | str:
         run = RunDir(location.local_folder(buffers))
         other = recipe_file.load(run.recipe)
         if other.experts_hash() != recipe.experts_hash():
-            changed = differences(other.experts_document(), recipe.experts_document())
+            changed = [str(d) for d in differences(other, recipe) if affects(d.field) == "experts"]
             raise RunDirError(
                 f"{run.root}: its experts are of another recipe ({'; '.join(changed)}), so this run cannot use them; "
                 "leave --buffers out to train some"
@@ -497,20 +521,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
-    """The fields that matter to a run's result and differ between two recipes (dumped), one line each."""
-    changed = []
-    for name, value in asked.items():
-        field = prefix + name
-        other = saved.get(name)
-        if isinstance(value, dict) and isinstance(other, dict):
-            changed += differences(other, value, field + ".")
-        elif value != other and not any(field == f or (f.endswith(".") and field.startswith(f)) for f in _FREE):
-            changed.append(f"{field} is {_shown(other)} there, {_shown(value)} here")
-    return changed
-
-
-def _shown(value: Any) -> str:
-    return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("\n...\n").strip()

@@ -101,6 +101,9 @@ def test_opening_writes_the_resolved_recipe(tmp_path):
 
 def test_another_recipe_is_refused_with_what_differs(tmp_path):
     run = RunDir.open(tmp_path / "run", changed("ipc=3"))
+    (run.distill_checkpoint / "iteration-000001").mkdir(
+        parents=True
+    )  # before it, only the data contradict: test_grow.py
     text = run.recipe.read_text()
     with pytest.raises(RunDirError) as refused:
         RunDir.open(run.root, changed("ipc=4", "distill.lr_images=7", "data.n_max=5"))
@@ -269,6 +272,7 @@ def test_a_damaged_note_of_the_buffer(tmp_path, content):
 def test_the_experts_of_a_run_serve_another(tmp_path):
     one = RunDir.open(tmp_path / "one", changed("ipc=1"))
     (one.trajectories / "part").touch()
+    (one.distill_checkpoint / "iteration-000001").mkdir(parents=True)
     with pytest.raises(RunDirError, match=rf"ipc is 1 there, 2 here.*--buffers {one.root} to use its experts"):
         RunDir.open(one.root, changed("ipc=2"))
     two = RunDir.open(tmp_path / "two", changed("ipc=2"), one.root)

@@ -22,28 +22,16 @@ from lad_dist.callbacks import Event
 from lad_dist.distill.student import GradientPath
 from lad_dist.errors import RunDirError, TrajectoryError
 from lad_dist.progress import read_events
-from lad_dist.recipe import PhaseName, Recipe
+from lad_dist.recipe import PhaseName, Recipe, affects, differences
 from lad_dist.rundir import RunDir
 from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import Stage
 
 Chosen = tuple[tuple[PhaseName, int, int], ...]  # what the phases of one iteration drew: phase, expert, start epoch
 
-# Fields in which a replay's recipe may differ from the recorded run's: where data lie, how often to save, how to
-# measure, and what only decides which experts are drawn, which the record knows.
-_FREE = (
-    "name",
-    "data.root",
-    "data.download",
-    "experts.count",
-    "experts.epochs_per_part",
-    "buffer.",
-    "distill.iterations",
-    "distill.gradient",
-    "distill.memory_gb",
-    "distill.checkpoint_every",
-    "evaluate.",
-)
+# Fields of the experts and the distillation in which a replay's recipe may differ from the recorded run's: they only decide
+# which experts are drawn, which the record knows, and how many iterations there are.
+_FREE = ("experts.count", "buffer.start_after", "distill.iterations")
 
 
 @dataclass
@@ -191,19 +179,7 @@ def _windows(value: Any) -> Chosen | None:
 
 def _changes(recorded: Recipe, asked: Recipe) -> list[str]:
     """``field is X there, Y here`` for the fields that matter."""
-    selects = asked.distill.select != "last"  # then how networks are measured decides which set is kept
-    free = tuple(f for f in _FREE if not (selects and f == "evaluate."))
-    there, here = (dict(_flat(r.model_dump(mode="json"))) for r in (recorded, asked))
-    return [
-        f"{name} is {there[name]} there, {value} here"
-        for name, value in here.items()
-        if value != there[name] and not any(name == f or (f.endswith(".") and name.startswith(f)) for f in free)
-    ]
-
-
-def _flat(doc: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in doc.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    stages = ["experts", "distill"]
+    if asked.distill.select != "last":  # then how networks are measured decides which set is kept
+        stages.append("evaluate")
+    return [str(d) for d in differences(recorded, asked) if affects(d.field) in stages and d.field not in _FREE]

@@ -20,7 +20,7 @@ from lad_dist.distill.shards import Share
 from lad_dist.distill.update import Optimizers
 from lad_dist.errors import DistilledError
 from lad_dist.ranks import ALONE, Ranks
-from lad_dist.recipe import Recipe, without_later_defaults
+from lad_dist.recipe import Recipe, fields_that_affect, without_later_defaults
 from lad_dist.rundir import load_tensors, publish_shared_folder, remove, save_tensors
 
 _SHARD = re.compile(r"shard-(\d{3,})-of-(\d{3,})\.safetensors")
@@ -167,10 +167,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _trajectory_hash(recipe: Recipe) -> str:
     """The hash of what determines the course of a distillation: how it is evaluated or saved does not."""
     doc = recipe.model_dump(mode="json", include={"method", "ipc", "seed", "distill"})
-    free = ["gradient", "memory_gb", "checkpoint_every", "early_evaluation"]
-    free += [] if recipe.distill.schedule == "cosine" else ["iterations"]  # a cosine depends on where it ends
-    distill = without_later_defaults("distill", doc["distill"])
-    doc["distill"] = {k: v for k, v in distill.items() if k not in free}
+    doc["distill"] = without_later_defaults("distill", fields_that_affect("distill", "distill", doc["distill"]))
+    if recipe.can_grow:
+        del doc["distill"]["iterations"]
     doc["buffer"] = {"start_after": recipe.buffer.start_after}
     doc["experts"] = recipe.experts_hash()
     doc["experts_count"] = recipe.experts.count

@@ -67,10 +67,11 @@ def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str], buffer: Path
     from lad_dist.distilled import DistilledSet
 
     left = []
-    imported = run.distilled.exists() and DistilledSet.load(run.distilled).meta.method != recipe.method
+    made = DistilledSet.load(run.distilled).meta if run.distilled.exists() else None
+    imported = made is not None and made.method != recipe.method
     if not imported and experts_left(recipe, run.trajectories if buffer is None else buffer):
         left.append("experts")
-    if not run.distilled.exists():
+    if made is None or made.grows_into(recipe):
         left.append("distill")
     measured = {(row["source"], row["architecture"], row["seed"]) for row in results.read(run.results)}
     if "distill" in left or not _networks(recipe, results.wanted(recipe, run)) <= measured:

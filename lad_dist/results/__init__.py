@@ -14,7 +14,7 @@ import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -200,6 +200,17 @@ def merge(path: Path) -> list[Row]:
         if path.exists() and json.dumps(slim) == json.dumps(_merged(path)):
             return rows
         write(path, rows)
+
+
+def forget(path: Path, which: Callable[[Row], bool]) -> None:
+    """Remove the rows that ``which`` picks; the events that told of them stay."""
+    rows = read(path)
+    kept = [row for row in rows if not which(row)]
+    if len(kept) < len(rows):
+        for row in rows:
+            if which(row):
+                row_file(path, row).unlink(missing_ok=True)
+        write(path, kept)
 
 
 def rows_folder(path: Path) -> Path:

@@ -291,7 +291,8 @@ def _ray(dashboard: object, address: object, namespace: object) -> str:
 
 def _distill(recipe: Recipe, run: RunDir, log: RunLog, now: float) -> StageStatus:
     stage_log, total = log.stages.get("distill"), recipe.distill.iterations
-    done = run.distilled.exists()
+    reached = (stage_log.step or {}).get("iteration") if stage_log is not None else None
+    done = run.distilled.exists() and not (isinstance(reached, int) and reached < total)  # else it is to grow
     state = _state(stage_log, done, run.distill_checkpoint.exists(), now, log.last)
     if stage_log is None or stage_log.step is None:
         return StageStatus("distill", state, str(run.distilled) if done else "")
