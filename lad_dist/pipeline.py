@@ -316,13 +316,13 @@ class Pipeline:
             return
         import torch
 
-        file, m = self.run.threads, self.recipe.model
+        file = self.run.threads
         if file.exists():
             team = threads.Team.load(file)
             self.screen.say(f"threads: {team.threads}, as the run began (--threads N changes it, and the last bits)")
         else:
             most = threads.most_threads(self.profile)
-            team = threads.choose(self.recipe, Shapes(channels, size, classes, m.width, m.depth), most)
+            team = threads.choose(self.recipe, Shapes.of(self.recipe.model, channels, size, classes), most)
             team.save(file)
             if most > 1:
                 self.screen.say(f"threads: {team.threads}: {team.why}")

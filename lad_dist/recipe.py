@@ -10,7 +10,9 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from lad_dist.plugins import Name
 
 Int = Annotated[int, Field(strict=True)]
 Bool = Annotated[bool, Field(strict=True)]
@@ -20,7 +22,8 @@ _REGRESSION_EPOCHS = 11
 MOST = 1_000_000  # of epochs, images, steps, ...: beyond what any experiment does, and below what would never end
 Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
 OPERATIONS: tuple[Operation, ...] = ("color", "crop", "cutout", "flip", "scale", "rotate")
-Architecture = Literal["convnet", "vgg11", "resnet18", "alexnet", "mlp", "vit"]
+NETWORKS = ("convnet", "vgg11", "resnet18", "alexnet", "mlp", "vit")
+Architecture = Annotated[Text, AfterValidator(Name(NETWORKS, "lad_dist.networks"))]
 Baseline = Literal[
     "initial",
     "random-soft",
@@ -117,10 +120,13 @@ class DataConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """The network of experts and students: ``depth`` blocks of convolution, instance norm, ReLU, average pooling."""
+    """The network of experts and students: by default ``depth`` blocks of convolution, instance norm, ReLU, average pooling."""
 
-    width: Annotated[Int, Field(ge=1, le=4096)] = Field(128, description="channels of every convolution")
-    depth: Annotated[Int, Field(ge=1, le=8)] = Field(3, description="blocks; each halves the image")
+    network: Architecture = Field(
+        "convnet", description="one with instance norm, or module:attribute; see extending.md for what it must be"
+    )
+    width: Annotated[Int, Field(ge=1, le=4096)] = Field(128, description="convnet: channels of every convolution")
+    depth: Annotated[Int, Field(ge=1, le=8)] = Field(3, description="convnet: blocks; each halves the image")
 
 
 class AugmentConfig(_Section):
@@ -333,7 +339,9 @@ class EvaluateConfig(_Section):
     )
     split: Literal["test", "validation"] = Field("test", description="what accuracy is measured on")
     architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = Field(
-        ("convnet",), description="networks that are trained on every set; convnet is the one of `model`"
+        ("convnet",),
+        description="networks that are trained on every set, module:attribute among them; convnet has the width and depth of "
+        "`model`; default: model.network",
     )
     norm: Literal["instance", "batch"] = Field(
         "instance", description="normalisation of convnet, vgg11, resnet18 and alexnet when they are evaluated"
@@ -385,6 +393,21 @@ class Recipe(_Section):
         own = {k: v for k, v in (doc.get("distill") or {}).items() if not (k in preset and v is None)}
         return {**doc, "distill": {**preset, **own}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluate_the_own_network(cls, doc: Any) -> Any:
+        model, evaluate = (doc.get(s) or {} for s in ("model", "evaluate")) if isinstance(doc, dict) else ({}, {})
+        name = (
+            model.network
+            if isinstance(model, ModelConfig)
+            else model.get("network")
+            if isinstance(model, dict)
+            else None
+        )
+        if name is None or not isinstance(evaluate, dict) or evaluate.get("architectures") is not None:
+            return doc
+        return {**doc, "evaluate": {**evaluate, "architectures": (name,)}}
+
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Recipe:
         faults = list(_cross_faults(self))
@@ -418,7 +441,8 @@ class Recipe(_Section):
         data = {k: v for k, v in doc["data"].items() if k not in ("root", "download")}
         data = without_later_defaults("data", data)
         experts = {k: v for k, v in doc["experts"].items() if k not in ("count", "epochs_per_part")}
-        return {"data": data, "model": doc["model"], "augment": doc["augment"], "experts": experts}
+        model = without_later_defaults("model", doc["model"])
+        return {"data": data, "model": model, "augment": doc["augment"], "experts": experts}
 
     def experts_hash(self) -> str:
         """SHA-256 (hex) of ``experts_document``: equal hashes mean interchangeable experts."""
@@ -436,6 +460,7 @@ class Recipe(_Section):
 # Fields that came after the first buffers and runs: at their defaults they leave every hash as it was.
 _LATER = {
     "data": ("normalize_before_zca", "test_fraction", "source"),
+    "model": ("network",),
     "distill": (
         "initial_labels",
         "lambda_regression",
@@ -452,7 +477,7 @@ _LATER = {
 
 def without_later_defaults(section: str, doc: dict[str, Any]) -> dict[str, Any]:
     """A section's fields without the later ones that are at their defaults."""
-    models: dict[str, type[BaseModel]] = {"data": DataConfig, "distill": DistillConfig}
+    models: dict[str, type[BaseModel]] = {"data": DataConfig, "model": ModelConfig, "distill": DistillConfig}
     fields = models[section].model_fields
     return {k: v for k, v in doc.items() if k not in _LATER[section] or v != fields[k].default}
 
@@ -521,9 +546,26 @@ def _cross_faults(recipe: Recipe) -> list[str]:
             f"data.normalize_before_zca: {recipe.data.normalize_before_zca} has no meaning with data.whitening "
             f"{recipe.data.whitening}; valid: none, or data.whitening zca"
         )
+    faults += _network_faults(recipe)
     default = DataConfig.model_fields["imbalance_factor"].default  # a saved recipe spells it out
     if recipe.data.imbalance == "natural" and recipe.data.imbalance_factor != default:
         faults.append("data.imbalance_factor: has no meaning with data.imbalance natural; remove it")
+    return faults
+
+
+def _network_faults(recipe: Recipe) -> list[str]:
+    """What only ConvNet has."""
+    m, faults = recipe.model, list[str]()
+    if m.network == "convnet":
+        return faults
+    if "convnet" not in recipe.evaluate.architectures:
+        faults += [
+            f"model.{field}: has no meaning with model.network {m.network}; remove it"
+            for field in ("width", "depth")
+            if getattr(m, field) != ModelConfig.model_fields[field].default  # a saved recipe spells it out
+        ]
+    if recipe.distill.precision != "float32":
+        faults.append(f"distill.precision: {recipe.distill.precision} is convnet's; valid with {m.network}: float32")
     return faults
 
 

@@ -94,7 +94,10 @@ def evaluate(
     ] = None,
     arch: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="Networks to train: convnet, vgg11, resnet18, alexnet, mlp, vit."),
+        typer.Option(
+            metavar="NAME,...",
+            help="Networks to train: convnet, vgg11, resnet18, alexnet, mlp, vit or module:attribute.",
+        ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Networks to train per source and architecture.")] = None,
     ranks: RanksOption = None,

@@ -364,7 +364,8 @@ class Replica:
 
     def __init__(self, module: nn.Module, theta_P: Tensor, ranks: Ranks) -> None:
         network = copy.deepcopy(module).to(theta_P.device, theta_P.dtype).requires_grad_()
-        self._parameters, self._world = list(network.parameters()), ranks.world
+        self._parameters = [network.get_parameter(name) for name in Layout.of(network).names]
+        self._world = ranks.world
         self._network = ranks.replicate(network)
 
     def gradient(

@@ -27,14 +27,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lad_dist.data.herding import herd
 from lad_dist.data.prepare import PreparedData
 from lad_dist.errors import RunDirError
 from lad_dist.models import functional
-from lad_dist.models.convnet import ConvNet, build, flat_parameters
+from lad_dist.models.convnet import flat_parameters
 from lad_dist.models.layout import Layout
+from lad_dist.models.network import build
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir, published
 from lad_dist.seeds import rng
@@ -111,7 +112,8 @@ def feature_space(recipe: Recipe, run: RunDir) -> FeatureSpace:
         return FeatureSpace(last, f"expert {EXPERT}, representation epoch {last}")
     e = recipe.evaluate
     how = f"{e.full_epochs} epochs, lr {e.full_lr:g}, batch {e.full_batch}"
-    return FeatureSpace(None, f"ConvNet trained on the long-tailed set: {how}")
+    network = "ConvNet" if recipe.model.network == "convnet" else recipe.model.network
+    return FeatureSpace(None, f"{network} trained on the long-tailed set: {how}")
 
 
 def chosen_real(
@@ -119,7 +121,7 @@ def chosen_real(
     data: PreparedData,
     run: RunDir,
     source: str,
-    trained: Callable[[], ConvNet],
+    trained: Callable[[], nn.Module],
 ) -> np.ndarray:
     """The training images (K * IPC,) that ``source`` chooses, class-major. Chosen once: they are kept beside the results.
 
@@ -165,10 +167,10 @@ def _sum_of(doc: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def _features(
-    recipe: Recipe, data: PreparedData, run: RunDir, space: FeatureSpace, trained: Callable[[], ConvNet]
+    recipe: Recipe, data: PreparedData, run: RunDir, space: FeatureSpace, trained: Callable[[], nn.Module]
 ) -> Tensor:
     """Features (N, D) of all training images, on the host."""
-    images, m = data.splits.train, recipe.model
+    images = data.splits.train
     if space.expert_epoch is None:
         with torch.enable_grad():
             network = trained()
@@ -178,9 +180,8 @@ def _features(
 
         buffer = Buffer(run.trajectories, recipe.experts_hash())
         weights_P = torch.from_numpy(buffer.read("representation", EXPERT, space.expert_epoch).copy()).to(data.device)
-        network = build(
-            images.channels, images.size, images.num_classes, m.width, m.depth, seed=0, purpose=("features",)
-        ).to(data.device)
+        shape = (images.channels, images.size, images.num_classes)
+        network = build(recipe.model, *shape, seed=0, purpose=("features",)).to(data.device)
     views = Layout.of(network).views(weights_P)
     rows = torch.arange(len(data.train)).split(_BATCH)
     return torch.cat([functional.features(network, views, data.train.batch(r)[0]) for r in rows]).cpu()

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lad_dist import results
 from lad_dist.data.prepare import PreparedData
@@ -36,7 +36,7 @@ from lad_dist.errors import DistilledError
 from lad_dist.evaluate import baselines
 from lad_dist.evaluate.labels import adsa
 from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train
-from lad_dist.models.convnet import ConvNet, build
+from lad_dist.models.network import build
 from lad_dist.recipe import Recipe
 from lad_dist.results import Source
 from lad_dist.rundir import RunDir
@@ -209,15 +209,14 @@ def _set_id(recipe: Recipe, run: RunDir, source: Source) -> str:
     return f"{drawn_as(source)}, seed {recipe.seed}, {recipe.experts_hash()[:16]}"
 
 
-def _network_for_features(recipe: Recipe, data: PreparedData, run: RunDir) -> Callable[[], ConvNet]:
-    def trained() -> ConvNet:
-        images, m = data.splits.train, recipe.model
+def _network_for_features(recipe: Recipe, data: PreparedData, run: RunDir) -> Callable[[], nn.Module]:
+    def trained() -> nn.Module:
+        images = data.splits.train
         network = build(
+            recipe.model,
             images.channels,
             images.size,
             images.num_classes,
-            m.width,
-            m.depth,
             seed=recipe.seed,
             purpose=("evaluate", "features"),
         ).to(data.device)

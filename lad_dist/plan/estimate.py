@@ -92,7 +92,7 @@ class Plan:
 
 def shapes_of(recipe: Recipe, facts: Facts) -> Shapes:
     """The recipe's network on its data."""
-    return Shapes(facts.channels, facts.size, facts.classes, recipe.model.width, recipe.model.depth)
+    return Shapes.of(recipe.model, facts.channels, facts.size, facts.classes)
 
 
 def refuse_what_cannot_fit(recipe: Recipe, facts: Facts, place: Place, buffer: Path | None) -> None:
@@ -118,7 +118,7 @@ def make_plan(
     """The plan. ``buffer`` is where the trajectory buffer will lie (None: in an object store); ``calibrate`` the seconds
     to spend on measuring this device, None for the table (also where ``device`` is None)."""
     shapes = shapes_of(recipe, facts)
-    notes: list[str] = []
+    notes = [shapes.note] if shapes.note else []
     if calibrate is not None and place.chooses_threads:
         from lad_dist.plan import threads
 
@@ -138,8 +138,7 @@ def make_plan(
         job=recipe.name,
         data=f"{facts.train} training images of {facts.classes} classes ({max(facts.counts)} to {min(facts.counts)} each), "
         f"{facts.test} test images, {facts.channels}x{facts.size}x{facts.size}; from {facts.source}",
-        network=f"ConvNet of width {shapes.width}, depth {shapes.depth}: {shapes.parameters} weights, {shapes.classifier} of "
-        "them in the classifier",
+        network=f"{shapes.name}: {shapes.parameters} weights, {shapes.classifier} of them in the classifier",
         place=place.name if place.here else f"{place.name} (not here)",
         world=place.world,
         path=path,

@@ -209,7 +209,13 @@ def rows_folder(path: Path) -> Path:
 
 def row_file(path: Path, row: Row) -> Path:
     """The file of a row, named by its source, architecture and seed in letters that every file system takes."""
-    return rows_folder(path) / ("-".join(re.sub(r"[^A-Za-z0-9_]+", "_", str(row[k])) for k in _KEY) + ".json")
+    return rows_folder(path) / ("-".join(file_word(str(row[k])) for k in _KEY) + ".json")
+
+
+def file_word(name: str) -> str:
+    """A name in letters that every file system takes; one of other letters with a part of its hash, as ``a:b`` is not ``a_b``."""
+    word = re.sub(r"[^A-Za-z0-9_]+", "_", name)
+    return f"{word}_{hashlib.sha256(name.encode()).hexdigest()[:8]}" if re.search("[^A-Za-z0-9_-]", name) else word
 
 
 def same_measurement(row: Row, other: Row) -> bool:
