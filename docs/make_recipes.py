@@ -10,6 +10,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from lad_dist.methods import METHODS
 from lad_dist.plugins import Name
 from lad_dist.profile import Profile
 from lad_dist.recipe import Recipe
@@ -101,9 +102,18 @@ def chapter(model: type[BaseModel], title: str, prefix: str = "", depth: int = 2
     return lines
 
 
+def methods() -> list[str]:
+    lines = ["## Methods", "", "| `method` | | what it sets of `distill` |", "|---|---|---|"]
+    for name, method in METHODS.items():
+        fields = ", ".join(f"`{k}: {str(v).lower() if isinstance(v, bool) else v}`" for k, v in method.distill.items())
+        lines.append(f"| `{name}` | {method.title} | {fields} |")
+    return [*lines, "", "More of them: [extending.md](extending.md).", ""]
+
+
 def text() -> str:
     """The whole page."""
-    return INTRO + "\n" + "\n".join([*chapter(Recipe, "Recipe"), *chapter(Profile, "Profile")]).rstrip() + "\n"
+    parts = [*chapter(Recipe, "Recipe"), *methods(), *chapter(Profile, "Profile")]
+    return INTRO + "\n" + "\n".join(parts).rstrip() + "\n"
 
 
 if __name__ == "__main__":

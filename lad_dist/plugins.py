@@ -29,7 +29,7 @@ class Name:
 
     def __call__(self, name: str) -> str:
         plain = name.removesuffix("-plain").removesuffix("-soft") if self.group == "lad_dist.baselines" else name
-        if plain not in self.known and ":" not in plain and plain not in _offered(self.group):
+        if plain not in self.known and ":" not in plain and plain not in offered(self.group):
             raise PydanticCustomError(
                 "unknown_name", "{fault}", {"fault": f"should be {valid(self.known, self.group)}"}
             )
@@ -38,7 +38,7 @@ class Name:
 
 def valid(known: Iterable[str], group: str) -> str:
     """``'a', 'b', a name of the group ... or module:attribute``."""
-    names = [repr(name) for name in (*known, *sorted(_offered(group)))]
+    names = [repr(name) for name in (*known, *sorted(offered(group)))]
     return f"{', '.join(names)} or module:attribute"
 
 
@@ -47,11 +47,11 @@ def load(name: str, group: str, field: str, error: type[LadDistError] = RecipeEr
     module, colon, attribute = name.partition(":")
     try:
         if not colon:
-            offered = _offered(group)
-            if name not in offered:
-                there = f"the names {', '.join(sorted(offered))}" if offered else "no names, as no package offers any"
-                raise error(f"{field}: {name!r} is not known; valid: module:attribute, or {there}")
-            return offered[name].load()
+            there = offered(group)
+            if name not in there:
+                names = f"the names {', '.join(sorted(there))}" if there else "no names, as no package offers any"
+                raise error(f"{field}: {name!r} is not known; valid: module:attribute, or {names}")
+            return there[name].load()
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
@@ -74,5 +74,6 @@ def load_callable(name: str, group: str, field: str, what: str) -> Any:
     return found
 
 
-def _offered(group: str) -> dict[str, EntryPoint]:
+def offered(group: str) -> dict[str, EntryPoint]:
+    """The entry points of a group by name."""
     return {point.name: point for point in entry_points(group=group)}

@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from lad_dist import methods
+from lad_dist.errors import RecipeError
+from lad_dist.methods import GROUP, METHODS
 from lad_dist.plugins import Name
 
 Int = Annotated[int, Field(strict=True)]
@@ -40,26 +43,8 @@ Baseline = Literal[
     "random-soft-plain",
     "random-plain",
 ]
-Method = Literal["lad", "lad-fr", "datm", "mtt", "lad-without-wma", "lad-without-adm"]
+Method = Annotated[Text, AfterValidator(Name(tuple(METHODS), GROUP))]
 PhaseName = Literal["representation", "classifier", "regression"]
-
-# What each method means, as fields of `distill`. A recipe may still set any of them itself.
-# lad-fr: LAD's experts and labels with feature regression instead of matching.
-METHODS: dict[str, dict[str, Any]] = {
-    "lad": {"matching": "decoupled", "weighted_loss": True, "labels": "soft"},
-    "lad-fr": {
-        "matching": "decoupled",
-        "weighted_loss": True,
-        "labels": "soft",
-        "lambda_representation": 0.0,
-        "lambda_classifier": 0.0,
-        "lambda_regression": 1.0,
-    },
-    "lad-without-wma": {"matching": "decoupled", "weighted_loss": False, "labels": "soft"},
-    "lad-without-adm": {"matching": "joint", "weighted_loss": True, "labels": "soft"},
-    "datm": {"matching": "joint", "weighted_loss": False, "labels": "soft"},
-    "mtt": {"matching": "joint", "weighted_loss": False, "labels": "hard"},
-}
 
 
 class _Section(BaseModel):
@@ -369,7 +354,7 @@ class Recipe(_Section):
     )
     method: Method = Field(
         "lad",
-        description="a preset of distill.matching, distill.weighted_loss, distill.labels and, lad-fr, of the phases' weights",
+        description="a preset of fields of distill (below), and the loss that its phases match by",
     )
     ipc: Annotated[Int, Field(ge=1, le=10_000)] = Field(10, description="synthetic images per class")
     seed: Annotated[Int, Field(ge=0)] = Field(0, description="of distillation and evaluation")
@@ -389,7 +374,12 @@ class Recipe(_Section):
         if isinstance(doc.get("distill"), DistillConfig):
             return doc
         method = doc.get("method", cls.model_fields["method"].default)
-        preset = METHODS.get(method, {}) if isinstance(method, str) else {}
+        preset = methods.preset(method)
+        strange = [k for k in preset if k not in DistillConfig.model_fields]
+        if strange:
+            raise RecipeError(
+                f"method: {method}: sets distill.{strange[0]}, which is no field; valid: fields of distill"
+            )
         own = {k: v for k, v in (doc.get("distill") or {}).items() if not (k in preset and v is None)}
         return {**doc, "distill": {**preset, **own}}
 

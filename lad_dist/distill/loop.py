@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lad_dist import methods
 from lad_dist.data import augment
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distill.alignment import alignment
@@ -174,7 +175,7 @@ class Distillation:
         shape = (facts.channels, facts.size, self.classes)
         module = build(recipe.model, *shape, seed=0, purpose=("template",))
         set_precision(module, recipe.distill.precision)
-        self.student = Student(module.to(device), ranks)
+        self.student = Student(module.to(device), ranks, methods.find(recipe.method).loss)
         buffer = buffer or Buffer(run.trajectories, expected_hash=recipe.experts_hash())
         if buffer.meta.data_fingerprint != facts.fingerprint:
             raise TrajectoryError(

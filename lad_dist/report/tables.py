@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lad_dist import methods
 from lad_dist.results import by_way, of_one_way
 from lad_dist.results.paired import gains, points
 
@@ -39,15 +40,6 @@ SOURCES = {
 MAIN_SOURCES = ("distilled", "initial", "random-soft", "random", "full")  # what the page's first figures show
 CHARTED = ("distilled", "initial", "random", "full")
 CALIBRATION = ("balanced", "ECE", "standard error")
-METHODS = {
-    "lad": "LAD",
-    "lad-fr": "LAD with feature regression",
-    "datm": "DATM",
-    "mtt": "MTT",
-    "lad-without-wma": "LAD without weight mismatch avoidance",
-    "lad-without-adm": "LAD without decoupled matching",
-    "imported": "imported",
-}
 DATASETS = {
     "digits": "Digits-LT",
     "fashion-mnist": "Fashion-MNIST-LT",
@@ -278,7 +270,7 @@ def source_title(row: Row) -> str:
     if not str(row["source"]).startswith("distilled") or not method:
         return title
     name, comma, how = title.partition(",")
-    return f"{name} ({METHODS.get(method, method)}){comma}{how}"
+    return f"{name} ({methods.title(method)}){comma}{how}"
 
 
 def spread(fractions: Sequence[float]) -> str:

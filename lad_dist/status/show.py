@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lad_dist import results
+from lad_dist import methods, results
 from lad_dist.errors import RunDirError
 from lad_dist.progress import shortened
 from lad_dist.recipe import Recipe
@@ -150,7 +150,7 @@ def _short(row: results.Row) -> str:
     title = tables.SOURCES.get(row["source"], str(row["source"]))
     if row["source"].startswith("distilled"):
         _, comma, how = title.partition(",")
-        title = f"{tables.METHODS.get(row['method'], row['method'])}{comma}{how}"
+        title = f"{methods.title(row['method'])}{comma}{how}"
     return title if row["architecture"] == "convnet" else f"{title}, {row['architecture']}"
 
 

@@ -164,7 +164,7 @@ def test_recipes_take_names_that_somebody_offers(monkeypatch):
     with pytest.raises(ValueError, match=r"should be 'convnet', .* or module:attribute") as refused:
         doc("resnet19")
     assert refused.value.error_count() == 2
-    monkeypatch.setattr(plugins, "_offered", lambda group: {"resnet19": None} if group == "lad_dist.networks" else {})
+    monkeypatch.setattr(plugins, "offered", lambda group: {"resnet19": None} if group == "lad_dist.networks" else {})
     assert doc("resnet19").model.network == "resnet19"
 
 
