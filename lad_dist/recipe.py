@@ -23,8 +23,8 @@ Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 _REGRESSION_EPOCHS = 11
 MOST = 1_000_000  # of epochs, images, steps, ...: beyond what any experiment does, and below what would never end
-Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
-OPERATIONS: tuple[Operation, ...] = ("color", "crop", "cutout", "flip", "scale", "rotate")
+OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+Operation = Annotated[Text, AfterValidator(Name(OPERATIONS, "lad_dist.augmentations"))]
 NETWORKS = ("convnet", "vgg11", "resnet18", "alexnet", "mlp", "vit")
 Architecture = Annotated[Text, AfterValidator(Name(NETWORKS, "lad_dist.networks"))]
 Baseline = Literal[
@@ -117,7 +117,11 @@ class ModelConfig(_Section):
 class AugmentConfig(_Section):
     """DSA augmentation: one operation per batch, uniform among ``operations``, parameters per image."""
 
-    operations: tuple[Operation, ...] = Field(OPERATIONS, description="an empty list switches augmentation off")
+    operations: tuple[Operation, ...] = Field(
+        OPERATIONS,
+        description="what is drawn from; a name twice is drawn twice as often; module:attribute among them; an empty list "
+        "switches augmentation off",
+    )
     flip: Annotated[Float, Field(ge=0, le=1)] = Field(0.5, description="probability of a horizontal flip")
     scale: Annotated[Float, Field(ge=1, le=4)] = Field(1.2, description="scale factors lie in [1/scale, scale]")
     rotate: Annotated[Float, Field(ge=0, le=180)] = Field(15.0, description="degrees to either side")

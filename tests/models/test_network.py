@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 
@@ -19,6 +20,9 @@ from lad_dist.models.zoo import NETWORKS, network
 from lad_dist.plan.shapes import MeasuredShapes, Shapes
 from lad_dist.recipe import NETWORKS as NAMES
 from lad_dist.recipe import ModelConfig, Recipe
+
+
+COUNT = itertools.count()
 
 
 class Small(nn.Module):
@@ -76,7 +80,7 @@ def mine(monkeypatch):
     """Makes ``mine:net`` whatever it is given, under a name that no cache knows."""
 
     def give(factory) -> str:
-        name = f"mine_{id(factory)}"
+        name = f"mine_{next(COUNT)}"
         module = types.ModuleType(name)
         module.net = factory
         monkeypatch.setitem(sys.modules, name, module)
