@@ -7,7 +7,6 @@ process of the run. docs/extending.md has an example of each group.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -21,25 +20,32 @@ from lad_dist.errors import LadDistError, RecipeError
 class Name:
     """The names that a field takes: ``known`` ones, entry points of ``group``, ``module:attribute``.
 
-    Called by pydantic: a name that nobody offers is a fault of the recipe. What a module holds shows when it is used.
+    The last two may have ``endings``, one after the other. Called by pydantic: a name that nobody offers is a fault of the
+    recipe. What a module holds shows when it is used.
     """
 
     known: tuple[str, ...]
     group: str
+    endings: tuple[str, ...] = ()
 
     def __call__(self, name: str) -> str:
-        plain = name.removesuffix("-plain").removesuffix("-soft") if self.group == "lad_dist.baselines" else name
-        if plain not in self.known and ":" not in plain and plain not in offered(self.group):
-            raise PydanticCustomError(
-                "unknown_name", "{fault}", {"fault": f"should be {valid(self.known, self.group)}"}
-            )
+        if not self.takes(name):
+            raise PydanticCustomError("unknown_name", "{fault}", {"fault": f"should be {self.valid}"})
         return name
 
+    def takes(self, name: str) -> bool:
+        """Whether somebody offers the name."""
+        if name in self.known:
+            return True
+        for ending in reversed(self.endings):
+            name = name.removesuffix(ending)
+        return ":" in name or name in offered(self.group)
 
-def valid(known: Iterable[str], group: str) -> str:
-    """``'a', 'b', a name of the group ... or module:attribute``."""
-    names = [repr(name) for name in (*known, *sorted(offered(group)))]
-    return f"{', '.join(names)} or module:attribute"
+    @property
+    def valid(self) -> str:
+        """All names, in words."""
+        names = [repr(name) for name in (*self.known, *sorted(offered(self.group)))]
+        return f"{', '.join(names)} or module:attribute"
 
 
 def load(name: str, group: str, field: str, error: type[LadDistError] = RecipeError) -> Any:

@@ -27,7 +27,7 @@ OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 Operation = Annotated[Text, AfterValidator(Name(OPERATIONS, "lad_dist.augmentations"))]
 NETWORKS = ("convnet", "vgg11", "resnet18", "alexnet", "mlp", "vit")
 Architecture = Annotated[Text, AfterValidator(Name(NETWORKS, "lad_dist.networks"))]
-Baseline = Literal[
+BASELINES = (
     "initial",
     "random-soft",
     "random",
@@ -42,7 +42,9 @@ Baseline = Literal[
     "distilled-plain",
     "random-soft-plain",
     "random-plain",
-]
+)
+BASELINE_NAMES = Name(BASELINES, "lad_dist.baselines", endings=("-soft", "-plain"))
+Baseline = Annotated[Text, AfterValidator(BASELINE_NAMES)]
 Method = Annotated[Text, AfterValidator(Name(tuple(METHODS), GROUP))]
 PhaseName = Literal["representation", "classifier", "regression"]
 
@@ -324,7 +326,7 @@ class EvaluateConfig(_Section):
         ("initial", "random-soft", "random", "full"),
         description="what `run` measures beside the distilled set: the set it started from (initial), real images chosen at the "
         "same IPC with hard or with the experts' labels (...-soft), ways to train on the whole long-tailed set, the distilled "
-        "images with hard labels, or a set without augmentation (...-plain)",
+        "images with hard labels, a set without augmentation (...-plain), or module:attribute, which also takes -soft and -plain",
     )
     split: Literal["test", "validation"] = Field("test", description="what accuracy is measured on")
     architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = Field(

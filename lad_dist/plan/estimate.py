@@ -29,6 +29,7 @@ from lad_dist.plan.scaling import (
 )
 from lad_dist.plan.shapes import Shapes
 from lad_dist.recipe import Recipe
+from lad_dist.results import DISTILLED, WHOLE
 
 if TYPE_CHECKING:
     import torch
@@ -386,7 +387,7 @@ class _Times:
         if e.tune_epochs:  # which of them is chosen is not known
             epochs, most = max(e.tune_epochs), "at most "
         for source in dict.fromkeys(("distilled", *e.baselines)):
-            whole = source.startswith("full")
+            whole = source in WHOLE
             count, images, batch = epochs, self.total, e.batch
             if whole:
                 count, images, batch = e.full_epochs, self.facts.train, e.full_batch
@@ -399,7 +400,7 @@ class _Times:
     def _tuning(self, source: str, epoch: float, whole: bool) -> list[tuple[str, float, str]]:
         """Choosing learning rate and epochs for a source, an ``epoch`` of which takes so many seconds."""
         e = self.recipe.evaluate
-        alpha = bool(e.tune_lr) and (source.startswith("distilled") or source == "initial")
+        alpha = bool(e.tune_lr) and source in (*DISTILLED, "initial")
         rates = len(e.tune_lr or (None,)) + alpha
         epochs = (e.full_epochs,) if whole else e.tune_epochs or (e.epochs,)
         if rates * len(epochs) == 1:

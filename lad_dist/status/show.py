@@ -147,8 +147,8 @@ def compare_table(runs: Sequence[Path]) -> Table:
 
 def _short(row: results.Row) -> str:
     """``LAD``, ``LAD, hard labels``, ``Random real, resnet18``: what a row's networks were trained on, for a narrow column."""
-    title = tables.SOURCES.get(row["source"], str(row["source"]))
-    if row["source"].startswith("distilled"):
+    title = tables.source_name(row["source"])
+    if row["source"] in results.DISTILLED:
         _, comma, how = title.partition(",")
         title = f"{methods.title(row['method'])}{comma}{how}"
     return title if row["architecture"] == "convnet" else f"{title}, {row['architecture']}"

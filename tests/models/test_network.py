@@ -21,7 +21,6 @@ from lad_dist.plan.shapes import MeasuredShapes, Shapes
 from lad_dist.recipe import NETWORKS as NAMES
 from lad_dist.recipe import ModelConfig, Recipe
 
-
 COUNT = itertools.count()
 
 
