@@ -62,6 +62,7 @@ def _check_once(name: str, channels: int, size: int, classes: int) -> None:
         check(made, channels, size, classes, f"{_FIELD}: {name}")
 
 
+@torch.enable_grad()
 def check(module: nn.Module, channels: int, size: int, classes: int, where: str) -> None:
     """Try ``module`` on a few images. Raises RecipeError, which ``where`` begins, where experts and students cannot be of it."""
     _check_parameters(module, where)

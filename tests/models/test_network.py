@@ -98,7 +98,8 @@ def test_the_names_of_recipes_are_the_registrys():
 
 def test_a_network_of_ones_own(mine):
     name = mine(lambda channels, size, classes: Small(channels, size, classes, nn.GroupNorm(5, 5), nn.Softplus()))
-    net, images = of(name), torch.randn(3, 1, 9, 9)
+    with torch.no_grad():  # where the check itself needs gradients
+        net, images = of(name), torch.randn(3, 1, 9, 9)
     layout = Layout.of(net)
     assert layout.names[-2:] == layout.classifier == ("classifier.weight", "classifier.bias")
     assert layout.size == sum(p.numel() for p in net.parameters()) and layout.span("classifier").stop == layout.size
