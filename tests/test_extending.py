@@ -17,6 +17,7 @@ from lad_dist import cli, recipe_file, results
 from lad_dist.distilled import DistilledSet
 from lad_dist.pipeline import open_pipeline
 from lad_dist.profile import Profile
+from lad_dist.progress import read_events
 from lad_dist.rundir import RunDir
 from lad_dist.trajectories import Buffer
 
@@ -106,6 +107,22 @@ def test_two_ranks_make_the_set_of_one_and_measure_the_same(alone, place, monkey
 def test_a_fleet_trains_the_same_experts(alone, place):
     lad_dist(place, "experts", "mine.yaml", "--out", "fleet", "--fleet", "on")
     assert Buffer(place / "fleet" / "trajectories").digest() == Buffer(RunDir.existing(alone).trajectories).digest()
+
+
+def test_every_phase_herding_and_early_looks_with_a_network_of_ones_own(place, tmp_path, monkeypatch, silent):
+    monkeypatch.syspath_prepend(str(place / "modules"))
+    monkeypatch.setattr("lad_dist.distill.early.Budget.allows", lambda self, guess: True)
+    phases = ["distill.lambda_regression=1", "distill.gradient=recompute", "distill.initial=real-herded"]
+    more = [*phases, "distill.checkpoint_every=1", "evaluate.baselines=[random-soft]"]
+    recipe = recipe_file.load(place / "mine.yaml", ["method=lad", *more, "distill.window_epochs=1"])
+    pipeline = open_pipeline(recipe, tmp_path / "run", Profile(fleet="off"), None, torch.device("cpu"), silent)
+    pipeline.all()
+    happened = read_events(pipeline.run.events)
+    iterations = [e for e in happened if e["kind"] == "iteration"]
+    assert [[w[0] for w in e["windows"]] for e in iterations] == 3 * [["representation", "classifier", "regression"]]
+    assert all(0 < e["cosine_classifier"] < 1 and e["loss_regression"] > 0 for e in iterations)
+    assert any(e["kind"] == "early-evaluation" for e in happened)
+    assert {r["source"] for r in results.read(pipeline.run.results)} == {"distilled", "random-soft"}
 
 
 def test_a_plan_measures_the_network(place):
