@@ -10,6 +10,8 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from lad_dist.methods import METHODS
+from lad_dist.plugins import Name
 from lad_dist.profile import Profile
 from lad_dist.recipe import Recipe, affects
 
@@ -48,7 +50,8 @@ the field. A run folder takes on a changed recipe where that contradicts nothing
 def shown(kind: Any) -> str:
     """A type as people write it: ``number >= 0``'s bounds come from the field."""
     if get_origin(kind) is typing.Annotated:
-        return shown(get_args(kind)[0])
+        names = next((n for m in kind.__metadata__ if (n := of_names(m))), "")
+        return names or shown(get_args(kind)[0])
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(shown(k) for k in get_args(kind) if k is not type(None))
     if get_origin(kind) is typing.Literal:
@@ -60,6 +63,14 @@ def shown(kind: Any) -> str:
     return {int: "integer", float: "number", bool: "true, false", str: "text"}.get(
         kind, getattr(kind, "__name__", str(kind))
     )
+
+
+def of_names(metadata: Any) -> str:
+    """The names that a field takes, where it takes a name that somebody else may offer."""
+    name = getattr(metadata, "func", None)
+    if not isinstance(name, Name):
+        return ""
+    return ", ".join(f"`{known}`" for known in name.known) + f" or a name of [`{name.group}`](extending.md)"
 
 
 def bounds(field: FieldInfo) -> str:
@@ -86,7 +97,8 @@ def rows(model: type[BaseModel], prefix: str) -> list[str]:
         text = (
             "none" if default is None else ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
         )
-        values = " ".join(part for part in (shown(field.annotation), bounds(field)) if part)
+        names = next((n for m in field.metadata if (n := of_names(m))), "")
+        values = " ".join(part for part in (names or shown(field.annotation), bounds(field)) if part)
         description = " ".join((field.description or "").split()).replace("|", "\\|")
         usual = getattr(model, "AFFECTS", None)  # a profile affects no result
         if usual is not None and (stage := affects(f"{prefix}{name}")) != usual:
@@ -110,9 +122,18 @@ def chapter(model: type[BaseModel], title: str, prefix: str = "", depth: int = 2
     return lines
 
 
+def methods() -> list[str]:
+    lines = ["## Methods", "", "| `method` | | what it sets of `distill` |", "|---|---|---|"]
+    for name, method in METHODS.items():
+        fields = ", ".join(f"`{k}: {str(v).lower() if isinstance(v, bool) else v}`" for k, v in method.distill.items())
+        lines.append(f"| `{name}` | {method.title} | {fields} |")
+    return [*lines, "", "More of them: [extending.md](extending.md).", ""]
+
+
 def text() -> str:
     """The whole page."""
-    return INTRO + "\n" + "\n".join([*chapter(Recipe, "Recipe"), *chapter(Profile, "Profile")]).rstrip() + "\n"
+    parts = [*chapter(Recipe, "Recipe"), *methods(), *chapter(Profile, "Profile")]
+    return INTRO + "\n" + "\n".join(parts).rstrip() + "\n"
 
 
 if __name__ == "__main__":

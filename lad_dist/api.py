@@ -126,8 +126,7 @@ class Run:
         recipe, which stays as it is. Raises as ``train_experts``; RecipeError for a source or an architecture that is not known.
         """
         for source in sources:
-            if source not in results.SOURCES:
-                raise RecipeError(f"evaluate: source {source!r} is not known; valid: {', '.join(results.SOURCES)}")
+            results.check_source(source)
         asked: dict[str, Any] = {} if architectures is None else {"architectures": list(architectures)}
         asked |= {} if seeds is None else {"seeds": seeds}
         recipe = _with(self.recipe, {"evaluate": asked}) if asked else self.recipe

@@ -21,7 +21,7 @@ from lad_dist import cores
 from lad_dist.errors import RankError, RecipeError, RunDirError
 from lad_dist.profile import Profile
 from lad_dist.progress import Events, Screen, shortened
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import NETWORKS, OPERATIONS, Recipe
 from lad_dist.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class Pipeline:
 
         sources = results.wanted(self.recipe, self.run)
         for source in sources:
-            self._evaluate(source)  # type: ignore[arg-type]
+            self._evaluate(source)
         left_out = [b for b in dict.fromkeys(self.recipe.evaluate.baselines) if b not in sources]
         if left_out:
             self.screen.say(
@@ -197,7 +197,7 @@ class Pipeline:
 
         With ``evaluate.label_adjustment`` the distilled set is measured with adjusted labels too, as a source of its own.
         """
-        self._evaluate(source)  # type: ignore[arg-type]
+        self._evaluate(source)
         if source == "distilled" and self.recipe.evaluate.label_adjustment == "adsa":
             self._evaluate("distilled-adsa")
 
@@ -322,13 +322,13 @@ class Pipeline:
             return
         import torch
 
-        file, m = self.run.threads, self.recipe.model
+        file = self.run.threads
         if file.exists():
             team = threads.Team.load(file)
             self.screen.say(f"threads: {team.threads}, as the run began (--threads N changes it, and the last bits)")
         else:
             most = threads.most_threads(self.profile)
-            team = threads.choose(self.recipe, Shapes(channels, size, classes, m.width, m.depth), most)
+            team = threads.choose(self.recipe, Shapes.of(self.recipe.model, channels, size, classes), most)
             team.save(file)
             if most > 1:
                 self.screen.say(f"threads: {team.threads}: {team.why}")
@@ -500,6 +500,23 @@ class _Stage:
         )
 
 
+def _try_own(recipe: Recipe, channels: int, size: int, classes: int) -> None:
+    """Use once what the recipe names and the package does not know. Raises RecipeError or DataError for what cannot be used."""
+    from lad_dist.data import augment
+    from lad_dist.evaluate import sources
+    from lad_dist.models import network, zoo
+
+    network.build(recipe.model, channels, size, classes, seed=0, purpose=("template",))
+    for name in recipe.evaluate.architectures:
+        if name not in NETWORKS:
+            zoo.network(name, channels, size, classes, seed=0, purpose=("template",))
+    for name in recipe.augment.operations:
+        if name not in OPERATIONS:
+            augment.check(name, channels, size)
+    for name in recipe.evaluate.baselines:
+        sources.check_baseline(name)
+
+
 def open_pipeline(
     recipe: Recipe,
     out: Path,
@@ -513,7 +530,8 @@ def open_pipeline(
     """The pipeline of a recipe in the run folder ``out``; ``keep_recipe``: see ``RunDir.open``, ``listener``: see ``Events``.
 
     Where there is no such folder, the data are loaded first, so that nothing is written for data that are refused: the
-    corrected recipe finds the folder free. Raises DataError, RunDirError, and what ``RunDir.open`` raises.
+    corrected recipe finds the folder free. So are networks and the like that the recipe names. Raises DataError, RecipeError,
+    RunDirError, and what ``RunDir.open`` raises.
     """
     accepted = None
     if (out / "recipe.yaml").exists():
@@ -523,6 +541,8 @@ def open_pipeline(
 
         RunDir.check_free(out)
         accepted = accept(recipe, RunDir.whitening_to_come(out, recipe, buffers), device)
+        images = accepted.splits.train
+        _try_own(recipe, images.channels, images.size, images.num_classes)
     run = RunDir.open(out, recipe, buffers, keep_recipe)
     if accepted is not None:
         accepted.keep_whitening(run.whitening)

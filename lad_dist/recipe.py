@@ -12,7 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from lad_dist import methods
+from lad_dist.errors import RecipeError
+from lad_dist.methods import GROUP, METHODS
+from lad_dist.plugins import Name
 
 Int = Annotated[int, Field(strict=True)]
 Bool = Annotated[bool, Field(strict=True)]
@@ -20,10 +25,11 @@ Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 _REGRESSION_EPOCHS = 11
 MOST = 1_000_000  # of epochs, images, steps, ...: beyond what any experiment does, and below what would never end
-Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
-OPERATIONS: tuple[Operation, ...] = ("color", "crop", "cutout", "flip", "scale", "rotate")
-Architecture = Literal["convnet", "vgg11", "resnet18", "alexnet", "mlp", "vit"]
-Baseline = Literal[
+OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+Operation = Annotated[Text, AfterValidator(Name(OPERATIONS, "lad_dist.augmentations"))]
+NETWORKS = ("convnet", "vgg11", "resnet18", "alexnet", "mlp", "vit")
+Architecture = Annotated[Text, AfterValidator(Name(NETWORKS, "lad_dist.networks"))]
+BASELINES = (
     "initial",
     "random-soft",
     "random",
@@ -38,27 +44,11 @@ Baseline = Literal[
     "distilled-plain",
     "random-soft-plain",
     "random-plain",
-]
-Method = Literal["lad", "lad-fr", "datm", "mtt", "lad-without-wma", "lad-without-adm"]
+)
+BASELINE_NAMES = Name(BASELINES, "lad_dist.baselines", endings=("-soft", "-plain"))
+Baseline = Annotated[Text, AfterValidator(BASELINE_NAMES)]
+Method = Annotated[Text, AfterValidator(Name(tuple(METHODS), GROUP))]
 PhaseName = Literal["representation", "classifier", "regression"]
-
-# What each method means, as fields of `distill`. A recipe may still set any of them itself.
-# lad-fr: LAD's experts and labels with feature regression instead of matching.
-METHODS: dict[str, dict[str, Any]] = {
-    "lad": {"matching": "decoupled", "weighted_loss": True, "labels": "soft"},
-    "lad-fr": {
-        "matching": "decoupled",
-        "weighted_loss": True,
-        "labels": "soft",
-        "lambda_representation": 0.0,
-        "lambda_classifier": 0.0,
-        "lambda_regression": 1.0,
-    },
-    "lad-without-wma": {"matching": "decoupled", "weighted_loss": False, "labels": "soft"},
-    "lad-without-adm": {"matching": "joint", "weighted_loss": True, "labels": "soft"},
-    "datm": {"matching": "joint", "weighted_loss": False, "labels": "soft"},
-    "mtt": {"matching": "joint", "weighted_loss": False, "labels": "hard"},
-}
 
 
 Affects = Literal["experts", "distill", "evaluate", "nothing"]
@@ -131,16 +121,23 @@ class DataConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """The network of experts and students: ``depth`` blocks of convolution, instance norm, ReLU, average pooling."""
+    """The network of experts and students: by default ``depth`` blocks of convolution, instance norm, ReLU, average pooling."""
 
-    width: Annotated[Int, Field(ge=1, le=4096)] = Field(128, description="channels of every convolution")
-    depth: Annotated[Int, Field(ge=1, le=8)] = Field(3, description="blocks; each halves the image")
+    network: Architecture = Field(
+        "convnet", description="one with instance norm, or module:attribute; see extending.md for what it must be"
+    )
+    width: Annotated[Int, Field(ge=1, le=4096)] = Field(128, description="convnet: channels of every convolution")
+    depth: Annotated[Int, Field(ge=1, le=8)] = Field(3, description="convnet: blocks; each halves the image")
 
 
 class AugmentConfig(_Section):
     """DSA augmentation: one operation per batch, uniform among ``operations``, parameters per image."""
 
-    operations: tuple[Operation, ...] = Field(OPERATIONS, description="an empty list switches augmentation off")
+    operations: tuple[Operation, ...] = Field(
+        OPERATIONS,
+        description="what is drawn from; a name twice is drawn twice as often; module:attribute among them; an empty list "
+        "switches augmentation off",
+    )
     flip: Annotated[Float, Field(ge=0, le=1)] = Field(0.5, description="probability of a horizontal flip")
     scale: Annotated[Float, Field(ge=1, le=4)] = Field(1.2, description="scale factors lie in [1/scale, scale]")
     rotate: Annotated[Float, Field(ge=0, le=180)] = Field(15.0, description="degrees to either side")
@@ -359,11 +356,13 @@ class EvaluateConfig(_Section):
         ("initial", "random-soft", "random", "full"),
         description="what `run` measures beside the distilled set: the set it started from (initial), real images chosen at the "
         "same IPC with hard or with the experts' labels (...-soft), ways to train on the whole long-tailed set, the distilled "
-        "images with hard labels, or a set without augmentation (...-plain)",
+        "images with hard labels, a set without augmentation (...-plain), or module:attribute, which also takes -soft and -plain",
     )
     split: Literal["test", "validation"] = Field("test", description="what accuracy is measured on")
     architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = Field(
-        ("convnet",), description="networks that are trained on every set; convnet is the one of `model`"
+        ("convnet",),
+        description="networks that are trained on every set, module:attribute among them; convnet has the width and depth of "
+        "`model`; default: model.network",
     )
     norm: Literal["instance", "batch"] = Field(
         "instance", description="normalisation of convnet, vgg11, resnet18 and alexnet when they are evaluated"
@@ -393,7 +392,7 @@ class Recipe(_Section):
     )
     method: Method = Field(
         "lad",
-        description="a preset of distill.matching, distill.weighted_loss, distill.labels and, lad-fr, of the phases' weights",
+        description="a preset of fields of distill (below), and the loss that its phases match by",
     )
     ipc: Annotated[Int, Field(ge=1, le=10_000)] = Field(10, description="synthetic images per class")
     seed: Annotated[Int, Field(ge=0)] = Field(0, description="of distillation and evaluation")
@@ -413,9 +412,29 @@ class Recipe(_Section):
         if isinstance(doc.get("distill"), DistillConfig):
             return doc
         method = doc.get("method", cls.model_fields["method"].default)
-        preset = METHODS.get(method, {}) if isinstance(method, str) else {}
+        preset = methods.preset(method)
+        strange = [k for k in preset if k not in DistillConfig.model_fields]
+        if strange:
+            raise RecipeError(
+                f"method: {method}: sets distill.{strange[0]}, which is no field; valid: fields of distill"
+            )
         own = {k: v for k, v in (doc.get("distill") or {}).items() if not (k in preset and v is None)}
         return {**doc, "distill": {**preset, **own}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluate_the_own_network(cls, doc: Any) -> Any:
+        model, evaluate = (doc.get(s) or {} for s in ("model", "evaluate")) if isinstance(doc, dict) else ({}, {})
+        name = (
+            model.network
+            if isinstance(model, ModelConfig)
+            else model.get("network")
+            if isinstance(model, dict)
+            else None
+        )
+        if name is None or not isinstance(evaluate, dict) or evaluate.get("architectures") is not None:
+            return doc
+        return {**doc, "evaluate": {**evaluate, "architectures": (name,)}}
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Recipe:
@@ -473,6 +492,7 @@ class Recipe(_Section):
 # Fields that came after the first buffers and runs: at their defaults they leave every hash as it was.
 _LATER = {
     "data": ("normalize_before_zca", "test_fraction", "source"),
+    "model": ("network",),
     "distill": (
         "initial_labels",
         "lambda_regression",
@@ -608,9 +628,26 @@ def _cross_faults(recipe: Recipe) -> list[str]:
             f"data.normalize_before_zca: {recipe.data.normalize_before_zca} has no meaning with data.whitening "
             f"{recipe.data.whitening}; valid: none, or data.whitening zca"
         )
+    faults += _network_faults(recipe)
     default = DataConfig.model_fields["imbalance_factor"].default  # a saved recipe spells it out
     if recipe.data.imbalance == "natural" and recipe.data.imbalance_factor != default:
         faults.append("data.imbalance_factor: has no meaning with data.imbalance natural; remove it")
+    return faults
+
+
+def _network_faults(recipe: Recipe) -> list[str]:
+    """What only ConvNet has."""
+    m, faults = recipe.model, list[str]()
+    if m.network == "convnet":
+        return faults
+    if "convnet" not in recipe.evaluate.architectures:
+        faults += [
+            f"model.{field}: has no meaning with model.network {m.network}; remove it"
+            for field in ("width", "depth")
+            if getattr(m, field) != ModelConfig.model_fields[field].default  # a saved recipe spells it out
+        ]
+    if recipe.distill.precision != "float32":
+        faults.append(f"distill.precision: {recipe.distill.precision} is convnet's; valid with {m.network}: float32")
     return faults
 
 

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lad_dist.errors import RecipeError
-from lad_dist.recipe import METHODS, Recipe
+from lad_dist.methods import preset
+from lad_dist.recipe import Recipe
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -156,7 +157,7 @@ def _forget_presets(doc: dict[str, Any], sources: dict[str, str], methods: Itera
     section = doc.get("distill")
     if isinstance(section, dict):
         for method in methods:
-            for field in METHODS[method if isinstance(method, str) and method in METHODS else "lad"]:
+            for field in preset(method) or preset("lad"):
                 if f"distill.{field}" not in sources:
                     section.pop(field, None)
 

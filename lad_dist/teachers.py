@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lad_dist.data.prepare import PreparedData
 from lad_dist.models import functional
-from lad_dist.models.convnet import build
 from lad_dist.models.layout import Layout
+from lad_dist.models.network import build
 from lad_dist.recipe import Recipe
 from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import Stage
@@ -41,11 +41,10 @@ class Teachers:
     representation stage. ``name`` is what a row's settings say."""
 
     def __init__(self, recipe: Recipe, data: PreparedData, buffer: Buffer) -> None:
-        m, images = recipe.model, data.splits.train
+        images = data.splits.train
         self._recipe, self._data, self._buffer = recipe, data, buffer
-        self._network = build(
-            images.channels, images.size, images.num_classes, m.width, m.depth, seed=0, purpose=("template",)
-        ).to(data.device)
+        shape = (images.channels, images.size, images.num_classes)
+        self._network = build(recipe.model, *shape, seed=0, purpose=("template",)).to(data.device)
         self._layout = Layout.of(self._network)
         self.stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
 

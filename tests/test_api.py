@@ -122,7 +122,7 @@ def test_a_question_beside_the_recipe(opened):
     assert [(r.source, r.architecture, r.seed) for r in asked] == [("distilled", "mlp", 0), ("random", "mlp", 0)]
     assert len(run.evaluate(seeds=1)) == 3  # the recipe's sources: one convnet more
     assert (run.folder / "recipe.yaml").read_bytes() == kept
-    with pytest.raises(RecipeError, match="source 'initail' is not known; valid: distilled"):
+    with pytest.raises(RecipeError, match="source 'initail' is not known; valid: 'distilled'"):
         run.evaluate("initail")
     with pytest.raises(RecipeError, match=r"evaluate\.architectures"):
         run.evaluate(architectures=["lenet"])

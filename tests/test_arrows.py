@@ -18,7 +18,7 @@ LEVEL = {
     "trajectories": 4, "distilled": 4, "data": 4, "models": 4,
     "catalog": 5, "recipe": 5, "recipe_file": 5, "results": 5, "profile": 5, "rundir": 5, "progress": 5, "ranks": 5, "seeds": 5,
     "errors": 5, "interrupts": 5, "location": 5, "allocator": 5, "cores": 5, "environment": 5,
-    "callbacks": 5,
+    "callbacks": 5, "plugins": 5, "methods": 5,
 }  # fmt: skip
 STAGES = ("experts", "distill", "evaluate", "report")
 SAME_LEVEL = {  # within a level, only these
@@ -27,8 +27,11 @@ SAME_LEVEL = {  # within a level, only these
     ("recipe_file", "recipe"), ("recipe_file", "errors"),
     ("profile", "recipe"), ("rundir", "recipe"), ("rundir", "recipe_file"), ("rundir", "errors"), ("rundir", "location"),
     ("location", "errors"),
-    ("results", "errors"), ("results", "rundir"), ("results", "recipe"), ("results", "seeds"), ("catalog", "errors"),
-    ("progress", "errors"), ("progress", "callbacks"),
+    ("results", "errors"), ("results", "plugins"),
+    ("results", "rundir"), ("results", "recipe"), ("results", "seeds"), ("catalog", "errors"),
+    ("progress", "errors"), ("progress", "callbacks"), ("plugins", "errors"),
+    ("recipe", "plugins"), ("recipe", "methods"), ("recipe", "errors"), ("recipe_file", "methods"),
+    ("methods", "plugins"), ("methods", "errors"),
     ("interrupts", "errors"), ("data", "recipe"), ("ranks", "errors"), ("ranks", "interrupts"),
     ("models", "data"),  # torchvision, which one file of data/ imports
 }  # fmt: skip

@@ -8,7 +8,8 @@ import pytest
 
 from lad_dist import recipe_file
 from lad_dist.errors import RecipeError
-from lad_dist.recipe import METHODS, Recipe
+from lad_dist.methods import METHODS
+from lad_dist.recipe import Recipe
 
 
 def faults(doc: dict, *sets: str) -> tuple[str, ...]:
@@ -117,13 +118,13 @@ def test_a_recipe_cannot_be_changed():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_expands_to_explicit_fields(method):
     recipe = recipe_file.from_document({"method": method})
-    for field, value in METHODS[method].items():
+    for field, value in METHODS[method].distill.items():
         assert getattr(recipe.distill, field) == value
         assert f"  {field}: {str(value).lower() if isinstance(value, bool) else value}" in recipe_file.dump(recipe)
 
 
 def test_methods_differ():
-    assert len({tuple(fields.items()) for fields in METHODS.values()}) == len(METHODS)
+    assert len({tuple(fields.items()) for fields in (m.distill for m in METHODS.values())}) == len(METHODS)
 
 
 def test_a_recipe_may_set_a_field_of_its_method():
@@ -135,7 +136,7 @@ def test_a_recipe_may_set_a_field_of_its_method():
 def test_another_method_replaces_what_a_saved_recipe_spelled_out(tmp_path, method):
     (tmp_path / "r.yaml").write_text(recipe_file.dump(Recipe()))
     changed = recipe_file.load(tmp_path / "r.yaml", [f"method={method}"])
-    assert {f: getattr(changed.distill, f) for f in METHODS[method]} == METHODS[method]
+    assert {f: getattr(changed.distill, f) for f in METHODS[method].distill} == METHODS[method].distill
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "jobs").rglob("*.yaml")), ids=lambda f: f.stem)

@@ -44,25 +44,6 @@ class Fleet(StrEnum):
     off = "off"
 
 
-class Baseline(StrEnum):
-    """What ``--baseline`` takes."""
-
-    initial = "initial"
-    random_soft = "random-soft"
-    random = "random"
-    k_center = "k-center"
-    herding_soft = "herding-soft"
-    herding = "herding"
-    graph_cut = "graph-cut"
-    full = "full"
-    full_balanced = "full-balanced"
-    full_logit_adjusted = "full-logit-adjusted"
-    distilled_hard = "distilled-hard"
-    distilled_plain = "distilled-plain"
-    random_soft_plain = "random-soft-plain"
-    random_plain = "random-plain"
-
-
 FleetOption = Annotated[
     Fleet | None,
     typer.Option(help="Train the experts by Ray actors (on) or in this process (off); overrides the profile's fleet."),

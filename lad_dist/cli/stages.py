@@ -11,7 +11,7 @@ import typer
 
 from lad_dist.cli import cluster, terminal
 from lad_dist.cli.cluster import WaitOption
-from lad_dist.cli.options import Baseline, FleetOption, JobOptions, RanksOption
+from lad_dist.cli.options import FleetOption, JobOptions, RanksOption
 
 if TYPE_CHECKING:
     from lad_dist.launch.chain import Wanted
@@ -90,11 +90,18 @@ def distill(
 def evaluate(
     asked: JobOptions,
     baseline: Annotated[
-        list[Baseline] | None, typer.Option(help="Measure this instead of the distilled set; may be given again.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Measure this instead of the distilled set: a name of evaluate.baselines (docs/recipes.md). May be given again.",
+        ),
     ] = None,
     arch: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="Networks to train: convnet, vgg11, resnet18, alexnet, mlp, vit."),
+        typer.Option(
+            metavar="NAME,...",
+            help="Networks to train: convnet, vgg11, resnet18, alexnet, mlp, vit or module:attribute.",
+        ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Networks to train per source and architecture.")] = None,
     ranks: RanksOption = None,
@@ -105,8 +112,9 @@ def evaluate(
     The run's own recipe stays as it is, whatever is asked here; its report is written again, if it has one.
     """
     from lad_dist.launch.chain import Question, Wanted
+    from lad_dist.results import check_source
 
-    sources = tuple(dict.fromkeys(b.value for b in baseline)) if baseline else ("distilled",)
+    sources = tuple(dict.fromkeys(map(check_source, baseline))) if baseline else ("distilled",)
     more = [] if arch is None else [f"evaluate.architectures=[{arch}]"]
     more += [] if seeds is None else [f"evaluate.seeds={seeds}"]
     in_this_way = asked.recipe(more)

@@ -2,22 +2,42 @@
 
 One operation is drawn per batch, its parameters per image. Drawing (``draw``) and applying (``apply``) are separate:
 the draws are NumPy numbers of a counter-based generator, so a rank that holds only some rows of a batch applies the
-same parameters to them as a single process would.
+same parameters to them as a single process would. Operations of a recipe's reader (``Augmentation``) get their numbers in
+the same way.
 
-Shapes: B images, C channels, H side in pixels.
+Shapes: B images, C channels, H side in pixels, D numbers per image.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lad_dist import plugins
+from lad_dist.errors import LadDistError, RecipeError
 from lad_dist.recipe import AugmentConfig
+
+GROUP = "lad_dist.augmentations"
+_FIELD = "augment.operations"
+_NUMBERS = 3  # uniform ones that are drawn for an image
+_TOLERANCE = 1e-4  # between an image augmented alone and among others
+
+
+class Augmentation(Protocol):
+    """An operation of one's own: images (B, C, H, H) and D numbers in [0, 1] for each to images of the same shape.
+
+    Differentiable by the images, which are whitened. It may be given any part of a batch, so what becomes of an image follows
+    from the image and its own numbers alone; nothing else is drawn. An attribute ``numbers`` says D; without it, 3.
+    """
+
+    def __call__(self, images_BCHH: Tensor, uniform_BD: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -25,7 +45,7 @@ class Draw:
     """One operation and its parameters for each image of a batch; ``values_BD`` has D numbers per image.
 
     color: brightness offset, saturation factor, contrast factor. crop: rows and columns shifted. cutout: centre row and
-    column. flip: 1 to flip. scale: factors along x and y. rotate: radians. none: nothing.
+    column. flip: 1 to flip. scale: factors along x and y. rotate: radians. none: nothing. Others: uniform in [0, 1].
     """
 
     operation: str
@@ -41,7 +61,9 @@ def draw(rng: np.random.Generator, config: AugmentConfig, batch: int, size: int)
     if not config.operations:
         return Draw("none", np.zeros((batch, 0)))
     operation = config.operations[int(rng.integers(len(config.operations)))]
-    uniform_B3 = rng.random((batch, 3))
+    if operation not in _RANGES:
+        return Draw(operation, rng.random((batch, _numbers(operation))))
+    uniform_B3 = rng.random((batch, _NUMBERS))
     return Draw(operation, _RANGES[operation](uniform_B3, config, size))
 
 
@@ -89,7 +111,67 @@ def apply(images_BCHH: Tensor, drawn: Draw) -> Tensor:
     if drawn.operation == "none" or len(images_BCHH) == 0:
         return images_BCHH
     values_BD = torch.as_tensor(drawn.values_BD, dtype=images_BCHH.dtype, device=images_BCHH.device)
-    return _OPERATIONS[drawn.operation](images_BCHH, values_BD)
+    if drawn.operation in _OPERATIONS:
+        return _OPERATIONS[drawn.operation](images_BCHH, values_BD)
+    check(drawn.operation, images_BCHH.shape[1], images_BCHH.shape[2])
+    return _own(drawn.operation)(images_BCHH, values_BD)
+
+
+# --- operations of a recipe's reader ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def _own(operation: str) -> Augmentation:
+    what = "a callable (images, uniform numbers) -> images"
+    found: Augmentation = plugins.load_callable(operation, GROUP, _FIELD, what)
+    return found
+
+
+def _numbers(operation: str) -> int:
+    """D of an operation."""
+    numbers = getattr(_own(operation), "numbers", _NUMBERS)
+    if type(numbers) is not int or numbers < 0:
+        raise RecipeError(
+            f"{_FIELD}: {operation}: its attribute numbers is {numbers!r}; valid: how many an image takes"
+        )
+    return numbers
+
+
+@functools.cache
+@torch.enable_grad()
+def check(operation: str, channels: int, size: int) -> None:
+    """Try an operation of one's own on a few images. Raises RecipeError where it is not what ``Augmentation`` says."""
+    generator = torch.Generator().manual_seed(0)
+    images_BCHH = torch.randn(4, channels, size, size, generator=generator).requires_grad_()
+    uniform_BD = torch.rand(4, _numbers(operation), generator=generator)
+    apply_own, where = _own(operation), f"{_FIELD}: {operation}"
+    try:
+        views_BCHH: object = apply_own(images_BCHH, uniform_BD)
+        if not isinstance(views_BCHH, Tensor) or views_BCHH.shape != images_BCHH.shape:
+            found = tuple(views_BCHH.shape) if isinstance(views_BCHH, Tensor) else type(views_BCHH).__name__
+            raise RecipeError(f"{where}: gives {found} for images of {tuple(images_BCHH.shape)}; valid: the same shape")
+        if not views_BCHH.requires_grad:
+            raise RecipeError(f"{where}: cannot be differentiated by the images; valid: operations of torch on them")
+        with torch.no_grad():
+            pairs = zip(images_BCHH.split(1), uniform_BD.split(1), strict=True)
+            alone_BCHH = torch.cat([apply_own(image, numbers) for image, numbers in pairs])
+        (gradient,) = torch.autograd.grad(views_BCHH.sum(), images_BCHH)
+    except LadDistError:
+        raise
+    except Exception as error:  # theirs, whatever it is
+        raise RecipeError(
+            f"{where}: on images of {tuple(images_BCHH.shape)}: {type(error).__name__}: {error}"
+        ) from error
+    if not torch.allclose(views_BCHH.detach(), alone_BCHH, rtol=_TOLERANCE, atol=_TOLERANCE):
+        raise RecipeError(
+            f"{where}: an image becomes another one beside others, or every time; valid: what follows from the image and its own "
+            "numbers"
+        )
+    if not bool(gradient.isfinite().all()):
+        raise RecipeError(f"{where}: its gradient is not finite; valid: finite gradients")
+
+
+# --- the operations of DSA --------------------------------------------------------------------------------------------
 
 
 def color(x_BCHH: Tensor, values_B3: Tensor) -> Tensor:

@@ -17,15 +17,14 @@ group ``lad_dist.datasets``. The attribute may also be the pair (train, test) it
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from lad_dist import plugins
 from lad_dist.data.sources import ArraySource, Indices, Item, Labels, Pixels, Source
 from lad_dist.errors import DataError
 
@@ -44,7 +43,7 @@ _GREY = ("1", "L", "LA", "La")
 def custom(config: DataConfig) -> tuple[Source, Source]:
     """Training pool and test split of ``data.source``. Raises DataError naming what is wrong with it."""
     assert config.source is not None, "the recipe was checked to name it"
-    found = _found(config.source)
+    found = plugins.load(config.source, GROUP, "data.source", DataError)
     if callable(found):
         try:
             found = found(config)
@@ -58,30 +57,6 @@ def custom(config: DataConfig) -> tuple[Source, Source]:
         as_source(of, f"{config.source} ({split})", config) for of, split in zip(found, ("train", "test"), strict=True)
     )
     return train, test
-
-
-def _found(name: str) -> Any:
-    """The object that ``module:attribute`` or an entry point names."""
-    module, colon, attribute = name.partition(":")
-    try:
-        if not colon:
-            offered = {point.name: point for point in entry_points(group=GROUP)}
-            if name not in offered:
-                there = f"the names {', '.join(sorted(offered))}" if offered else "no names, as no package offers any"
-                raise DataError(f"data.source: {name!r} is not known; valid: module:attribute, or {there}")
-            return offered[name].load()
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-        return found
-    except DataError:
-        raise
-    except ModuleNotFoundError as error:
-        raise DataError(
-            f"data.source: {name}: {error}; valid: a module that Python finds (installed, or its folder in PYTHONPATH)"
-        ) from error
-    except Exception as error:  # an attribute that is not there, and whatever importing their code raises
-        raise DataError(f"data.source: {name}: {type(error).__name__}: {error}; valid: module:attribute") from error
 
 
 def as_source(of: Any, where: str, config: DataConfig) -> Source:

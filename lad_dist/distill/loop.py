@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lad_dist import methods
 from lad_dist.data import augment
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distill.alignment import alignment
@@ -36,7 +37,7 @@ from lad_dist.distill.update import Gradients
 from lad_dist.distill.windows import Window, Windows
 from lad_dist.errors import Interrupted, NumericalError, TrajectoryError
 from lad_dist.interrupts import StopFlag, deferred
-from lad_dist.models.convnet import build
+from lad_dist.models.network import build
 from lad_dist.progress import Events, Screen
 from lad_dist.ranks import ALONE, Ranks
 from lad_dist.recipe import PhaseName, Recipe
@@ -171,10 +172,10 @@ class Distillation:
         self.ranks, self.flag, self.record, self._live = ranks, flag or StopFlag(), record, live
         self.classes, self.size = len(facts.counts), facts.size
         self.share = Share.of(self.classes * recipe.ipc, ranks)
-        m = recipe.model
-        module = build(facts.channels, facts.size, self.classes, m.width, m.depth, seed=0, purpose=("template",))
+        shape = (facts.channels, facts.size, self.classes)
+        module = build(recipe.model, *shape, seed=0, purpose=("template",))
         set_precision(module, recipe.distill.precision)
-        self.student = Student(module.to(device), ranks)
+        self.student = Student(module.to(device), ranks, methods.find(recipe.method).loss)
         buffer = buffer or Buffer(run.trajectories, expected_hash=recipe.experts_hash())
         if buffer.meta.data_fingerprint != facts.fingerprint:
             raise TrajectoryError(
@@ -253,7 +254,8 @@ class Distillation:
         chosen = choose_path(self.recipe, self.student, state.optimizers.synthetic_set(), phases[0].phase, here)
         every = self.ranks.gather(chosen)
         fitting, why = next((one for one in every if one[0] == "recompute"), every[0])
-        if self.recipe.distill.gradient != "auto" or not self.student.captured.applies(self.device):
+        tried = self.recipe.model.network == "convnet" and self.student.captured.applies(self.device)
+        if self.recipe.distill.gradient != "auto" or not tried:
             return fitting, why
         path, measured = faster(
             [fitting, "captured"], lambda path: self._phases_by(state, path), self.ranks, self.device

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lad_dist.errors import NumericalError
+from lad_dist.errors import NumericalError, RecipeError
+from lad_dist.methods import MatchingLoss
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,25 @@ class Match:
     norm_ratio: Tensor
 
 
-def match(start_P: Tensor, target_P: Tensor, gradient_sum_P: Tensor, alpha: Tensor, span: slice) -> Match:
+def match(
+    start_P: Tensor,
+    target_P: Tensor,
+    gradient_sum_P: Tensor,
+    alpha: Tensor,
+    span: slice,
+    loss: MatchingLoss | None = None,
+) -> Match:
     """Compare a student's displacement -alpha G with the expert's theta* - theta_t over ``span``.
 
     The gradient is TESLA's (Cui et al., ICML 2023, arXiv 2211.10586): every g_i is differentiated at fixed theta_i, which is
     why it needs no graph through the whole unroll, and differs from the fully unrolled gradient by 5 to 10%:
     v = 2 (alpha (theta* - theta_t) + alpha^2 G) / ||theta_t - theta*||^2,
     dL/dalpha = -2 (theta_t - alpha G - theta*) . G / ||.||^2.
+    With a ``loss`` of its own, a function of the displacement d = -alpha G, v = -alpha dL/dd and dL/dalpha = -dL/dd . G.
 
     Raises:
         NumericalError: start and target are equal over the span, so that the loss is not defined.
+        RecipeError: ``loss`` gives no scalar that depends on the displacement.
     """
     expert = target_P[span] - start_P[span]
     summed = gradient_sum_P[span]
@@ -47,16 +57,36 @@ def match(start_P: Tensor, target_P: Tensor, gradient_sum_P: Tensor, alpha: Tens
         raise NumericalError(
             "the expert did not move between the two checkpoints of a window, so there is nothing to match"
         )
-    residual = -expert - alpha * summed
     direction_P = torch.zeros_like(start_P)
-    direction_P[span] = 2 * (alpha * expert + alpha**2 * summed) / distance
+    if loss is None:
+        residual = -expert - alpha * summed
+        direction_P[span] = 2 * (alpha * expert + alpha**2 * summed) / distance
+        value, alpha_gradient = residual.square().sum() / distance, -2 * torch.dot(residual, summed) / distance
+    else:
+        value, slope = _by_autograd(loss, -alpha * summed, expert)
+        direction_P[span], alpha_gradient = -alpha * slope, -torch.dot(slope, summed)
     expert_norm, student_norm = distance.sqrt(), alpha * torch.linalg.vector_norm(summed)
     return Match(
-        loss=residual.square().sum() / distance,
+        loss=value,
         direction_P=direction_P,
-        alpha_gradient=-2 * torch.dot(residual, summed) / distance,
+        alpha_gradient=alpha_gradient,
         cosine=-alpha
         * torch.dot(summed, expert)
         / (student_norm * expert_norm).clamp_min(torch.finfo(expert.dtype).tiny),
         norm_ratio=student_norm / expert_norm,
     )
+
+
+def _by_autograd(loss: MatchingLoss, student_p: Tensor, expert_p: Tensor) -> tuple[Tensor, Tensor]:
+    """(L, dL/d student_p) of a method's own loss."""
+    with torch.enable_grad():
+        moved_p = student_p.detach().requires_grad_()
+        value: object = loss(moved_p, expert_p.detach())
+    if not isinstance(value, Tensor) or value.shape != () or not value.requires_grad:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise RecipeError(
+            f"method: its loss gave a {found} that does not depend on the student, or is no scalar; valid: a 0-dim tensor, "
+            "differentiable by its first argument"
+        )
+    (slope_p,) = torch.autograd.grad(value, moved_p)
+    return value.detach(), slope_p

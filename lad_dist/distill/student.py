@@ -30,6 +30,7 @@ from lad_dist.data import augment
 from lad_dist.distill.captured import Captured
 from lad_dist.distill.losses import linear_gradient, soft_cross_entropy
 from lad_dist.distill.matching import Match, match
+from lad_dist.methods import MatchingLoss
 from lad_dist.models import functional
 from lad_dist.models.layout import Layout
 from lad_dist.ranks import ALONE, Ranks
@@ -117,11 +118,13 @@ class PhaseResult:
 class Student:
     """Unrolls phases for one network architecture. Its module supplies the computation, never the weights.
 
+    ``loss`` is what phases match by; see ``methods.Method``.
+
     All ranks must run the same phases in the same order, each with its own part of the batches.
     """
 
-    def __init__(self, module: nn.Module, ranks: Ranks = ALONE) -> None:
-        self.module, self.ranks = module, ranks
+    def __init__(self, module: nn.Module, ranks: Ranks = ALONE, loss: MatchingLoss | None = None) -> None:
+        self.module, self.ranks, self.loss = module, ranks, loss
         self.layout = Layout.of(module)
         self._backbone = self.layout.span("backbone")
         self._classifier = self.layout.span("classifier")
@@ -173,7 +176,7 @@ class Student:
                     kept.append(step)
             losses.append(loss)
             sum_P, theta_P = sum_P + gradient_P, theta_P - synthetic.alpha * gradient_P
-        matched = match(phase.start_P, phase.target_P, sum_P, synthetic.alpha, phase.span)
+        matched = match(phase.start_P, phase.target_P, sum_P, synthetic.alpha, phase.span, self.loss)
         result = _empty_result(matched, synthetic, sum_P, theta_P, losses)
         steps = iter(kept) if path == "keep" else self._again(synthetic, phase)
         for batch, step in zip(phase.batches, steps, strict=True):
@@ -245,7 +248,7 @@ class Student:
                 kept.append(view)
         whole_sum_P, final_P = torch.zeros_like(phase.start_P), phase.start_P.clone()
         whole_sum_P[self._classifier], final_P[self._classifier] = sum_P, classifiers[-1]
-        matched = match(phase.start_P, phase.target_P, whole_sum_P, synthetic.alpha, phase.span)
+        matched = match(phase.start_P, phase.target_P, whole_sum_P, synthetic.alpha, phase.span, self.loss)
         result = _empty_result(matched, synthetic, whole_sum_P, final_P, losses)
         direction_P = matched.direction_P[self._classifier]
         views = (
@@ -290,7 +293,7 @@ class Student:
             weights.append(weights[-1] - synthetic.alpha * gradient_w)
         sum_P, final_P = torch.zeros_like(phase.start_P), phase.start_P.clone()
         sum_P[span], final_P[span] = sum_w, weights[-1]
-        matched = match(phase.start_P, phase.target_P, sum_P, synthetic.alpha, phase.span)
+        matched = match(phase.start_P, phase.target_P, sum_P, synthetic.alpha, phase.span, self.loss)
         result = _empty_result(matched, synthetic, sum_P, final_P, losses)
         for batch, w in zip(phase.batches, weights[:-1], strict=True):
             if not len(batch.rows_B):
@@ -364,7 +367,8 @@ class Replica:
 
     def __init__(self, module: nn.Module, theta_P: Tensor, ranks: Ranks) -> None:
         network = copy.deepcopy(module).to(theta_P.device, theta_P.dtype).requires_grad_()
-        self._parameters, self._world = list(network.parameters()), ranks.world
+        self._parameters = [network.get_parameter(name) for name in Layout.of(network).names]
+        self._world = ranks.world
         self._network = ranks.replicate(network)
 
     def gradient(

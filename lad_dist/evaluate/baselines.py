@@ -23,23 +23,27 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lad_dist import plugins
 from lad_dist.data.herding import herd
 from lad_dist.data.prepare import PreparedData
-from lad_dist.errors import RunDirError
+from lad_dist.errors import LadDistError, RecipeError, RunDirError
 from lad_dist.models import functional
-from lad_dist.models.convnet import ConvNet, build, flat_parameters
+from lad_dist.models.convnet import flat_parameters
 from lad_dist.models.layout import Layout
+from lad_dist.models.network import build
 from lad_dist.recipe import Recipe
+from lad_dist.results import file_word
 from lad_dist.rundir import RunDir, published
 from lad_dist.seeds import rng
 
 EXPERT = 0
+_FIELD = "evaluate.baselines"
 _BATCH = 1024
 
 
@@ -86,11 +90,48 @@ def graph_cut(features_nD: Tensor, count: int) -> np.ndarray:
     return np.array(picked, dtype=np.int64)
 
 
-CHOOSERS: dict[str, Callable[[Tensor, int], np.ndarray]] = {
+GROUP = "lad_dist.baselines"
+
+
+class Chooser(Protocol):
+    """Chooses images of one class: from their features (n, D) at most ``count`` different row numbers, the first ones first.
+
+    A function of its arguments alone. A class that gives fewer than ``count`` gives them repeatedly.
+    """
+
+    def __call__(self, features_nD: Tensor, count: int, /) -> np.ndarray: ...
+
+
+CHOOSERS: dict[str, Chooser] = {
     "k-center": k_center,
     "herding": herd,
     "graph-cut": graph_cut,
 }
+
+
+def chooser(source: str) -> Chooser:
+    """What chooses the images of a source. Raises RecipeError where there is no such thing."""
+    what = "a callable (features of a class, count) -> row numbers"
+    found: Chooser = CHOOSERS.get(source) or plugins.load_callable(source, GROUP, _FIELD, what)
+    return found
+
+
+def _picks(source: str, choose: Chooser, features_nD: Tensor, count: int) -> np.ndarray:
+    """The row numbers that ``choose`` gives for a class. Raises RecipeError where they are none."""
+    try:
+        picks = np.asarray(choose(features_nD, count))
+    except LadDistError:
+        raise
+    except Exception as error:  # theirs, whatever it is
+        raise RecipeError(f"{_FIELD}: {source} raised {type(error).__name__}: {error}") from error
+    rows = len(features_nD)
+    numbers = picks.ndim == 1 and picks.dtype.kind in "iu" and 1 <= len(picks) <= count
+    if not numbers or picks.min() < 0 or picks.max() >= rows or len(set(picks.tolist())) < len(picks):
+        shown = np.array2string(picks, threshold=8, edgeitems=3).replace("\n", " ")
+        raise RecipeError(
+            f"{_FIELD}: {source}: chose {shown} of a class of {rows} images; valid: 1 to {count} different row numbers below {rows}"
+        )
+    return picks.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -111,7 +152,8 @@ def feature_space(recipe: Recipe, run: RunDir) -> FeatureSpace:
         return FeatureSpace(last, f"expert {EXPERT}, representation epoch {last}")
     e = recipe.evaluate
     how = f"{e.full_epochs} epochs, lr {e.full_lr:g}, batch {e.full_batch}"
-    return FeatureSpace(None, f"ConvNet trained on the long-tailed set: {how}")
+    network = "ConvNet" if recipe.model.network == "convnet" else recipe.model.network
+    return FeatureSpace(None, f"{network} trained on the long-tailed set: {how}")
 
 
 def chosen_real(
@@ -119,20 +161,22 @@ def chosen_real(
     data: PreparedData,
     run: RunDir,
     source: str,
-    trained: Callable[[], ConvNet],
+    trained: Callable[[], nn.Module],
 ) -> np.ndarray:
     """The training images (K * IPC,) that ``source`` chooses, class-major. Chosen once: they are kept beside the results.
 
     ``trained`` trains the network of a feature space that is no expert's.
 
     Raises:
+        RecipeError: there is no such source, or what it chose are no images.
         RunDirError: the file of an earlier choice is damaged.
         TrajectoryError: the buffer is of other experts, or damaged.
     """
     space = feature_space(recipe, run)
     of = [source, recipe.ipc, recipe.seed, space.name, recipe.experts_hash(), data.splits.train.fingerprint()]
     key = hashlib.sha256(json.dumps(of).encode()).hexdigest()
-    file = run.results.parent / "chosen" / f"{source}.json"
+    name = source if source in CHOOSERS else file_word(source)
+    file = run.results.parent / "chosen" / f"{name}.json"
     try:
         if file.exists():
             kept = json.loads(file.read_text(encoding="utf-8"))
@@ -144,11 +188,12 @@ def chosen_real(
                 return np.array(kept["images"], dtype=np.int64)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirError(f"{file}: is not a choice of images ({error}); remove it to choose again") from error
+    choose = chooser(source)
     features_ND = _features(recipe, data, run, space, trained)
     labels_N, chosen = data.splits.train.labels_N.numpy(), []
     for c in range(data.classes):
         members = np.flatnonzero(labels_N == c)
-        picks = CHOOSERS[source](features_ND[torch.from_numpy(members)], recipe.ipc)
+        picks = _picks(source, choose, features_ND[torch.from_numpy(members)], recipe.ipc)
         chosen.append(np.resize(members[picks], recipe.ipc))
     images = np.concatenate(chosen)
     with published(file) as temporary:
@@ -165,10 +210,10 @@ def _sum_of(doc: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def _features(
-    recipe: Recipe, data: PreparedData, run: RunDir, space: FeatureSpace, trained: Callable[[], ConvNet]
+    recipe: Recipe, data: PreparedData, run: RunDir, space: FeatureSpace, trained: Callable[[], nn.Module]
 ) -> Tensor:
     """Features (N, D) of all training images, on the host."""
-    images, m = data.splits.train, recipe.model
+    images = data.splits.train
     if space.expert_epoch is None:
         with torch.enable_grad():
             network = trained()
@@ -178,9 +223,8 @@ def _features(
 
         buffer = Buffer(run.trajectories, recipe.experts_hash())
         weights_P = torch.from_numpy(buffer.read("representation", EXPERT, space.expert_epoch).copy()).to(data.device)
-        network = build(
-            images.channels, images.size, images.num_classes, m.width, m.depth, seed=0, purpose=("features",)
-        ).to(data.device)
+        shape = (images.channels, images.size, images.num_classes)
+        network = build(recipe.model, *shape, seed=0, purpose=("features",)).to(data.device)
     views = Layout.of(network).views(weights_P)
     rows = torch.arange(len(data.train)).split(_BATCH)
     return torch.cat([functional.features(network, views, data.train.batch(r)[0]) for r in rows]).cpu()

@@ -1,6 +1,6 @@
 """A first idea of what a set is worth while it is still being distilled.
 
-A ConvNet is trained on the set for a tenth of ``evaluate.epochs``, for 1,000 batches at most, and measured on 2,000 images at
+A network is trained on the set for a tenth of ``evaluate.epochs``, for 1,000 batches at most, and measured on 2,000 images at
 most: a small part of a full measurement over several seeds. Its level lies below the final one. Nothing is chosen by it.
 """
 
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import nn
 
 from lad_dist.data.prepare import PreparedData
 from lad_dist.data.prepared import PreparedSet
 from lad_dist.evaluate.accuracy import Accuracy, accuracy
 from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train
-from lad_dist.models.convnet import ConvNet, build
+from lad_dist.models.network import build
 from lad_dist.recipe import Recipe
 from lad_dist.seeds import rng
 
@@ -76,21 +77,20 @@ def trained(
     alpha: float,
     epochs: int,
     purpose: str,
-) -> ConvNet:
-    """The recipe's ConvNet, trained on a set with the recipe's settings; ``purpose`` keeps its draws apart.
+) -> nn.Module:
+    """The recipe's network, trained on a set with the recipe's settings; ``purpose`` keeps its draws apart.
 
     Raises:
         NumericalError: the loss left the finite numbers.
     """
-    e, m, shapes = recipe.evaluate, recipe.model, data.splits.train
+    e, shapes = recipe.evaluate, data.splits.train
     lr = alpha if e.lr is None else e.lr
     settings = Settings(epochs, e.batch, lr, e.momentum, e.weight_decay, e.decay, recipe.augment)
     network = build(
+        recipe.model,
         shapes.channels,
         shapes.size,
         shapes.num_classes,
-        m.width,
-        m.depth,
         seed=recipe.seed,
         purpose=(purpose, "convnet"),
     ).to(data.device)

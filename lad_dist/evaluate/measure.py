@@ -36,7 +36,7 @@ from lad_dist.evaluate.train import Counters, Settings, TrainingSet, same_togeth
 from lad_dist.models.convnet import ConvNet, feature_side
 from lad_dist.models.zoo import network
 from lad_dist.progress import Events, Screen, Task
-from lad_dist.recipe import AugmentConfig, Recipe
+from lad_dist.recipe import NETWORKS, AugmentConfig, Recipe
 from lad_dist.results import Source
 from lad_dist.rundir import RunDir
 
@@ -193,8 +193,9 @@ def _common(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> 
 
 def _network_settings(recipe: Recipe, architecture: str) -> dict[str, Any]:
     """What makes a network of this architecture another one."""
-    own = recipe.model.model_dump() if architecture == "convnet" else {}
-    return own | ({} if architecture in ("mlp", "vit") else {"norm": recipe.evaluate.norm})
+    own = {"width": recipe.model.width, "depth": recipe.model.depth} if architecture == "convnet" else {}
+    with_norm = architecture in NETWORKS and architecture not in ("mlp", "vit")
+    return own | ({"norm": recipe.evaluate.norm} if with_norm else {})
 
 
 def _drawn(row: results.Row) -> int | str:

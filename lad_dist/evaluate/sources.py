@@ -8,6 +8,7 @@
     random, k-center, ...   real images at the same IPC (baselines.py)
     random-soft, ...        the images of random and of herding, labelled by the experts (teachers.py)
     random-plain, ...       the images of random, and of random-soft, without augmentation
+    module:attribute        real images that code of the recipe's reader chooses; also with -soft, -plain and -soft-plain
     full                    the whole long-tailed set
     full-balanced           the same, sampled class by class
     full-logit-adjusted     the same, with the logit-adjusted loss
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lad_dist import results
 from lad_dist.data.prepare import PreparedData
@@ -36,7 +37,7 @@ from lad_dist.errors import DistilledError
 from lad_dist.evaluate import baselines
 from lad_dist.evaluate.labels import adsa
 from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train
-from lad_dist.models.convnet import ConvNet, build
+from lad_dist.models.network import build
 from lad_dist.recipe import Recipe
 from lad_dist.results import Source
 from lad_dist.rundir import RunDir
@@ -46,12 +47,12 @@ from lad_dist.trajectories.reader import Buffer
 
 def of_distilled(source: Source) -> bool:
     """Whether the source is in the folder of the distilled set: the distilled images, or those they started from."""
-    return source.startswith("distilled") or source == "initial"
+    return source in results.DISTILLED or source == "initial"
 
 
 def of_everything(source: Source) -> bool:
     """Whether the source is the whole training set."""
-    return source.startswith("full")
+    return source in results.WHOLE
 
 
 def drawn_as(source: Source) -> str:
@@ -59,6 +60,17 @@ def drawn_as(source: Source) -> str:
     if of_distilled(source):
         return "distilled"
     return "full" if of_everything(source) else source.removesuffix("-plain").removesuffix("-soft")
+
+
+def _chosen(source: Source) -> bool:
+    """Whether the source's images are chosen in a feature space, once for all seeds."""
+    return drawn_as(source) not in ("distilled", "full", "random")
+
+
+def check_baseline(source: Source) -> None:
+    """Raises RecipeError where a baseline's images are chosen by what is not there."""
+    if _chosen(source):
+        baselines.chooser(drawn_as(source))
 
 
 def settings_of(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> Settings:
@@ -104,9 +116,9 @@ def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
         "settings": asdict(settings) | {"augment": settings.augment.model_dump(mode="json"), "labels": _labels(source)},
         "label_adjustment": "adsa" if source == "distilled-adsa" else "none",
     }
-    if drawn_as(source) in baselines.CHOOSERS:
+    if _chosen(source):
         row["settings"]["chosen_by"] = baselines.feature_space(recipe, run).name
-    if "-soft" in source:
+    if results.labelled_by_experts(source):
         row["settings"]["labelled_by"] = Teachers.named(recipe)
     return row
 
@@ -137,7 +149,7 @@ def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
     else:
         picked = baselines.chosen_real(recipe, data, run, of, _network_for_features(recipe, data, run))
     chosen = torch.from_numpy(picked)
-    if "-soft" in source:
+    if results.labelled_by_experts(source):
         buffer = Buffer(run.trajectories, recipe.experts_hash())
         p_SK = Teachers(recipe, data, buffer).soft_labels(picked).to(data.device)
         return TrainingSet(lambda rows: (data.train.batch(chosen[rows])[0], p_SK[rows.to(p_SK.device)]), len(chosen))
@@ -162,7 +174,7 @@ def _no_start(distilled: DistilledSet, run: RunDir) -> str:
 
 def prepare_shared(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> None:
     """Choose and keep what all seeds of a source share, before several processes would each do so. Raises as ``training_set``."""
-    if drawn_as(source) in baselines.CHOOSERS:
+    if _chosen(source):
         training_set(recipe, data, run, source, 0)
 
 
@@ -193,7 +205,11 @@ def _lr_rule(recipe: Recipe, source: Source) -> str:
 def _labels(source: Source) -> str:
     if source == "distilled-adsa":
         return "soft, adjusted by ADSA"
-    return "soft" if source in ("distilled", "distilled-plain", "initial") or "-soft" in source else "hard"
+    return (
+        "soft"
+        if source in ("distilled", "distilled-plain", "initial") or results.labelled_by_experts(source)
+        else "hard"
+    )
 
 
 def _set_id(recipe: Recipe, run: RunDir, source: Source) -> str:
@@ -209,15 +225,14 @@ def _set_id(recipe: Recipe, run: RunDir, source: Source) -> str:
     return f"{drawn_as(source)}, seed {recipe.seed}, {recipe.experts_hash()[:16]}"
 
 
-def _network_for_features(recipe: Recipe, data: PreparedData, run: RunDir) -> Callable[[], ConvNet]:
-    def trained() -> ConvNet:
-        images, m = data.splits.train, recipe.model
+def _network_for_features(recipe: Recipe, data: PreparedData, run: RunDir) -> Callable[[], nn.Module]:
+    def trained() -> nn.Module:
+        images = data.splits.train
         network = build(
+            recipe.model,
             images.channels,
             images.size,
             images.num_classes,
-            m.width,
-            m.depth,
             seed=recipe.seed,
             purpose=("evaluate", "features"),
         ).to(data.device)

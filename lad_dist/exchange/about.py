@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from lad_dist import methods
 from lad_dist.distilled import DistilledSet
 
 Form = Literal["pt", "png", "folder", "parquet", "hf"]
@@ -19,17 +20,6 @@ FORMAT = "lad-dist distilled set 1"
 IMPORTED = "imported"  # as ``DistilledMeta.method``, and as ``selection`` where nothing is known of it
 _LONGEST_NAME = 60
 
-_LAD = "Zhao et al., Distilling Long-tailed Datasets, CVPR 2025, arXiv:2408.14506"
-_DATM = "Guo et al., Towards Lossless Dataset Distillation via Difficulty-Aligned Trajectory Matching, ICLR 2024, arXiv:2310.05773"
-_MTT = "Cazenavette et al., Dataset Distillation by Matching Training Trajectories, CVPR 2022, arXiv:2203.11932"
-_TESLA = "Cui et al., Scaling Up Dataset Distillation to ImageNet-1K with Constant Memory, ICML 2023, arXiv:2211.10586"
-_OF_METHOD = {
-    "lad": (_LAD, _DATM, _MTT, _TESLA),
-    "lad-without-wma": (_LAD, _DATM, _MTT, _TESLA),
-    "lad-without-adm": (_LAD, _DATM, _MTT, _TESLA),
-    "datm": (_DATM, _MTT, _TESLA),
-    "mtt": (_MTT, _TESLA),
-}
 _OF_DATASET = {
     "digits": "Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998",
     "fashion-mnist": "Xiao et al., Fashion-MNIST, 2017, arXiv:1708.07747",
@@ -89,7 +79,7 @@ def imbalance_factor(distilled: DistilledSet) -> float | None:
 def citations(distilled: DistilledSet) -> list[str]:
     """Whom a publication that uses the set should cite: method, then data set. Empty where neither is known."""
     method, dataset = distilled.meta.method, distilled.meta.dataset.split("/")[0]
-    return [*_OF_METHOD.get(method, ()), *([_OF_DATASET[dataset]] if dataset in _OF_DATASET else [])]
+    return [*methods.cited(method), *([_OF_DATASET[dataset]] if dataset in _OF_DATASET else [])]
 
 
 def as_json(document: dict[str, Any]) -> str:

@@ -26,8 +26,9 @@ from lad_dist.errors import NumericalError, TrajectoryError
 from lad_dist.experts.gsam import LossOf, gsam_gradient, sgd_step
 from lad_dist.experts.sampling import class_aware_order, shuffled_order
 from lad_dist.models import functional
-from lad_dist.models.convnet import build, flat_parameters
+from lad_dist.models.convnet import flat_parameters
 from lad_dist.models.layout import Layout
+from lad_dist.models.network import build
 from lad_dist.recipe import Recipe
 from lad_dist.seeds import rng
 from lad_dist.trajectories.reader import Buffer
@@ -91,15 +92,8 @@ class ExpertTrainer:
     def __init__(self, recipe: Recipe, data: PreparedData, folder: Path | str) -> None:
         self.recipe, self.data, self.folder = recipe, data, folder
         images = data.splits.train
-        self.module = build(
-            images.channels,
-            images.size,
-            images.num_classes,
-            recipe.model.width,
-            recipe.model.depth,
-            seed=0,
-            purpose=("template",),
-        ).to(data.device)
+        shape = (images.channels, images.size, images.num_classes)
+        self.module = build(recipe.model, *shape, seed=0, purpose=("template",)).to(data.device)
         self.layout = Layout.of(self.module)
         self.meta = buffer_meta(recipe, data, self.layout)
         self._labels_N = images.labels_N.numpy()
@@ -176,13 +170,12 @@ class ExpertTrainer:
         return weights_P
 
     def _initial(self, expert: int) -> Tensor:
-        m, images = self.recipe.model, self.data.splits.train
+        images = self.data.splits.train
         network = build(
+            self.recipe.model,
             images.channels,
             images.size,
             images.num_classes,
-            m.width,
-            m.depth,
             seed=self.recipe.experts.seed,
             purpose=("expert", expert),
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lad_dist.errors import DataError
 from lad_dist.models.block import NormReluPool
 from lad_dist.models.convolution import Convolution
+from lad_dist.models.layout import Layout
 from lad_dist.seeds import torch_seeded
 
 
@@ -83,5 +84,5 @@ def build(
 
 
 def flat_parameters(module: nn.Module) -> Tensor:
-    """All parameters in module order as one vector, shape (P,), detached from the module."""
-    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+    """All parameters as one vector, shape (P,), in the order of ``Layout.of``, detached from the module."""
+    return torch.cat([module.get_parameter(name).detach().reshape(-1) for name in Layout.of(module).names])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lad_dist.models.convnet import ConvNet
+from lad_dist.models.layout import classifier_name
+
 
 def logits(module: nn.Module, views: dict[str, Tensor], images_BCHH: Tensor) -> Tensor:
     """Logits (B, K) of ``module`` with the weights ``views`` (see ``Layout.views``)."""
@@ -13,7 +16,7 @@ def logits(module: nn.Module, views: dict[str, Tensor], images_BCHH: Tensor) -> 
 
 
 def features(module: nn.Module, views: dict[str, Tensor], images_BCHH: Tensor) -> Tensor:
-    """Features (B, D): what ``module.backbone`` gives the classifier, with the weights ``views``."""
+    """Features (B, D): what the classifier of ``module`` is given, with the weights ``views``."""
     renamed = {f"network.{name}": view for name, view in views.items()}
     out_BD: Tensor = torch.func.functional_call(_Backbone(module), renamed, (images_BCHH,))
     return out_BD
@@ -25,4 +28,13 @@ class _Backbone(nn.Module):
         self.network = network
 
     def forward(self, images_BCHH: Tensor) -> Tensor:
-        return self.network.backbone(images_BCHH)  # type: ignore[operator]
+        if isinstance(self.network, ConvNet):
+            return self.network.backbone(images_BCHH)
+        given: list[Tensor] = []
+        classifier = self.network.get_submodule(classifier_name(self.network))
+        handle = classifier.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
+        try:
+            self.network(images_BCHH)
+        finally:
+            handle.remove()
+        return given[0]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and shapes of a network's parameters in module order; P values in total.
+    """Names and shapes of a network's parameters, P values in total: in module order, but for the classifier's, which are last.
 
-    ``classifier`` names the parameters of the classifier, which must be the last ones of the network.
+    ``classifier`` names the parameters of the classifier.
     """
 
     names: tuple[str, ...]
@@ -21,13 +21,13 @@ class Layout:
     classifier: tuple[str, ...]
 
     @classmethod
-    def of(cls, module: nn.Module, classifier_name: str = "classifier") -> Layout:
-        """The layout of ``module``, whose sub-module ``classifier_name`` is the classifier."""
-        names = tuple(name for name, _ in module.named_parameters())
-        shapes = tuple(tuple(p.shape) for p in module.parameters())
-        classifier = tuple(n for n in names if n.split(".")[0] == classifier_name)
-        assert classifier and names[-len(classifier) :] == classifier, "the classifier must be the last of the network"
-        return cls(names, shapes, classifier)
+    def of(cls, module: nn.Module) -> Layout:
+        """The layout of ``module``, whose sub-module ``classifier_name(module)`` is the classifier."""
+        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        classifier = tuple(n for n in shapes if n.startswith(f"{classifier_name(module)}."))
+        assert classifier, "the network was checked to have a classifier"
+        names = (*(n for n in shapes if n not in classifier), *classifier)
+        return cls(names, tuple(shapes[n] for n in names), classifier)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -61,3 +61,8 @@ class Layout:
         import torch
 
         return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def classifier_name(module: nn.Module) -> str:
+    """The dotted name of a network's last linear layer: what its attribute of this name says, by default ``classifier``."""
+    return str(getattr(module, "classifier_name", "classifier"))

@@ -1,4 +1,6 @@
-"""Networks that a distilled set is evaluated on beside ConvNet: torchvision's definitions, adapted to small images.
+"""Networks by name: torchvision's definitions, adapted to small images, and those that a recipe's reader has elsewhere.
+
+A distilled set is evaluated on them beside ConvNet, and experts and students may be of them, too (``network.py``).
 
 The stem is a 3x3 convolution of stride 1 without pooling (ResNet, AlexNet; VGG's is one already), whatever would shrink the
 feature map below 2x2 is left out, and the head is global average pooling and one linear layer, without dropout, as in the
@@ -14,12 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lad_dist.errors import DataError
+from lad_dist import plugins
+from lad_dist.errors import DataError, LadDistError, RecipeError
 from lad_dist.models.convnet import ConvNet
 from lad_dist.seeds import torch_seeded
 
@@ -27,7 +30,18 @@ SMALLEST = 8  # pixels a side
 _MLP_WIDTHS = (128, 128)  # as in DC's MLP
 _VIT = {"num_layers": 6, "num_heads": 4, "hidden_dim": 128, "mlp_dim": 256}
 
+GROUP = "lad_dist.networks"
+_FIELD = "evaluate.architectures"
 _Norm = Callable[[int], nn.Module]
+
+
+class Factory(Protocol):
+    """What a network's name stands for: from channels, side in pixels and classes to a module from images to logits.
+
+    It is called under a seeded generator, from which all of the module's initial weights must come.
+    """
+
+    def __call__(self, channels: int, size: int, classes: int, /) -> nn.Module: ...
 
 
 def network(
@@ -47,16 +61,53 @@ def network(
 
     Raises:
         DataError: the images are too small for the network.
+        RecipeError: there is no such network, or it gives no logits of such images.
     """
     with torch_seeded(seed, "init", *purpose):
         if name == "convnet":
             return ConvNet(channels, size, classes, width, depth, norm=norm)
+        made = make(name, channels, size, classes, norm)
+    if name not in NETWORKS:
+        _check_logits(made, channels, size, classes, f"{_FIELD}: {name}")
+    return made
+
+
+def make(name: str, channels: int, size: int, classes: int, norm: str = "instance", field: str = _FIELD) -> nn.Module:
+    """The network ``name``, one of ``NETWORKS`` or of a ``Factory`` elsewhere, with weights from torch's generator.
+
+    Raises as ``network``.
+    """
+    if name in NETWORKS:
         if size < SMALLEST:
             raise DataError(
-                f"evaluate.architectures: {name} takes images of at least {SMALLEST} pixels a side, these have {size}; "
-                "valid: convnet"
+                f"{field}: {name} takes images of at least {SMALLEST} pixels a side, these have {size}; valid: convnet"
             )
-        return _BUILDERS[name](channels, size, classes, _group_norm if norm == "instance" else nn.BatchNorm2d)
+        return NETWORKS[name](channels, size, classes, _group_norm if norm == "instance" else nn.BatchNorm2d)
+    what = "a callable (channels, size, classes) -> nn.Module"
+    factory: Factory = plugins.load_callable(name, GROUP, field, what)
+    try:
+        made: object = factory(channels, size, classes)
+    except LadDistError:
+        raise
+    except Exception as error:  # theirs, whatever it is
+        raise RecipeError(f"{field}: {name} raised {type(error).__name__}: {error}; valid: {what}") from error
+    if not isinstance(made, nn.Module):
+        raise RecipeError(f"{field}: {name} gave a {type(made).__name__}; valid: {what}")
+    return made
+
+
+@torch.no_grad()
+def _check_logits(module: nn.Module, channels: int, size: int, classes: int, where: str) -> None:
+    """Raise RecipeError where ``module`` has no logits for an image."""
+    training = module.training
+    module.eval()
+    try:
+        shape = tuple(module(torch.zeros(2, channels, size, size)).shape)
+    except Exception as error:  # theirs, whatever it is
+        raise RecipeError(f"{where}: on images of {channels}x{size}x{size}: {type(error).__name__}: {error}") from error
+    module.train(training)
+    if shape != (2, classes):
+        raise RecipeError(f"{where}: gives {shape} for 2 images; valid: logits of shape (images, {classes})")
 
 
 def _group_norm(width: int) -> nn.Module:
@@ -127,13 +178,14 @@ def _resnet18(channels: int, size: int, classes: int, norm: _Norm) -> nn.Module:
 
     _torchvision()
     resnet = import_module("torchvision.models.resnet")
-    made: nn.Module = resnet.ResNet(resnet.BasicBlock, [2, 2, 2, 2], num_classes=classes, norm_layer=norm)
+    made: Any = resnet.ResNet(resnet.BasicBlock, [2, 2, 2, 2], num_classes=classes, norm_layer=norm)
     made.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
     nn.init.kaiming_normal_(made.conv1.weight, mode="fan_out", nonlinearity="relu")
     made.maxpool = nn.Identity()
+    made.classifier_name = "fc"
     side = size
     for stage in (made.layer2, made.layer3, made.layer4):
-        first: Any = stage[0]  # type: ignore[index]
+        first: Any = stage[0]
         if math.ceil(side / 2) >= 2:
             side = math.ceil(side / 2)
         else:
@@ -143,7 +195,9 @@ def _resnet18(channels: int, size: int, classes: int, norm: _Norm) -> nn.Module:
 
 def _mlp(channels: int, size: int, classes: int, norm: _Norm) -> nn.Module:
     ops = _torchvision().ops
-    return nn.Sequential(nn.Flatten(), ops.MLP(channels * size * size, [*_MLP_WIDTHS, classes]))
+    made: Any = nn.Sequential(nn.Flatten(), ops.MLP(channels * size * size, [*_MLP_WIDTHS, classes]))
+    made.classifier_name = next(n for n, m in reversed(list(made.named_modules())) if isinstance(m, nn.Linear))
+    return made
 
 
 def _vit(channels: int, size: int, classes: int, norm: _Norm) -> nn.Module:
@@ -158,10 +212,12 @@ def _vit(channels: int, size: int, classes: int, norm: _Norm) -> nn.Module:
     nn.init.zeros_(vit.conv_proj.bias)
     before = missing // 2
     after = missing - before
-    return nn.Sequential(nn.ZeroPad2d((before, after, before, after)), vit)
+    made: Any = nn.Sequential(nn.ZeroPad2d((before, after, before, after)), vit)
+    made.classifier_name = "1.heads.head"
+    return made
 
 
-_BUILDERS: dict[str, Callable[[int, int, int, _Norm], nn.Module]] = {
+NETWORKS: dict[str, Callable[[int, int, int, _Norm], nn.Module]] = {
     "vgg11": _vgg11,
     "resnet18": _resnet18,
     "alexnet": _alexnet,

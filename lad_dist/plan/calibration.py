@@ -20,7 +20,8 @@ from lad_dist.data import augment
 from lad_dist.distill.student import Batch, GradientPath, Phase, Student, SyntheticSet
 from lad_dist.experts.gsam import gsam_gradient
 from lad_dist.experts.train import classifier_loss, network_loss
-from lad_dist.models.convnet import build, flat_parameters
+from lad_dist.models.convnet import flat_parameters
+from lad_dist.models.network import build
 from lad_dist.plan.scaling import StepTime
 from lad_dist.plan.shapes import Shapes
 from lad_dist.recipe import Recipe
@@ -146,15 +147,11 @@ class Steps:
 
     def __init__(self, recipe: Recipe, shapes: Shapes, device: torch.device) -> None:
         self.recipe, self.shapes, self.device = recipe, shapes, device
-        network = build(
-            shapes.channels,
-            shapes.size,
-            shapes.classes,
-            shapes.width,
-            shapes.depth,
-            seed=0,
-            purpose=("template",),
-        )
+        model = recipe.model
+        if model.network == "convnet":
+            model = model.model_copy(update={"width": shapes.width, "depth": shapes.depth})
+        shape = (shapes.channels, shapes.size, shapes.classes)
+        network = build(model, *shape, seed=0, purpose=("template",))
         self.module = network.to(device)
         self.student = Student(self.module)
         self.start_P = flat_parameters(self.module)

@@ -29,6 +29,7 @@ from lad_dist.plan.scaling import (
 )
 from lad_dist.plan.shapes import Shapes
 from lad_dist.recipe import Recipe
+from lad_dist.results import DISTILLED, WHOLE
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +93,7 @@ class Plan:
 
 def shapes_of(recipe: Recipe, facts: Facts) -> Shapes:
     """The recipe's network on its data."""
-    return Shapes(facts.channels, facts.size, facts.classes, recipe.model.width, recipe.model.depth)
+    return Shapes.of(recipe.model, facts.channels, facts.size, facts.classes)
 
 
 def refuse_what_cannot_fit(recipe: Recipe, facts: Facts, place: Place, buffer: Path | None) -> None:
@@ -118,7 +119,7 @@ def make_plan(
     """The plan. ``buffer`` is where the trajectory buffer will lie (None: in an object store); ``calibrate`` the seconds
     to spend on measuring this device, None for the table (also where ``device`` is None)."""
     shapes = shapes_of(recipe, facts)
-    notes: list[str] = []
+    notes = [shapes.note] if shapes.note else []
     if calibrate is not None and place.chooses_threads:
         from lad_dist.plan import threads
 
@@ -138,8 +139,7 @@ def make_plan(
         job=recipe.name,
         data=f"{facts.train} training images of {facts.classes} classes ({max(facts.counts)} to {min(facts.counts)} each), "
         f"{facts.test} test images, {facts.channels}x{facts.size}x{facts.size}; from {facts.source}",
-        network=f"ConvNet of width {shapes.width}, depth {shapes.depth}: {shapes.parameters} weights, {shapes.classifier} of "
-        "them in the classifier",
+        network=f"{shapes.name}: {shapes.parameters} weights, {shapes.classifier} of them in the classifier",
         place=place.name if place.here else f"{place.name} (not here)",
         world=place.world,
         path=path,
@@ -387,7 +387,7 @@ class _Times:
         if e.tune_epochs:  # which of them is chosen is not known
             epochs, most = max(e.tune_epochs), "at most "
         for source in dict.fromkeys(("distilled", *e.baselines)):
-            whole = source.startswith("full")
+            whole = source in WHOLE
             count, images, batch = epochs, self.total, e.batch
             if whole:
                 count, images, batch = e.full_epochs, self.facts.train, e.full_batch
@@ -400,7 +400,7 @@ class _Times:
     def _tuning(self, source: str, epoch: float, whole: bool) -> list[tuple[str, float, str]]:
         """Choosing learning rate and epochs for a source, an ``epoch`` of which takes so many seconds."""
         e = self.recipe.evaluate
-        alpha = bool(e.tune_lr) and (source.startswith("distilled") or source == "initial")
+        alpha = bool(e.tune_lr) and source in (*DISTILLED, "initial")
         rates = len(e.tune_lr or (None,)) + alpha
         epochs = (e.full_epochs,) if whole else e.tune_epochs or (e.epochs,)
         if rates * len(epochs) == 1:

@@ -71,7 +71,7 @@ def _distillation(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place) ->
     elif place.world > 1:
         alone = rank_bytes(recipe, facts, shapes, "cpu", Batches(total, d.batch), "recompute")
         ways += ["--ranks 1 fits (the ranks of a host share its memory)"] if alone <= place.memory else []
-    advice = " and ".join(ways) or "a smaller model.width, data.image_size or ipc is needed"
+    advice = " and ".join(ways) or "a smaller model.width (or another model.network), data.image_size or ipc is needed"
     return [
         f"distill.batch: {min(d.batch, total)} images a step need {_gb(needs('recompute'))} on {ranks} even where graphs are "
         f"recomputed, where {_gb(free)} are free; {advice}"
@@ -97,7 +97,7 @@ def _experts(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place) -> list
         where = "experts_per_gpu" if place.device == "cuda" else "threads_per_expert"
         value = fit if place.device == "cuda" else -(-place.threads // max(fit, 1))
         ways.append(f"{where}: {value} in the profile trains fewer at a time and fits")
-    advice = " and ".join(ways) or "a smaller model.width or data.image_size is needed"
+    advice = " and ".join(ways) or "a smaller model.width (or another model.network) or data.image_size is needed"
     return [
         f"experts.batch: {sharing} expert{'s' if sharing > 1 else ''} at a time on {batch} images need {_gb(needs(batch))} "
         f"where {_gb(free)} are free; {advice}"

@@ -23,7 +23,6 @@ from lad_dist.recipe import Recipe
 
 PHASES = ("representation", "classifier")
 PATHS = ("keep", "recompute")
-_GRAPH = {"representation": 2.5, "classifier": 1.25}
 _PASSING = {
     ("cpu", "representation"): 4.2,
     ("cpu", "classifier"): 2.2,
@@ -72,7 +71,7 @@ class Batches:
 
 def graph_bytes(shapes: Shapes, phase: str, images: float) -> float:
     """What the graphs of student steps on ``images`` images together hold, without vectors of P."""
-    return 4 * images * (_GRAPH[phase] * shapes.activations + _IMAGES_PER_STEP * shapes.image)
+    return 4 * images * (shapes.graph(phase) + _IMAGES_PER_STEP * shapes.image)
 
 
 def phase_bytes(shapes: Shapes, batches: Batches, phase: str, path: str, steps: int, device: str) -> int:
@@ -152,7 +151,7 @@ def expert_bytes(recipe: Recipe, shapes: Shapes, device: str) -> int:
 
 def training_bytes(shapes: Shapes, images: int, device: str) -> int:
     """One forward and backward pass of a network on ``images`` images."""
-    graph = 1.25 * shapes.activations + _IMAGES_PER_STEP * shapes.image + _TRAINING[device] * shapes.largest
+    graph = shapes.graph("classifier") + _IMAGES_PER_STEP * shapes.image + _TRAINING[device] * shapes.largest
     return int(4 * (images * graph + _VECTORS * shapes.parameters)) + _SMALL
 
 

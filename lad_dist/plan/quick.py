@@ -83,7 +83,7 @@ def _lower(doc: dict[str, Any], stages: dict[str, float]) -> bool:
 
 
 def _narrower(doc: dict[str, Any], floor: int) -> bool:
-    if doc["model"]["width"] <= floor:
+    if doc["model"]["network"] != "convnet" or doc["model"]["width"] <= floor:
         return False
     doc["model"]["width"] = max(floor, doc["model"]["width"] // 2)
     return True

@@ -1,13 +1,17 @@
-"""Sizes of the ConvNet (``models/convnet.py``) on one data set, counted without building it.
+"""Sizes of a recipe's network on one data set: of ConvNet counted without building it, of others measured on a few images.
 
 Units: values (of 4 bytes in float32) and floating-point operations, of one image unless said otherwise.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from lad_dist.models.convnet import feature_side
+from lad_dist.recipe import ModelConfig
+
+_GRAPH = {"representation": 2.5, "classifier": 1.25}  # of the activations; see memory.py
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,23 @@ class Shapes:
     classes: int
     width: int
     depth: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, channels: int, size: int, classes: int) -> Shapes:
+        """Of the recipe's network. Raises as ``models.network.build``."""
+        if model.network == "convnet":
+            return Shapes(channels, size, classes, model.width, model.depth)
+        return _measured(model.network, channels, size, classes)
+
+    @property
+    def name(self) -> str:
+        """The network, for people."""
+        return f"ConvNet of width {self.width}, depth {self.depth}"
+
+    @property
+    def note(self) -> str:
+        """How the numbers came about, where they are not counted."""
+        return ""
 
     @property
     def image(self) -> int:
@@ -35,6 +56,10 @@ class Shapes:
     def activations(self) -> int:
         """Values of all convolutions' results: what the graph of a step is made of."""
         return sum(self.width * side**2 for side in self.sides)
+
+    def graph(self, phase: str) -> float:
+        """Values that the graph of a step keeps: of one that is differentiated again (representation) or once (classifier)."""
+        return _GRAPH[phase] * self.activations
 
     @property
     def largest(self) -> int:
@@ -63,3 +88,119 @@ class Shapes:
         inputs = (self.channels, *[self.width] * (self.depth - 1))
         convolutions = sum(2 * 9 * c * self.width * side**2 for c, side in zip(inputs, self.sides, strict=True))
         return convolutions + 2 * self.features * self.classes
+
+
+@dataclass(frozen=True)
+class MeasuredShapes(Shapes):
+    """Another network, by steps of it on one and on two images. ``depth``: pairs of layers with weights."""
+
+    network: str
+    all_parameters: int
+    classifier_parameters: int
+    graphs: tuple[int, int]  # values per image: representation, classifier
+    largest_output: int
+    outputs: int  # of all layers with weights
+    flops: int
+
+    @property
+    def name(self) -> str:
+        return f"network {self.network}"
+
+    @property
+    def note(self) -> str:
+        return (
+            f"{self.network}: its graphs, layers and FLOPs are measured on one and two images; what passes beside the graphs is "
+            "taken to be ConvNet's multiple of the largest layer, and the table's seconds are ConvNet's for as many FLOPs and "
+            "layers, so both are rough"
+        )
+
+    @property
+    def activations(self) -> int:
+        return self.outputs
+
+    def graph(self, phase: str) -> float:
+        return float(self.graphs[phase == "classifier"])
+
+    @property
+    def largest(self) -> int:
+        return self.largest_output
+
+    @property
+    def features(self) -> int:
+        return self.classifier_parameters // self.classes - 1
+
+    @property
+    def classifier(self) -> int:
+        return self.classifier_parameters
+
+    @property
+    def parameters(self) -> int:
+        return self.all_parameters
+
+    @property
+    def forward_flops(self) -> int:
+        return self.flops
+
+
+@functools.cache
+def _measured(network: str, channels: int, size: int, classes: int) -> MeasuredShapes:
+    import torch
+    from torch import Tensor, nn
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from lad_dist.models import functional
+    from lad_dist.models.convnet import flat_parameters
+    from lad_dist.models.layout import Layout
+    from lad_dist.models.network import build
+
+    module = build(ModelConfig(network=network), channels, size, classes, seed=0, purpose=("template",))
+    layout, layers = Layout.of(module), [m for m in module.modules() if list(m.parameters(recurse=False))]
+    outputs: list[int] = []
+
+    def images(count: int) -> Tensor:
+        return torch.zeros(count, channels, size, size).requires_grad_()
+
+    def graph(count: int, second: bool) -> int:
+        """Values of all distinct storages that a step keeps for its way back."""
+        storages: dict[int, int] = {}
+
+        def note(saved: Tensor) -> Tensor:
+            storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes() // 4
+            return saved
+
+        theta_P = flat_parameters(module).requires_grad_(second)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+            if second:
+                loss = functional.logits(module, layout.views(theta_P), images(count)).square().sum()
+                kept: Tensor = torch.autograd.grad(loss, theta_P, create_graph=True)[0]
+            else:
+                kept = functional.features(module, layout.views(theta_P), images(count))
+        found = sum(storages.values())
+        del kept
+        return found
+
+    def note_output(layer: nn.Module, given: object, out: object) -> None:
+        if isinstance(out, Tensor):
+            outputs.append(out.numel())
+
+    handles = [layer.register_forward_hook(note_output) for layer in layers]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(images(1).detach())
+    for handle in handles:
+        handle.remove()
+    representation, classifier = (graph(2, second) - graph(1, second) for second in (True, False))
+    span = layout.span("classifier")
+    return MeasuredShapes(
+        channels,
+        size,
+        classes,
+        width=0,
+        depth=-(-len(layers) // 2),
+        network=network,
+        all_parameters=layout.size,
+        classifier_parameters=span.stop - span.start,
+        graphs=(max(representation, 0), max(classifier, 0)),
+        largest_output=max(outputs, default=0),
+        outputs=sum(outputs),
+        flops=int(counter.get_total_flops()),
+    )

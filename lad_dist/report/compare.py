@@ -126,7 +126,7 @@ def _result_lines(runs: Sequence[Named]) -> list[tuple[str, str, tuple[str, ...]
             key = (*what, results.data_of(members[0]), len(members))
             if key not in shown:
                 shown.add(key)
-                colour = run.colour if line.key.startswith("distilled") else ""
+                colour = run.colour if line.key in results.DISTILLED else ""
                 ipc = "" if members[0].get("ipc") is None else str(members[0]["ipc"])
                 lines.append((colour, line.key, (run.name, *line.cells(), ipc, line.trained)))
     return lines

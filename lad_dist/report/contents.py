@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lad_dist import results
+from lad_dist import methods, results
 from lad_dist.distilled import DistilledSet
 from lad_dist.progress import read_events
 from lad_dist.recipe import Recipe
@@ -53,7 +53,7 @@ class Contents:
         )
         images = f"{r.ipc} image{'s' if r.ipc > 1 else ''} per class"
         method = self.distilled.meta.method if self.distilled else r.method  # of an imported set not the recipe's
-        return f"{tables.DATASETS[r.data.dataset]}{tail}: {images}, {tables.METHODS.get(method, method)}, seed {r.seed}"
+        return f"{tables.DATASETS[r.data.dataset]}{tail}: {images}, {methods.title(method)}, seed {r.seed}"
 
 
 def read(recipe: Recipe, run: RunDir) -> Contents:

@@ -106,7 +106,7 @@ def _missing(found: Contents) -> list[str]:
     for source in wanted:
         have = results.planned_among(found.rows, source, found.recipe)
         if have < networks:
-            notes.append(f"{tables.SOURCES[source]}: {have} of {networks} networks are measured.")
+            notes.append(f"{tables.source_name(source)}: {have} of {networks} networks are measured.")
     return notes
 
 
@@ -133,11 +133,11 @@ def _results(found: Contents) -> dict[str, Any] | None:
         "calibration_headings": tables.headings(tables.CALIBRATION),
         "calibration_lines": tables.calibration_lines(summaries),
         "label_notes": tables.label_notes(found.rows),
-        "trained": [(tables.SOURCES.get(s, s), n) for s, n in trained.items() if n is not None],
+        "trained": [(tables.source_name(s), n) for s, n in trained.items() if n is not None],
         "selection": tables.SELECTION.get(selection, selection) if selection else None,
         "optimistic": selection == "test-as-published",
         "split": " and ".join(sorted({row["split"] for row in found.rows})),
-        "mixed": [tables.SOURCES.get(s, s) for s in mixed],
+        "mixed": [tables.source_name(s) for s in mixed],
     }
 
 

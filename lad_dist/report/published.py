@@ -115,10 +115,12 @@ def beside(recipe: Recipe, counts: Sequence[int]) -> list[PublishedFigure]:
     """What is published for a run's data set, imbalance factor and IPC.
 
     Empty unless the run trained on the very same images: ``counts`` (training images per class) start at the full class, the
-    profile is the exponential one, and the images have their own size and colours.
+    profile is the exponential one, the images have their own size and colours, and experts and students are ConvNets.
     """
     data = recipe.data
     of = _DATA.get(data.dataset)
+    if recipe.model.network != "convnet":
+        return []
     if of is None or data.imbalance != "exponential" or recipe.evaluate.split != "test":
         return []
     if len(counts) != of.classes or max(counts) != of.n_max:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lad_dist.results import by_way, of_one_way
+from lad_dist import methods
+from lad_dist.results import DISTILLED, WHOLE, by_way, labelled_by_experts, of_one_way
 from lad_dist.results.paired import gains, points
 
 if TYPE_CHECKING:
@@ -39,15 +40,6 @@ SOURCES = {
 MAIN_SOURCES = ("distilled", "initial", "random-soft", "random", "full")  # what the page's first figures show
 CHARTED = ("distilled", "initial", "random", "full")
 CALIBRATION = ("balanced", "ECE", "standard error")
-METHODS = {
-    "lad": "LAD",
-    "lad-fr": "LAD with feature regression",
-    "datm": "DATM",
-    "mtt": "MTT",
-    "lad-without-wma": "LAD without weight mismatch avoidance",
-    "lad-without-adm": "LAD without decoupled matching",
-    "imported": "imported",
-}
 DATASETS = {
     "digits": "Digits-LT",
     "fashion-mnist": "Fashion-MNIST-LT",
@@ -114,7 +106,7 @@ def trained(row: Row) -> str:
 
 def trained_unlike(rows: Iterable[Row]) -> bool:
     """Whether small sets were trained on for different epochs or with different learning rates, which a table must then show."""
-    return len({trained(row) for row in rows if not str(row["source"]).startswith("full")}) > 1
+    return len({trained(row) for row in rows if row["source"] not in WHOLE}) > 1
 
 
 def protocol_notes(rows: Iterable[Row]) -> list[str]:
@@ -128,7 +120,7 @@ def protocol_notes(rows: Iterable[Row]) -> list[str]:
         rule = rules.setdefault(str(row["lr_rule"]), []) if row.get("lr_rule") else []
         if title not in rule:
             rule.append(title)
-        whole = str(row["source"]).startswith("full")
+        whole = row["source"] in WHOLE
         schedules["whole" if whole else "small"] |= {trained(row)} - {""}
         if whole:
             continue
@@ -269,16 +261,25 @@ def label_notes(rows: Iterable[Row]) -> list[str]:
     ]
 
 
+def source_name(source: str) -> str:
+    """A source for people; ``birds:pick, soft labels`` of one that is not the package's own."""
+    if source in SOURCES:
+        return SOURCES[source]
+    own = source.removesuffix("-plain").removesuffix("-soft")
+    soft = ", soft labels" * labelled_by_experts(source)
+    return f"{own}{soft}{', no augmentation' * source.endswith('-plain')}"
+
+
 def source_title(row: Row) -> str:
     """What a row's networks were trained on, for people: ``Distilled (LAD)``, ``Random real``, ..."""
-    title = SOURCES.get(row["source"], str(row["source"]))
+    title = source_name(row["source"])
     title += f", {row['differs']}" if row.get("differs") else ""  # from networks of the same source in the same table
     title += f", on images {row['images']}" if row.get("images") else ""
     method = row.get("method")
-    if not str(row["source"]).startswith("distilled") or not method:
+    if row["source"] not in DISTILLED or not method:
         return title
     name, comma, how = title.partition(",")
-    return f"{name} ({METHODS.get(method, method)}){comma}{how}"
+    return f"{name} ({methods.title(method)}){comma}{how}"
 
 
 def spread(fractions: Sequence[float]) -> str:

@@ -17,10 +17,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from lad_dist.errors import RunDirError
-from lad_dist.recipe import Recipe
+from lad_dist.errors import RecipeError, RunDirError
+from lad_dist.plugins import Name
+from lad_dist.recipe import BASELINE_NAMES, Recipe
 from lad_dist.rundir import RunDir, published
 
 Row = dict[str, Any]
@@ -64,7 +65,8 @@ class Result:
 
 FIGURES = ("overall", "head", "medium", "tail")
 MORE_FIGURES = ("balanced", "ece")  # of rows written since they are measured
-Source = Literal[
+Source = str
+SOURCES = (
     "distilled",
     "distilled-adsa",
     "distilled-hard",
@@ -81,15 +83,15 @@ Source = Literal[
     "full",
     "full-balanced",
     "full-logit-adjusted",
-]
-SOURCES: tuple[str, ...] = get_args(Source)
+)
 """What networks are trained on, in the order of every table. ``distilled-adsa`` and ``distilled-hard`` are the distilled
 images with adjusted and with hard labels, ``initial`` is the set that distillation started from, ``...-soft`` are real images with
 the experts' mean logits as labels, ``...-plain`` is a set without augmentation; ``full-...`` are other ways to train on the whole
 long-tailed set."""
 
-NEEDS_EXPERTS = ("initial", "random-soft", "random-soft-plain", "herding-soft")
-"""What an imported set's run leaves out: its images' start is not known, and the run has no experts to label real images."""
+DISTILLED = tuple(source for source in SOURCES if source.startswith("distilled"))
+WHOLE = tuple(source for source in SOURCES if source.startswith("full"))
+_NAMES = Name(SOURCES, BASELINE_NAMES.group, BASELINE_NAMES.endings)
 
 FORMAT_VERSION = 2  # of results.json; 1 has no checksum
 _KEY = ("source", "architecture", "seed")
@@ -100,10 +102,21 @@ def wanted(recipe: Recipe, run: RunDir) -> list[str]:
     """The sources that ``lad-dist run`` measures, in its order."""
     e = recipe.evaluate
     sources = ["distilled", *(["distilled-adsa"] if e.label_adjustment == "adsa" else []), *e.baselines]
-    left_out: tuple[str, ...] = NEEDS_EXPERTS if _imported(run.distilled / "meta.json") else ()
-    if not left_out and _without_start(run.distilled / "tensors.safetensors"):
-        left_out = ("initial",)
-    return [source for source in dict.fromkeys(sources) if source not in left_out]
+    imported = _imported(run.distilled / "meta.json")  # its start is not known, and no expert is there to label images
+    left_out = ("initial",) if imported or _without_start(run.distilled / "tensors.safetensors") else ()
+    return [s for s in dict.fromkeys(sources) if s not in left_out and not (imported and labelled_by_experts(s))]
+
+
+def labelled_by_experts(source: Source) -> bool:
+    """Whether a source is real images with the experts' labels."""
+    return source.removesuffix("-plain").endswith("-soft")
+
+
+def check_source(source: str) -> Source:
+    """A source's name. Raises RecipeError where nobody offers it."""
+    if not _NAMES.takes(source):
+        raise RecipeError(f"evaluate: source {source!r} is not known; valid: {_NAMES.valid}")
+    return source
 
 
 def planned_among(rows: Iterable[Row], source: str, recipe: Recipe) -> int:
@@ -220,7 +233,13 @@ def rows_folder(path: Path) -> Path:
 
 def row_file(path: Path, row: Row) -> Path:
     """The file of a row, named by its source, architecture and seed in letters that every file system takes."""
-    return rows_folder(path) / ("-".join(re.sub(r"[^A-Za-z0-9_]+", "_", str(row[k])) for k in _KEY) + ".json")
+    return rows_folder(path) / ("-".join(file_word(str(row[k])) for k in _KEY) + ".json")
+
+
+def file_word(name: str) -> str:
+    """A name in letters that every file system takes; one of other letters with a part of its hash, as ``a:b`` is not ``a_b``."""
+    word = re.sub(r"[^A-Za-z0-9_]+", "_", name)
+    return f"{word}_{hashlib.sha256(name.encode()).hexdigest()[:8]}" if re.search("[^A-Za-z0-9_-]", name) else word
 
 
 def same_measurement(row: Row, other: Row) -> bool:

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lad_dist import results
+from lad_dist import methods, results
 from lad_dist.errors import RunDirError
 from lad_dist.progress import shortened
 from lad_dist.recipe import Recipe
@@ -147,10 +147,10 @@ def compare_table(runs: Sequence[Path]) -> Table:
 
 def _short(row: results.Row) -> str:
     """``LAD``, ``LAD, hard labels``, ``Random real, resnet18``: what a row's networks were trained on, for a narrow column."""
-    title = tables.SOURCES.get(row["source"], str(row["source"]))
-    if row["source"].startswith("distilled"):
+    title = tables.source_name(row["source"])
+    if row["source"] in results.DISTILLED:
         _, comma, how = title.partition(",")
-        title = f"{tables.METHODS.get(row['method'], row['method'])}{comma}{how}"
+        title = f"{methods.title(row['method'])}{comma}{how}"
     return title if row["architecture"] == "convnet" else f"{title}, {row['architecture']}"
 
 

@@ -159,8 +159,8 @@ def _check_checkpoint(where: str, tensors: Any, meta: BufferMeta) -> None:
     ]
     if wrong:
         raise TrajectoryError(
-            f"{where}: is another network: {'; '.join(wrong[:4])}; valid: networks with the recipe's model.width, image size, "
-            "channels and classes"
+            f"{where}: is another network: {'; '.join(wrong[:4])}; valid: networks with the recipe's model.network, "
+            "model.width, image size, channels and classes"
         )
     for tensor, (name, _) in named:
         if tensor.dtype != torch.float32 or tensor.layout != torch.strided or tensor.device.type != "cpu":

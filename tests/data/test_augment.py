@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +13,12 @@ from textbook import augmented
 
 from lad_dist.data import augment
 from lad_dist.data.augment import Draw, apply, draw
+from lad_dist.errors import RecipeError
 from lad_dist.recipe import OPERATIONS, AugmentConfig
 from lad_dist.seeds import rng
 
 SIDE, MANY = 13, 4000
+COUNT = itertools.count()
 
 
 def drawn(operation: str, batch: int = MANY, size: int = SIDE, seed: int = 0, **fields) -> Draw:
@@ -196,3 +202,71 @@ def test_no_images():
 
 def test_every_operation_of_the_recipe_is_known():
     assert set(augment._OPERATIONS) == set(augment._RANGES) == set(OPERATIONS)
+
+
+# --- operations of one's own ------------------------------------------------------------------------------------------
+
+
+def dim(images_BCHH, uniform_B1):
+    return images_BCHH * (1 - uniform_B1.view(-1, 1, 1, 1))
+
+
+dim.numbers = 1
+
+
+def halved(images_BCHH, uniform_B3):
+    return images_BCHH[:, :, ::2]
+
+
+def broken(images_BCHH, uniform_B3):
+    raise KeyError("no")
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """Makes ``NAME:op`` the given operation, under a name that no cache knows; returns it."""
+
+    def give(operation) -> str:
+        module = types.ModuleType(f"mine_augmentation_{next(COUNT)}")
+        module.op = operation
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return f"{module.__name__}:op"
+
+    return give
+
+
+def test_an_operation_of_ones_own_gets_its_numbers_row_by_row(own):
+    config = AugmentConfig(operations=("flip", own(dim)))
+    made = [draw(rng(0, i), config, 6, SIDE) for i in range(40)]
+    mine = [d for d in made if d.operation != "flip"]
+    assert 10 < len(mine) < 30 and all(d.values_BD.shape == (6, 1) for d in mine)
+    x, rows = images(6), np.array([4, 1])
+    x.requires_grad_()
+    whole = apply(x, mine[0])
+    torch.testing.assert_close(whole[rows], apply(x[rows], mine[0].rows(rows)), rtol=0, atol=0)
+    torch.testing.assert_close(whole, x * (1 - torch.as_tensor(mine[0].values_BD).to(x.dtype).view(-1, 1, 1, 1)))
+    assert bool(torch.autograd.grad(whole.sum(), x)[0].isfinite().all())
+    with torch.no_grad():  # where the check itself needs a graph
+        apply(x, draw(rng(0), AugmentConfig(operations=(own(lambda i, u: 2 * i),)), 6, SIDE))
+
+
+@pytest.mark.parametrize(("operation", "said"), [
+    (halved, r"gives \(4, 3, \d+, \d+\) for images of .*; valid: the same shape"),
+    (lambda i, u: i.detach(), "cannot be differentiated by the images"),
+    (lambda i, u: i + torch.randn_like(i), "an image becomes another one beside others, or every time"),
+    (lambda i, u: i - i.mean(dim=0), "an image becomes another one beside others"),
+    (lambda i, u: i.add_(1), "RuntimeError: a leaf Variable"),
+    (lambda i, u: (i - i).sqrt(), "its gradient is not finite"),
+    (broken, "KeyError: 'no'"),
+    (3, "is a int; valid: a callable"),
+])  # fmt: skip
+def test_what_is_no_operation_is_refused_in_one_line(own, operation, said):
+    name = own(operation)
+    with pytest.raises(RecipeError, match=rf"^augment\.operations: {name}: .*{said}") as refused:
+        apply(images(2), draw(rng(0), AugmentConfig(operations=(name,)), 2, SIDE))
+    assert "\n" not in str(refused.value)
+
+
+def test_operations_that_nobody_knows():
+    with pytest.raises(ValueError, match=r"should be 'color', .*'rotate' or module:attribute"):
+        AugmentConfig(operations=("flop",))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from lad_dist.data import custom as module
+from lad_dist import plugins
 from lad_dist.data.arrays import digits
 from lad_dist.data.datasets import load_splits, look
 from lad_dist.errors import DataError
@@ -154,7 +154,7 @@ def test_names_that_packages_offer(monkeypatch, by_name):
         def load():
             return digits
 
-    monkeypatch.setattr(module, "entry_points", lambda group: [Point] if group == "lad_dist.datasets" else [])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [Point] if group == "lad_dist.datasets" else [])
     same(load_splits(config("their-digits")), by_name)
     with pytest.raises(
         DataError, match=r"data\.source: 'birds' is not known; valid: module:attribute, or the names their-digits"

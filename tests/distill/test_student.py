@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from textbook import TextbookNet, double_loop
-from torch import Tensor
+from torch import Tensor, nn
 
 from lad_dist.data import augment
 from lad_dist.distill.memory import choose_path, free_bytes, step_bytes
@@ -90,6 +90,29 @@ class Problem:
             classifier_only=phase.classifier_only,
             compared=phase.span,
         )
+
+
+class Plain(nn.Module):
+    """The same network by somebody else: torch's own layers, the classifier declared first and called otherwise."""
+
+    classifier_name = "parts.head"
+
+    def __init__(self, channels: int, side: int, width: int, depth: int, classes: int) -> None:
+        super().__init__()
+        left = (side + 4 * (channels == 1)) >> depth
+        self.parts = nn.ModuleDict({"head": nn.Linear(width * left * left, classes)})
+        for block in range(depth):
+            first = block == 0
+            padding = 3 if first and channels == 1 else 1
+            self.parts[f"convolution{block}"] = nn.Conv2d(channels if first else width, width, 3, padding=padding)
+            self.parts[f"norm{block}"] = nn.GroupNorm(width, width)
+        self.depth = depth
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in range(self.depth):
+            x = self.parts[f"norm{block}"](self.parts[f"convolution{block}"](x)).relu()
+            x = nn.functional.avg_pool2d(x, 2)
+        return self.parts["head"](x.flatten(1))
 
 
 def quantities(result: PhaseResult) -> dict[str, Tensor]:
@@ -253,3 +276,16 @@ def test_choice_of_path(small_recipe, monkeypatch):
 
 def test_free_memory_of_this_machine_is_plausible():
     assert 2**20 < free_bytes(torch.device("cpu")) < 2**45
+
+
+@pytest.mark.parametrize("classifier_only", [False, True], ids=["representation", "classifier"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_network_is_unrolled_as_the_same_convnet_is(classifier_only, path, dtype, tolerance, channels):
+    problem = Problem(dtype, channels=channels)
+    other = Student(Plain(channels, 10, 6, 2, 4).to(dtype))
+    assert other.layout.span("classifier") == problem.student.layout.span("classifier")
+    phase = problem.phase(classifier_only)
+    ours, theirs = (quantities(s.run(problem.synthetic, phase, path)) for s in (other, problem.student))
+    assert worst(ours, theirs)[0] < tolerance, worst(ours, theirs)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import sys
+import types
 from dataclasses import replace
 from itertools import combinations
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,11 +16,11 @@ import torch
 
 from lad_dist import results
 from lad_dist.data.herding import herd
-from lad_dist.errors import RunDirError
+from lad_dist.errors import RecipeError, RunDirError
 from lad_dist.evaluate import baselines
 from lad_dist.evaluate.baselines import CHOOSERS, chosen_real, feature_space, graph_cut, k_center
 from lad_dist.evaluate.sources import settings_of, training_set
-from lad_dist.recipe import Baseline
+from lad_dist.recipe import BASELINES
 
 LINE = torch.tensor([[0.0], [1.0], [2.0], [4.0], [10.0]])
 
@@ -119,11 +121,74 @@ def test_a_damaged_choice_is_named(pipeline):
         pipeline.evaluate("herding")
 
 
+# --- choosing by code of one's own ------------------------------------------------------------------------------------
+
+COUNT = itertools.count()
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """Makes ``NAME:pick`` the given chooser, under a new name; returns it."""
+
+    def give(choose) -> str:
+        module = types.ModuleType(f"full_mine_{next(COUNT)}")  # begins as the name of a source of another kind
+        module.pick = choose
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return f"{module.__name__}:pick"
+
+    return give
+
+
+def test_a_chooser_of_ones_own_is_one_more_baseline(pipeline_of, own):
+    name = own(lambda features, count: k_center(features, count).tolist())
+    names = [name, f"{name}-soft", f"{name}-soft-plain"]
+    pipeline = pipeline_of(evaluate={"baselines": [*names, "k-center"], "seeds": 1})
+    pipeline.all()
+    pipeline.evaluate_all()  # everything is there
+    rows = {row["source"]: row for row in results.read(pipeline.run.results)}
+    assert set(rows) == {"distilled", "k-center", *names}
+    assert [rows[n]["settings"]["labels"] for n in names] == ["hard", "soft", "soft"]
+    assert rows[names[0]]["train_images"] == rows["k-center"]["train_images"] == 20
+    assert rows[names[1]]["settings"]["labelled_by"].startswith("mean logits of")
+    assert rows[names[2]]["settings"]["augment"]["operations"] == []
+    folder = pipeline.run.results.parent / "chosen"
+    theirs, ours = (json.loads(file.read_text()) for file in sorted(folder.iterdir(), key=lambda f: f.name[0] == "f"))
+    assert ours["images"] == theirs["images"]
+    page = (pipeline.run.report / "index.html").read_text()
+    assert f"{name}, soft labels, no augmentation" in page
+
+
+@pytest.mark.parametrize(("choose", "said"), [
+    (lambda f, n: [0] * n, r"chose \[0 0\] of a class of \d+ images; valid: 1 to 2 different row numbers"),
+    (lambda f, n: range(n + 1), r"chose \[0 1 2\] of a class"),
+    (lambda f, n: [], r"chose \[\] of a class"),
+    (lambda f, n: [0.5], r"chose \[0\.5\] of a class"),
+    (lambda f, n: [-1], r"chose \[-1\] of a class"),
+    (lambda f, n: None, r"chose None of a class"),
+    (lambda f: f, "raised TypeError"),
+    (7, "is a int; valid: a callable"),
+])  # fmt: skip
+def test_what_chooses_no_images_is_refused_in_one_line(pipeline, own, choose, said):
+    name = own(choose)
+    with pytest.raises(RecipeError, match=rf"^evaluate\.baselines: {name}:? {said}") as refused:
+        chosen_real(pipeline.recipe, pipeline.data, pipeline.run, name, never)
+    assert "\n" not in str(refused.value)
+
+
+def test_names_that_nobody_offers(small_recipe):
+    for name in ("k-centre", "full-soft", "distilled-adsa"):
+        with pytest.raises(ValueError, match=r"should be 'initial', .* or module:attribute"):
+            small_recipe(evaluate={"baselines": [name]})
+    with pytest.raises(RecipeError, match="source 'k-centre' is not known; valid: 'distilled'"):
+        results.check_source("k-centre")
+    assert results.check_source("distilled-adsa") and results.check_source("mine:pick-soft")
+
+
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_baseline_is_measured_into_one_table(pipeline_of):
-    every = list(get_args(Baseline))
+    every = list(BASELINES)
     pipeline = pipeline_of(evaluate={"baselines": every, "seeds": 1, "label_adjustment": "adsa"})
     pipeline.all()
     rows = results.read(pipeline.run.results)

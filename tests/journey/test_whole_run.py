@@ -16,7 +16,7 @@ import pytest
 
 import lad_dist
 from lad_dist import recipe_file
-from lad_dist.recipe import METHODS
+from lad_dist.methods import METHODS
 from lad_dist.status import read_status
 
 
@@ -60,7 +60,7 @@ def test_every_method_runs_and_is_spelled_out_in_the_saved_recipe(lad, finished,
     store = tmp_path / "store"
     lad("run", finished, "--set", f"method={method}", "--out", "run", "--buffers", store).succeeds()
     saved = Path("run/recipe.yaml").read_text()
-    for field, value in METHODS[method].items():
+    for field, value in METHODS[method].distill.items():
         assert f"\n  {field}: {str(value).lower() if isinstance(value, bool) else value}\n" in saved
     assert len(list(store.iterdir())) == 1
 

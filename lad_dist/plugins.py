@@ -1,0 +1,85 @@
+"""Names in a recipe that stand for code outside the package: ``module:attribute``, or an entry point of a group.
+
+A package offers names through entry points; a module need only be importable (installed, or its folder in PYTHONPATH) by every
+process of the run. docs/extending.md has an example of each group.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+from lad_dist.errors import LadDistError, RecipeError
+
+
+@dataclass(frozen=True)
+class Name:
+    """The names that a field takes: ``known`` ones, entry points of ``group``, ``module:attribute``.
+
+    The last two may have ``endings``, one after the other. Called by pydantic: a name that nobody offers is a fault of the
+    recipe. What a module holds shows when it is used.
+    """
+
+    known: tuple[str, ...]
+    group: str
+    endings: tuple[str, ...] = ()
+
+    def __call__(self, name: str) -> str:
+        if not self.takes(name):
+            raise PydanticCustomError("unknown_name", "{fault}", {"fault": f"should be {self.valid}"})
+        return name
+
+    def takes(self, name: str) -> bool:
+        """Whether somebody offers the name."""
+        if name in self.known:
+            return True
+        for ending in reversed(self.endings):
+            name = name.removesuffix(ending)
+        return ":" in name or name in offered(self.group)
+
+    @property
+    def valid(self) -> str:
+        """All names, in words."""
+        names = [repr(name) for name in (*self.known, *sorted(offered(self.group)))]
+        return f"{', '.join(names)} or module:attribute"
+
+
+def load(name: str, group: str, field: str, error: type[LadDistError] = RecipeError) -> Any:
+    """The object that ``module:attribute`` or an entry point names. ``field`` of the recipe is named in errors."""
+    module, colon, attribute = name.partition(":")
+    try:
+        if not colon:
+            there = offered(group)
+            if name not in there:
+                names = f"the names {', '.join(sorted(there))}" if there else "no names, as no package offers any"
+                raise error(f"{field}: {name!r} is not known; valid: module:attribute, or {names}")
+            return there[name].load()
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+        return found
+    except LadDistError:
+        raise
+    except ModuleNotFoundError as cause:
+        raise error(
+            f"{field}: {name}: {cause}; valid: a module that Python finds (installed, or its folder in PYTHONPATH)"
+        ) from cause
+    except Exception as cause:  # an attribute that is not there, and whatever importing their code raises
+        raise error(f"{field}: {name}: {type(cause).__name__}: {cause}; valid: module:attribute") from cause
+
+
+def load_callable(name: str, group: str, field: str, what: str) -> Any:
+    """``load``; a RecipeError where it cannot be called. ``what`` says what is valid."""
+    found = load(name, group, field)
+    if not callable(found):
+        raise RecipeError(f"{field}: {name}: is a {type(found).__name__}; valid: {what}")
+    return found
+
+
+def offered(group: str) -> dict[str, EntryPoint]:
+    """The entry points of a group by name."""
+    return {point.name: point for point in entry_points(group=group)}
