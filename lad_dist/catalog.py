@@ -79,6 +79,11 @@ def purpose(file: Path) -> str:
     return found[1] if found else ""
 
 
+def family(name: str) -> str:
+    """A recipe's name with its factor and IPC left open: ``cifar10-lt-f*-ipc*``."""
+    return re.sub(r"-(f|ipc)\d+(?=-|$)", r"-\1*", name)
+
+
 def _unknown(kind: str, text: str, shipped: Mapping[str, Path], command: str) -> str:
     if "/" in text or text.endswith(_SUFFIXES):
         return f"{text}: no such file; valid: a {kind} file, or a name that `{command}` lists"

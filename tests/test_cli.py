@@ -146,12 +146,27 @@ def test_version():
     assert lad("--version").output == f"lad-dist {lad_dist.__version__}\n"
 
 
-def test_jobs_lists_every_shipped_recipe(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "250")
-    shown = lad("jobs").output
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_jobs_lists_every_shipped_recipe(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    shown, every = lad("jobs").output, lad("jobs", "--all").output
     assert catalog.jobs() and "digits-lt" in catalog.jobs()
     for name, file in catalog.jobs().items():
-        assert name in shown and catalog.purpose(file) in shown
+        assert name in every and (name in shown or catalog.family(name) in shown)
+        assert catalog.purpose(file).split()[0] in every
+    assert len(shown.splitlines()) < 60 and max(map(len, shown.splitlines())) <= int(columns)
+    assert shown.count("published table (arXiv") <= 3
+
+
+def test_jobs_by_words_and_their_text():
+    shown = lad("jobs", "tiny", "f20-").output
+    assert "tiny-imagenet-lt-f20-ipc10" in shown and "tiny-imagenet-lt-f20-ipc20" in shown
+    assert "f100" not in shown and "cifar" not in shown
+    assert lad("jobs", "show", "digits-lt").output == catalog.jobs()["digits-lt"].read_text()
+    for words, said in ((["nothing-like-it"], "no recipe's name has nothing-like-it"), (["show"], "names no recipe"),
+                        (["show", "digit-lt"], "did you mean digits-lt")):  # fmt: skip
+        refused = lad("jobs", *words)
+        assert refused.exit_code == 2 and said in refused.stderr
 
 
 def test_clusters_lists_every_shipped_profile():

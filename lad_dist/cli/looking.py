@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -67,18 +68,47 @@ def compare(
         screen.print(f"page: {out}", soft_wrap=True)
 
 
-def jobs() -> None:
-    """The recipes that ship with lad-dist."""
-    from rich.table import Table
+def jobs(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[WORD...]", help="Only recipes with all of these in their names; `show NAME` prints one."
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Each recipe on a line of its own.")] = False,
+) -> None:
+    """The recipes that ship with lad-dist; those that differ in factor and IPC alone share a line."""
+    from rich.padding import Padding
+    from rich.text import Text
 
     from lad_dist import catalog, recipe_file
+    from lad_dist.errors import RecipeError
 
-    table = Table("name", "purpose", "data", "factor", "IPC")
-    for name, file in catalog.jobs().items():
-        recipe = recipe_file.load(file)
-        factor = f"{recipe.data.imbalance_factor:g}" if recipe.data.imbalance == "exponential" else "natural"
-        table.add_row(name, catalog.purpose(file), recipe.data.dataset, factor, str(recipe.ipc))
-    terminal.stdout().print(table)
+    wanted = words or []
+    if wanted[:1] == ["show"]:
+        for name in wanted[1:]:
+            typer.echo(catalog.find_job(name).recipe.read_text(encoding="utf-8"), nl=False)
+        if not wanted[1:]:
+            raise RecipeError("jobs show: names no recipe; valid: `lad-dist jobs show digits-lt`")
+        return
+    found = {name: file for name, file in catalog.jobs().items() if all(word in name for word in wanted)}
+    if not found:
+        raise RecipeError(f"jobs: no recipe's name has {' and '.join(wanted)} in it; `lad-dist jobs` lists them")
+    screen, groups = terminal.stdout(), dict[tuple[str, str], list[str]]()
+    for name, file in found.items():
+        family = name if every or wanted else catalog.family(name)
+        groups.setdefault((family, catalog.purpose(file)), []).append(name)
+    for (family, purpose), names in groups.items():
+        recipes = [recipe_file.load(found[name]) for name in names]
+        natural = recipes[0].data.imbalance == "natural"
+        factors = "natural" if natural else f"factor {_each(f'{r.data.imbalance_factor:g}' for r in recipes)}"
+        title = family if len(names) > 1 else names[0]
+        screen.print(Text.assemble((title, "bold"), f"  {factors}; IPC {_each(str(r.ipc) for r in recipes)}"))
+        screen.print(Padding(purpose, (0, 0, 0, 4), expand=False))
+
+
+def _each(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
 
 
 def clusters() -> None:
