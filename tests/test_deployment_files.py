@@ -379,3 +379,44 @@ def test_prometheus_reads_the_file_that_ray_writes():
         assert re.fullmatch(r"/[^*]*(\*[^/]*)?\.(json|ya?ml)", file)
         assert Path(file).name == ray_constants.PROMETHEUS_SERVICE_DISCOVERY_FILE
         assert file.startswith("/tmp/ray/")  # Ray's temporary folder where nothing else is said
+
+
+# --- the project's own files ------------------------------------------------------------------------------------------
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem)
+def test_workflows_call_what_there_is(path):
+    document = yaml.safe_load(path.read_text())
+    lines = [step["run"] for job in document["jobs"].values() for step in job["steps"] if "run" in step]
+    assert lines
+    for words in map(shlex.split, lines):
+        if words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= targets()
+        else:
+            assert (ROOT / words[0]).stat().st_mode & 0o100, words[0]
+
+
+def test_the_hooks_are_the_checks_of_make():
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    makefile = (ROOT / "Makefile").read_text().replace("$(BIN)", ".venv/bin")
+    assert local["repo"] == "local" and [hook["id"] for hook in local["hooks"]] == ["ruff-check", "ruff-format", "mypy"]
+    assert all(hook["entry"] in makefile for hook in local["hooks"])
+
+
+def test_the_citation_is_of_this_version():
+    document = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(document["version"]) == lad_dist.__version__ and document["license"] == "Apache-2.0"
+    assert any("2408.14506" in i["value"] for reference in document["references"] for i in reference["identifiers"])
+
+
+def test_the_map_of_contributing_names_every_room():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    package = ROOT / "lad_dist"
+    rooms = {f"{p.name}/" for p in package.iterdir() if (p / "__init__.py").exists()}
+    rooms |= {p.name for p in package.glob("*.py") if p.name != "__init__.py"}
+    named = set(re.findall(r"`([a-z_]+(?:/|\.py))`", text[text.index("## The rooms") :]))
+    assert named - {"tests/test_arrows.py"} == rooms
