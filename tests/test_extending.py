@@ -117,7 +117,7 @@ def test_every_phase_herding_and_early_looks_with_a_network_of_ones_own(place, t
     recipe = recipe_file.load(place / "mine.yaml", ["method=lad", *more, "distill.window_epochs=1"])
     pipeline = open_pipeline(recipe, tmp_path / "run", Profile(fleet="off"), None, torch.device("cpu"), silent)
     pipeline.all()
-    happened = read_events(pipeline.run.events)
+    happened = list(read_events(pipeline.run.events))
     iterations = [e for e in happened if e["kind"] == "iteration"]
     assert [[w[0] for w in e["windows"]] for e in iterations] == 3 * [["representation", "classifier", "regression"]]
     assert all(0 < e["cosine_classifier"] < 1 and e["loss_regression"] > 0 for e in iterations)
