@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lad_dist.data.prepare import PreparedData
+from lad_dist.errors import TrajectoryError
 from lad_dist.models import functional
 from lad_dist.models.layout import Layout
 from lad_dist.models.network import build
@@ -36,6 +37,15 @@ def outputs(
     return torch.cat([function(network, views, data.train.batch(r)[0]) for r in rows.split(_BATCH)]).cpu()
 
 
+def check_network(buffer: Buffer, layout: Layout) -> None:
+    """Raises TrajectoryError where a buffer's trajectories are of a network that its name does not stand for any more."""
+    if buffer.meta.parameters != tuple(zip(layout.names, layout.shapes, strict=True)):
+        raise TrajectoryError(
+            f"{buffer.folder}: these trajectories are of another network (its parameters differ); give the changed network another "
+            "name, or choose another run folder"
+        )
+
+
 class Teachers:
     """The last checkpoints of all experts of a recipe: of the classifier stage, or for a method without one (DATM, MTT) of the
     representation stage. ``name`` is what a row's settings say."""
@@ -46,6 +56,7 @@ class Teachers:
         shape = (images.channels, images.size, images.num_classes)
         self._network = build(recipe.model, *shape, seed=0, purpose=("template",)).to(data.device)
         self._layout = Layout.of(self._network)
+        check_network(buffer, self._layout)
         self.stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
 
     @staticmethod

@@ -15,6 +15,7 @@ import yaml
 
 from lad_dist import cli, recipe_file, results
 from lad_dist.distilled import DistilledSet
+from lad_dist.errors import TrajectoryError
 from lad_dist.pipeline import open_pipeline
 from lad_dist.profile import Profile
 from lad_dist.progress import read_events
@@ -123,6 +124,21 @@ def test_every_phase_herding_and_early_looks_with_a_network_of_ones_own(place, t
     assert all(0 < e["cosine_classifier"] < 1 and e["loss_regression"] > 0 for e in iterations)
     assert any(e["kind"] == "early-evaluation" for e in happened)
     assert {r["source"] for r in results.read(pipeline.run.results)} == {"distilled", "random-soft"}
+
+
+def test_a_network_that_has_changed_under_its_name_is_refused(place, alone, tmp_path, monkeypatch, silent):
+    text = (place / "modules" / "mine.py").read_text()
+    (tmp_path / "mine.py").write_text(text.replace("nn.Conv2d(channels, 8, 3, padding=1)", "nn.Conv2d(channels, 8, 1)"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    recipe = recipe_file.load(place / "mine.yaml")
+    pipeline = open_pipeline(
+        recipe, tmp_path / "run", Profile(fleet="off"), place / "store", torch.device("cpu"), silent
+    )
+    for stage in (pipeline.distill, lambda: pipeline.evaluate("random-soft")):
+        with pytest.raises(TrajectoryError, match="these trajectories are of another network"):
+            stage()
+    monkeypatch.delitem(sys.modules, "mine")
 
 
 def test_a_plan_measures_the_network(place):

@@ -43,6 +43,7 @@ from lad_dist.ranks import ALONE, Ranks
 from lad_dist.recipe import PhaseName, Recipe
 from lad_dist.rundir import RunDir, host_name
 from lad_dist.seeds import rng
+from lad_dist.teachers import check_network
 from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import Stage
 
@@ -182,6 +183,7 @@ class Distillation:
                 f"{buffer.folder}: these trajectories are of other training images (data_fingerprint "
                 "differs); choose another run folder, or remove this one to train the experts again"
             )
+        check_network(buffer, self.student.layout)
         self.windows = Windows(buffer, self.student.layout, recipe, device, record)
         if record is not None:
             record.check(buffer, recipe)

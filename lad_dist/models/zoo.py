@@ -13,6 +13,7 @@ Shapes: B images of a batch, C channels, H side in pixels, K classes.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -98,16 +99,19 @@ def make(name: str, channels: int, size: int, classes: int, norm: str = "instanc
 
 @torch.no_grad()
 def _check_logits(module: nn.Module, channels: int, size: int, classes: int, where: str) -> None:
-    """Raise RecipeError where ``module`` has no logits for an image."""
-    training = module.training
-    module.eval()
+    """Raise RecipeError where ``module`` has no logits for an image, or draws numbers of its own."""
+    tried = copy.deepcopy(module)  # batch norm learns from every batch
+    images_BCHH = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     try:
-        shape = tuple(module(torch.zeros(2, channels, size, size)).shape)
+        with torch_seeded(0, "check"):
+            first, second = tried(images_BCHH), tried(images_BCHH)
+            shape = tuple(tried.eval()(images_BCHH).shape)
     except Exception as error:  # theirs, whatever it is
         raise RecipeError(f"{where}: on images of {channels}x{size}x{size}: {type(error).__name__}: {error}") from error
-    module.train(training)
     if shape != (2, classes):
         raise RecipeError(f"{where}: gives {shape} for 2 images; valid: logits of shape (images, {classes})")
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-6):
+        raise RecipeError(f"{where}: gives other logits every time; valid: nothing drawn while training, so no dropout")
 
 
 def _group_norm(width: int) -> nn.Module:

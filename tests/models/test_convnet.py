@@ -89,12 +89,16 @@ def test_views_share_memory_and_graph():
     assert torch.equal(layout.flatten(list(views.values())), flat)
 
 
-def test_a_classifier_that_is_not_last_is_refused():
+def test_a_classifier_that_is_not_the_last_module_is_last_in_the_vector():
     net = torch.nn.Sequential()
     net.add_module("classifier", torch.nn.Linear(2, 2))
-    net.add_module("more", torch.nn.Linear(2, 2))
-    with pytest.raises(AssertionError, match="last"):
-        Layout.of(net)
+    net.add_module("more", torch.nn.Linear(2, 3))
+    layout = Layout.of(net)
+    assert layout.names == ("more.weight", "more.bias", "classifier.weight", "classifier.bias")
+    assert (layout.span("backbone"), layout.span("classifier")) == (slice(0, 9), slice(9, 15))
+    weights = flat_parameters(net)
+    for name, view in layout.views(weights).items():
+        assert torch.equal(view, net.get_parameter(name))
 
 
 def test_computation_with_weights_passed_in():

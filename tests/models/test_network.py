@@ -157,6 +157,8 @@ def test_for_evaluation_batch_norm_is_welcome_and_logits_are_looked_at(mine):
     good = mine(lambda c, s, k: Small(c, s, k, nn.BatchNorm2d(5)))
     net = network(good, 1, 9, 4, seed=0, purpose=("test",))
     assert net.training and float(net.layers[1].running_mean.abs().sum()) == 0
+    with pytest.raises(RecipeError, match=r"^evaluate\.architectures: mine_\d+:net: gives other logits every time"):
+        network(mine(lambda c, s, k: Small(c, s, k, nn.Dropout())), 1, 9, 4, seed=0, purpose=("test",))
     with pytest.raises(RecipeError, match=r"^evaluate\.architectures: mine_\d+:net: gives \(2, 5\) for 2 images"):
         network(mine(lambda c, s, k: Small(c, s, k + 1)), 1, 9, 4, seed=0, purpose=("test",))
 
