@@ -152,7 +152,7 @@ def test_jobs_are_known_by_their_ids_and_ending_ones_are_not_queued(slurm, lad):
     assert slurm.state(ids["experts"]) == "COMPLETING"
     late = "if [ \"$SLURM_JOB_NAME/$SLURM_ARRAY_TASK_ID\" = 'a run-experts/1' ]; then sleep 120; fi"
     waiting = lad.start("run", job, "--on", lad.profile(setup=[late]), "--out", run, "--ranks", 4, "--wait")
-    wait_until(lambda: "report" in jobs_of(run) and not set(jobs_of(run).values()) & set(ids.values()), 30)
+    wait_until(lambda: "report" in jobs_of(run) and not set(jobs_of(run).values()) & set(ids.values()), 120)
     again = jobs_of(run)
     assert slurm.state(ids["distill"]) == slurm.state(ids["report"]) == "CANCELLED"
     wait_until(lambda: slurm.state(f"{again['experts']}_1") == "RUNNING", 60)
