@@ -74,7 +74,7 @@ class Run:
 
         ``recipe``: a ``Recipe``, a shipped one's name, or a file; default: that of the run in ``folder``. ``profile``: where and
         with how much of the machine, likewise. ``buffers``: the folder or URI below which trajectory buffers lie, or a run
-        folder, to use its experts. ``callbacks`` are told what happens. ``quiet``: show no progress.
+        folder, to use its experts. ``callbacks`` receive the run's events. ``quiet``: show no progress.
 
         Raises:
             RecipeError: the recipe or the profile is not valid.
@@ -122,16 +122,17 @@ class Run:
     ) -> list[Result]:
         """Train networks on ``sources`` and measure them; returns all results of the run.
 
-        Without sources: the distilled set and the recipe's baselines. ``architectures`` and ``seeds`` are asked beside the
-        recipe, which stays as it is. Raises as ``train_experts``; RecipeError for a source or an architecture that is not known.
+        Without sources: the distilled set and the recipe's baselines. ``architectures`` and ``seeds`` override the recipe for
+        this call; the run's recipe stays as it is. Raises as ``train_experts``; RecipeError for a source or an architecture that
+        is not known.
         """
         for source in sources:
             results.check_source(source)
-        asked: dict[str, Any] = {} if architectures is None else {"architectures": list(architectures)}
-        asked |= {} if seeds is None else {"seeds": seeds}
-        recipe = _with(self.recipe, {"evaluate": asked}) if asked else self.recipe
+        changes: dict[str, Any] = {} if architectures is None else {"architectures": list(architectures)}
+        changes |= {} if seeds is None else {"seeds": seeds}
+        recipe = _with(self.recipe, {"evaluate": changes}) if changes else self.recipe
         with self._working(keep_recipe=True) as pipeline:
-            if sources or asked:
+            if sources or changes:
                 pipeline.ask(recipe, sources or tuple(results.wanted(recipe, pipeline.run)))
             else:
                 pipeline.evaluate_all()
@@ -175,7 +176,7 @@ class Run:
         return pandas.DataFrame([vars(result) for result in self.results()], columns=columns)
 
     def events(self) -> list[Event]:
-        """The run's record so far, oldest first: what callbacks were told, by whichever process."""
+        """The run's events so far, oldest first, of all its processes."""
         return list(read_events(self._files.events))
 
     # --- SLURM ----------------------------------------------------------------------------------------------------------

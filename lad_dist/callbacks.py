@@ -1,4 +1,4 @@
-"""Callbacks: what happens in a run, told to code of one's own as it happens.
+"""Callbacks: pass the events of a run to user code as they happen.
 
     class Losses(Callback):
         def on_iteration(self, iteration: Iteration) -> None:
@@ -90,18 +90,18 @@ class Callback:
 
 
 def listener(callbacks: Iterable[Callback]) -> Listener:
-    """What hands each event to the methods of ``callbacks`` that it concerns."""
+    """Return a function that passes an event to the matching methods of all ``callbacks``."""
     every = tuple(callbacks)
 
-    def told(event: Event) -> None:
+    def listen(event: Event) -> None:
         for callback in every:
             callback.on_event(event)
-            _tell(callback, event)
+            _dispatch(callback, event)
 
-    return told
+    return listen
 
 
-def _tell(callback: Callback, event: Event) -> None:
+def _dispatch(callback: Callback, event: Event) -> None:
     kind = event["kind"]
     if kind == "stage-started":
         callback.on_stage_start(event["stage"])

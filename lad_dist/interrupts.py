@@ -27,7 +27,7 @@ def as_exceptions() -> Iterator[None]:
 
     Where the signal arrives while a library's C code calls Python, the library may report an error of its own instead
     (torch, reading the length of a sequence: ``ValueError``). Any such error after a signal is ``Interrupted`` to the caller;
-    what we raise ourselves, and what the system refuses (``OSError``), is told as it is. In another thread than the main
+    what we raise ourselves, and what the system refuses (``OSError``), is raised unchanged. In another thread than the main
     one, which gets no signals, nothing is changed.
     """
     if not in_main_thread():

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lad_dist import cores
-from lad_dist.errors import RankError, RecipeError, RunDirError
+from lad_dist.errors import DistilledError, RankError, RecipeError, RunDirError
 from lad_dist.profile import Profile
 from lad_dist.progress import Events, Screen, shortened
 from lad_dist.recipe import NETWORKS, OPERATIONS, Recipe
@@ -132,7 +132,7 @@ class Pipeline:
         ``replay``: a run folder; its recorded windows are used instead of drawing them, which makes the same set.
         Raises RunDirError where another process distils in this folder.
         """
-        from lad_dist import results
+        from lad_dist import ranks, results
         from lad_dist.distill.replay import Record
         from lad_dist.distilled import DistilledSet
 
@@ -145,13 +145,16 @@ class Pipeline:
             self.screen.say(
                 f"distill: {self.run.distilled} is of {made.iterations} iterations; goes on to {self.recipe.distill.iterations}"
             )
-            results.forget(self.run.results, lambda row: str(row["source"]).startswith("distilled"))
         with self._alone("distill"), self._stage("distill"):
+            results.forget(self.run.results, lambda row: str(row["source"]).startswith("distilled"))  # of a smaller set
             self._distill(record)
             if self.recipe.distill.select != "last":
                 from lad_dist.evaluate.select import select
 
                 select(self.recipe, self.data, self.run, self.events, self.screen)
+        where = ranks.place()
+        if where is not None and where.rank > 0:  # rank 0 publishes a moment later
+            self._await(self._has_grown)
 
     def _distill(self, record: Record | None) -> None:
         """In this process, as one of the ranks that a launcher has started, or over ranks started here."""
@@ -215,7 +218,7 @@ class Pipeline:
         from lad_dist.evaluate.sources import of_distilled
 
         if ranks.place() is not None and of_distilled(source):
-            self._await(self.run.distilled)  # which rank 0 publishes
+            self._await(self.run.distilled.exists)
         candidates = candidate_rows(self.recipe, self.data, self.run, source)
         if candidates and not_done(self.run, candidates):
             self._measure(f"tune {source}", source, candidates)
@@ -251,13 +254,24 @@ class Pipeline:
             else:
                 evaluate(self.recipe, self.data, self.run, source, self.events, self.screen, planned)
 
-    def _await(self, path: Path) -> None:
-        """Wait for what another rank publishes. Raises RankError if it does not come in time."""
+    def _await(self, published: Callable[[], bool]) -> None:
+        """Wait for rank 0 to publish the distilled set. Raises RankError if it does not in time."""
         until = time.monotonic() + self.profile.rank_timeout
-        while not path.exists():
+        while not published():
             if time.monotonic() > until:
-                raise RankError(f"{path}: no other rank has published it within {self.profile.rank_timeout:g} seconds")
+                raise RankError(
+                    f"{self.run.distilled}: no other rank has published it within {self.profile.rank_timeout:g} seconds"
+                )
             time.sleep(0.1)
+
+    def _has_grown(self) -> bool:
+        """Whether the distilled set has all the iterations of the recipe: an older, smaller one stays until it is replaced."""
+        from lad_dist.distilled import DistilledSet
+
+        try:
+            return not DistilledSet.load(self.run.distilled).meta.grows_into(self.recipe)
+        except DistilledError:  # between the two renames that replace it
+            return False
 
     def report(self) -> None:
         """Tables, pictures and the page, of the run's own recipe: what is asked of a run beside it changes no page."""

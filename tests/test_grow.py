@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from pydantic import BaseModel
 
-from lad_dist import recipe_file, results
+from lad_dist import pipeline as pipeline_module
+from lad_dist import ranks, recipe_file, results
 from lad_dist.distilled import DistilledSet
 from lad_dist.errors import RunDirError
-from lad_dist.launch.chain import stages_left
+from lad_dist.launch.chain import Wanted, stages_left
 from lad_dist.pipeline import STAGES, open_pipeline
 from lad_dist.profile import Profile
 from lad_dist.progress import read_events
@@ -59,6 +62,8 @@ def test_more_iterations_go_on_and_equal_a_run_of_as_many(pipeline_of, grown, op
     assert stages_left(more.recipe, more.run, STAGES) == ["distill", "evaluate", "report"]
     status = {stage.name: stage for stage in read_status(more.run.root).stages}
     assert status["distill"].state != "done" and "iteration 3 of 7" in status["distill"].detail
+    more.distill()
+    assert stages_left(more.recipe, more.run, STAGES) == ["evaluate", "report"]  # the old set's rows do not count
     more.all()
     at_once = pipeline_of("at-once", distill={**how, "iterations": 7})
     at_once.distill()
@@ -181,6 +186,41 @@ def test_nothing_changes_below_a_process_that_distils(pipeline_of, grown):
         with pytest.raises(RunDirError, match=rf"is being distilled by process {os.getpid()} .*ipc is 2 there, 3 here"):
             grown(ipc=3)
         grown(evaluate={"seeds": 1})
+
+
+def test_nor_does_slurm_take_it_on(pipeline_of, small_recipe, monkeypatch):
+    from lad_dist.launch import slurm
+
+    first = pipeline_of("run")
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
+    what = (small_recipe(ipc=3), first.run.root, Profile(launcher="slurm"), None, Wanted(STAGES), print)
+    refused = pytest.raises(RunDirError, match=r"is being distilled by .*ipc is 2 there, 3 here")
+    with claims.hold(first.run.root, "distill", claims.owner_id()), refused:
+        slurm.submit(*what)
+    assert recipe_file.load(first.run.recipe).ipc == 2
+
+
+def test_another_rank_waits_for_the_larger_set(pipeline_of, grown, monkeypatch, tmp_path):
+    """Under torchrun it would measure the smaller one, which stays until rank 0 has replaced it."""
+    first = pipeline_of("run", distill={"iterations": 3})
+    first.distill()
+    larger = pipeline_of("larger", distill={"iterations": 5})
+    larger.distill()
+    more = grown(distill={"iterations": 5})
+    monkeypatch.setattr(ranks, "place", lambda: ranks.Place(1, 2, 1))
+    monkeypatch.setattr(pipeline_module, "distill_as_rank", lambda pipeline, record: None)
+
+    def publish():
+        os.rename(more.run.distilled, tmp_path / "old")
+        time.sleep(0.5)
+        shutil.copytree(larger.run.distilled, tmp_path / "new")
+        os.rename(tmp_path / "new", more.run.distilled)
+
+    rank_0 = threading.Timer(0.5, publish)
+    rank_0.start()
+    more.distill()
+    assert DistilledSet.load(more.run.distilled).meta.iteration == 5
+    rank_0.join()
 
 
 def test_every_field_says_what_it_affects():

@@ -31,7 +31,7 @@ from lad_dist.launch.chain import Request, Wanted, request, stages_left, waits_f
 from lad_dist.launch.job import Order, Task, carry_out
 from lad_dist.launch.local import store_of
 from lad_dist.launch.shortage import shortage
-from lad_dist.pipeline import STAGES
+from lad_dist.pipeline import STAGES, check_nobody_distils
 from lad_dist.profile import OWN_OPTIONS, Profile
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
@@ -214,6 +214,7 @@ class _Todo:
         run, buffer = RunDir(out), None
         if run.recipe.exists():
             run.check_recipe(recipe)
+            check_nobody_distils(run, recipe)
         else:
             RunDir.check_free(out)
             look(recipe.data)
