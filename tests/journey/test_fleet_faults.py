@@ -383,7 +383,7 @@ os.fsync = fsync
 @needs_two_cores
 def test_a_full_disk_ends_the_fleet_at_once(lad, fleet_job, undisturbed, look, tmp_path):
     """From the third part on there is no space: one message, no second attempt, and the same command goes on later."""
-    from ray_nodes import kill_session, session
+    from ray_nodes import kill_session, session, wait_until
 
     run, patched = Path("run"), tmp_path / "patched"
     patched.mkdir()
@@ -392,7 +392,7 @@ def test_a_full_disk_ends_the_fleet_at_once(lad, fleet_job, undisturbed, look, t
     process = lad.start("experts", fleet_job, "--out", run, "--fleet", "on", preexec_fn=os.setsid)
     try:
         ended = lad.ended(process).fails(8, "epochs-0010-0014.parquet", "No space left on device", "free some space")
-        assert not session(process.pid)
+        wait_until(lambda: not session(process.pid), 10, str(session(process.pid)))  # the dashboard's modules, last
     finally:
         kill_session(process.pid)
     assert "tried again" not in ended.out
