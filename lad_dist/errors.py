@@ -63,7 +63,7 @@ class DistilledError(LadDistError):
 
 
 class NumericalError(LadDistError):
-    """A computation left the finite numbers."""
+    """A computation produced NaN or Inf."""
 
     exit_code = 7
 

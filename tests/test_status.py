@@ -232,7 +232,7 @@ def test_the_last_look_at_the_set_is_told(run):
     for iteration, overall in ((100, 0.5), (200, 0.625)):
         run.event("early-evaluation", iteration=iteration, overall=overall, tail=None)
     assert "first look at iteration 200 62.5%" in run.status().stages[1].detail
-    run.event("early-evaluation", iteration=300, error="the loss left the finite numbers")
+    run.event("early-evaluation", iteration=300, error="the loss became NaN or Inf")
     assert "first look" not in run.status().stages[1].detail
 
 

@@ -52,7 +52,7 @@ class EarlyEvaluation:
         """``images_SCHH`` whitened; ``p_SK`` label probabilities; ``alpha`` the learned learning rate.
 
         Raises:
-            NumericalError: the loss left the finite numbers.
+            NumericalError: the loss became NaN or Inf.
         """
         if self._images is None:
             self._images = self._sample()
@@ -81,7 +81,7 @@ def trained(
     """The recipe's network, trained on a set with the recipe's settings; ``purpose`` keeps its draws apart.
 
     Raises:
-        NumericalError: the loss left the finite numbers.
+        NumericalError: the loss became NaN or Inf.
     """
     e, shapes = recipe.evaluate, data.splits.train
     lr = alpha if e.lr is None else e.lr

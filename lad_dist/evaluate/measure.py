@@ -60,7 +60,7 @@ def evaluate(
 
     Raises:
         DistilledError: there is no distilled set, or it is damaged or of other data.
-        NumericalError: a network's training left the finite numbers.
+        NumericalError: a network's training produced NaN or Inf.
         StorageError: the results cannot be written.
     """
     planned = planned_rows(recipe, data, run, source) if rows is None else rows

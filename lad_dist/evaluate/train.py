@@ -75,7 +75,7 @@ def train(
     All draws are functions of (seed, counters, epoch, step).
 
     Raises:
-        NumericalError: the loss left the finite numbers.
+        NumericalError: the loss became NaN or Inf.
     """
     (loss,) = _train(network, False, [images], settings, seed, [counters], on_epoch)
     return loss
@@ -93,7 +93,7 @@ def train_together(
     losses as one by one, to the bit where ``same_together``. ``on_epoch`` is called once per epoch of all.
 
     Raises:
-        NumericalError: a loss left the finite numbers.
+        NumericalError: a loss became NaN or Inf.
     """
     stacked = StackedConvNets(networks)
     losses = _train(stacked, True, sets, settings, seed, counters, on_epoch)
