@@ -153,6 +153,22 @@ def nothing_left_on_error() -> Iterator[None]:
         raise
 
 
+def end_processes_of(folder: Path) -> None:
+    """Kill this user's processes whose command line names a cluster's private folder.
+
+    A Ctrl-C goes to the raylet as well; where it ends before this process looks, its children are nobody's children."""
+    psutil: Any = import_module("psutil")
+    left = []
+    for process in psutil.process_iter(["pid", "uids", "cmdline"]):
+        seen = process.info
+        mine = seen["uids"] is not None and seen["uids"].real == os.getuid() and seen["pid"] != os.getpid()
+        if mine and any(f"{folder}{os.sep}" in word for word in seen["cmdline"] or ()):
+            left.append(process)
+            with suppress(psutil.Error):
+                process.kill()
+    psutil.wait_procs(left, timeout=2)
+
+
 def first_line(error: BaseException) -> str:
     """What it says first; Ray's errors go on for pages."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -32,6 +32,7 @@ from lad_dist.experts.actor import Claimed, ExpertActor, Finished, Orders, Share
 from lad_dist.experts.cluster import (
     LOOPBACK,
     Cluster,
+    end_processes_of,
     first_line,
     listens,
     nothing_left_on_error,
@@ -121,6 +122,7 @@ def _own_surroundings(profile: Profile) -> Iterator[Path]:
                 yield folder
         finally:
             _read_token_settings()
+            end_processes_of(folder)
 
 
 def _read_token_settings() -> None:

@@ -431,6 +431,27 @@ def test_processes_of_a_failed_start_are_ended():
         before.wait()
 
 
+def test_processes_of_the_private_folder_are_ended_whoever_their_parent_is(tmp_path):
+    import ray  # noqa: F401
+
+    psutil = import_module("psutil")  # Ray's own copy
+    folder, other = tmp_path / "ladist-ray-a", tmp_path / "ladist-ray-ab"
+    command = "import sys, time; print(1, flush=True); time.sleep(100)"
+    start = f"{sys.executable} -c '{command}' --temp-dir={folder}/r & echo $!"
+    orphan = psutil.Process(
+        int(subprocess.run(["sh", "-c", start], stdout=subprocess.PIPE, check=True).stdout.split()[0])
+    )
+    stranger = subprocess.Popen([sys.executable, "-c", command, f"--temp-dir={other}/r"])
+    try:
+        assert orphan.ppid() != os.getpid()
+        cluster.end_processes_of(folder)
+        assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
 def test_the_object_store_fits_the_images(monkeypatch):
     monkeypatch.setattr(cluster, "gpu_count", lambda: 0)
     mib = 2**20
