@@ -36,12 +36,12 @@ from lad_dist.distill.shards import Share
 from lad_dist.distill.student import Batch, Phase, Student, SyntheticSet
 from lad_dist.models.convnet import build, flat_parameters
 from lad_dist.plan import estimate
-from lad_dist.plan.facts import published
+from lad_dist.plan.dataset_info import published
 from lad_dist.plan.memory import Batches
 from lad_dist.plan.scaling import RANK_COUNTS, Link, Network, Scaling, advice, phases_of, scaling
 from lad_dist.plan.shapes import Shapes
 from lad_dist.plan.speed import CARDS, LINKS, gpu_step
-from lad_dist.ranks import ALONE, Place, Ranks
+from lad_dist.ranks import ALONE, ProcessRank, Ranks
 from lad_dist.recipe import AugmentConfig
 from lad_dist.seeds import rng
 
@@ -95,7 +95,7 @@ class Problem:
 def measure_on_rank(out: str, settings: dict[str, Any]) -> None:
     """What every process runs; rank 0 writes ``out``."""
     s = argparse.Namespace(**settings)
-    where = ranks_module.place() or Place(0, 1, 0)
+    where = ranks_module.place() or ProcessRank(0, 1, 0)
     device = torch.device("cpu") if s.device == "cpu" else torch.device("cuda", where.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -188,15 +188,15 @@ class Run:
         RecipeError where the profile submits nothing.
         """
         from lad_dist.launch import slurm
-        from lad_dist.launch.chain import Wanted
-        from lad_dist.pipeline import STAGES
+        from lad_dist.launch.chain import StageSelection
+        from lad_dist.rundir import STAGES
 
         if self.profile.launcher != "slurm":
             raise RecipeError(f"profile {self.profile.name}: launcher: submits nothing; valid: a profile of SLURM")
         for stage in stages:
             if stage not in STAGES:
                 raise RecipeError(f"submit: stage {stage!r} is not known; valid: {', '.join(STAGES)}")
-        wanted = Wanted(tuple(s for s in STAGES if s in stages or not stages))
+        wanted = StageSelection(tuple(s for s in STAGES if s in stages or not stages))
         return slurm.submit(self.recipe, self.folder, self.profile, self._buffers, wanted, self._screen.say)
 
     def cancel(self) -> int:

@@ -20,7 +20,7 @@ _SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
-class Job:
+class JobFile:
     """A recipe file, and the run folder it came from where the user named one."""
 
     recipe: Path
@@ -43,23 +43,23 @@ def profiles() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder("cluster").glob("*.yaml"))}
 
 
-def find_job(text: str) -> Job:
+def find_job(text: str) -> JobFile:
     """What JOB means on the command line: a shipped recipe's name, else a recipe file, else a run folder.
 
     A shipped name wins over a folder of that name; ``./name`` is the folder. Raises RecipeError with the nearest names.
     """
     shipped, path = jobs(), Path(text).expanduser()
     if text in shipped:
-        return Job(shipped[text])
+        return JobFile(shipped[text])
     if path.is_dir():
         if not (path / "recipe.yaml").is_file():
             raise RecipeError(
                 f"{text}: is a folder without recipe.yaml; valid as JOB: a recipe file, a run folder, or "
                 "a name that `lad-dist jobs` lists"
             )
-        return Job(path / "recipe.yaml", run=path)
+        return JobFile(path / "recipe.yaml", run=path)
     if path.is_file():
-        return Job(path)
+        return JobFile(path)
     raise RecipeError(_unknown("job", text, shipped, "lad-dist jobs"))
 
 

@@ -30,13 +30,12 @@ if TYPE_CHECKING:
     from lad_dist.callbacks import Listener
     from lad_dist.data.prepare import PreparedData
     from lad_dist.distill.early import Early
-    from lad_dist.distill.replay import Record
-    from lad_dist.ranks import Place
+    from lad_dist.distill.replay import ReplayRecord
+    from lad_dist.ranks import ProcessRank
     from lad_dist.results import Row, Source
 
 _MOST_NOTES = 10  # on the data that are said
 _LOOK_SECONDS = 1.0  # between two looks whether another process is still at work
-STAGES = ("experts", "distill", "evaluate", "report")
 
 
 @dataclass
@@ -73,7 +72,7 @@ class Pipeline:
 
     def experts(self) -> None:
         """Train the experts into the buffer: many at a time by a fleet, or one after the other in this process."""
-        from lad_dist.experts.crew import Queue, Record, choose, train_here
+        from lad_dist.experts.scheduler import ExpertLog, ExpertQueue, choose, train_here
         from lad_dist.experts.train import ExpertTrainer
 
         e, device = self.recipe.experts, self.device.type
@@ -84,7 +83,7 @@ class Pipeline:
             return self._already("experts", f"{e.count} experts are in {self.run.trajectories}")
         choice = choose(self.profile, device == "cuda", len(todo))
         self.screen.say(f"experts: trained {'by a fleet' if choice.fleet else 'in this process'}: {choice.why}")
-        queue, record = Queue(trainer, todo), Record(e, left, self.events, self.screen)
+        queue, record = ExpertQueue(trainer, todo), ExpertLog(e, left, self.events, self.screen)
         with self._stage("experts", remaining=len(todo)):
             with self.screen.board("experts", record.total_epochs, "epochs", done=record.epochs_trained) as board:
                 record.show_on(board)
@@ -120,10 +119,12 @@ class Pipeline:
 
     def _distill_alongside_experts(self) -> None:
         """Distill here, while a process of its own trains the experts; both end together where one of them fails."""
-        from lad_dist.experts.alongside import alongside
+        from lad_dist.experts.background import in_background
 
         _ = self.data  # which fits and stores the whitening, so that the other process finds it
-        with alongside(self.run.root, self.profile, self.screen.say):  # whose experts' events reach the record alone
+        with in_background(
+            self.run.root, self.profile, self.screen.say
+        ):  # whose experts' events reach the record alone
             self.distill()
 
     def distill(self, replay: Path | None = None) -> None:
@@ -133,10 +134,10 @@ class Pipeline:
         Raises RunDirError where another process distils in this folder.
         """
         from lad_dist import ranks, results
-        from lad_dist.distill.replay import Record
+        from lad_dist.distill.replay import ReplayRecord
         from lad_dist.distilled import DistilledSet
 
-        record = None if replay is None else Record.read(replay, self.recipe, self.run)
+        record = None if replay is None else ReplayRecord.read(replay, self.recipe, self.run)
         if self.run.distilled.exists():
             made = DistilledSet.load(self.run.distilled).meta
             if not made.grows_into(self.recipe):
@@ -156,7 +157,7 @@ class Pipeline:
         if where is not None and where.rank > 0:  # rank 0 publishes a moment later
             self._await(self._has_grown)
 
-    def _distill(self, record: Record | None) -> None:
+    def _distill(self, record: ReplayRecord | None) -> None:
         """In this process, as one of the ranks that a launcher has started, or over ranks started here."""
         from lad_dist import ranks
         from lad_dist.distill.loop import distill
@@ -392,7 +393,7 @@ class Pipeline:
         return _Stage(self.events if where is None or where.rank == 0 else Events.nowhere(), name, fields)
 
 
-def distill_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, record: Record | None) -> None:
+def distill_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, record: ReplayRecord | None) -> None:
     """What each process that ``Pipeline.distill`` starts on this machine does. ``kind`` of device: cpu or cuda."""
     import torch
 
@@ -410,7 +411,7 @@ def prepare_rank(profile: Profile, world: int) -> None:
     allocator.keep_freed_memory()
 
 
-def distill_as_rank(pipeline: Pipeline, record: Record | None) -> None:
+def distill_as_rank(pipeline: Pipeline, record: ReplayRecord | None) -> None:
     """Distill as the rank that the environment says this process is: only rank 0 reads images, reports and publishes.
 
     Raises:
@@ -447,7 +448,9 @@ def evaluate_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, sour
         evaluate_as_rank(Pipeline(recipe, run, profile, torch.device(kind), screen, events), source, rows, where)
 
 
-def evaluate_as_rank(pipeline: Pipeline, source: Source, rows: list[Row], where: Place, awaited: bool = True) -> None:
+def evaluate_as_rank(
+    pipeline: Pipeline, source: Source, rows: list[Row], where: ProcessRank, awaited: bool = True
+) -> None:
     """Measure every ``world``-th of ``rows``. Ranks never meet: each publishes rows, and the last leaves the whole table.
 
     ``awaited`` False: nobody waits until all ranks have ended, so rank 0 goes on until every row is there; where learning rate
@@ -468,7 +471,7 @@ def evaluate_as_rank(pipeline: Pipeline, source: Source, rows: list[Row], where:
         take_over(p.recipe, p.data, p.run, source, p.events, p.screen, rows)
 
 
-def own_device(device: torch.device, where: Place) -> torch.device:
+def own_device(device: torch.device, where: ProcessRank) -> torch.device:
     """The device of a rank: the CPU, or the GPU of its number on this host.
 
     Raises:

@@ -135,7 +135,7 @@ ALONE = Ranks()
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessRank:
     """Where a launcher has put this process: its rank, how many there are, and its number on this host."""
 
     rank: int
@@ -143,7 +143,7 @@ class Place:
     local_rank: int
 
 
-def place(environment: Mapping[str, str] = os.environ) -> Place | None:
+def place(environment: Mapping[str, str] = os.environ) -> ProcessRank | None:
     """What torchrun's or, inside a job step, SLURM's environment says; None where this process is by itself.
 
     Raises:
@@ -161,7 +161,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
     if not 0 <= rank < world:
         found = ", ".join(f"{n}={environment.get(n)}" for n in names)
         raise RankError(f"environment: {found} do not name a rank of a world; valid: 0 <= {names[0]} < {names[1]}")
-    return Place(rank, world, local) if world > 1 else None
+    return ProcessRank(rank, world, local) if world > 1 else None
 
 
 def on_this_host(environment: Mapping[str, str] = os.environ) -> int:
@@ -172,7 +172,7 @@ def on_this_host(environment: Mapping[str, str] = os.environ) -> int:
 
 
 @contextmanager
-def joined(where: Place, device: torch.device, timeout: float = TIMEOUT) -> Iterator[Ranks]:
+def joined(where: ProcessRank, device: torch.device, timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """The ranks, met and connected: NCCL between GPUs, gloo between CPUs. Parted again when the block ends.
 
     Every rank of ``where.world`` must come, within ``timeout`` seconds. Raises RankError if they do not.

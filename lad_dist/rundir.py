@@ -36,6 +36,7 @@ from lad_dist import location
 from lad_dist.errors import LadDistError, RunDirError, StorageError
 from lad_dist.recipe import Recipe, affects, differences
 
+STAGES = ("experts", "distill", "evaluate", "report")
 _SUM, _NO_SUM = "sha256", "0" * 64  # a file's checksum is that of the file with zeros in its place
 ABANDONED_AFTER = 6 * 3600.0  # seconds after which another host's temporary file counts as left behind
 

@@ -230,7 +230,7 @@ def test_a_shipped_name_wins_over_a_folder(tmp_path, monkeypatch):
 
 
 def test_default_run_folder():
-    job, recipe = catalog.Job(Path("x.yaml")), Recipe(name="x")
+    job, recipe = catalog.JobFile(Path("x.yaml")), Recipe(name="x")
 
     def out(*sets):
         return str(cli.default_out(job, recipe, sets))
@@ -242,7 +242,7 @@ def test_default_run_folder():
     assert out("name=x") == "runs/x", "the name is there already"
     odd = {out("data.root=/a/b"), out("data.root=/a b"), out("data.root=/a:b"), out("data.root=" + "x" * 400)}
     assert len(odd) == 4 and all("/" not in o.removeprefix("runs/") and len(o) < 200 for o in odd)
-    assert cli.default_out(catalog.Job(Path("r/recipe.yaml"), run=Path("r")), recipe, ["ipc=3"]) == Path("r")
+    assert cli.default_out(catalog.JobFile(Path("r/recipe.yaml"), run=Path("r")), recipe, ["ipc=3"]) == Path("r")
 
 
 # --- messages and terminals -------------------------------------------------------------------------------------------

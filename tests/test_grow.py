@@ -17,11 +17,12 @@ from lad_dist import pipeline as pipeline_module
 from lad_dist import ranks, recipe_file, results
 from lad_dist.distilled import DistilledSet
 from lad_dist.errors import RunDirError
-from lad_dist.launch.chain import Wanted, stages_left
-from lad_dist.pipeline import STAGES, open_pipeline
+from lad_dist.launch.chain import StageSelection, stages_left
+from lad_dist.pipeline import open_pipeline
 from lad_dist.profile import Profile
 from lad_dist.progress import read_events
 from lad_dist.recipe import Recipe, affects, section_of
+from lad_dist.rundir import STAGES
 from lad_dist.status.read import read_status
 from lad_dist.trajectories import claims
 from lad_dist.trajectories.reader import Buffer
@@ -193,7 +194,7 @@ def test_nor_does_slurm_take_it_on(pipeline_of, small_recipe, monkeypatch):
 
     first = pipeline_of("run")
     monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
-    what = (small_recipe(ipc=3), first.run.root, Profile(launcher="slurm"), None, Wanted(STAGES), print)
+    what = (small_recipe(ipc=3), first.run.root, Profile(launcher="slurm"), None, StageSelection(STAGES), print)
     refused = pytest.raises(RunDirError, match=r"is being distilled by .*ipc is 2 there, 3 here")
     with claims.hold(first.run.root, "distill", claims.owner_id()), refused:
         slurm.submit(*what)
@@ -207,7 +208,7 @@ def test_another_rank_waits_for_the_larger_set(pipeline_of, grown, monkeypatch, 
     larger = pipeline_of("larger", distill={"iterations": 5})
     larger.distill()
     more = grown(distill={"iterations": 5})
-    monkeypatch.setattr(ranks, "place", lambda: ranks.Place(1, 2, 1))
+    monkeypatch.setattr(ranks, "place", lambda: ranks.ProcessRank(1, 2, 1))
     monkeypatch.setattr(pipeline_module, "distill_as_rank", lambda pipeline, record: None)
 
     def publish():

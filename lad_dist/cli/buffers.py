@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lad_dist.trajectories.schema import Stage
 
 
-class Form(StrEnum):
+class BufferFormat(StrEnum):
     """What ``--to`` and ``--from`` take: files of other tools."""
 
     pt = "pt"
@@ -94,7 +94,9 @@ def verify(folder: RunOrBuffer) -> None:
 def export(
     folder: RunOrBuffer,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Gets the folders representation/ and classifier/.")],
-    to: Annotated[Form, typer.Option("--to", help="pt: replay_buffer_N.pt, as MTT, DATM and LAD read them.")] = Form.pt,
+    to: Annotated[
+        BufferFormat, typer.Option("--to", help="pt: replay_buffer_N.pt, as MTT, DATM and LAD read them.")
+    ] = BufferFormat.pt,
     stage: Annotated[Which, typer.Option(help="What to write.")] = Which.both,
     experts_per_file: Annotated[int, typer.Option(min=1, help="As peers' code reads them: 10.")] = 10,
     force: Annotated[bool, typer.Option("--force", help="Replace replay_buffer_N.pt files that are there.")] = False,
@@ -131,8 +133,8 @@ def import_(
         ),
     ],
     from_: Annotated[
-        Form, typer.Option("--from", help="pt: replay_buffer_N.pt, as MTT, DATM and LAD write them.")
-    ] = Form.pt,
+        BufferFormat, typer.Option("--from", help="pt: replay_buffer_N.pt, as MTT, DATM and LAD write them.")
+    ] = BufferFormat.pt,
     stage: Annotated[Which, typer.Option(help="What to read.")] = Which.both,
     first_expert: Annotated[int, typer.Option(min=0, help="The number that the first expert gets.")] = 0,
 ) -> None:

@@ -13,7 +13,7 @@ from lad_dist.cli import terminal
 from lad_dist.cli.options import JobOptions
 
 if TYPE_CHECKING:
-    from lad_dist.launch.chain import Wanted
+    from lad_dist.launch.chain import StageSelection
     from lad_dist.profile import Profile
     from lad_dist.recipe import Recipe
     from lad_dist.rundir import RunDir
@@ -24,7 +24,7 @@ WaitOption = Annotated[
 ]
 
 
-def submit(asked: JobOptions, recipe: Recipe, profile: Profile, wanted: Wanted, wait: bool) -> None:
+def submit(asked: JobOptions, recipe: Recipe, profile: Profile, wanted: StageSelection, wait: bool) -> None:
     """Submit stages of the job as the profile says. Raises what ``launch.slurm.submit`` raises."""
     from lad_dist.errors import RecipeError
     from lad_dist.launch import slurm
@@ -50,7 +50,7 @@ def submit(asked: JobOptions, recipe: Recipe, profile: Profile, wanted: Wanted, 
         _print_results(RunDir(out))
 
 
-def dry_run(asked: JobOptions, profile: Profile, wanted: Wanted) -> None:
+def dry_run(asked: JobOptions, profile: Profile, wanted: StageSelection) -> None:
     """Say what ``submit`` would submit. Raises ClusterError where SLURM would refuse it, and what ``submit`` raises."""
     from lad_dist.errors import RecipeError
     from lad_dist.launch import slurm

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lad_dist.pipeline import Pipeline
 
 
-class Form(StrEnum):
+class ExportFormat(StrEnum):
     """What ``--to`` takes."""
 
     pt = "pt"
@@ -56,7 +56,7 @@ class Preprocessing(StrEnum):
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of a distilled set.")],
     to: Annotated[
-        Form,
+        ExportFormat,
         typer.Option(
             "--to",
             help="pt: the files of MTT, DATM and LAD; png: grids; folder: ImageFolder and soft labels; parquet; "
@@ -78,7 +78,7 @@ def export(
     refuse_what_is_there(target, force)
     screen = Screen(terminal.stdout())
     form: about.Form = to.value
-    if to is Form.pt:
+    if to is ExportFormat.pt:
         with as_exceptions():
             files = write(distilled, form, target, force)
     else:
@@ -89,7 +89,7 @@ def export(
     )
 
 
-def _default_out(source: Path, to: Form) -> Path:
+def _default_out(source: Path, to: ExportFormat) -> Path:
     """exports/RUN-FORM, named after the run folder also where its distilled set was named."""
     whole = source.resolve()
     return Path("exports") / f"{whole.parent.name if whole.name == 'distilled' else whole.name}-{to}"

@@ -24,7 +24,7 @@ def init(
     from lad_dist.data.survey import survey
     from lad_dist.errors import RecipeError
     from lad_dist.interrupts import as_exceptions
-    from lad_dist.plan.facts import facts_of
+    from lad_dist.plan.dataset_info import dataset_info
     from lad_dist.rundir import published
 
     screen = terminal.stdout()
@@ -35,7 +35,7 @@ def init(
             raise RecipeError(f"{file}: exists; valid: another name by --out, or --force to replace it")
         text = starter.recipe_text(found, starter.name_of(file.with_suffix("")))
         recipe = recipe_file.from_document(recipe_file.parse_yaml(text, str(file)))
-        facts_of(recipe.data)  # every image is looked at now, not when hours are spent
+        dataset_info(recipe.data)  # every image is looked at now, not when hours are spent
         with published(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
     for line in starter.said(found):

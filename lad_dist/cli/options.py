@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from lad_dist.catalog import Job
+    from lad_dist.catalog import JobFile
     from lad_dist.profile import Profile
     from lad_dist.recipe import Recipe
 
@@ -36,7 +36,7 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-class Fleet(StrEnum):
+class FleetChoice(StrEnum):
     """What ``--fleet`` takes."""
 
     auto = "auto"
@@ -45,7 +45,7 @@ class Fleet(StrEnum):
 
 
 FleetOption = Annotated[
-    Fleet | None,
+    FleetChoice | None,
     typer.Option(help="Train the experts by Ray actors (on) or in this process (off); overrides the profile's fleet."),
 ]
 
@@ -86,7 +86,7 @@ class JobOptions:
     device: Annotated[Device | None, typer.Option(help="Overrides the profile's device.")] = None
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; overrides the profile's.")] = None
 
-    def found_job(self) -> Job:
+    def found_job(self) -> JobFile:
         """The recipe file that JOB names. Raises RecipeError."""
         from lad_dist import catalog
 
@@ -114,7 +114,7 @@ class JobOptions:
         return self.out or default_out(self.found_job(), recipe, self.sets or ())
 
 
-def default_out(job: Job, recipe: Recipe, sets: Sequence[str]) -> Path:
+def default_out(job: JobFile, recipe: Recipe, sets: Sequence[str]) -> Path:
     """runs/NAME, with ``--set``'s options appended so that variants do not meet; a run folder stays where it is."""
     if job.run is not None:
         return job.run

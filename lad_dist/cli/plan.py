@@ -34,17 +34,17 @@ def plan(
 
     from lad_dist.errors import RecipeError
     from lad_dist.interrupts import as_exceptions
+    from lad_dist.plan.dataset_info import dataset_info
     from lad_dist.plan.estimate import make_plan
-    from lad_dist.plan.facts import facts_of
-    from lad_dist.plan.place import place_of
+    from lad_dist.plan.resources import resources_of
 
     recipe, profile = asked.recipe(), asked.profile(ranks=ranks)
     with as_exceptions():
         device = None if gpu is not None else _device_here(profile)
-        place = place_of(profile, device, gpu)
+        place = resources_of(profile, device, gpu)
         buffer = _buffer(asked, recipe, profile)
         seconds = None if no_calibrate else calibrate
-        made = make_plan(recipe, facts_of(recipe.data), place, device, buffer, seconds)
+        made = make_plan(recipe, dataset_info(recipe.data), place, device, buffer, seconds)
     if as_json:
         terminal.stdout().print(json.dumps(made.to_json(), indent=1), soft_wrap=True)
     else:

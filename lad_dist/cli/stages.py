@@ -14,7 +14,7 @@ from lad_dist.cli.cluster import WaitOption
 from lad_dist.cli.options import FleetOption, JobOptions, RanksOption
 
 if TYPE_CHECKING:
-    from lad_dist.launch.chain import Wanted
+    from lad_dist.launch.chain import StageSelection
     from lad_dist.pipeline import Pipeline
 
 
@@ -32,28 +32,28 @@ def run(
     ] = False,
 ) -> None:
     """Everything that is not done yet: experts, distillation, evaluation, report. Resumes."""
-    from lad_dist.launch.chain import Wanted
-    from lad_dist.pipeline import STAGES
+    from lad_dist.launch.chain import StageSelection
+    from lad_dist.rundir import STAGES
 
     if quick:
         asked = _quick(asked)
     if dry_run:
-        return cluster.dry_run(asked, asked.profile(fleet=fleet, ranks=ranks), Wanted(STAGES))
-    _print_results(_execute(asked, [lambda p: p.all()], Wanted(STAGES), wait=wait, fleet=fleet, ranks=ranks))
+        return cluster.dry_run(asked, asked.profile(fleet=fleet, ranks=ranks), StageSelection(STAGES))
+    _print_results(_execute(asked, [lambda p: p.all()], StageSelection(STAGES), wait=wait, fleet=fleet, ranks=ranks))
 
 
 def _quick(asked: JobOptions) -> JobOptions:
     """The job with its budgets shortened, in a run folder of its own, saying what was shortened."""
     from lad_dist.errors import RecipeError
     from lad_dist.interrupts import as_exceptions
-    from lad_dist.plan.facts import facts_of
+    from lad_dist.plan.dataset_info import dataset_info
     from lad_dist.plan.quick import SECONDS, quick
 
     if asked.found_job().run is not None:
         raise RecipeError(f"--quick: {asked.job} is a run folder, whose recipe stands; valid: a recipe, or no --quick")
     recipe = asked.recipe()
     with as_exceptions():
-        made = quick(recipe, facts_of(recipe.data))
+        made = quick(recipe, dataset_info(recipe.data))
     folder, say = asked.folder(recipe), terminal.stdout().print
     say(f"quick: about {made.seconds / 60:.1f} min on two CPU cores by the table of `lad-dist plan`", soft_wrap=True)
     changes = ", ".join(f"{field} {before} -> {now}" for field, before, now in made.changes)
@@ -66,9 +66,9 @@ def _quick(asked: JobOptions) -> JobOptions:
 
 def experts(asked: JobOptions, fleet: FleetOption = None, wait: WaitOption = False) -> None:
     """Train the experts into the trajectory buffer."""
-    from lad_dist.launch.chain import Wanted
+    from lad_dist.launch.chain import StageSelection
 
-    _execute(asked, [lambda p: p.experts()], Wanted(("experts",)), wait=wait, fleet=fleet)
+    _execute(asked, [lambda p: p.experts()], StageSelection(("experts",)), wait=wait, fleet=fleet)
 
 
 def distill(
@@ -81,9 +81,9 @@ def distill(
     wait: WaitOption = False,
 ) -> None:
     """Match the experts' trajectories with a synthetic set."""
-    from lad_dist.launch.chain import Wanted
+    from lad_dist.launch.chain import StageSelection
 
-    wanted = Wanted(()) if replay is not None else Wanted(("distill",))
+    wanted = StageSelection(()) if replay is not None else StageSelection(("distill",))
     _execute(asked, [lambda p: p.distill(replay)], wanted, wait=wait, ranks=ranks)
 
 
@@ -111,28 +111,28 @@ def evaluate(
 
     The run's own recipe stays as it is, whatever is asked here; its report is written again, if it has one.
     """
-    from lad_dist.launch.chain import Question, Wanted
+    from lad_dist.launch.chain import Question, StageSelection
     from lad_dist.results import check_source
 
     sources = tuple(dict.fromkeys(map(check_source, baseline))) if baseline else ("distilled",)
     more = [] if arch is None else [f"evaluate.architectures=[{arch}]"]
     more += [] if seeds is None else [f"evaluate.seeds={seeds}"]
     in_this_way = asked.recipe(more)
-    wanted = Wanted(("evaluate",), again=True, question=Question(sources, in_this_way))
+    wanted = StageSelection(("evaluate",), again=True, question=Question(sources, in_this_way))
     _print_results(_execute(asked, [lambda p: p.ask(in_this_way, sources)], wanted, wait=wait, ranks=ranks))
 
 
 def report(asked: JobOptions, wait: WaitOption = False) -> None:
     """Write the tables, pictures and the page of a run."""
-    from lad_dist.launch.chain import Wanted
+    from lad_dist.launch.chain import StageSelection
 
-    _say_where(_execute(asked, [lambda p: p.report()], Wanted(("report",), again=True), wait=wait))
+    _say_where(_execute(asked, [lambda p: p.report()], StageSelection(("report",), again=True), wait=wait))
 
 
 def _execute(
     asked: JobOptions,
     stages: Sequence[Callable[[Pipeline], None]],
-    wanted: Wanted,
+    wanted: StageSelection,
     wait: bool = False,
     **overrides: object,
 ) -> Pipeline:

@@ -28,9 +28,9 @@ from lad_dist.distill.live import LiveExperts
 from lad_dist.distill.memory import choose_path, faster
 from lad_dist.distill.precision import cosines_to_float32, set_precision
 from lad_dist.distill.regression import RealBatches, RegressionResult, kept_features, regress
-from lad_dist.distill.replay import Record, check_not_replayed
+from lad_dist.distill.replay import ReplayRecord, check_not_replayed
 from lad_dist.distill.shards import Share
-from lad_dist.distill.start import Facts, first_set, mean_logits, publish
+from lad_dist.distill.start import DataFacts, first_set, mean_logits, publish
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Batch, GradientPath, Phase, PhaseResult, Student, SyntheticSet
 from lad_dist.distill.update import Gradients
@@ -70,7 +70,7 @@ def distill(
     device: torch.device,
     ranks: Ranks = ALONE,
     flag: StopFlag | None = None,
-    record: Record | None = None,
+    record: ReplayRecord | None = None,
     early: Early | None = None,
 ) -> None:
     """Distill from the last checkpoint on, and publish the distilled set. All ranks call it.
@@ -86,7 +86,7 @@ def distill(
         RankError: another rank is gone; the last checkpoint is kept.
         Interrupted: asked to stop; the state of the last whole iteration is kept.
     """
-    facts = ranks.share(None if data is None else Facts.of(data))
+    facts = ranks.share(None if data is None else DataFacts.of(data))
     assert facts is not None, "rank 0 has the data"
     buffer = Buffer(run.trajectories, expected_hash=recipe.experts_hash())
     with ExitStack() as stack:
@@ -160,14 +160,14 @@ class Distillation:
     def __init__(
         self,
         recipe: Recipe,
-        facts: Facts,
+        facts: DataFacts,
         run: RunDir,
         device: torch.device,
         ranks: Ranks = ALONE,
         flag: StopFlag | None = None,
         buffer: Buffer | None = None,
         live: LiveExperts | None = None,
-        record: Record | None = None,
+        record: ReplayRecord | None = None,
     ) -> None:
         self.recipe, self.facts, self.run, self.device = recipe, facts, run, device
         self.ranks, self.flag, self.record, self._live = ranks, flag or StopFlag(), record, live

@@ -45,7 +45,7 @@ class _Course:
 
 
 @dataclass(frozen=True)
-class Record:
+class ReplayRecord:
     """What a run's distillation drew, from its first iteration on. Plain values: it travels to other processes."""
 
     run: str
@@ -54,7 +54,7 @@ class Record:
     paths: tuple[GradientPath, ...]
 
     @classmethod
-    def read(cls, folder: Path, recipe: Recipe, into: RunDir) -> Record:
+    def read(cls, folder: Path, recipe: Recipe, into: RunDir) -> ReplayRecord:
         """The record of the run in ``folder``, to distill ``recipe`` by in the run folder ``into``.
 
         Raises:

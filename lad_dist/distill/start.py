@@ -30,7 +30,7 @@ from lad_dist.trajectories.schema import Stage
 
 
 @dataclass(frozen=True)
-class Facts:
+class DataFacts:
     """What a rank needs to know of the training images without having them. ``size`` is a side in pixels."""
 
     channels: int
@@ -39,7 +39,7 @@ class Facts:
     fingerprint: str
 
     @classmethod
-    def of(cls, data: PreparedData) -> Facts:
+    def of(cls, data: PreparedData) -> DataFacts:
         images = data.splits.train
         return cls(images.channels, images.size, tuple(images.counts), images.fingerprint())
 

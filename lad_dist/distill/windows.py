@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lad_dist.distill.replay import Record
+from lad_dist.distill.replay import ReplayRecord
 from lad_dist.models.layout import Layout
 from lad_dist.recipe import PhaseName, Recipe
 from lad_dist.seeds import rng
@@ -35,7 +35,7 @@ class Windows:
     """
 
     def __init__(
-        self, buffer: Buffer, layout: Layout, recipe: Recipe, device: torch.device, record: Record | None = None
+        self, buffer: Buffer, layout: Layout, recipe: Recipe, device: torch.device, record: ReplayRecord | None = None
     ) -> None:
         self._layout, self._recipe, self._device, self._record = layout, recipe, device, record
         self.checkpoints = CheckpointCache(buffer, recipe.buffer.cache_mb * 2**20)

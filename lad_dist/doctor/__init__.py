@@ -1,9 +1,9 @@
 """Does this environment have what a run needs? ``lad-dist doctor``: one finding a line, with what to do where something is wrong.
 
-    findings.py   what a check found
-    machine.py    Python, packages, GPUs, ranks, folders, clock, Ray: of the machine that asks
-    cluster.py    what SLURM says: its version, the partition, whether it would take every stage's jobs
-    errand.py     one real job that goes to a compute node and back, and what it found there (probe.py is what it runs)
+    findings.py     what a check found
+    machine.py      Python, packages, GPUs, ranks, folders, clock, Ray: of the machine that asks
+    cluster.py      what SLURM says: its version, the partition, whether it would take every stage's jobs
+    slurm_probe.py  one real job that goes to a compute node and back, and what it found there (probe.py is what it runs)
 
 Nothing is left behind: no file, no job, no process.
 """
@@ -20,7 +20,7 @@ from lad_dist.profile import Profile
 def examine(profile: Profile, out: Path, wait_seconds: float) -> Iterator[Finding]:
     """Everything that can be checked, as it is found. ``out``: the folder that run folders will be in, which need not exist;
     ``wait_seconds``: how long the job on SLURM may take, waiting included."""
-    from lad_dist.doctor import cluster, errand, machine
+    from lad_dist.doctor import cluster, machine, slurm_probe
 
     yield from machine.software()
     yield from machine.gpus(profile)
@@ -31,4 +31,4 @@ def examine(profile: Profile, out: Path, wait_seconds: float) -> Iterator[Findin
         there = list(cluster.slurm(profile))
         yield from there
         if not any(one.level == "fail" for one in there):
-            yield from errand.to_a_node(profile, out, wait_seconds)
+            yield from slurm_probe.to_a_node(profile, out, wait_seconds)

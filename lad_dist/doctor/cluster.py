@@ -12,10 +12,10 @@ from lad_dist.doctor.findings import Finding, fail, ok, warn
 from lad_dist.errors import ClusterError, RecipeError
 from lad_dist.profile import Profile
 from lad_dist.recipe import Recipe
-from lad_dist.status.slurm import slurm_command
+from lad_dist.rundir import STAGES
+from lad_dist.slurm_jobs import slurm_command
 
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo")
-STAGES = ("experts", "distill", "evaluate", "report")
 
 
 def slurm(profile: Profile) -> Iterator[Finding]:

@@ -23,7 +23,7 @@ from lad_dist.data.prepare import PreparedData
 from lad_dist.data.prepared import PreparedSet
 from lad_dist.data.whitening import Kind, Whitening
 from lad_dist.errors import LadDistError, StorageError
-from lad_dist.experts.crew import Failure, Process, in_words, name_of
+from lad_dist.experts.scheduler import Failure, Process, in_words, name_of
 from lad_dist.experts.train import Epoch, ExpertTrainer
 from lad_dist.recipe import ExpertsConfig, Recipe
 from lad_dist.trajectories import claims

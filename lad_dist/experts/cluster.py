@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 from lad_dist.experts import private
-from lad_dist.experts.crew import cores_to_use, gpu_count
+from lad_dist.experts.scheduler import cores_to_use, gpu_count
 from lad_dist.interrupts import deferred
 from lad_dist.profile import Profile
 

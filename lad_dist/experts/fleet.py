@@ -41,8 +41,8 @@ from lad_dist.experts.cluster import (
     signals_heeded,
     undisturbed,
 )
-from lad_dist.experts.crew import Failure, Process, Queue, Record, cluster_address, name_of
 from lad_dist.experts.private import check_token, private_folder, write_token
+from lad_dist.experts.scheduler import ExpertLog, ExpertQueue, Failure, Process, cluster_address, name_of
 from lad_dist.experts.train import Epoch, ExpertTrainer
 from lad_dist.interrupts import deferred
 from lad_dist.location import is_uri
@@ -62,8 +62,8 @@ def train(
     trainer: ExpertTrainer,
     profile: Profile,
     run: str,
-    queue: Queue,
-    record: Record,
+    queue: ExpertQueue,
+    record: ExpertLog,
     events: Events,
     screen: Screen,
 ) -> None:
@@ -241,7 +241,7 @@ class Fleet:
     """Starts actors while there is room, takes their reports, and replaces those that fail."""
 
     def __init__(
-        self, cluster: Cluster, profile: Profile, staff: Staff, queue: Queue, record: Record, screen: Screen
+        self, cluster: Cluster, profile: Profile, staff: Staff, queue: ExpertQueue, record: ExpertLog, screen: Screen
     ) -> None:
         self.cluster, self.profile, self.staff = cluster, profile, staff
         self.queue, self.record, self.screen = queue, record, screen
@@ -423,7 +423,7 @@ class Fleet:
 class _Metrics:
     """Gauges and counters on every node's Prometheus port; Ray puts ``ray_`` before their names."""
 
-    def __init__(self, location: Path | str, record: Record) -> None:
+    def __init__(self, location: Path | str, record: ExpertLog) -> None:
         self._location, self._record = location, record
         gauge, counter = metrics.Gauge, metrics.Counter
         self._done = gauge("ladist_experts_done", "Experts whose checkpoints are all in the buffer")

@@ -18,11 +18,10 @@ from typing import Any
 from lad_dist import results
 from lad_dist.errors import RecipeError
 from lad_dist.launch.job import Order
-from lad_dist.pipeline import STAGES
 from lad_dist.profile import EvaluateOnSlurm, ExpertsOnSlurm, Option, Profile, SlurmConfig, StageOnSlurm
 from lad_dist.recipe import Recipe
-from lad_dist.rundir import RunDir
-from lad_dist.status.slurm import Job
+from lad_dist.rundir import STAGES, RunDir
+from lad_dist.slurm_jobs import SlurmJob
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,14 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class StageSelection:
     """The stages that a command submits. ``again``: also where they are done, and the run's recipe stays as it is."""
 
     stages: tuple[str, ...]
     again: bool = False
     question: Question | None = None
 
-    def means(self, job: Job) -> bool:
+    def means(self, job: SlurmJob) -> bool:
         """Whether a job of a run's is one of those that this may submit."""
         return job.stage != "evaluate" or job.question == self.name
 
@@ -196,7 +195,7 @@ def _spread(ranks: int, nodes: int, tasks: int) -> tuple[int, int]:
     return used, ranks // used
 
 
-def waits_for(stage: str, before: Mapping[str, Job], ending: Sequence[Job], own: str | None) -> str | None:
+def waits_for(stage: str, before: Mapping[str, SlurmJob], ending: Sequence[SlurmJob], own: str | None) -> str | None:
     """sbatch's ``--dependency`` of a stage's jobs: ``own``, the profile's, the stages ``before`` it, and its own jobs that are
     still ``ending``.
 

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from lad_dist.environment import environment
 from lad_dist.errors import ClusterError, Interrupted, LadDistError
 from lad_dist.interrupts import as_exceptions
-from lad_dist.launch.ward import WARNING
+from lad_dist.launch.supervisor import WARNING
 from lad_dist.profile import Profile
 from lad_dist.rundir import RunDir, published
-from lad_dist.status.slurm import NOT_BEGUN, slurm_command, task_file
+from lad_dist.slurm_jobs import NOT_BEGUN, slurm_command, task_file
 
 if TYPE_CHECKING:
     from lad_dist.pipeline import Pipeline
@@ -58,7 +58,7 @@ class Order:
     question: dict[str, Any] | None = None
 
 
-class Task:
+class SlurmTask:
     """This process in the job: SLURM's ids, and what it has written down for those who watch."""
 
     def __init__(self, logs: str, variables: Mapping[str, str] = os.environ) -> None:
@@ -86,7 +86,7 @@ def carry_out(order: Order) -> Ended:
     Raises:
         SystemExit: the stage failed, with the exit code of its error, which is in task.json and at the end of the log.
     """
-    task = Task(order.logs)
+    task = SlurmTask(order.logs)
     task.write(state="started")
     print(f"job {task.id}, task {task.rank} of {task.tasks} on {task.node}: {order.stage} of {order.run}", flush=True)
     warning = Warning()
@@ -136,7 +136,7 @@ class Warning:
         self._ended = threading.Event()
 
     def __enter__(self) -> Warning:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [WARNING])  # as the ward has done already
+        signal.pthread_sigmask(signal.SIG_BLOCK, [WARNING])  # as the supervisor has done already
         self._thread = threading.Thread(target=self._wait, name="slurm-warning", daemon=True)
         self._thread.start()
         return self
@@ -154,7 +154,7 @@ class Warning:
                 return
 
 
-def _preempted(task: Task) -> bool:
+def _preempted(task: SlurmTask) -> bool:
     """Whether SLURM has taken the job's place for another one and gives it time to save: it has not cancelled it."""
     try:
         said = slurm_command(["scontrol", "--oneliner", "show", "job", task.number])
@@ -183,7 +183,7 @@ def _complain(error: LadDistError) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-def _stage(order: Order, task: Task) -> None:
+def _stage(order: Order, task: SlurmTask) -> None:
     from rich.console import Console
 
     from lad_dist import recipe_file

@@ -105,15 +105,15 @@ def _check_that_it_fits(
     What is merely in use at the moment does not count against it, as it does in ``lad-dist plan``.
     Raises RecipeError, and DataError where the data cannot be used.
     """
+    from lad_dist.plan.dataset_info import dataset_info
     from lad_dist.plan.estimate import refuse_what_cannot_fit
-    from lad_dist.plan.facts import facts_of
-    from lad_dist.plan.place import place_of
+    from lad_dist.plan.resources import resources_of
 
-    place = place_of(profile, device)
+    place = resources_of(profile, device)
     place = dataclasses.replace(place, memory=max(place.memory, _total_memory(device)))
     buffer = RunDir.whitening_to_come(out, recipe, store).parent
     remote = store is not None and is_remote(store)
-    refuse_what_cannot_fit(recipe, facts_of(recipe.data), place, None if remote else buffer)
+    refuse_what_cannot_fit(recipe, dataset_info(recipe.data), place, None if remote else buffer)
 
 
 def _total_memory(device: torch.device) -> int:

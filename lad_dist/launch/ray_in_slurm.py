@@ -7,7 +7,7 @@ The first task starts the head and drives; every other task starts a node and se
 
 Nodes are shared with other jobs, so nothing is left to Ray's defaults: ports follow from the job's number, the folder for
 sockets is private and short, CPUs and GPUs are those of the job, addresses are explicit, and who has not the job's token,
-a file that only its owner can read, is turned away. Whatever is still there when a task ends is ended by its ward.
+a file that only its owner can read, is turned away. Whatever is still there when a task ends is ended by its supervisor.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pathlib import Path
 from lad_dist.environment import environment
 from lad_dist.errors import ClusterError
 from lad_dist.experts.private import access, write_token
-from lad_dist.launch.job import Task
-from lad_dist.launch.ward import private_folder
+from lad_dist.launch.job import SlurmTask
+from lad_dist.launch.supervisor import private_folder
 from lad_dist.profile import Profile
 from lad_dist.rundir import published
 
@@ -96,14 +96,14 @@ def own_address(variables: Mapping[str, str] = os.environ) -> str:
 class Files:
     """What the tasks of one start of a job tell each other, in the job's log folder, which all nodes share."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: SlurmTask) -> None:
         self.where = task.folder / f"ray-{task.restarts}.json"
         self.token = task.folder / f"ray-token-{task.restarts}"
         self.done = task.folder / f"ray-done-{task.restarts}"
 
 
 @contextmanager
-def head(task: Task, profile: Profile) -> Iterator[Profile]:
+def head(task: SlurmTask, profile: Profile) -> Iterator[Profile]:
     """The first task's part: start the head, and while the block runs be the cluster's driver, with this profile.
 
     Raises ClusterError where the head does not start.
@@ -132,7 +132,7 @@ def head(task: Task, profile: Profile) -> Iterator[Profile]:
         files.token.unlink(missing_ok=True)
 
 
-def serve(task: Task, profile: Profile) -> None:
+def serve(task: SlurmTask, profile: Profile) -> None:
     """The part of every other task: a node of the cluster until the first task is done.
 
     Raises ClusterError where there is no head to join, or the node ends before that.
@@ -161,7 +161,7 @@ def serve(task: Task, profile: Profile) -> None:
 
 @contextmanager
 def _node(
-    task: Task, profile: Profile, ports: Ports, address: str, files: Files, arguments: list[str]
+    task: SlurmTask, profile: Profile, ports: Ports, address: str, files: Files, arguments: list[str]
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A Ray node as a child of this process, its output beside the job's log, until the block ends."""
     folder = private_folder(os.environ)
@@ -229,7 +229,7 @@ def _make_private(folder: Path) -> None:
         )
 
 
-def _await_head(process: subprocess.Popen[bytes], address: str, port: int, task: Task) -> None:
+def _await_head(process: subprocess.Popen[bytes], address: str, port: int, task: SlurmTask) -> None:
     until = time.monotonic() + _START_SECONDS
     while time.monotonic() < until and process.poll() is None:
         with suppress(OSError), socket.create_connection((address, port), timeout=1):
@@ -239,7 +239,7 @@ def _await_head(process: subprocess.Popen[bytes], address: str, port: int, task:
     raise ClusterError(f"ray: the head {how}; see {task.folder / f'ray-{task.rank}.log'}")
 
 
-def _tell(task: Task, profile: Profile, ports: Ports, files: Files) -> None:
+def _tell(task: SlurmTask, profile: Profile, ports: Ports, files: Files) -> None:
     """How to open the dashboard, in the log and for ``status``."""
     if not profile.ray.dashboard:
         return

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lad_dist.errors import ClusterError
-from lad_dist.status.slurm import slurm_command
+from lad_dist.slurm_jobs import slurm_command
 
 _MB = 1024  # per GB, as SLURM reads --mem
 

@@ -1,7 +1,7 @@
 """Submitting a run's stages to SLURM as a chain of jobs, each of which waits for the one before it.
 
 The only file that imports submitit: it writes the sbatch scripts, hands the orders over, and requeues a job that was warned
-of its time limit. What a job does is in ``job.py``, what is asked for in ``chain.py``, what became of it in ``status/slurm.py``.
+of its time limit. What a job does is in ``job.py``, what is asked for in ``chain.py``, what became of it in ``slurm_jobs.py``.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from submitit.helpers import DelayedSubmission
 
 from lad_dist.data.datasets import look
 from lad_dist.errors import ClusterError, RecipeError
-from lad_dist.launch.chain import Request, Wanted, request, stages_left, waits_for
-from lad_dist.launch.job import Order, Task, carry_out
+from lad_dist.launch.chain import Request, StageSelection, request, stages_left, waits_for
+from lad_dist.launch.job import Order, SlurmTask, carry_out
 from lad_dist.launch.local import store_of
 from lad_dist.launch.shortage import shortage
-from lad_dist.pipeline import STAGES, check_nobody_distils
+from lad_dist.pipeline import check_nobody_distils
 from lad_dist.profile import OWN_OPTIONS, Profile
 from lad_dist.recipe import Recipe
-from lad_dist.rundir import RunDir
-from lad_dist.status.slurm import (
-    Job,
-    Queue,
+from lad_dist.rundir import STAGES, RunDir
+from lad_dist.slurm_jobs import (
+    SlurmJob,
+    SlurmQueue,
     Submission,
     TaskState,
     read_submissions,
@@ -62,7 +62,7 @@ class StageJob:
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's: writes the order down again, and calls scontrol
         if carry_out(self.order) == "finished":
             return
-        task = Task(self.order.logs)
+        task = SlurmTask(self.order.logs)
         if task.rank != 0:  # SLURM ends all tasks when the first one has requeued the job
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(_REQUEUED_SECONDS)
@@ -108,7 +108,7 @@ def submit(
     out: Path,
     profile: Profile,
     buffers: Path | str | None,
-    wanted: Wanted,
+    wanted: StageSelection,
     say: Callable[[str], None],
 ) -> Submitted:
     """Submit those of the stages wanted that are neither done nor queued, each to begin when those before it are done.
@@ -148,7 +148,7 @@ def dry_run(
     out: Path,
     profile: Profile,
     buffers: Path | str | None,
-    wanted: Wanted,
+    wanted: StageSelection,
     say: Callable[[str], None],
 ) -> None:
     """Say what ``submit`` would do, and whether SLURM would take it; nothing is submitted or written.
@@ -163,7 +163,7 @@ def dry_run(
     jobs, refused = dict(todo.before), list[str]()
     for one in todo.requests:
         waits = waits_for(one.stage, jobs, todo.ending, profile.slurm.dependency)
-        jobs[one.stage] = job = Job(one.stage, f"<{one.stage}>", one.count if one.count > 1 else None, "")
+        jobs[one.stage] = job = SlurmJob(one.stage, f"<{one.stage}>", one.count if one.count > 1 else None, "")
         why = _refused(one, profile)
         refused += [] if why is None else [one.stage]
         ranks = f", {one.profile.ranks} ranks" if one.stage == "distill" else ""
@@ -180,7 +180,7 @@ def dry_run(
         )
 
 
-def _array_of(job: Job) -> str:
+def _array_of(job: SlurmJob) -> str:
     return "" if job.array is None else f", an array of {job.array} jobs"
 
 
@@ -200,12 +200,18 @@ class _Todo:
     requests: list[Request]
     queued: list[TaskState]
     replaced: list[TaskState]
-    before: dict[str, Job]
-    ending: list[Job]
+    before: dict[str, SlurmJob]
+    ending: list[SlurmJob]
 
     @classmethod
     def of(
-        cls, recipe: Recipe, out: Path, profile: Profile, store: Path | str | None, wanted: Wanted, identity: str
+        cls,
+        recipe: Recipe,
+        out: Path,
+        profile: Profile,
+        store: Path | str | None,
+        wanted: StageSelection,
+        identity: str,
     ) -> _Todo:
         if shutil.which("sbatch") is None:
             raise ClusterError(
@@ -220,7 +226,7 @@ class _Todo:
             look(recipe.data)
             buffer = RunDir.buffer_to_come(out, recipe, store)
         left = list(wanted.stages) if wanted.again else stages_left(recipe, run, wanted.stages, buffer)
-        queue = Queue(run)
+        queue = SlurmQueue(run)
         states = [state for state in queue.states(now=True) if wanted.means(state.job)]
         if queue.fault:
             raise ClusterError(queue.fault)
@@ -252,12 +258,17 @@ class Chain:
     """
 
     def __init__(
-        self, run: RunDir, submission: Submission, profile: Profile, before: dict[str, Job], ending: Sequence[Job] = ()
+        self,
+        run: RunDir,
+        submission: Submission,
+        profile: Profile,
+        before: dict[str, SlurmJob],
+        ending: Sequence[SlurmJob] = (),
     ) -> None:
         self.run, self.submission, self.profile = run, submission, profile
         self._jobs, self._ending = dict(before), ending
 
-    def add(self, wanted: Request) -> Job:
+    def add(self, wanted: Request) -> SlurmJob:
         """Submit one stage, to begin after those before it that are queued."""
         logs = Path(self.submission.logs)
         waits = waits_for(wanted.stage, self._jobs, self._ending, self.profile.slurm.dependency)
@@ -269,7 +280,7 @@ class Chain:
         number = str(jobs[0].job_id).split("_")[0]
         script = str(logs / number / f"{number}_submission.sh")
         question = "" if wanted.question is None else wanted.question.name
-        job = Job(wanted.stage, number, len(calls) if len(calls) > 1 else None, script, question)
+        job = SlurmJob(wanted.stage, number, len(calls) if len(calls) > 1 else None, script, question)
         self._jobs[job.stage] = job
         self.submission = replace(self.submission, jobs=(*self.submission.jobs, job))
         others = [one for one in read_submissions(self.run) if one.id != self.submission.id]
@@ -286,7 +297,7 @@ class Chain:
             write_submissions(self.run, [one for one in read_submissions(self.run) if one.id != self.submission.id])
 
 
-def _check(job: Job, wanted: Request) -> None:
+def _check(job: SlurmJob, wanted: Request) -> None:
     """SLURM looks at what a job asks for when it could begin, which of one that waits for others is too late to say so.
 
     Raises ClusterError where no node could ever take it.
@@ -339,7 +350,7 @@ def _asked(wanted: Request, profile: Profile, waits: str | None) -> list[str]:
 
 def cancel(run: RunDir) -> list[TaskState]:
     """Cancel the run's jobs that are queued or at work; returns them. Raises ClusterError where SLURM cannot be asked."""
-    queue = Queue(run)
+    queue = SlurmQueue(run)
     live = [state for state in queue.states(now=True) if state.live]
     if queue.fault:
         raise ClusterError(queue.fault)
@@ -359,7 +370,7 @@ def _executor(logs: Path, profile: Profile, parameters: dict[str, Any], waits: s
     executor = submitit.AutoExecutor(
         folder=logs / "%j",
         cluster="slurm",  # submitit would choose by what is in PATH
-        slurm_python=f"{python} -m lad_dist.launch.ward",
+        slurm_python=f"{python} -m lad_dist.launch.supervisor",
         slurm_max_num_timeout=profile.slurm.max_requeues,
     )
     try:

@@ -8,8 +8,8 @@ from shlex import quote
 
 from lad_dist.errors import ClusterError
 from lad_dist.rundir import RunDir
+from lad_dist.slurm_jobs import SlurmQueue, TaskState
 from lad_dist.status import Follower
-from lad_dist.status.slurm import Queue, TaskState
 
 LOOK_SECONDS = 2.0  # between two looks at the run's files; squeue is asked less often
 PROGRESS_SECONDS = 10.0  # between two lines about one stage's progress
@@ -22,7 +22,7 @@ def wait(run: RunDir, ids: Container[str], say: Callable[[str], None]) -> None:
         ClusterError: a stage of theirs is not done; names the job, its reason and its log.
         LadDistError: what the run folder holds is damaged.
     """
-    queue, follower, told = Queue(run), Follower(run.root), _Told(say)
+    queue, follower, told = SlurmQueue(run), Follower(run.root), _Told(say)
     while True:
         states = [state for state in queue.states() if state.job.id in ids]
         told.jobs(states, queue.fault)

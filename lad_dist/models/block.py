@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lad_dist.models.asked import asked
+from lad_dist.models.needs_grad import needs_grad
 
 CACHE_VALUES = 2**19  # values of one tensor worked on at a time on a CPU; 2 MiB in float32
 _aten = torch.ops.aten
@@ -57,7 +57,7 @@ class NormReluPool(nn.Module):
     def forward(self, x_BCHH: Tensor) -> Tensor:
         if not self.fused:
             return plain(x_BCHH, self.weight, self.bias, self.eps)
-        out: Tensor = _Forward.apply(x_BCHH.contiguous(), self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
+        out: Tensor = _BlockForward.apply(x_BCHH.contiguous(), self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -66,7 +66,7 @@ def plain(x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float = 1e-5) ->
     return F.avg_pool2d(F.relu(F.group_norm(x_BCHH, x_BCHH.shape[1], gamma_C, beta_C, eps)), 2)
 
 
-class _Forward(torch.autograd.Function):
+class _BlockForward(torch.autograd.Function):
     """Takes contiguous images: a copy made in here would be saved, and no second derivative reaches a copy."""
 
     @staticmethod
@@ -79,12 +79,12 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u_BChh: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = asked(ctx)[1:]  # gamma and beta; no network ends before this operation
-        dx, dgamma, dbeta = _Backward.apply(u_BChh.contiguous(), *ctx.saved_tensors, wanted)  # type: ignore[no-untyped-call]
+        wanted = needs_grad(ctx)[1:]  # gamma and beta; no network ends before this operation
+        dx, dgamma, dbeta = _BlockBackward.apply(u_BChh.contiguous(), *ctx.saved_tensors, wanted)  # type: ignore[no-untyped-call]
         return dx, dgamma, dbeta, None
 
 
-class _Backward(torch.autograd.Function):
+class _BlockBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lad_dist.models.asked import asked
+from lad_dist.models.needs_grad import needs_grad
 
 _aten = torch.ops.aten
 
@@ -35,11 +35,11 @@ class Convolution(nn.Conv2d):
     def forward(self, x_BCHH: Tensor) -> Tensor:
         """(B, C, H, H) to (B, W, H', H')."""
         assert self.stride == (1, 1) and self.groups == 1 and isinstance(self.padding, tuple)
-        out: Tensor = _Forward.apply(x_BCHH, self.weight, self.bias, self.padding, self.rounded)  # type: ignore[no-untyped-call]
+        out: Tensor = _ConvolutionForward.apply(x_BCHH, self.weight, self.bias, self.padding, self.rounded)  # type: ignore[no-untyped-call]
         return out
 
 
-class _Forward(torch.autograd.Function):
+class _ConvolutionForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, padding: tuple[int, int], low: bool) -> Tensor:
         ctx.padding, ctx.low = padding, low
@@ -49,11 +49,11 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        dx, dw, db = _Backward.apply(g, x, w, ctx.padding, ctx.low, asked(ctx))  # type: ignore[no-untyped-call]
+        dx, dw, db = _ConvolutionBackward.apply(g, x, w, ctx.padding, ctx.low, needs_grad(ctx))  # type: ignore[no-untyped-call]
         return dx, dw, db, None, None
 
 
-class _Backward(torch.autograd.Function):
+class _ConvolutionBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, g: Tensor, x: Tensor, w: Tensor, padding: tuple[int, int], low: bool, wanted: tuple[bool, bool, bool]
@@ -70,7 +70,7 @@ class _Backward(torch.autograd.Function):
         (g, x, w), padding, low = ctx.saved_tensors, ctx.padding, ctx.low
         by_g = by_x = by_w = None
         pairs = [(image, weight) for image, weight in ((a, w), (x, c)) if image is not None and weight is not None]
-        by_g_asked, by_x_asked, by_w_asked = asked(ctx)
+        by_g_asked, by_x_asked, by_w_asked = needs_grad(ctx)
         if by_g_asked and pairs:
             images, weights = (torch.cat(tensors, dim=1) for tensors in zip(*pairs, strict=True))
             by_g = _convolved(images, weights, e, padding, low)

@@ -37,7 +37,7 @@ STUDENT_STEPS = 2
 
 
 @dataclass(frozen=True)
-class Wanted:
+class StepKind:
     """A kind of step to time: on how many images the job will take it, and with how many CPU threads."""
 
     kind: str
@@ -55,7 +55,7 @@ class Calibrated:
 
 
 def calibrate(
-    recipe: Recipe, shapes: Shapes, wanted: list[Wanted], device: torch.device, seconds: float, busy: bool = False
+    recipe: Recipe, shapes: Shapes, wanted: list[StepKind], device: torch.device, seconds: float, busy: bool = False
 ) -> dict[str, Calibrated]:
     """Time every kind of ``wanted`` within about ``seconds`` in all, by the processor's time where the CPU is ``busy``.
 

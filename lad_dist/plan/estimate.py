@@ -13,9 +13,9 @@ from lad_dist import cores
 from lad_dist.distill.memory import FREE_FRACTION
 from lad_dist.errors import RecipeError
 from lad_dist.plan import limits, memory
-from lad_dist.plan.facts import Facts
+from lad_dist.plan.dataset_info import DatasetInfo
 from lad_dist.plan.memory import PATHS, Batches
-from lad_dist.plan.place import Place
+from lad_dist.plan.resources import Resources
 from lad_dist.plan.scaling import (
     RANK_COUNTS,
     PhaseCost,
@@ -91,57 +91,57 @@ class Plan:
         return asdict(self)
 
 
-def shapes_of(recipe: Recipe, facts: Facts) -> Shapes:
+def shapes_of(recipe: Recipe, info: DatasetInfo) -> Shapes:
     """The recipe's network on its data."""
-    return Shapes.of(recipe.model, facts.channels, facts.size, facts.classes)
+    return Shapes.of(recipe.model, info.channels, info.size, info.classes)
 
 
-def refuse_what_cannot_fit(recipe: Recipe, facts: Facts, place: Place, buffer: Path | None) -> None:
-    """Raise RecipeError where the place's memory, or the whole disk of ``buffer``, is too small for the job."""
-    shapes = shapes_of(recipe, facts)
+def refuse_what_cannot_fit(recipe: Recipe, info: DatasetInfo, resources: Resources, buffer: Path | None) -> None:
+    """Raise RecipeError where the memory, or the whole disk of ``buffer``, is too small for the job."""
+    shapes = shapes_of(recipe, info)
     needed, free = _disk(recipe, shapes, buffer)
     room = (
         None if buffer is None or free is None else shutil.disk_usage(_existing(buffer)).total or None
     )  # 0: not a disk
-    faults = limits.faults(recipe, facts, shapes, place, (needed, room))
+    faults = limits.faults(recipe, info, shapes, resources, (needed, room))
     if faults:
         raise RecipeError(faults)
 
 
 def make_plan(
     recipe: Recipe,
-    facts: Facts,
-    place: Place,
+    info: DatasetInfo,
+    resources: Resources,
     device: torch.device | None,
     buffer: Path | None,
     calibrate: float | None,
 ) -> Plan:
     """The plan. ``buffer`` is where the trajectory buffer will lie (None: in an object store); ``calibrate`` the seconds
     to spend on measuring this device, None for the table (also where ``device`` is None)."""
-    shapes = shapes_of(recipe, facts)
+    shapes = shapes_of(recipe, info)
     notes = [shapes.note] if shapes.note else []
-    if calibrate is not None and place.chooses_threads:
+    if calibrate is not None and resources.chooses_threads:
         from lad_dist.plan import threads
 
-        team = threads.choose(recipe, shapes, place.threads, min(threads.SECONDS, calibrate / 3))
-        place = replace(place, team=team.threads)
-        notes.append(f"threads: {team.threads} of {place.threads}: {team.why}")
-    batches = Batches(facts.classes * recipe.ipc, recipe.distill.batch, place.world)
-    path, why = choose_path(recipe, shapes, place.rank_memory, batches)
+        team = threads.choose(recipe, shapes, resources.threads, min(threads.SECONDS, calibrate / 3))
+        resources = replace(resources, team=team.threads)
+        notes.append(f"threads: {team.threads} of {resources.threads}: {team.why}")
+    batches = Batches(info.classes * recipe.ipc, recipe.distill.batch, resources.world)
+    path, why = choose_path(recipe, shapes, resources.rank_memory, batches)
     disk = _disk(recipe, shapes, buffer)
-    faults = limits.faults(recipe, facts, shapes, place, disk)
-    needs = _needs(recipe, facts, shapes, place, batches)
-    times = None if faults else _Times(recipe, facts, shapes, place, path)
+    faults = limits.faults(recipe, info, shapes, resources, disk)
+    needs = _needs(recipe, info, shapes, resources, batches)
+    times = None if faults else _Times(recipe, info, shapes, resources, path)
     if times is not None:
-        notes += times.measure(device if place.here else None, calibrate)
+        notes += times.measure(device if resources.here else None, calibrate)
     notes.append(f"disk: {_disk_words(disk, buffer)}")
     return Plan(
         job=recipe.name,
-        data=f"{facts.train} training images of {facts.classes} classes ({max(facts.counts)} to {min(facts.counts)} each), "
-        f"{facts.test} test images, {facts.channels}x{facts.size}x{facts.size}; from {facts.source}",
+        data=f"{info.train} training images of {info.classes} classes ({max(info.counts)} to {min(info.counts)} each), "
+        f"{info.test} test images, {info.channels}x{info.size}x{info.size}; from {info.source}",
         network=f"{shapes.name}: {shapes.parameters} weights, {shapes.classifier} of them in the classifier",
-        place=place.name if place.here else f"{place.name} (not here)",
-        world=place.world,
+        place=resources.name if resources.here else f"{resources.name} (not here)",
+        world=resources.world,
         path=path,
         why=why,
         needs=tuple(needs),
@@ -154,11 +154,13 @@ def make_plan(
     )
 
 
-def durations_of(recipe: Recipe, facts: Facts, place: Place) -> list[Duration]:
+def durations_of(recipe: Recipe, info: DatasetInfo, resources: Resources) -> list[Duration]:
     """Every stage of the job by the table of devices, whether it fits or not."""
-    shapes = shapes_of(recipe, facts)
-    path, _ = choose_path(recipe, shapes, place.rank_memory, Batches(facts.classes * recipe.ipc, recipe.distill.batch))
-    return _Times(recipe, facts, shapes, place, path).durations()
+    shapes = shapes_of(recipe, info)
+    path, _ = choose_path(
+        recipe, shapes, resources.rank_memory, Batches(info.classes * recipe.ipc, recipe.distill.batch)
+    )
+    return _Times(recipe, info, shapes, resources, path).durations()
 
 
 def choose_path(recipe: Recipe, shapes: Shapes, free: int, batches: Batches) -> tuple[str, str]:
@@ -176,9 +178,9 @@ def choose_path(recipe: Recipe, shapes: Shapes, free: int, batches: Batches) -> 
     )
 
 
-def _needs(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place, batches: Batches) -> list[Need]:
-    device = place.device
-    on_device, on_host = memory.data_bytes(facts, shapes, recipe.data.whitening)
+def _needs(recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: Resources, batches: Batches) -> list[Need]:
+    device = resources.device
+    on_device, on_host = memory.data_bytes(info, shapes, recipe.data.whitening)
     here = "device" if device == "cuda" else "host"
     needs = [
         Need("data", "images as they are (uint8)", "host", on_host),
@@ -187,14 +189,14 @@ def _needs(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place, batches: 
     if recipe.data.whitening == "zca":
         fit = memory.whitening_bytes(shapes, "zca")
         needs.append(Need("data", f"fitting ZCA, {shapes.image} x {shapes.image}", here, fit))
-    one = limits.expert_process_bytes(recipe, facts, shapes, device, recipe.experts.batch)
+    one = limits.expert_process_bytes(recipe, info, shapes, device, recipe.experts.batch)
     needs.append(Need("experts", "one expert's process, in all", here, one))
     needs.append(Need("experts", "trajectory buffer", "disk", memory.buffer_bytes(recipe, shapes)))
     for path in PATHS:
         for phase, count in memory.phases_of(recipe, shapes, batches, path, device).items():
             needs.append(Need("distill", f"{phase} phase, {path}", here, count))
     for path in PATHS:
-        whole = limits.rank_bytes(recipe, facts, shapes, device, batches, path)
+        whole = limits.rank_bytes(recipe, info, shapes, device, batches, path)
         needs.append(Need("distill", f"one rank in all, {path}", here, whole))
     return needs
 
@@ -223,20 +225,20 @@ def _disk_words(disk: tuple[int, int | None], buffer: Path | None) -> str:
 class _Times:
     """Hours, from the table or from a calibration."""
 
-    def __init__(self, recipe: Recipe, facts: Facts, shapes: Shapes, place: Place, path: str) -> None:
-        self.recipe, self.facts, self.shapes, self.place, self.path = recipe, facts, shapes, place, path
-        self.total = facts.classes * recipe.ipc
-        self.source, self._measured = place.table_source, dict[str, StepTime]()
-        share = largest_share(self.total, recipe.distill.batch, place.world)
-        rank_threads = max(1, int(place.rank_threads(place.world)))
-        alone = place.experts_at_a_time == 1
-        expert_threads = (place.team or place.threads) if alone else place.threads_per_expert
+    def __init__(self, recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: Resources, path: str) -> None:
+        self.recipe, self.info, self.shapes, self.resources, self.path = recipe, info, shapes, resources, path
+        self.total = info.classes * recipe.ipc
+        self.source, self._measured = resources.table_source, dict[str, StepTime]()
+        share = largest_share(self.total, recipe.distill.batch, resources.world)
+        rank_threads = max(1, int(resources.rank_threads(resources.world)))
+        alone = resources.experts_at_a_time == 1
+        expert_threads = (resources.team or resources.threads) if alone else resources.threads_per_expert
         # kind -> (images of a step as the job will take it, CPU threads)
         self.kinds = {
             f"representation/{path}": (max(1, round(share)), rank_threads),
             f"classifier/{path}": (max(1, round(share)), rank_threads),
-            "experts/representation": (min(recipe.experts.batch, facts.train), expert_threads),
-            "experts/classifier": (min(recipe.experts.batch, facts.train), expert_threads),
+            "experts/representation": (min(recipe.experts.batch, info.train), expert_threads),
+            "experts/classifier": (min(recipe.experts.batch, info.train), expert_threads),
             "evaluate/train": (min(recipe.evaluate.batch, self.total), rank_threads),
         }
         if not {"classifier", "regression"} & set(recipe.phases):
@@ -249,10 +251,10 @@ class _Times:
         if seconds is None or device is None:
             why = "" if seconds is None else " (the devices are not here to be measured)"
             return [f"speed: {self.source}{why}"]
-        from lad_dist.plan.calibration import Wanted, calibrate
+        from lad_dist.plan.calibration import StepKind, calibrate
 
-        wanted = [Wanted(kind, *self.kinds[kind]) for kind in self.kinds]
-        most = self.place.threads
+        wanted = [StepKind(kind, *self.kinds[kind]) for kind in self.kinds]
+        most = self.resources.threads
         free = float(most) if device.type != "cpu" else cores.obtained(most)
         busy = free < cores.FREE_ABOVE * most
         found = calibrate(self.recipe, self.shapes, wanted, device, seconds, busy)
@@ -273,7 +275,7 @@ class _Times:
         if unmeasured:
             notes.append(
                 f"single steps took longer than the {seconds:g} s of calibration, so {', '.join(unmeasured)} are by the table "
-                f"({self.place.table_source}); --calibrate SECONDS gives it longer"
+                f"({self.resources.table_source}); --calibrate SECONDS gives it longer"
             )
         return notes + (
             [f"a whole step was too long for the calibration, so scaled up: {'; '.join(scaled)}"] * bool(scaled)
@@ -283,20 +285,20 @@ class _Times:
         """A step of a kind with the threads of ``kinds``."""
         if kind in self._measured:
             return self._measured[kind]
-        return self.place.table(kind, self.shapes, self.kinds[kind][1])
+        return self.resources.table(kind, self.shapes, self.kinds[kind][1])
 
     def _student_step(self, kind: str, world: int) -> StepTime:
         """A student step on one of ``world`` ranks, by either path: on a CPU they share the cores of their host."""
         known = f"{kind.partition('/')[0]}/{self.path}"
         step, threads = self.step(known), self.kinds[known][1]
         if kind != known:  # only the path that this job takes is measured
-            here, other = (self.place.table(k, self.shapes, threads) for k in (known, kind))
+            here, other = (self.resources.table(k, self.shapes, threads) for k in (known, kind))
             step = StepTime(
                 step.per_image * other.per_image / here.per_image,
                 step.per_step,
                 step.launch * (other.launch / here.launch if here.launch else 1.0),
             )
-        return step if self.place.device == "cuda" else step.slower(threads / self.place.rank_threads(world))
+        return step if self.resources.device == "cuda" else step.slower(threads / self.resources.rank_threads(world))
 
     def rates(self) -> list[Rate]:
         """Every kind of step as the job will take it."""
@@ -305,7 +307,7 @@ class _Times:
                 kind,
                 images,
                 self.step(kind).seconds(images),
-                self.source if kind in self._measured else self.place.table_source,
+                self.source if kind in self._measured else self.resources.table_source,
             )
             for kind, (images, _) in self.kinds.items()
         ]
@@ -313,43 +315,43 @@ class _Times:
     def phases(self, world: int) -> tuple[PhaseCost, ...]:
         """The phases of an iteration on one of ``world`` ranks, by the path that fits there."""
         batches = Batches(self.total, self.recipe.distill.batch, world)
-        path, _ = choose_path(self.recipe, self.shapes, self.place.rank_memory_of(world), batches)
+        path, _ = choose_path(self.recipe, self.shapes, self.resources.rank_memory_of(world), batches)
         return phases_of(self.recipe, self.shapes, path, lambda kind: self._student_step(kind, world))
 
     def scaling(self) -> tuple[Scaling, ...]:
         """An iteration on each number of ranks that is worth a look."""
-        place = self.place
-        most = 64 if place.device == "cuda" else max(place.threads * place.hosts, place.world)
-        worlds = sorted({place.world, *(w for w in RANK_COUNTS if w <= most)})
-        return scaling(self.phases, self.total, self.recipe.distill.batch, worlds, place.network)
+        resources = self.resources
+        most = 64 if resources.device == "cuda" else max(resources.threads * resources.hosts, resources.world)
+        worlds = sorted({resources.world, *(w for w in RANK_COUNTS if w <= most)})
+        return scaling(self.phases, self.total, self.recipe.distill.batch, worlds, resources.network)
 
     def advice(self) -> str:
         """Where more ranks stop helping."""
-        if self.place.device == "cpu" and self.place.hosts == 1:
+        if self.resources.device == "cpu" and self.resources.hosts == 1:
             return "ranks on one host share its cores: they gain little over threads"
-        return advice(self.scaling(), self.place.world)
+        return advice(self.scaling(), self.resources.world)
 
     def durations(self) -> list[Duration]:
         """Every stage of the job, from nothing."""
         return [*self._whitening(), *self._experts(), *self._distillation(), *self._evaluation()]
 
     def _whitening(self) -> list[Duration]:
-        flops = memory.whitening_flops(self.shapes, self.facts, self.recipe.data.whitening)
-        device = self.place.device
-        rate = _ZCA_FLOPS[device] * (self.place.threads if device == "cpu" else 1)
+        flops = memory.whitening_flops(self.shapes, self.info, self.recipe.data.whitening)
+        device = self.resources.device
+        rate = _ZCA_FLOPS[device] * (self.resources.threads if device == "cpu" else 1)
         return [Duration("data", "fitting ZCA", flops / rate, f"assumed: {rate / 1e9:.0f} GFLOP/s")] if flops else []
 
     def _experts(self) -> list[Duration]:
-        e, place = self.recipe.experts, self.place
-        drawn = max(self.facts.counts) * self.facts.classes  # of an epoch of the classifier stage
+        e, resources = self.recipe.experts, self.resources
+        drawn = max(self.info.counts) * self.info.classes  # of an epoch of the classifier stage
         stages = (
-            ("representation stage", "experts/representation", e.epochs, self.facts.train),
+            ("representation stage", "experts/representation", e.epochs, self.info.train),
             ("classifier stage", "experts/classifier", e.classifier_epochs, drawn),
         )
-        at_a_time = min(place.experts_at_a_time, e.count)
+        at_a_time = min(resources.experts_at_a_time, e.count)
         sharing = 1.0
-        if place.device == "cuda":  # experts on one GPU share its compute, but not what the host launches
-            sharing = max(1.0, at_a_time / (place.hosts * place.per_host))
+        if resources.device == "cuda":  # experts on one GPU share its compute, but not what the host launches
+            sharing = max(1.0, at_a_time / (resources.hosts * resources.per_host))
         rounds = math.ceil(e.count / at_a_time)
         found = []
         for what, kind, epochs, images in stages:
@@ -361,10 +363,10 @@ class _Times:
         return found
 
     def _distillation(self) -> list[Duration]:
-        d, world = self.recipe.distill, self.place.world
+        d, world = self.recipe.distill, self.resources.world
         found = []
         for phase in self.phases(world):
-            seconds, sums, share = iteration((phase,), self.total, d.batch, world, self.place.network)
+            seconds, sums, share = iteration((phase,), self.total, d.batch, world, self.resources.network)
             what = f"{phase.steps} steps on {share:.3g} images a rank"
             if phase.name == "regression":
                 what = f"{share:.3g} images a rank and {d.regression_batch} real ones"
@@ -376,7 +378,7 @@ class _Times:
 
     def _evaluation(self) -> list[Duration]:
         e, step = self.recipe.evaluate, self.step("evaluate/train")
-        turns = math.ceil(e.seeds / self.place.world)
+        turns = math.ceil(e.seeds / self.resources.world)
         each = e.epochs * _epoch(step, self.total, e.batch)
         sources: list[tuple[str, float, str]] = []
         select = self.recipe.distill
@@ -390,7 +392,7 @@ class _Times:
             whole = source in WHOLE
             count, images, batch = epochs, self.total, e.batch
             if whole:
-                count, images, batch = e.full_epochs, self.facts.train, e.full_batch
+                count, images, batch = e.full_epochs, self.info.train, e.full_batch
             epoch = _epoch(step, images, batch)
             bound = "" if whole else most
             how = f"{e.seeds} networks, {bound}{count} epochs on {images} images, {count * epoch:.3g} s each"
@@ -405,7 +407,7 @@ class _Times:
         epochs = (e.full_epochs,) if whole else e.tune_epochs or (e.epochs,)
         if rates * len(epochs) == 1:
             return []
-        rounds = math.ceil(rates * len(epochs) / self.place.world)
+        rounds = math.ceil(rates * len(epochs) / self.resources.world)
         seconds = rounds * epoch * sum(epochs) / len(epochs)
         return [
             (f"tune {source}", seconds, f"{rates} learning rates x {len(epochs)} numbers of epochs, a network each")

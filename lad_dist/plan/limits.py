@@ -6,54 +6,56 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lad_dist.plan import memory
-from lad_dist.plan.facts import Facts
+from lad_dist.plan.dataset_info import DatasetInfo
 from lad_dist.plan.memory import Batches
-from lad_dist.plan.place import Place
+from lad_dist.plan.resources import Resources
 from lad_dist.plan.shapes import Shapes
 from lad_dist.recipe import Recipe
 
 _MOST_RANKS = 4096
 
 
-def rank_bytes(recipe: Recipe, facts: Facts, shapes: Shapes, device: str, batches: Batches, path: str) -> int:
+def rank_bytes(recipe: Recipe, info: DatasetInfo, shapes: Shapes, device: str, batches: Batches, path: str) -> int:
     """The most that one rank needs of its device (of the host, on CPUs) during distillation, in all."""
     phases = memory.phases_of(recipe, shapes, batches, path, device)
     busiest = max(phases.values())
-    return _standing(recipe, facts, shapes, device) + memory.set_bytes(shapes, batches.rows) + busiest
+    return _standing(recipe, info, shapes, device) + memory.set_bytes(shapes, batches.rows) + busiest
 
 
-def expert_process_bytes(recipe: Recipe, facts: Facts, shapes: Shapes, device: str, batch: int) -> int:
+def expert_process_bytes(recipe: Recipe, info: DatasetInfo, shapes: Shapes, device: str, batch: int) -> int:
     """One expert's process on its device (on the host, on CPUs), in all."""
-    return _standing(recipe, facts, shapes, device, windows=False) + memory.training_bytes(shapes, batch, device)
+    return _standing(recipe, info, shapes, device, windows=False) + memory.training_bytes(shapes, batch, device)
 
 
-def _standing(recipe: Recipe, facts: Facts, shapes: Shapes, device: str, windows: bool = True) -> int:
+def _standing(recipe: Recipe, info: DatasetInfo, shapes: Shapes, device: str, windows: bool = True) -> int:
     """What is there whatever the batch: the process, the data, and on the host the cache of windows."""
-    on_device, on_host = memory.data_bytes(facts, shapes, recipe.data.whitening)
+    on_device, on_host = memory.data_bytes(info, shapes, recipe.data.whitening)
     total = memory.PROCESS[device] + on_device
     if device == "cpu":
         total += on_host + (memory.window_cache_bytes(recipe, shapes) if windows else 0)
     return total
 
 
-def faults(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place, disk: tuple[int, int | None]) -> list[str]:
+def faults(
+    recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: Resources, disk: tuple[int, int | None]
+) -> list[str]:
     """Everything that cannot fit, worst first. ``disk`` is (bytes still to be written, bytes free or None for a store)."""
     found = [
-        *_whitening(recipe, shapes, place),
-        *_distillation(recipe, facts, shapes, place),
-        *_experts(recipe, facts, shapes, place),
+        *_whitening(recipe, shapes, resources),
+        *_distillation(recipe, info, shapes, resources),
+        *_experts(recipe, info, shapes, resources),
         *_disk(recipe, shapes, disk),
     ]
     return found
 
 
-def _distillation(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place) -> list[str]:
-    total, d, free = facts.classes * recipe.ipc, recipe.distill, place.rank_memory
+def _distillation(recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: Resources) -> list[str]:
+    total, d, free = info.classes * recipe.ipc, recipe.distill, resources.rank_memory
 
-    def needs(path: str, batch: int = d.batch, world: int = place.world) -> int:
-        return rank_bytes(recipe, facts, shapes, place.device, Batches(total, batch, world), path)
+    def needs(path: str, batch: int = d.batch, world: int = resources.world) -> int:
+        return rank_bytes(recipe, info, shapes, resources.device, Batches(total, batch, world), path)
 
-    ranks = f"each of {place.world} ranks" if place.world > 1 else "one rank"
+    ranks = f"each of {resources.world} ranks" if resources.world > 1 else "one rank"
     steps = max(d.student_steps, d.student_steps_classifier)
     if needs("recompute") <= free:
         if d.gradient == "keep" and needs("keep") > free:
@@ -64,13 +66,13 @@ def _distillation(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place) ->
         return []
     fits = _largest(lambda batch: needs("recompute", batch) <= free, min(d.batch, total))
     ways = [f"distill.batch={fits} fits"] if fits else []
-    if place.device == "cuda":
-        worlds = (w for w in range(place.world + 1, _MOST_RANKS) if needs("recompute", world=w) <= free)
+    if resources.device == "cuda":
+        worlds = (w for w in range(resources.world + 1, _MOST_RANKS) if needs("recompute", world=w) <= free)
         enough = next(worlds, None)
         ways += [f"--ranks {enough} fits"] if enough else []
-    elif place.world > 1:
-        alone = rank_bytes(recipe, facts, shapes, "cpu", Batches(total, d.batch), "recompute")
-        ways += ["--ranks 1 fits (the ranks of a host share its memory)"] if alone <= place.memory else []
+    elif resources.world > 1:
+        alone = rank_bytes(recipe, info, shapes, "cpu", Batches(total, d.batch), "recompute")
+        ways += ["--ranks 1 fits (the ranks of a host share its memory)"] if alone <= resources.memory else []
     advice = " and ".join(ways) or "a smaller model.width (or another model.network), data.image_size or ipc is needed"
     return [
         f"distill.batch: {min(d.batch, total)} images a step need {_gb(needs('recompute'))} on {ranks} even where graphs are "
@@ -78,24 +80,24 @@ def _distillation(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place) ->
     ]
 
 
-def _experts(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place) -> list[str]:
-    at_a_time = min(place.experts_at_a_time, recipe.experts.count)
-    devices = place.hosts * (place.per_host if place.device == "cuda" else 1)
+def _experts(recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: Resources) -> list[str]:
+    at_a_time = min(resources.experts_at_a_time, recipe.experts.count)
+    devices = resources.hosts * (resources.per_host if resources.device == "cuda" else 1)
     sharing = -(-at_a_time // devices)  # experts on one device, or on one host
 
     def needs(batch: int, experts: int = sharing) -> int:
-        ray = memory.RAY_BYTES if place.device == "cpu" and experts > 1 else 0
-        return ray + experts * expert_process_bytes(recipe, facts, shapes, place.device, batch)
+        ray = memory.RAY_BYTES if resources.device == "cpu" and experts > 1 else 0
+        return ray + experts * expert_process_bytes(recipe, info, shapes, resources.device, batch)
 
-    batch, free = recipe.experts.batch, place.memory
+    batch, free = recipe.experts.batch, resources.memory
     if needs(batch) <= free:
         return []
     smaller = _largest(lambda b: needs(b) <= free, batch)
     ways = [f"experts.batch={smaller} fits"] if smaller else []
     if needs(batch, 1) <= free:
         fit = _largest(lambda n: needs(batch, n) <= free, sharing)
-        where = "experts_per_gpu" if place.device == "cuda" else "threads_per_expert"
-        value = fit if place.device == "cuda" else -(-place.threads // max(fit, 1))
+        where = "experts_per_gpu" if resources.device == "cuda" else "threads_per_expert"
+        value = fit if resources.device == "cuda" else -(-resources.threads // max(fit, 1))
         ways.append(f"{where}: {value} in the profile trains fewer at a time and fits")
     advice = " and ".join(ways) or "a smaller model.width (or another model.network) or data.image_size is needed"
     return [
@@ -104,14 +106,16 @@ def _experts(recipe: Recipe, facts: Facts, shapes: Shapes, place: Place) -> list
     ]
 
 
-def _whitening(recipe: Recipe, shapes: Shapes, place: Place) -> list[str]:
+def _whitening(recipe: Recipe, shapes: Shapes, resources: Resources) -> list[str]:
     needed = memory.whitening_bytes(shapes, recipe.data.whitening)
-    if needed <= place.memory:
+    if needed <= resources.memory:
         return []
-    side = _largest(lambda size: memory.whitening_bytes(replace(shapes, size=size), "zca") <= place.memory, shapes.size)
+    side = _largest(
+        lambda size: memory.whitening_bytes(replace(shapes, size=size), "zca") <= resources.memory, shapes.size
+    )
     return [
         f"data.whitening: zca of {shapes.channels}x{shapes.size}x{shapes.size} images needs {_gb(needed)} for matrices of "
-        f"{shapes.image} x {shapes.image}, where {_gb(place.memory)} are free; data.whitening=standardize needs none"
+        f"{shapes.image} x {shapes.image}, where {_gb(resources.memory)} are free; data.whitening=standardize needs none"
         + (f", and data.image_size={side} fits" if side else "")
     ]
 

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 from lad_dist.data.prepared import DEFAULT_BUDGET_BYTES
-from lad_dist.plan.facts import Facts
+from lad_dist.plan.dataset_info import DatasetInfo
 from lad_dist.plan.scaling import largest_share, mean_batch, spread
 from lad_dist.plan.shapes import Shapes
 from lad_dist.recipe import Recipe
@@ -118,12 +118,12 @@ def set_bytes(shapes: Shapes, rows: int) -> int:
     return 4 * rows * 4 * (shapes.image + shapes.classes)
 
 
-def data_bytes(facts: Facts, shapes: Shapes, whitening: str) -> tuple[int, int]:
+def data_bytes(info: DatasetInfo, shapes: Shapes, whitening: str) -> tuple[int, int]:
     """(bytes on the device, bytes on the host): the whitened training set where it is kept whole, the whitening; uint8."""
-    whitened = 4 * facts.train * shapes.image
+    whitened = 4 * info.train * shapes.image
     matrices = {"zca": 2 * shapes.image**2, "standardize": 2 * shapes.channels, "none": 0}[whitening]
     on_device = (whitened if whitened <= DEFAULT_BUDGET_BYTES else 0) + 4 * matrices
-    return on_device, (facts.train + facts.test) * shapes.image
+    return on_device, (info.train + info.test) * shapes.image
 
 
 def whitening_bytes(shapes: Shapes, whitening: str) -> int:
@@ -133,9 +133,9 @@ def whitening_bytes(shapes: Shapes, whitening: str) -> int:
     return 5 * shapes.image**2 * (8 if shapes.image <= _FLOAT64_UP_TO else 4)
 
 
-def whitening_flops(shapes: Shapes, facts: Facts, whitening: str) -> float:
+def whitening_flops(shapes: Shapes, info: DatasetInfo, whitening: str) -> float:
     """Of fitting it: 2 N D^2 for the covariance and about 10 D^3 for the eigenvectors."""
-    return 2.0 * facts.train * shapes.image**2 + 10.0 * shapes.image**3 if whitening == "zca" else 0.0
+    return 2.0 * info.train * shapes.image**2 + 10.0 * shapes.image**3 if whitening == "zca" else 0.0
 
 
 def window_cache_bytes(recipe: Recipe, shapes: Shapes) -> int:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lad_dist.plan.dataset_info import DatasetInfo
 from lad_dist.plan.estimate import durations_of
-from lad_dist.plan.facts import Facts
-from lad_dist.plan.place import two_threads
+from lad_dist.plan.resources import two_threads
 from lad_dist.recipe import Recipe
 
 SECONDS = 120.0  # by the table; ten minutes leave room for a machine a third as fast, for small steps, and for what is no step
@@ -42,14 +42,14 @@ class Quick:
     seconds: float
 
 
-def quick(recipe: Recipe, facts: Facts) -> Quick:
+def quick(recipe: Recipe, info: DatasetInfo) -> Quick:
     """Measure beside the set only what it must beat, and lower the budget of whichever stage takes longest until all fits.
 
     ZCA and a wide network go first where they are far too much, and the rest of the width last.
     """
     doc = recipe.model_dump(mode="json")
-    place, shortened = two_threads(), recipe
-    stages = _seconds(shortened, facts, place)
+    resources, shortened = two_threads(), recipe
+    stages = _seconds(shortened, info, resources)
     if sum(stages.values()) > SECONDS and "initial" in doc["evaluate"]["baselines"]:
         doc["evaluate"]["baselines"] = ["initial"]  # what the set must beat
     while sum(stages.values()) > SECONDS:
@@ -60,13 +60,13 @@ def quick(recipe: Recipe, facts: Facts) -> Quick:
             break
         _fit_windows(doc)
         shortened = Recipe.model_validate(doc)
-        stages = _seconds(shortened, facts, place)
+        stages = _seconds(shortened, info, resources)
     return Quick(shortened, tuple(_changes(recipe, shortened)), sum(stages.values()))
 
 
-def _seconds(recipe: Recipe, facts: Facts, place: Any) -> dict[str, float]:
+def _seconds(recipe: Recipe, info: DatasetInfo, resources: Any) -> dict[str, float]:
     found: dict[str, float] = {}
-    for duration in durations_of(recipe, facts, place):
+    for duration in durations_of(recipe, info, resources):
         found[duration.stage] = found.get(duration.stage, 0.0) + duration.seconds
     return found
 

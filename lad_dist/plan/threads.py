@@ -16,7 +16,7 @@ import torch
 
 from lad_dist import cores
 from lad_dist.errors import RunDirError
-from lad_dist.experts.crew import cores_to_use
+from lad_dist.experts.scheduler import cores_to_use
 from lad_dist.plan.calibration import STUDENT_STEPS, Steps, Timer, with_threads
 from lad_dist.plan.shapes import Shapes
 from lad_dist.profile import Profile

@@ -14,8 +14,8 @@ from lad_dist.errors import LadDistError
 from lad_dist.progress import EventTail, clock
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
+from lad_dist.slurm_jobs import SlurmQueue
 from lad_dist.status.log import ExpertLog, RunLog, StageLog
-from lad_dist.status.slurm import Queue
 
 if TYPE_CHECKING:
     from lad_dist.trajectories.reader import Buffer
@@ -85,7 +85,7 @@ class Follower:
         self._tail, self._log = EventTail(self.run.events), RunLog()
         self._recipe: tuple[object, Recipe] | None = None
         self._shelf = _Shelf(self.run)
-        self._queue = Queue(self.run)
+        self._queue = SlurmQueue(self.run)
 
     def read(self, now: float | None = None) -> RunStatus:
         """The status now (``now``: Unix time in seconds)."""

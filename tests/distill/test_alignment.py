@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lad_dist.distill.alignment import alignment
-from lad_dist.distill.start import Facts
+from lad_dist.distill.start import DataFacts
 from lad_dist.models.layout import Layout
 from lad_dist.progress import read_events
 from lad_dist.results import FIGURES
@@ -112,7 +112,7 @@ def test_the_figures_are_of_alpha_before_the_step(pipeline_of) -> None:
 
         def spy(start_P, target_P, gradient_sum_P, alpha, layout, counts):
             seen.append((float(alpha), alignment(start_P, target_P, gradient_sum_P, alpha, layout, counts)))
-            assert tuple(counts) == Facts.of(pipeline.data).counts
+            assert tuple(counts) == DataFacts.of(pipeline.data).counts
             return seen[-1][1]
 
         patch.setattr("lad_dist.distill.loop.alignment", spy)

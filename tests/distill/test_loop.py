@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from lad_dist.distill.initial import HARD_LABEL_LOGIT, vary_repeats
 from lad_dist.distill.loop import Distillation, SaveClock, class_weights
-from lad_dist.distill.start import Facts
+from lad_dist.distill.start import DataFacts
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Student
 from lad_dist.distill.update import Optimizers
@@ -32,7 +32,7 @@ def events(pipeline, kind: str) -> list[dict]:
 
 
 def work_of(pipeline) -> Distillation:
-    return Distillation(pipeline.recipe, Facts.of(pipeline.data), pipeline.run, CPU)
+    return Distillation(pipeline.recipe, DataFacts.of(pipeline.data), pipeline.run, CPU)
 
 
 def result(pipeline) -> tuple[bytes, float]:

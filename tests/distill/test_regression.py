@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from lad_dist.distill.loop import Distillation
 from lad_dist.distill.regression import RealBatches, RealFeatures, kept_features, regress
-from lad_dist.distill.start import Facts
+from lad_dist.distill.start import DataFacts
 from lad_dist.distill.state import _trajectory_hash
 from lad_dist.distill.student import Batch, Student, SyntheticSet
 from lad_dist.distilled import DistilledSet
@@ -111,7 +111,7 @@ def test_a_classifier_that_recovers_the_targets_has_no_loss(problem):
 
 def test_real_batches_hold_every_class_equally_often(pipeline_of):
     pipeline = pipeline_of(distill={**REGRESSION, "regression_batch": 40, "regression_targets": "hard"})
-    work = Distillation(pipeline.recipe, Facts.of(pipeline.data), pipeline.run, CPU)
+    work = Distillation(pipeline.recipe, DataFacts.of(pipeline.data), pipeline.run, CPU)
     batches = RealBatches(pipeline.recipe, pipeline.data, None)
     theta = work.windows.weights("representation", 0, 0)
     first, again, other = (batches.features(work.student, theta, i) for i in (0, 0, 1))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lad_dist.distill.live import LiveExperts
-from lad_dist.distill.replay import Record
+from lad_dist.distill.replay import ReplayRecord
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Student
 from lad_dist.distill.update import Optimizers
@@ -251,6 +251,6 @@ def test_a_record_travels_between_processes(killed, replaying):
     import pickle
 
     pipeline = replaying()
-    record = Record.read(killed.run.root, pipeline.recipe, pipeline.run)
+    record = ReplayRecord.read(killed.run.root, pipeline.recipe, pipeline.run)
     assert pickle.loads(pickle.dumps(record)) == record
     assert record.window("classifier", 2) == tuple(last_windows(killed)[2][1][1:])

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from lad_dist import doctor, ranks
 from lad_dist.cli import app
-from lad_dist.doctor import cluster, errand, machine
+from lad_dist.doctor import cluster, machine, slurm_probe
 from lad_dist.doctor.findings import Finding, fail, ok, warn
 from lad_dist.errors import RankError
 from lad_dist.profile import Profile
@@ -291,10 +291,10 @@ def test_a_log_folder_that_cannot_be_written(fake, tmp_path):
 
 
 def on_an_errand(fake, tmp_path, monkeypatch, squeue: str, **job) -> Finding:
-    monkeypatch.setattr(errand, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(errand, "_ARRIVAL_SECONDS", 0.05)
+    monkeypatch.setattr(slurm_probe, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(slurm_probe, "_ARRIVAL_SECONDS", 0.05)
     fake(squeue=squeue, **job)
-    (found,) = errand.to_a_node(on_slurm(), tmp_path / "runs", 0.3)
+    (found,) = slurm_probe.to_a_node(on_slurm(), tmp_path / "runs", 0.3)
     assert list((tmp_path / "runs").iterdir()) == []  # nothing is left
     return found
 
@@ -324,8 +324,8 @@ def test_a_job_that_is_refused(fake, tmp_path, monkeypatch):
 def compared(answer: dict, profile: Profile | None = None) -> dict[str, Finding]:
     now = time.time()
     told = {"token": "t", "node": "n1", "time": now, "python": ".".join(map(str, sys.version_info[:3])),
-            "lad_dist": errand.__version__, "torch": "2.13.0", "gpus": 0, **answer}  # fmt: skip
-    return by_name(errand._compared(told, "t", profile or on_slurm(), (now, now)))
+            "lad_dist": slurm_probe.__version__, "torch": "2.13.0", "gpus": 0, **answer}  # fmt: skip
+    return by_name(slurm_probe._compared(told, "t", profile or on_slurm(), (now, now)))
 
 
 def test_what_the_job_found():
@@ -343,7 +343,7 @@ def test_what_the_job_found():
 def test_the_script_asks_for_what_the_profile_says(tmp_path):
     profile = Profile.model_validate({"launcher": "slurm", "gpus_per_node": 4, "slurm": {
         "partition": "gpu", "account": "me", "setup": ["module load cuda"], "python": "/opt/py"}})  # fmt: skip
-    text = errand._script(profile, tmp_path / "a b")
+    text = slurm_probe._script(profile, tmp_path / "a b")
     lines = text.splitlines()
     for line in ('#SBATCH --partition="gpu"', '#SBATCH --account="me"', '#SBATCH --gpus-per-node="1"', "module load cuda",
                  f"exec /opt/py -m lad_dist.doctor.probe '{tmp_path}/a b'",

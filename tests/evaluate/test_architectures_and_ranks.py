@@ -17,7 +17,7 @@ from lad_dist.evaluate import measure
 from lad_dist.pipeline import evaluate_as_rank, own_device
 from lad_dist.profile import Profile
 from lad_dist.progress import Events, Screen, read_events
-from lad_dist.ranks import Place
+from lad_dist.ranks import ProcessRank
 
 MEASURED = ("source", "architecture", "seed", "overall", "per_class", "ece", "confusion", "train_loss", "settings")
 EVERY = {"architectures": ["convnet", "vgg11", "resnet18", "alexnet", "mlp", "vit"], "seeds": 1, "epochs": 1}
@@ -140,11 +140,11 @@ def test_only_as_many_processes_as_rows_and_none_for_one(pipeline_of, monkeypatc
 def test_a_share_of_the_rows_under_a_launcher(pipeline_of, alone, monkeypatch):
     """Rank 1 takes its share and no more; rank 0 goes on until all rows are there, whoever measures them."""
     pipeline = pipeline_of(evaluate={**SEVERAL, "together": "off"})
-    monkeypatch.setattr(ranks, "place", lambda: Place(1, 2, 1))
+    monkeypatch.setattr(ranks, "place", lambda: ProcessRank(1, 2, 1))
     pipeline.evaluate("k-center")
     own = [("convnet", 1), ("mlp", 1)]
     assert [(r["architecture"], r["seed"]) for r in results.read(pipeline.run.results)] == own
-    monkeypatch.setattr(ranks, "place", lambda: Place(0, 2, 0))
+    monkeypatch.setattr(ranks, "place", lambda: ProcessRank(0, 2, 0))
     pipeline.evaluate("k-center")
     assert measured(pipeline) == measured(alone)
     again = pipeline_of("again", evaluate={**SEVERAL, "together": "off"})
@@ -171,7 +171,7 @@ def test_rank_0_leaves_a_row_that_another_publishes_meanwhile(pipeline_of, monke
         return original(network, images, settings, seed, counters, counted)
 
     monkeypatch.setattr(measure, "train", train)
-    evaluate_as_rank(pipeline, "random", planned, Place(0, 2, 0), awaited=False)
+    evaluate_as_rank(pipeline, "random", planned, ProcessRank(0, 2, 0), awaited=False)
     assert len(epochs) == 43 and measured(pipeline) == measured(other)
     assert len(results._merged(pipeline.run.results)) == 2
 
@@ -194,9 +194,9 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert own_device(torch.device("cpu"), Place(3, 4, 3)) == torch.device("cpu")
+    assert own_device(torch.device("cpu"), ProcessRank(3, 4, 3)) == torch.device("cpu")
     with pytest.raises(RecipeError, match=r"rank 1 is number 1 on this host, which has 1 GPUs"):
-        own_device(torch.device("cuda"), Place(1, 2, 1))
+        own_device(torch.device("cuda"), ProcessRank(1, 2, 1))
 
 
 def test_the_command_takes_architectures_and_seeds(pipeline_of):

@@ -17,9 +17,8 @@ from lad_dist.errors import DistilledError
 from lad_dist.exchange import pt
 from lad_dist.exchange.incoming import kind_of
 from lad_dist.launch.chain import stages_left
-from lad_dist.pipeline import STAGES
 from lad_dist.progress import read_events
-from lad_dist.rundir import RunDir
+from lad_dist.rundir import STAGES, RunDir
 
 IMAGES, LABELS, LR = "images_best.pt", "labels_best.pt", "lr_best.pt"
 

@@ -31,9 +31,9 @@ from lad_dist.data.prepare import prepare
 from lad_dist.environment import environment
 from lad_dist.errors import ExpertError, Interrupted, NumericalError, RecipeError, StorageError, TrajectoryError
 from lad_dist.experts import actor as actor_module
-from lad_dist.experts import cluster, crew, private
+from lad_dist.experts import cluster, private, scheduler
 from lad_dist.experts.actor import Claimed, ExpertActor, Finished, Orders, SharedData, Started, failure_of
-from lad_dist.experts.crew import Failure, Process, Queue, Record, choose, name_of, train_here
+from lad_dist.experts.scheduler import ExpertLog, ExpertQueue, Failure, Process, choose, name_of, train_here
 from lad_dist.experts.train import Epoch, ExpertTrainer
 from lad_dist.interrupts import as_exceptions
 from lad_dist.profile import Profile
@@ -61,7 +61,7 @@ class Told:
         self.out, self.path = io.StringIO(), folder / "events.jsonl"
         self.screen = Screen(Console(file=self.out, width=300))
         e = trainer.recipe.experts
-        self.record = Record(e, trainer.left(range(e.count)), Events(self.path), self.screen)
+        self.record = ExpertLog(e, trainer.left(range(e.count)), Events(self.path), self.screen)
 
     def kinds(self) -> list[tuple[str, int]]:
         return [(e["kind"], e["expert"]) for e in read_events(self.path) if e["kind"] != "expert-epoch"]
@@ -93,7 +93,7 @@ def test_choice_on_cpus(fields, left, fleet, why, monkeypatch):
 @pytest.mark.parametrize(("gpus", "each", "fleet"), [(1, 1, False), (1, 4, True), (8, 1, True)])
 def test_choice_on_gpus(gpus, each, fleet, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(crew, "gpu_count", lambda: gpus)
+    monkeypatch.setattr(scheduler, "gpu_count", lambda: gpus)
     found = choose(Profile(threads=1, experts_per_gpu=each), on_gpu=True, left=100)
     assert found.fleet == fleet and f"{gpus} GPU" in found.why
 
@@ -101,12 +101,12 @@ def test_choice_on_gpus(gpus, each, fleet, monkeypatch):
 def test_choice_by_the_environment(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert choose(Profile(threads=1), on_gpu=False, left=2) == (True, "the Ray cluster at 10.0.0.1:6379 is named")
-    assert crew.cluster_address(Profile(ray={"address": "head:1"})) == "head:1"
+    assert scheduler.cluster_address(Profile(ray={"address": "head:1"})) == "head:1"
 
 
 def test_cores():
-    assert crew.cores_to_use(Profile(threads=5)) == 5
-    assert crew.cores_to_use(Profile()) >= 1
+    assert scheduler.cores_to_use(Profile(threads=5)) == 5
+    assert scheduler.cores_to_use(Profile()) >= 1
 
 
 def test_ray_is_imported_by_no_other_verb_and_not_without_a_fleet(tmp_path):
@@ -146,7 +146,7 @@ print("done")
 
 
 def test_the_queue_skips_what_is_claimed_and_crosses_off_what_is_finished(trainer, told, monkeypatch):
-    queue = Queue(trainer, [0, 1, 2])
+    queue = ExpertQueue(trainer, [0, 1, 2])
     with closing(trainer.train(0)) as epochs:
         assert len(list(epochs)) == EACH
     with claims.hold(trainer.folder, name_of(1), "another") as held:
@@ -167,8 +167,8 @@ def test_the_queue_skips_what_is_claimed_and_crosses_off_what_is_finished(traine
 
 
 def test_in_this_process_it_waits_for_another_driver_and_finishes_what_that_leaves(trainer, told, monkeypatch):
-    monkeypatch.setattr(crew, "LOOK_AGAIN_SECONDS", 0.01)
-    queue = Queue(trainer, [0, 1, 2])
+    monkeypatch.setattr(scheduler, "LOOK_AGAIN_SECONDS", 0.01)
+    queue = ExpertQueue(trainer, [0, 1, 2])
     waited = []
     claim = claims.hold(trainer.folder, name_of(0), "another")
 
@@ -178,7 +178,7 @@ def test_in_this_process_it_waits_for_another_driver_and_finishes_what_that_leav
             claim.__exit__(None, None, None)
 
     assert claim.__enter__()
-    monkeypatch.setattr(crew.time, "sleep", wait)
+    monkeypatch.setattr(scheduler.time, "sleep", wait)
     train_here(trainer, queue, told.record, told.screen)
     assert len(waited) >= 3
     assert told.kinds() == [(kind, e) for e in (1, 2, 0) for kind in ("expert-started", "expert-finished")]
@@ -187,9 +187,9 @@ def test_in_this_process_it_waits_for_another_driver_and_finishes_what_that_leav
 
 
 def test_in_this_process_a_claim_that_came_in_between_is_respected(trainer, told, monkeypatch):
-    monkeypatch.setattr(crew.claims, "foreign", lambda *args: None)
-    monkeypatch.setattr(crew.time, "sleep", lambda seconds: None)
-    queue, seen = Queue(trainer, [0, 1]), []
+    monkeypatch.setattr(scheduler.claims, "foreign", lambda *args: None)
+    monkeypatch.setattr(scheduler.time, "sleep", lambda seconds: None)
+    queue, seen = ExpertQueue(trainer, [0, 1]), []
     claim = claims.hold(trainer.folder, name_of(0), "another")
     assert claim.__enter__()
 
@@ -561,7 +561,7 @@ def fleet(trainer, told, monkeypatch):
         made = module.Fleet.__new__(module.Fleet)
         made.cluster, made.profile = cluster.Cluster("127.0.0.1:1", None, own=False), Profile(**fields)
         made.staff = module.Staff(trainer, None, "namespace")
-        made.record, made.screen, made.queue = told.record, told.screen, Queue(trainer, [])
+        made.record, made.screen, made.queue = told.record, told.screen, ExpertQueue(trainer, [])
         made._device, made._room, made._looked_at = device, 0, -module.LOOK_SECONDS
         made._attempts, made._orders = Counter(), Orders(trainer.recipe, "/somewhere", "driver", device, 1)
         return made

@@ -49,11 +49,11 @@ def experts_done(events) -> bool:
 def check_finished(look, run: Path = RUN) -> None:
     """All is there, nothing is left over, and the run can be replayed from its own record."""
     from lad_dist import recipe_file
-    from lad_dist.distill.replay import Record
+    from lad_dist.distill.replay import ReplayRecord
     from lad_dist.rundir import RunDir
 
     recipe = recipe_file.load(run / "recipe.yaml")
-    record = Record.read(run, recipe, RunDir(run / "elsewhere"))
+    record = ReplayRecord.read(run, recipe, RunDir(run / "elsewhere"))
     record.check(Buffer(run / "trajectories"), recipe)
     assert len(record.windows) == LIVE["distill"]["iterations"]
     assert (run / "report" / "index.html").exists() and look.leftovers(run) == []

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lad_dist import recipe_file
 from lad_dist.errors import DataError
-from lad_dist.plan.facts import facts_of
+from lad_dist.plan.dataset_info import dataset_info
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from newcomer import COUNTS, TEST_PER_CLASS, make
@@ -65,7 +65,7 @@ def test_held_out_images_of_such_a_tail(lad, tmp_path):
 
 def test_the_counts_of_the_split(tmp_path):
     make(tmp_path)
-    facts = facts_of(recipe_file.from_document(
+    facts = dataset_info(recipe_file.from_document(
         {"data": {"dataset": "image-folder", "root": str(tmp_path), "train": ".", "test_fraction": 0.2, "imbalance": "natural",
                   "image_size": 16, "fit": "center-crop", "channels": 3}}).data)  # fmt: skip
     assert facts.test + facts.train == sum(COUNTS.values()) and min(facts.counts) == 1

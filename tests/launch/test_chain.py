@@ -7,10 +7,10 @@ import pytest
 from lad_dist import catalog, recipe_file
 from lad_dist.errors import RecipeError
 from lad_dist.launch.chain import Request, request, waits_for
-from lad_dist.pipeline import STAGES
 from lad_dist.profile import OWN_OPTIONS, Profile
 from lad_dist.recipe import Recipe
-from lad_dist.status.slurm import Job
+from lad_dist.rundir import STAGES
+from lad_dist.slurm_jobs import SlurmJob
 
 
 def asked(stage: str, **fields) -> Request:
@@ -61,7 +61,7 @@ def test_fields_of_sbatch():
 
 
 def test_what_a_stage_waits_for():
-    array, single = Job("experts", "7", 2, ""), Job("distill", "8", None, "")
+    array, single = SlurmJob("experts", "7", 2, ""), SlurmJob("distill", "8", None, "")
     assert waits_for("distill", {"experts": array}, [], None) == "afterany:7"
     assert (
         waits_for("report", {"experts": array, "distill": single}, [], "singleton") == "singleton,afterany:7,afterok:8"

@@ -206,7 +206,7 @@ def test_a_rank_that_never_comes(monkeypatch):
     began = time.monotonic()
     with (
         pytest.raises(RankError, match=r"rank 0 of 2: could not meet the others at 127\.0\.0\.1:29871"),
-        ranks.joined(ranks.Place(0, 2, 0), torch.device("cpu"), timeout=2),
+        ranks.joined(ranks.ProcessRank(0, 2, 0), torch.device("cpu"), timeout=2),
     ):
         raise AssertionError("there is no other rank")
     assert time.monotonic() - began < 20

@@ -16,7 +16,7 @@ from lad_dist import ranks
 from lad_dist.distill.shards import Share
 from lad_dist.distill.student import GradientPath
 from lad_dist.errors import NumericalError, RankError, StorageError
-from lad_dist.ranks import Place, Ranks
+from lad_dist.ranks import ProcessRank, Ranks
 
 CASES = [
     (dtype, path, classifier_only, batch)
@@ -97,8 +97,8 @@ def test_shares_are_contiguous_even_and_complete():
 @pytest.mark.parametrize(("environment", "expected"), [
     ({}, None),
     ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),
-    ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, Place(3, 4, 1)),
-    ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"}, Place(1, 2, 0)),
+    ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, ProcessRank(3, 4, 1)),
+    ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"}, ProcessRank(1, 2, 0)),
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}, None),  # in a batch script, not in a step
 ])  # fmt: skip
 def test_where_the_launcher_has_put_this_process(environment, expected):

@@ -14,7 +14,7 @@ from lad_dist.distill.memory import step_bytes
 from lad_dist.distill.student import Batch, Phase, Student, SyntheticSet
 from lad_dist.models.convnet import build, flat_parameters
 from lad_dist.plan import memory
-from lad_dist.plan.facts import published
+from lad_dist.plan.dataset_info import published
 from lad_dist.plan.memory import Batches
 from lad_dist.plan.shapes import Shapes
 from lad_dist.recipe import DataConfig, Recipe

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from lad_dist import catalog, cli, recipe_file
 from lad_dist.data.longtail import exponential_counts
 from lad_dist.errors import DataError, RecipeError
-from lad_dist.plan import estimate, place
+from lad_dist.plan import estimate, resources
+from lad_dist.plan.dataset_info import dataset_info, published
 from lad_dist.plan.estimate import make_plan, shapes_of
-from lad_dist.plan.facts import facts_of, published
 from lad_dist.plan.limits import rank_bytes
 from lad_dist.plan.memory import Batches
-from lad_dist.plan.place import place_of
+from lad_dist.plan.resources import resources_of
 from lad_dist.profile import Profile
 from lad_dist.recipe import DataConfig, Recipe
 
@@ -40,7 +40,7 @@ def somewhere(tmp_path, monkeypatch):
     """A machine with little on it: 16 GB of memory, plenty of disk, no data sets."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAD_DIST_DATA", str(tmp_path / "no-data"))
-    monkeypatch.setattr(place, "free_bytes", lambda device: 16 * 10**9)
+    monkeypatch.setattr(resources, "free_bytes", lambda device: 16 * 10**9)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: usage._replace(free=10**12))
 
@@ -50,7 +50,7 @@ def test_every_shipped_recipe_can_be_planned_without_its_data():
         recipe = recipe_file.load(catalog.find_job(job).recipe)
         if recipe.data.dataset == "parquet":
             continue  # nothing is published about a file of one's own
-        facts, where = published(recipe.data), place_of(Profile(ranks=4), None, "a100")
+        facts, where = published(recipe.data), resources_of(Profile(ranks=4), None, "a100")
         assert facts is not None
         made = make_plan(recipe, facts, where, None, None, None)
         assert not made.faults and {d.stage for d in made.durations} >= {"experts", "distill", "evaluate"}
@@ -130,7 +130,7 @@ def test_a_batch_that_does_not_fit_and_the_one_that_does():
         int(re.search(pattern, said)[1]) for pattern in (r"distill\.batch=(\d+) fits", r"--ranks (\d+) fits")
     )
     recipe = Recipe(ipc=200, model={"width": 1024}, data={"imbalance_factor": 100})
-    facts, where = published(recipe.data), place_of(Profile(), None, "rtx4090")
+    facts, where = published(recipe.data), resources_of(Profile(), None, "rtx4090")
 
     def needs(batch: int, world: int) -> int:
         return rank_bytes(recipe, facts, shapes_of(recipe, facts), "cuda", Batches(2000, batch, world), "recompute")
@@ -217,14 +217,14 @@ def test_published_counts_of_lists(job, train, test, classes, largest):
 
 def test_data_that_are_here_are_looked_at():
     config = DataConfig(dataset="digits", imbalance_factor=20)
-    there, known = facts_of(config), published(config)
+    there, known = dataset_info(config), published(config)
     assert there.source != known.source
     assert (there.counts, there.test, there.size) == (known.counts, known.test, known.size)
 
 
 def test_unknown_data_that_are_not_here():
     with pytest.raises(DataError, match="must be here"):
-        facts_of(DataConfig(dataset="parquet", train="nowhere.parquet", test="nowhere.parquet"))
+        dataset_info(DataConfig(dataset="parquet", train="nowhere.parquet", test="nowhere.parquet"))
 
 
 # where
@@ -255,10 +255,10 @@ def test_an_unknown_card():
 
 
 def test_ranks_of_one_host_share_its_memory_and_cores():
-    four, one = (place_of(Profile(ranks=n, threads=8, device="cpu"), torch.device("cpu")) for n in (4, 1))
+    four, one = (resources_of(Profile(ranks=n, threads=8, device="cpu"), torch.device("cpu")) for n in (4, 1))
     assert four.rank_memory == one.rank_memory // 4
     assert (four.rank_threads(4), one.rank_threads(1)) == (2, 8)
-    two_hosts = place_of(Profile(ranks=4, nodes=2, threads=8, device="cpu"), torch.device("cpu"))
+    two_hosts = resources_of(Profile(ranks=4, nodes=2, threads=8, device="cpu"), torch.device("cpu"))
     assert two_hosts.rank_memory == one.rank_memory // 2 and two_hosts.rank_threads(4) == 4
 
 

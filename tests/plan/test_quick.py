@@ -6,7 +6,7 @@ import pytest
 
 from lad_dist import catalog, recipe_file
 from lad_dist.plan import quick as module
-from lad_dist.plan.facts import Facts, published
+from lad_dist.plan.dataset_info import DatasetInfo, published
 from lad_dist.plan.quick import SECONDS, quick
 from lad_dist.recipe import Recipe
 
@@ -15,7 +15,7 @@ LARGE = (
     "tiny-imagenet-lt-f10-ipc20",
     "imagenet-lt-f256-ipc10",
 )  # 64x64, 200 and 1,000 classes: shortened as far as it goes
-SMALL = Facts(3, 32, (48, 30, 9, 2), 16, "a test")
+SMALL = DatasetInfo(3, 32, (48, 30, 9, 2), 16, "a test")
 
 
 @pytest.mark.parametrize("name", FIT + LARGE)

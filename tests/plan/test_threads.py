@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from lad_dist import cli, cores
 from lad_dist.errors import RunDirError
 from lad_dist.plan import calibration, threads
-from lad_dist.plan.calibration import Timer, Wanted, calibrate
+from lad_dist.plan.calibration import StepKind, Timer, calibrate
 from lad_dist.plan.shapes import Shapes
 from lad_dist.plan.threads import Team
 from lad_dist.profile import Profile
@@ -109,7 +109,7 @@ def test_the_least_of_several_timings_counts(monkeypatch):
 
     monkeypatch.setattr(Timer, "seconds", seconds)
     monkeypatch.setattr(calibration.Steps, "of", lambda self, kind: lambda images: lambda: None)
-    wanted = [Wanted("evaluate/train", 4, 1)]
+    wanted = [StepKind("evaluate/train", 4, 1)]
     found = calibrate(Recipe(), SMALL, wanted, torch.device("cpu"), 1.0)["evaluate/train"]
     assert found.step.seconds(4) == pytest.approx(1e-3)
 
@@ -126,7 +126,7 @@ def test_steps_longer_than_the_calibration_are_taken_once_and_the_rest_is_left_o
     monkeypatch.setattr(calibration.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(Timer, "seconds", seconds)
     monkeypatch.setattr(calibration.Steps, "of", lambda self, kind: lambda images: lambda: None)
-    wanted = [Wanted(kind, 32, 1) for kind in ("evaluate/train", "experts/representation", "experts/classifier")]
+    wanted = [StepKind(kind, 32, 1) for kind in ("evaluate/train", "experts/representation", "experts/classifier")]
     found = calibrate(Recipe(), SMALL, wanted, torch.device("cpu"), 4.0)
     assert list(found) == ["evaluate/train"] and len(calls) == 2  # to warm up, and to be timed
     assert found["evaluate/train"].images < 32 and found["evaluate/train"].step.seconds(2) == 5.0
@@ -153,7 +153,7 @@ def test_a_plan_says_that_the_machine_is_busy(monkeypatch, tmp_path):
 def test_a_plan_counts_with_the_threads_that_a_run_would_choose(monkeypatch, tmp_path, idle):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(threads, "choose", lambda *args: Team(1, "two are slower"))
-    monkeypatch.setattr("lad_dist.plan.place.cores_to_use", lambda profile: 2)
+    monkeypatch.setattr("lad_dist.plan.resources.cores_to_use", lambda profile: 2)
     used = []
     real = calibration.with_threads
     monkeypatch.setattr(calibration, "with_threads", lambda count: used.append(count) or real(count))

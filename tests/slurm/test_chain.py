@@ -22,7 +22,7 @@ import torch
 from lad_dist.distilled import DistilledSet
 from lad_dist.progress import read_events
 from lad_dist.rundir import RunDir
-from lad_dist.status.slurm import read_submissions, squeue
+from lad_dist.slurm_jobs import read_submissions, squeue
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -316,7 +316,9 @@ def test_a_killed_driver_is_noticed_and_takes_its_ray_along_and_no_other(slurm, 
         wait_for_events(run, "expert-epoch", 2)
         known, processes = set(session(other)), slurm.processes(number)
         drivers = [
-            pid for pid, name in processes.items() if " -m submitit.core._submit" in name and "launch.ward" not in name
+            pid
+            for pid, name in processes.items()
+            if " -m submitit.core._submit" in name and "launch.supervisor" not in name
         ]
         head = min(drivers, key=lambda pid: "SLURM_PROCID=0" not in Path(f"/proc/{pid}/environ").read_text())
         began = time.monotonic()

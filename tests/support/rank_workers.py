@@ -113,7 +113,7 @@ def iterations(ranks: Ranks, doc: dict, root: str, dtype: torch.dtype, count: in
     """Whole iterations of a recipe whose experts lie in ``root``, in ``dtype``; what this rank ends with."""
     from lad_dist.data.prepare import prepare
     from lad_dist.distill.loop import Distillation
-    from lad_dist.distill.start import Facts
+    from lad_dist.distill.start import DataFacts
     from lad_dist.distill.state import State
     from lad_dist.progress import Events, Screen
     from lad_dist.recipe import Recipe
@@ -121,7 +121,7 @@ def iterations(ranks: Ranks, doc: dict, root: str, dtype: torch.dtype, count: in
 
     cpu, run, recipe = torch.device("cpu"), RunDir(Path(root)), Recipe.model_validate(doc)
     data = prepare(recipe, run.whitening, cpu)
-    work = Distillation(recipe, Facts.of(data), run, cpu, ranks)
+    work = Distillation(recipe, DataFacts.of(data), run, cpu, ranks)
     screen, events = Screen.silent(), Events.nowhere()
     state = work.start(data if ranks.first else None, screen, events)
     o = state.optimizers

@@ -12,7 +12,7 @@ from lad_dist.recipe import DataConfig
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetInfo:
     """Shape of the images, training images per class, test images; ``source`` says where this is known from."""
 
     channels: int
@@ -67,7 +67,7 @@ _LISTS = {
 }
 
 
-def facts_of(config: DataConfig) -> Facts:
+def dataset_info(config: DataConfig) -> DatasetInfo:
     """What the stages will be given. Nothing is downloaded; images that are here are all looked at.
 
     Raises:
@@ -82,10 +82,10 @@ def facts_of(config: DataConfig) -> Facts:
                 f"plan: the data must be here for a data set that is not a published one; {absent}"
             ) from absent
         return known
-    return Facts(pixels.channels, pixels.size, counts, test, "the data set's files")
+    return DatasetInfo(pixels.channels, pixels.size, counts, test, "the data set's files")
 
 
-def published(config: DataConfig) -> Facts | None:
+def published(config: DataConfig) -> DatasetInfo | None:
     """What is published about the data set; None where that is nothing. Raises DataError for an impossible long tail."""
     known = _KNOWN.get(config.dataset)
     if known is None:
@@ -97,7 +97,7 @@ def published(config: DataConfig) -> Facts | None:
         counts = exponential_counts(
             pool if config.n_max is None else config.n_max, known.classes, config.imbalance_factor
         )
-    return Facts(
+    return DatasetInfo(
         config.channels or known.channels,
         config.image_size or known.size,
         counts,
@@ -106,7 +106,7 @@ def published(config: DataConfig) -> Facts | None:
     )
 
 
-def _of_lists(config: DataConfig) -> Facts | None:
+def _of_lists(config: DataConfig) -> DatasetInfo | None:
     """Lists that are published: class sizes on an exponential of the published ends, levelled to the published total."""
     known = _LISTS.get(Path(config.train).name) if config.dataset == "list" and config.train is not None else None
     if known is None or config.image_size is None:
@@ -118,7 +118,7 @@ def _of_lists(config: DataConfig) -> Facts | None:
     step = 1 if short > 0 else -1
     for i in range(abs(short)):  # rounding, and what the smallest classes were raised by: over the larger classes
         inner[i % (2 * len(inner) // 3)] += step
-    return Facts(
+    return DatasetInfo(
         config.channels or 3,
         config.image_size,
         (shape[0], *inner, shape[-1]),

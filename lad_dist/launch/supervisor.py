@@ -1,7 +1,7 @@
-"""What SLURM starts on a node in place of the Python that does the work: ``python -m lad_dist.launch.ward ARGUMENTS``.
+"""What SLURM starts on a node in place of the Python that does the work: ``python -m lad_dist.launch.supervisor ARGUMENTS``.
 
 It starts ``python ARGUMENTS`` as its child, waits for it, and then ends every process that the child has left behind,
-whatever became of the child: a driver that was killed cannot stop its Ray. Processes of a child that died become the ward's
+whatever became of the child: a driver that was killed cannot stop its Ray. Processes of a child that died become the supervisor's
 own (Linux: PR_SET_CHILD_SUBREAPER), however far they have detached themselves; processes that others started never do.
 
 The warning signal, SIGUSR2, is blocked here and so in every process below from its first instruction on: SLURM sends it to

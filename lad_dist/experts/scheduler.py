@@ -1,8 +1,8 @@
 """Which experts are left, whether a fleet or this process trains them, and what is told about it. No Ray here.
 
-choose   fleet or this process, and why
-Queue    the experts that are left; those that another driver is training come last
-Record   events for machines, a board for people, and the experts that failed
+choose       fleet or this process, and why
+ExpertQueue  the experts that are left; those that another driver is training come last
+ExpertLog    events for machines, a board for people, and the experts that failed
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _many(count: int, noun: str) -> str:
 # What is left
 
 
-class Queue:
+class ExpertQueue:
     """The experts that are left, in order. ``owner`` is this driver's name in claims."""
 
     def __init__(self, trainer: ExpertTrainer, experts: Iterable[int]) -> None:
@@ -103,7 +103,7 @@ class Queue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def take(self, record: Record) -> int | None:
+    def take(self, record: ExpertLog) -> int | None:
         """The next expert that is neither finished nor claimed by another driver; None if there is none at the moment.
 
         Whatever another driver finished meanwhile is crossed off, in ``record`` too. Experts that others are training
@@ -175,7 +175,7 @@ class Failure:
         return error
 
 
-class Record:
+class ExpertLog:
     """Tells what happens to the experts; also knows how much is done.
 
     Args:
@@ -303,7 +303,7 @@ def _times(attempts: int) -> str:
 # This process
 
 
-def train_here(trainer: ExpertTrainer, queue: Queue, record: Record, screen: Screen) -> None:
+def train_here(trainer: ExpertTrainer, queue: ExpertQueue, record: ExpertLog, screen: Screen) -> None:
     """Train what is left in this process, one expert after the other. Raises what ``ExpertTrainer.train`` raises."""
     while len(queue):
         expert = queue.take(record)

@@ -20,7 +20,7 @@ from lad_dist.doctor.probe import ANSWER, ASKED
 from lad_dist.errors import ClusterError
 from lad_dist.launch.chain import setup_lines
 from lad_dist.profile import Profile
-from lad_dist.status.slurm import slurm_command, squeue
+from lad_dist.slurm_jobs import slurm_command, squeue
 
 CLOCK_SECONDS = 2.0
 _LOOK_SECONDS = 1.0

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-def asked(ctx: Any) -> tuple[bool, ...]:
+def needs_grad(ctx: Any) -> tuple[bool, ...]:
     """For each tensor of an operation (they come first), whether the backward pass under way uses the derivative by it.
 
     To be called in ``backward``. ``ctx.needs_input_grad`` says only which have a graph: the weights too, when a step's gradient

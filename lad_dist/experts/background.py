@@ -30,7 +30,7 @@ _INTERRUPTED = (Interrupted.exit_code, -signal.SIGINT, -signal.SIGTERM)
 
 
 class ExpertsProcess:
-    """``lad-dist experts`` at work. Made by ``alongside``."""
+    """``lad-dist experts`` at work. Made by ``in_background``."""
 
     def __init__(self, run: Path, profile_file: Path, say: Callable[[str], None]) -> None:
         command = [sys.executable, "-m", "lad_dist.cli", "experts", str(run.resolve()), "--on", str(profile_file)]
@@ -121,7 +121,7 @@ class ExpertsProcess:
 
 
 @contextmanager
-def alongside(run: Path, profile: Profile, say: Callable[[str], None]) -> Iterator[ExpertsProcess]:
+def in_background(run: Path, profile: Profile, say: Callable[[str], None]) -> Iterator[ExpertsProcess]:
     """Train the experts of the run folder ``run`` while the block runs, and wait for the rest of them at its end.
 
     ``say`` is given every line that the process prints, from a thread. However the block ends, the process has ended too,

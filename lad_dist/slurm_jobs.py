@@ -1,9 +1,9 @@
 """What SLURM says about a run's jobs, joined with what the run has written down about them.
 
-    Submission, Job    what was submitted: slurm/jobs.json of the run, published by rename. The ids that sbatch returned are
-                       what jobs are known by, whatever comment or name they have
-    TaskState          one job, or one job of an array, now: from squeue while SLURM remembers it, then from what it left
-    Queue              asks squeue, and remembers the answer for a moment
+    Submission, SlurmJob   what was submitted: slurm/jobs.json of the run, published by rename. The ids that sbatch returned
+                           are what jobs are known by, whatever comment or name they have
+    TaskState              one job, or one job of an array, now: from squeue while SLURM remembers it, then from what it left
+    SlurmQueue             asks squeue, and remembers the answer for a moment
 
 Needs no accounting database: ``squeue --states=all`` also lists jobs that have ended, for MinJobAge seconds. A job writes
 task.json beside its log when it starts and when it ends; one that was killed could not write the second.
@@ -24,8 +24,7 @@ from shlex import quote
 from typing import Any, Literal
 
 from lad_dist.errors import ClusterError, RunDirError
-from lad_dist.pipeline import STAGES
-from lad_dist.rundir import RunDir, published
+from lad_dist.rundir import STAGES, RunDir, published
 
 State = Literal["waiting", "running", "ending", "done", "failed", "cancelled", "gone"]
 ASK_SECONDS = 5.0  # between two calls of squeue
@@ -47,7 +46,7 @@ _LONGEST_LINE = 500
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """A job as it was submitted. ``array``: how many jobs it consists of; None: it is no array.
 
     ``question``: what an evaluation was asked other than what the run's recipe says; empty: that.
@@ -78,7 +77,7 @@ class Submission:
     time: float
     profile: str
     logs: str
-    jobs: tuple[Job, ...] = ()
+    jobs: tuple[SlurmJob, ...] = ()
 
 
 def read_submissions(run: RunDir) -> list[Submission]:
@@ -86,7 +85,8 @@ def read_submissions(run: RunDir) -> list[Submission]:
     try:
         document = json.loads(run.slurm_jobs.read_text(encoding="utf-8"))
         return [
-            Submission(**{**one, "jobs": tuple(Job(**job) for job in one["jobs"])}) for one in document["submissions"]
+            Submission(**{**one, "jobs": tuple(SlurmJob(**job) for job in one["jobs"])})
+            for one in document["submissions"]
         ]
     except FileNotFoundError:
         return []
@@ -115,7 +115,7 @@ class TaskState:
     ``ending``: SLURM has ended it and waits for its processes; it will do nothing more, and is not queued.
     """
 
-    job: Job
+    job: SlurmJob
     id: str
     state: State
     words: str
@@ -145,7 +145,7 @@ class TaskState:
 
 
 @dataclass
-class Queue:
+class SlurmQueue:
     """The newest job of every stage, any older one that is not over, and what became of them.
 
     ``fault`` says why squeue could not be asked; states are then what the jobs have written down.
@@ -248,7 +248,7 @@ def reason(stderr: str) -> str:
     return "; ".join(dict.fromkeys(lines))
 
 
-def _state_of(submission: Submission, job: Job, task: str, row: dict[str, str] | None, asked: bool) -> TaskState:
+def _state_of(submission: Submission, job: SlurmJob, task: str, row: dict[str, str] | None, asked: bool) -> TaskState:
     logs = Path(submission.logs)
     left = _left(task_file(logs, task))
     log = logs / task / f"{task}_0_log.out"

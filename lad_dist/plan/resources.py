@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lad_dist.distill.memory import free_bytes
 from lad_dist.errors import RecipeError
-from lad_dist.experts.crew import cores_to_use
+from lad_dist.experts.scheduler import cores_to_use
 from lad_dist.plan.scaling import Network, StepTime
 from lad_dist.plan.shapes import Shapes
 from lad_dist.plan.speed import CARDS, CPU_SOURCE, LINKS, Card, card_named, cpu_step, gpu_step
@@ -20,7 +20,7 @@ GPUS_PER_HOST = 8  # assumed of hosts that the profile does not describe
 
 
 @dataclass(frozen=True)
-class Place:
+class Resources:
     """``device`` is ``cpu`` or ``cuda``; ``name`` what it is called. ``here`` says that it is this machine's own.
 
     ``memory`` is what a device (a host, for CPUs) has free for the job, ``host_memory`` what the host has. ``world`` ranks
@@ -73,8 +73,8 @@ class Place:
         return f"assumed: FLOPs and bytes counted, at 30% and 70% of the data sheet of {self.card.name}"
 
 
-def place_of(profile: Profile, device: torch.device | None, gpu: str | None = None) -> Place:
-    """The place that a profile means. ``device`` is this machine's, or None where the profile's GPUs are elsewhere.
+def resources_of(profile: Profile, device: torch.device | None, gpu: str | None = None) -> Resources:
+    """What a profile offers. ``device`` is this machine's, or None where the profile's GPUs are elsewhere.
 
     ``gpu`` names a card of the table to plan for instead. Raises RecipeError for one that the table lacks.
     """
@@ -87,12 +87,12 @@ def place_of(profile: Profile, device: torch.device | None, gpu: str | None = No
     return _of_cards(profile, CARDS[gpu or "a100"])
 
 
-def _of_cpu(profile: Profile) -> Place:
+def _of_cpu(profile: Profile) -> Resources:
     import torch
 
     memory = free_bytes(torch.device("cpu"))
     cores, hosts = cores_to_use(profile), profile.nodes
-    return Place(
+    return Resources(
         device="cpu",
         name=f"CPU, {cores} thread{'s' if cores > 1 else ''}" + (f" on each of {hosts} hosts" if hosts > 1 else ""),
         here=True,
@@ -110,9 +110,9 @@ def _of_cpu(profile: Profile) -> Place:
     )
 
 
-def two_threads() -> Place:
+def two_threads() -> Resources:
     """A CPU of two threads as in the table, with memory enough: what does not depend on this machine."""
-    return Place(
+    return Resources(
         device="cpu",
         name="CPU, 2 threads",
         here=False,
@@ -129,7 +129,7 @@ def two_threads() -> Place:
     )
 
 
-def _of_gpu_here(profile: Profile, device: torch.device) -> Place:
+def _of_gpu_here(profile: Profile, device: torch.device) -> Resources:
     import torch
 
     name = torch.cuda.get_device_name(device)
@@ -138,17 +138,17 @@ def _of_gpu_here(profile: Profile, device: torch.device) -> Place:
     return _gpus(profile, name, True, card or CARDS["a100"], free_bytes(device), profile.gpus_per_node or found)
 
 
-def _of_cards(profile: Profile, card: Card) -> Place:
+def _of_cards(profile: Profile, card: Card) -> Resources:
     per_host = profile.gpus_per_node or min(GPUS_PER_HOST, max(1, -(-profile.world // profile.nodes)))
     return _gpus(profile, card.name, False, card, int(card.memory * 0.95), per_host)
 
 
-def _gpus(profile: Profile, name: str, here: bool, card: Card, memory: int, per_host: int) -> Place:
+def _gpus(profile: Profile, name: str, here: bool, card: Card, memory: int, per_host: int) -> Resources:
     import torch
 
     inside = LINKS["nvlink"] if card.nvlink else LINKS["pcie"]
     gpus = profile.nodes * per_host
-    return Place(
+    return Resources(
         device="cuda",
         name=f"{gpus} x {name}",
         here=here,
