@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lad_dist import cores
 from lad_dist.errors import DistilledError, RankError, RecipeError, RunDirError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lad_dist.callbacks import Listener
     from lad_dist.data.prepare import PreparedData
     from lad_dist.distill.early import Early
+    from lad_dist.distill.loop import Context
     from lad_dist.distill.replay import ReplayRecord
     from lad_dist.ranks import ProcessRank
     from lad_dist.results import Row, Source
@@ -171,8 +172,13 @@ class Pipeline:
             with self.events.from_others():
                 ranks.launch(self.profile.world, distill_rank, what, self.profile.rank_restarts, self.screen.say)
         else:
-            early = self.early()
-            distill(self.recipe, self.data, self.run, self.events, self.screen, self.device, record=record, early=early)
+            distill(self.context(record=record), self.data, self.early())
+
+    def context(self, **more: Any) -> Context:
+        """What a distillation here works with; ``more``: what differs from a single process without a record."""
+        from lad_dist.distill.loop import Context
+
+        return Context(self.recipe, self.run, self.device, self.events, self.screen, **more)
 
     def early(self) -> Early:
         """What measures the set while it is being distilled; the other ranks, where there are any, never wait long for it."""
@@ -430,7 +436,7 @@ def distill_as_rank(pipeline: Pipeline, record: ReplayRecord | None) -> None:
     with as_flag() as flag, ranks.joined(where, device, pipeline.profile.rank_timeout) as joined:
         data = p.data if joined.first else None
         early = p.early() if joined.first else None
-        distill(p.recipe, data, p.run, p.events, p.screen, device, joined, flag, record, early)
+        distill(p.context(ranks=joined, flag=flag, record=record), data, early)
 
 
 def evaluate_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, source: Source, rows: list[Row]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +61,27 @@ class NamedPhase:
     phase: Phase
 
 
-def distill(
-    recipe: Recipe,
-    data: PreparedData | None,
-    run: RunDir,
-    events: Events,
-    screen: Screen,
-    device: torch.device,
-    ranks: Ranks = ALONE,
-    flag: StopFlag | None = None,
-    record: ReplayRecord | None = None,
-    early: Early | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Context:
+    """What a distillation works with, on one rank. ``flag`` tells a rank among several to stop: all do, after an iteration.
+
+    ``record``: replay this one, instead of drawing windows.
+    """
+
+    recipe: Recipe
+    run: RunDir
+    device: torch.device
+    events: Events
+    screen: Screen
+    ranks: Ranks = ALONE
+    flag: StopFlag = field(default_factory=StopFlag)
+    record: ReplayRecord | None = None
+
+
+def distill(context: Context, data: PreparedData | None, early: Early | None = None) -> None:
     """Distill from the last checkpoint on, and publish the distilled set. All ranks call it.
 
-    Only rank 0 needs ``data``. ``flag`` is what tells a rank among several to stop (all stop together, after an iteration).
-    ``record``: replay this one, instead of drawing windows. ``early``, on rank 0: measure the set on its way.
+    Only rank 0 needs ``data``. ``early``, on rank 0: measure the set on its way.
 
     Raises:
         RunDirError: what is there already was not distilled by ``record``, or by another one.
@@ -86,24 +91,23 @@ def distill(
         RankError: another rank is gone; the last checkpoint is kept.
         Interrupted: asked to stop; the state of the last whole iteration is kept.
     """
-    facts = ranks.share(None if data is None else DataFacts.of(data))
+    c = context
+    facts = c.ranks.share(None if data is None else DataFacts.of(data))
     assert facts is not None, "rank 0 has the data"
-    buffer = Buffer(run.trajectories, expected_hash=recipe.experts_hash())
+    buffer = Buffer(c.run.trajectories, expected_hash=c.recipe.experts_hash())
     with ExitStack() as stack:
         live = None
-        if recipe.buffer.start_after is not None and record is None:
-            live = stack.enter_context(closing(LiveExperts(buffer, recipe, ranks, flag)))
-            live.wait(screen, events)
-        work = stack.enter_context(closing(Distillation(recipe, facts, run, device, ranks, flag, buffer, live, record)))
+        if c.recipe.buffer.start_after is not None and c.record is None:
+            live = stack.enter_context(closing(LiveExperts(buffer, c.recipe, c.ranks, c.flag)))
+            live.wait(c.screen, c.events)
+        work = stack.enter_context(closing(Distillation(c, facts, buffer, live)))
         work.prepare_regression(data)
-        _distill(work, data, events, screen, early)
+        _distill(work, data, early)
 
 
-def _distill(
-    work: Distillation, data: PreparedData | None, events: Events, screen: Screen, early: Early | None
-) -> None:
-    recipe, run, ranks = work.recipe, work.run, work.ranks
-    state = work.resume(screen) or work.start(data, screen, events)
+def _distill(work: Distillation, data: PreparedData | None, early: Early | None) -> None:
+    recipe, run, ranks, events, screen = work.recipe, work.run, work.ranks, work.events, work.screen
+    state = work.resume() or work.start(data)
     path, why = work.choose_path(state)
     members = ranks.gather([host_name(), os.getpid()])
     replayed = {} if work.record is None else {"replayed_from": work.record.run}
@@ -111,12 +115,12 @@ def _distill(
     screen.say(f"distill: gradient path {path}: {why}")
     total = recipe.distill.iterations
     if recipe.distill.precision != "float32" and state.iteration < total:
-        work.compare_precision(state, path, screen, events)
+        work.compare_precision(state, path)
     try:
         with screen.task("distill", total, "iterations", done=state.iteration) as task:
             while state.iteration < total:
                 began = time.perf_counter()
-                task.advance(1, **work.iterate(state, work.recorded_path(state.iteration) or path, events))
+                task.advance(1, **work.iterate(state, work.recorded_path(state.iteration) or path))
                 seconds = time.perf_counter() - began
                 regular = state.iteration % recipe.distill.checkpoint_every == 0
                 if (regular or work.save_due) and state.iteration < total:
@@ -157,27 +161,17 @@ class SaveClock:
 class Distillation:
     """What stays the same over the iterations of one recipe, on one rank."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        facts: DataFacts,
-        run: RunDir,
-        device: torch.device,
-        ranks: Ranks = ALONE,
-        flag: StopFlag | None = None,
-        buffer: Buffer | None = None,
-        live: LiveExperts | None = None,
-        record: ReplayRecord | None = None,
-    ) -> None:
-        self.recipe, self.facts, self.run, self.device = recipe, facts, run, device
-        self.ranks, self.flag, self.record, self._live = ranks, flag or StopFlag(), record, live
+    def __init__(self, context: Context, facts: DataFacts, buffer: Buffer, live: LiveExperts | None = None) -> None:
+        recipe, ranks, device, record = context.recipe, context.ranks, context.device, context.record
+        self.recipe, self.run, self.device, self.ranks = recipe, context.run, device, ranks
+        self.events, self.screen, self.flag, self.record = context.events, context.screen, context.flag, record
+        self.facts, self._live = facts, live
         self.classes, self.size = len(facts.counts), facts.size
         self.share = Share.of(self.classes * recipe.ipc, ranks)
         shape = (facts.channels, facts.size, self.classes)
         module = build(recipe.model, *shape, seed=0, purpose=("template",))
         set_precision(module, recipe.distill.precision)
         self.student = Student(module.to(device), ranks, methods.find(recipe.method).loss)
-        buffer = buffer or Buffer(run.trajectories, expected_hash=recipe.experts_hash())
         if buffer.meta.data_fingerprint != facts.fingerprint:
             raise TrajectoryError(
                 f"{buffer.folder}: these trajectories are of other training images (data_fingerprint "
@@ -201,7 +195,7 @@ class Distillation:
 
     # --- where it begins and ends -----------------------------------------------------------------------------------
 
-    def resume(self, screen: Screen) -> State | None:
+    def resume(self) -> State | None:
         """This rank's share of the run's newest checkpoint, if it has one."""
         state = State.load(self.run.distill_checkpoint, self.recipe, self.device, self.ranks)
         if state is not None:
@@ -209,15 +203,15 @@ class Distillation:
                 self.record.check_continues(self.run, state.iteration)
             elif self.ranks.first:
                 check_not_replayed(self.run)
-            screen.say(f"distill: continuing after iteration {state.iteration}")
+            self.screen.say(f"distill: continuing after iteration {state.iteration}")
         return state
 
-    def start(self, data: PreparedData | None, screen: Screen, events: Events) -> State:
+    def start(self, data: PreparedData | None) -> State:
         """This rank's share of the initial synthetic set, which rank 0 makes."""
         made = None
         self._look_for_experts()
         if data is not None:
-            made = first_set(self.recipe, data, self.student, self.windows, screen, events)
+            made = first_set(self.recipe, data, self.student, self.windows, self.screen, self.events)
         images_SCHH, logits_SK, source = self.ranks.share(made) or _never()
         images_sCHH = images_SCHH[self.share.rows].to(self.device)
         logits_sK = logits_SK[self.share.rows].to(self.device, copy=True)
@@ -294,7 +288,7 @@ class Distillation:
         assert loaded is not None, "it has just been saved"
         return loaded
 
-    def compare_precision(self, state: State, path: GradientPath, screen: Screen, events: Events) -> None:
+    def compare_precision(self, state: State, path: GradientPath) -> None:
         """Say how far bfloat16 turns the next iteration's gradients."""
         named = self.phases(state.iteration)
         if not named:
@@ -302,13 +296,15 @@ class Distillation:
         synthetic = state.optimizers.synthetic_set()
         cosines = cosines_to_float32(self.student, synthetic, [p.phase for p in named], path, self.ranks)
         by_phase = {p.stage: round(cosine, 6) for p, cosine in zip(named, cosines, strict=True)}
-        events.emit("precision", iteration=state.iteration, precision=self.recipe.distill.precision, cosine=by_phase)
+        self.events.emit(
+            "precision", iteration=state.iteration, precision=self.recipe.distill.precision, cosine=by_phase
+        )
         shown = ", ".join(f"{cosine:.5f} {stage}" for stage, cosine in by_phase.items())
-        screen.say(f"distill: convolutions in bfloat16; cosine of the images' gradient to float32's: {shown}")
+        self.screen.say(f"distill: convolutions in bfloat16; cosine of the images' gradient to float32's: {shown}")
 
     # --- one iteration ----------------------------------------------------------------------------------------------
 
-    def iterate(self, state: State, path: GradientPath, events: Events) -> dict[str, Any]:
+    def iterate(self, state: State, path: GradientPath) -> dict[str, Any]:
         """One whole iteration; returns the figures to show. Where it raises, ``state`` is as it was before."""
         began, synthetic = time.perf_counter(), state.optimizers.synthetic_set()
         phases = self.phases(state.iteration)
@@ -339,7 +335,7 @@ class Distillation:
                     f"{float(kept[2]):.3g}) zero or less; the last good state is kept; try a smaller "
                     "distill.lr_images or distill.lr_alpha"
                 )
-            events.emit(
+            self.events.emit(
                 "iteration",
                 iteration=state.iteration,
                 alpha=float(state.alpha),

@@ -19,7 +19,8 @@ images, which is v . g of all of them as far as its own pixels and labels are co
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -126,8 +127,6 @@ class Student:
     def __init__(self, module: nn.Module, ranks: Ranks = ALONE, loss: MatchingLoss | None = None) -> None:
         self.module, self.ranks, self.loss = module, ranks, loss
         self.layout = Layout.of(module)
-        self._backbone = self.layout.span("backbone")
-        self._classifier = self.layout.span("classifier")
         self._replica: Replica | None = None
         self.captured = Captured()
 
@@ -137,13 +136,30 @@ class Student:
         Raises:
             NumericalError: the window's two checkpoints are equal.
         """
-        if path == "captured":
-            return self._captured_phase(synthetic, phase)
-        if phase.classifier_only:
-            return self._classifier_phase(synthetic, phase, path)
-        return self._full_phase(synthetic, phase, path)
+        steps = self._steps(synthetic, phase, path)
+        w, losses = phase.start_P[steps.span], []
+        sum_w = torch.zeros_like(w)
+        for batch in phase.batches:
+            gradient_w, loss = steps.take(batch, w)
+            losses.append(loss)
+            sum_w, w = sum_w + gradient_w, w - synthetic.alpha * gradient_w
+        sum_P, final_P = torch.zeros_like(phase.start_P), phase.start_P.clone()
+        sum_P[steps.span], final_P[steps.span] = sum_w, w
+        matched = match(phase.start_P, phase.target_P, sum_P, synthetic.alpha, phase.span, self.loss)
+        result = _empty_result(matched, synthetic, sum_P, final_P, losses)
+        for batch, back in zip(phase.batches, steps.ways_back(), strict=True):
+            if back is not None:
+                image_grad, label_grad = back(matched.direction_P[steps.span])
+                result.image_grad_SCHH.index_add_(0, batch.rows_B, image_grad)
+                result.label_grad_SK.index_add_(0, batch.rows_B, label_grad)
+        return result
 
-    # --- all weights train ------------------------------------------------------------------------------------------
+    def _steps(self, synthetic: SyntheticSet, phase: Phase, path: GradientPath) -> _Steps:
+        if path == "captured":
+            return _CapturedSteps(self, synthetic, phase)
+        if phase.classifier_only:
+            return _ClassifierSteps(self, synthetic, phase, keep=path == "keep")
+        return _Steps(self, synthetic, phase) if path == "keep" else _RecomputedSteps(self, synthetic, phase)
 
     def step_gradient(
         self,
@@ -163,163 +179,148 @@ class Student:
         (gradient_P,) = torch.autograd.grad(loss, theta_P, create_graph=create_graph)
         return gradient_P, loss.detach()
 
-    def _full_phase(self, synthetic: SyntheticSet, phase: Phase, path: GradientPath) -> PhaseResult:
-        kept: list[_KeptStep] = []
-        theta_P, sum_P, losses = phase.start_P, torch.zeros_like(phase.start_P), []
-        for batch in phase.batches:
-            if path == "recompute" and self.ranks.world > 1:
-                gradient_P, loss = self._replicated_gradient(synthetic, phase, batch, theta_P)
-            else:
-                step = self._step(synthetic, phase, batch, theta_P, create_graph=path == "keep")
-                gradient_P, loss = self.ranks.total(step.gradient_P.detach()), step.loss
-                if path == "keep":
-                    kept.append(step)
-            losses.append(loss)
-            sum_P, theta_P = sum_P + gradient_P, theta_P - synthetic.alpha * gradient_P
-        matched = match(phase.start_P, phase.target_P, sum_P, synthetic.alpha, phase.span, self.loss)
-        result = _empty_result(matched, synthetic, sum_P, theta_P, losses)
-        steps = iter(kept) if path == "keep" else self._again(synthetic, phase)
-        for batch, step in zip(phase.batches, steps, strict=True):
-            if len(batch.rows_B):
-                image_grad, label_grad = torch.autograd.grad(
-                    step.gradient_P, [step.images_BCHH, step.labels_BK], grad_outputs=matched.direction_P
-                )
-                result.image_grad_SCHH.index_add_(0, batch.rows_B, image_grad)
-                result.label_grad_SK.index_add_(0, batch.rows_B, label_grad)
-            step.release()
-        return result
-
-    def _again(self, synthetic: SyntheticSet, phase: Phase) -> Iterator[_KeptStep]:
-        """The same steps a second time, each with its graph, each released before the next is made."""
-        theta_P = phase.start_P
-        for batch in phase.batches:
-            step = self._step(synthetic, phase, batch, theta_P, create_graph=True)
-            theta_P = theta_P - synthetic.alpha * self.ranks.total(step.gradient_P.detach())
-            yield step
-
-    def _step(
-        self, synthetic: SyntheticSet, phase: Phase, batch: Batch, theta_P: Tensor, create_graph: bool
-    ) -> _KeptStep:
-        """One step on this rank's part of a batch; of no images, a gradient of zeros without a graph."""
-        images_BCHH = synthetic.images_SCHH[batch.rows_B].requires_grad_(create_graph)
-        labels_BK = synthetic.logits_SK[batch.rows_B].requires_grad_(create_graph)
-        if not len(batch.rows_B):
-            return _KeptStep(images_BCHH, labels_BK, torch.zeros_like(theta_P), theta_P.new_zeros(()))
-        theta_P = theta_P.detach().requires_grad_()
-        views_BCHH = images_BCHH if batch.draw is None else augment.apply(images_BCHH, batch.draw)
-        gradient_P, loss = self.step_gradient(
-            theta_P, views_BCHH, labels_BK, phase.class_weights_K, create_graph, batch.size
-        )
-        return _KeptStep(images_BCHH, labels_BK, gradient_P, loss)
-
-    def _replicated_gradient(
-        self, synthetic: SyntheticSet, phase: Phase, batch: Batch, theta_P: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The same without a graph, through DistributedDataParallel: (gradient of the whole batch, this rank's loss)."""
-        if self._replica is None:
-            self._replica = Replica(self.module, theta_P, self.ranks)
-        images_BCHH, labels_BK = synthetic.images_SCHH[batch.rows_B], synthetic.logits_SK[batch.rows_B]
-        if batch.draw is not None:
-            images_BCHH = augment.apply(images_BCHH, batch.draw)
-        return self._replica.gradient(theta_P, images_BCHH, labels_BK, phase.class_weights_K, batch.size)
-
-    # --- only the classifier trains ---------------------------------------------------------------------------------
-
-    def _classifier_phase(self, synthetic: SyntheticSet, phase: Phase, path: GradientPath) -> PhaseResult:
-        shapes = self._classifier_shapes()
-        kept: list[_View] = []
-        classifiers = [phase.start_P[self._classifier]]  # theta_i of every step: a linear layer each
-        sum_P, losses = torch.zeros_like(classifiers[0]), []
-        for batch in phase.batches:
-            view = self._view(synthetic, phase, batch, with_graph=path == "keep")
-            gradient_P, loss = linear_gradient(
-                classifiers[-1],
-                view.features_BD.detach(),
-                synthetic.logits_SK[batch.rows_B],
-                phase.class_weights_K,
-                shapes,
-                batch.size,
-            )
-            gradient_P = self.ranks.total(gradient_P)
-            losses.append(loss)
-            sum_P = sum_P + gradient_P
-            classifiers.append(classifiers[-1] - synthetic.alpha * gradient_P)
-            if path == "keep":
-                kept.append(view)
-        whole_sum_P, final_P = torch.zeros_like(phase.start_P), phase.start_P.clone()
-        whole_sum_P[self._classifier], final_P[self._classifier] = sum_P, classifiers[-1]
-        matched = match(phase.start_P, phase.target_P, whole_sum_P, synthetic.alpha, phase.span, self.loss)
-        result = _empty_result(matched, synthetic, whole_sum_P, final_P, losses)
-        direction_P = matched.direction_P[self._classifier]
-        views = (
-            iter(kept) if path == "keep" else (self._view(synthetic, phase, b, with_graph=True) for b in phase.batches)
-        )
-        for batch, view, classifier_P in zip(phase.batches, views, classifiers[:-1], strict=True):
-            if len(batch.rows_B):
-                features_BD = view.features_BD.detach().requires_grad_()
-                labels_BK = synthetic.logits_SK[batch.rows_B].requires_grad_()
-                gradient_P, _ = linear_gradient(
-                    classifier_P, features_BD, labels_BK, phase.class_weights_K, shapes, batch.size
-                )
-                feature_grad, label_grad = torch.autograd.grad(
-                    gradient_P, [features_BD, labels_BK], grad_outputs=direction_P
-                )
-                (image_grad,) = torch.autograd.grad(view.features_BD, view.images_BCHH, grad_outputs=feature_grad)
-                result.image_grad_SCHH.index_add_(0, batch.rows_B, image_grad)
-                result.label_grad_SK.index_add_(0, batch.rows_B, label_grad)
-            view.release()
-        return result
-
-    def _classifier_shapes(self) -> list[tuple[int, ...]]:
+    def classifier_shapes(self) -> list[tuple[int, ...]]:
+        """Of the classifier's parameters, in the layout's order."""
         return [self.layout.shapes[self.layout.names.index(n)] for n in self.layout.classifier]
 
-    # --- either, a step at a time as a function of tensors ----------------------------------------------------------
-
-    def _captured_phase(self, synthetic: SyntheticSet, phase: Phase) -> PhaseResult:
-        """The steps without graphs, each with its weights w kept, and then each step's way back."""
-        span = self._classifier if phase.classifier_only else slice(len(phase.start_P))
-        others = [t for t in (phase.class_weights_K, phase.start_P if phase.classifier_only else None) if t is not None]
-        weights, losses = [phase.start_P[span]], []
-        sum_w = torch.zeros_like(weights[0])
-        for batch in phase.batches:
-            gradient_w, loss = torch.zeros_like(sum_w), sum_w.new_zeros(())
-            if len(batch.rows_B):
-                _, views_BCHH = batch.views(synthetic, with_graph=False)
-                tensors = (weights[-1], views_BCHH, synthetic.logits_SK[batch.rows_B], *others)
-                gradient_w, loss = self.captured(self._step_of(phase, batch.size, back=False), *tensors)
-            gradient_w = self.ranks.total(gradient_w)
-            losses.append(loss)
-            sum_w = sum_w + gradient_w
-            weights.append(weights[-1] - synthetic.alpha * gradient_w)
-        sum_P, final_P = torch.zeros_like(phase.start_P), phase.start_P.clone()
-        sum_P[span], final_P[span] = sum_w, weights[-1]
-        matched = match(phase.start_P, phase.target_P, sum_P, synthetic.alpha, phase.span, self.loss)
-        result = _empty_result(matched, synthetic, sum_P, final_P, losses)
-        for batch, w in zip(phase.batches, weights[:-1], strict=True):
-            if not len(batch.rows_B):
-                continue
-            images_BCHH, views_BCHH = batch.views(synthetic, with_graph=True)
-            tensors = (w, views_BCHH.detach(), synthetic.logits_SK[batch.rows_B], matched.direction_P[span], *others)
-            view_grad, label_grad = self.captured(self._step_of(phase, batch.size, back=True), *tensors)
-            (image_grad,) = torch.autograd.grad(views_BCHH, images_BCHH, view_grad)
-            result.image_grad_SCHH.index_add_(0, batch.rows_B, image_grad)
-            result.label_grad_SK.index_add_(0, batch.rows_B, label_grad)
-        return result
-
-    def _step_of(self, phase: Phase, whole: int, back: bool) -> StepFunction:
+    def step_function(self, phase: Phase, whole: int, back: bool) -> StepFunction:
+        """A step of ``phase`` on a batch of ``whole`` images, or its way back, as a function of tensors."""
         rounded = any(getattr(m, "rounded", False) for m in self.module.modules())
         return StepFunction(self, phase.classifier_only, phase.class_weights_K is not None, whole, back, rounded)
 
-    def _view(self, synthetic: SyntheticSet, phase: Phase, batch: Batch, with_graph: bool) -> _View:
-        """The features of this rank's augmented views of one batch under the frozen backbone."""
+    def replicated_gradient(
+        self, theta_P: Tensor, synthetic: SyntheticSet, phase: Phase, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """(g of the whole batch, this rank's loss) of a step without a graph, through DistributedDataParallel."""
+        if self._replica is None:
+            self._replica = Replica(self.module, theta_P, self.ranks)
+        _, views_BCHH = batch.views(synthetic, with_graph=False)
+        labels_BK = synthetic.logits_SK[batch.rows_B]
+        return self._replica.gradient(theta_P, views_BCHH, labels_BK, phase.class_weights_K, batch.size)
+
+
+Back = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""The way back through one step, once: from v to the gradients of v . g by the batch's images and label logits."""
+
+
+class _Steps:
+    """How one phase takes its steps and comes back through them; here with every step's graph kept (*keep*).
+
+    ``span``: the weights w that train.
+    """
+
+    def __init__(self, student: Student, synthetic: SyntheticSet, phase: Phase) -> None:
+        self.student, self.synthetic, self.phase = student, synthetic, phase
+        self.span = student.layout.span("classifier") if phase.classifier_only else slice(len(phase.start_P))
+        self._ways = deque[Back | None]()
+
+    def take(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(g of the whole batch at ``w``, this rank's loss)."""
+        gradient_w, loss, back = self.step(batch, w)
+        self._ways.append(back)
+        return self.student.ranks.total(gradient_w), loss
+
+    def ways_back(self) -> Iterator[Back | None]:
+        """Through every step, in order, each let go of when the next is asked for; None where this rank has no images."""
+        while self._ways:
+            yield self._ways.popleft()
+
+    def step(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor, Back | None]:
+        """(this rank's part of g, its loss, the way back)."""
+        if not len(batch.rows_B):
+            return torch.zeros_like(w), w.new_zeros(()), None
+        return self._step(batch, w)
+
+    def _step(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor, Back]:
+        images_BCHH, views_BCHH = batch.views(self.synthetic, with_graph=True)
+        labels_BK = self.labels(batch).requires_grad_()
+        weights_K, w = self.phase.class_weights_K, w.detach().requires_grad_()
+        gradient_w, loss = self.student.step_gradient(w, views_BCHH, labels_BK, weights_K, True, batch.size)
+
+        def back(direction_w: Tensor) -> tuple[Tensor, Tensor]:
+            image_grad, label_grad = torch.autograd.grad(gradient_w, [images_BCHH, labels_BK], direction_w)
+            return image_grad, label_grad
+
+        return gradient_w.detach(), loss, back
+
+    def labels(self, batch: Batch) -> Tensor:
+        """The label logits (B, K) of a batch."""
+        return self.synthetic.logits_SK[batch.rows_B]
+
+
+class _RecomputedSteps(_Steps):
+    """*recompute*: a first walk without graphs, through the reducer where there are ranks; the way back walks again."""
+
+    def take(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor]:
+        if self.student.ranks.world > 1:
+            return self.student.replicated_gradient(w, self.synthetic, self.phase, batch)
+        _, views_BCHH = batch.views(self.synthetic, with_graph=False)
+        weights_K, w = self.phase.class_weights_K, w.detach().requires_grad_()
+        return self.student.step_gradient(w, views_BCHH, self.labels(batch), weights_K, False, batch.size)
+
+    def ways_back(self) -> Iterator[Back | None]:
+        w = self.phase.start_P[self.span]
+        for batch in self.phase.batches:
+            gradient_w, _, back = self.step(batch, w)
+            w = w - self.synthetic.alpha * self.student.ranks.total(gradient_w)
+            del gradient_w
+            yield back
+            del back
+
+
+class _ClassifierSteps(_Steps):
+    """The classifier alone trains: views go through the frozen backbone once, or again on the way back where ``keep`` is
+    off; the steps touch a linear layer."""
+
+    def __init__(self, student: Student, synthetic: SyntheticSet, phase: Phase, keep: bool) -> None:
+        super().__init__(student, synthetic, phase)
+        self._keep, self._shapes = keep, student.classifier_shapes()
+
+    def _step(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor, Back]:
+        images_BCHH, features_BD = self._features(batch, self._keep)
+        gradient_w, loss = self._gradient(batch, w, features_BD.detach(), self.labels(batch))
+        kept = (images_BCHH, features_BD) if self._keep else None
+
+        def back(direction_w: Tensor) -> tuple[Tensor, Tensor]:
+            images_BCHH, features_BD = kept or self._features(batch, with_graph=True)
+            leaf_BD, labels_BK = features_BD.detach().requires_grad_(), self.labels(batch).requires_grad_()
+            gradient_w, _ = self._gradient(batch, w, leaf_BD, labels_BK)
+            feature_grad, label_grad = torch.autograd.grad(gradient_w, [leaf_BD, labels_BK], direction_w)
+            (image_grad,) = torch.autograd.grad(features_BD, images_BCHH, feature_grad)
+            return image_grad, label_grad
+
+        return gradient_w, loss, back
+
+    def _features(self, batch: Batch, with_graph: bool) -> tuple[Tensor, Tensor]:
+        """(images (B, C, H, H), features (B, D) of their views under the frozen backbone)."""
+        images_BCHH, views_BCHH = batch.views(self.synthetic, with_graph)
+        backbone = self.student.layout.views(self.phase.start_P.detach())
         with torch.set_grad_enabled(with_graph):
-            images_BCHH = synthetic.images_SCHH[batch.rows_B].requires_grad_(with_graph)
-            if not len(batch.rows_B):
-                weight_shape = self.layout.shapes[self.layout.names.index(self.layout.classifier[0])]
-                return _View(images_BCHH, images_BCHH.new_zeros(0, weight_shape[1]))
-            views_BCHH = images_BCHH if batch.draw is None else augment.apply(images_BCHH, batch.draw)
-            features_BD = functional.features(self.module, self.layout.views(phase.start_P.detach()), views_BCHH)
-        return _View(images_BCHH, features_BD)
+            return images_BCHH, functional.features(self.student.module, backbone, views_BCHH)
+
+    def _gradient(self, batch: Batch, w: Tensor, features_BD: Tensor, labels_BK: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_gradient(w, features_BD, labels_BK, self.phase.class_weights_K, self._shapes, batch.size)
+
+
+class _CapturedSteps(_Steps):
+    """*captured*: steps and their ways back are functions of tensors, without graphs of autograd between them."""
+
+    def _step(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor, Back]:
+        captured, function = self.student.captured, self.student.step_function
+        weights_P = self.phase.start_P if self.phase.classifier_only else None
+        others = [t for t in (self.phase.class_weights_K, weights_P) if t is not None]
+        _, views_BCHH = batch.views(self.synthetic, with_graph=False)
+        forth = function(self.phase, batch.size, back=False)
+        gradient_w, loss = captured(forth, w, views_BCHH, self.labels(batch), *others)
+
+        def back(direction_w: Tensor) -> tuple[Tensor, Tensor]:
+            images_BCHH, views_BCHH = batch.views(self.synthetic, with_graph=True)
+            tensors = (w, views_BCHH.detach(), self.labels(batch), direction_w, *others)
+            view_grad, label_grad = captured(function(self.phase, batch.size, back=True), *tensors)
+            (image_grad,) = torch.autograd.grad(views_BCHH, images_BCHH, view_grad)
+            return image_grad, label_grad
+
+        return gradient_w, loss, back
 
 
 @dataclass(frozen=True)
@@ -345,7 +346,7 @@ class StepFunction:
         with torch.enable_grad():
             views_BCHH, labels_BK = (t.detach().requires_grad_(self.back) for t in (views_BCHH, labels_BK))
             if self.classifier_only:
-                layout, shapes = self.student.layout, self.student._classifier_shapes()
+                layout, shapes = self.student.layout, self.student.classifier_shapes()
                 features_BD = functional.features(self.student.module, layout.views(others[0].detach()), views_BCHH)
                 gradient, loss = linear_gradient(
                     w.detach(), features_BD, labels_BK, class_weights_K, shapes, self.whole
@@ -393,27 +394,6 @@ class Replica:
         (loss * self._world).backward()  # the reducer averages over the ranks; wanted is the sum
         gradients = [p.grad for p in self._parameters]
         return torch.cat([g.reshape(-1) for g in gradients if g is not None]), loss.detach()
-
-
-@dataclass
-class _KeptStep:
-    images_BCHH: Tensor
-    labels_BK: Tensor
-    gradient_P: Tensor
-    loss: Tensor
-
-    def release(self) -> None:
-        """Let go of the step's graph, so that memory falls as the way back proceeds."""
-        del self.gradient_P
-
-
-@dataclass
-class _View:
-    images_BCHH: Tensor
-    features_BD: Tensor
-
-    def release(self) -> None:
-        del self.features_BD
 
 
 def _empty_result(

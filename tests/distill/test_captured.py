@@ -55,13 +55,13 @@ def test_replayed_steps_equal_the_others(graphs, classifier_only, weighted):
 
 def test_a_graph_serves_one_kind_of_step_only(graphs):
     problem = Problem(torch.float32)
-    steps = [problem.student._step_of(problem.phase(c), 5, back) for c in (False, True) for back in (False, True)]
-    steps.append(problem.student._step_of(problem.phase(False), 6, back=False))
+    steps = [problem.student.step_function(problem.phase(c), 5, back) for c in (False, True) for back in (False, True)]
+    steps.append(problem.student.step_function(problem.phase(False), 6, back=False))
     for each in problem.student.module.modules():
         each.rounded = True
-    steps.append(problem.student._step_of(problem.phase(False), 6, back=False))
+    steps.append(problem.student.step_function(problem.phase(False), 6, back=False))
     assert len(set(steps)) == len(steps) == 6
-    assert problem.student._step_of(problem.phase(False), 6, back=False) == steps[-1]
+    assert problem.student.step_function(problem.phase(False), 6, back=False) == steps[-1]
 
 
 def test_wrong_graphs_are_not_used_and_one_line_says_so(graphs, caplog):

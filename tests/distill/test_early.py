@@ -14,7 +14,6 @@ from lad_dist.distilled import DistilledSet
 from lad_dist.errors import NumericalError
 from lad_dist.evaluate.early import MOST_BATCHES, MOST_IMAGES, EarlyEvaluation
 from lad_dist.progress import Events, Screen, read_events
-from lad_dist.ranks import ALONE
 
 CPU = torch.device("cpu")
 FOUND = SimpleNamespace(overall=0.75, head=0.9, medium=0.75, tail=None)
@@ -94,7 +93,7 @@ def distilled_with(pipeline, measure, share=0.5, eager=True):
     early.budget = Budget(share)
     if eager:
         early.wanted = lambda seconds: True
-    distill(p.recipe, p.data, p.run, p.events, Screen.silent(), CPU, ALONE, early=early)
+    distill(p.context(), p.data, early)
     return (p.run.distilled / "tensors.safetensors").read_bytes()
 
 
@@ -205,7 +204,7 @@ def test_the_gain_since_the_start_is_shown(pipeline_of):
 
     early = Early(pipeline.recipe, Varied(), pipeline.events, Screen(Console(file=text, width=200)))
     early.wanted = lambda seconds: True
-    distill(pipeline.recipe, pipeline.data, pipeline.run, pipeline.events, Screen.silent(), CPU, ALONE, early=early)
+    distill(pipeline.context(), pipeline.data, early)
     assert "the starting set, a first look (3 epochs): 60.0% overall" in text.getvalue()
     assert "+2.5 points since the start (60.0%)" in text.getvalue() and "-2.0 points since" in text.getvalue()
     assert [e.get("gain") for e in looks(pipeline.run)] == [None, pytest.approx(0.025), pytest.approx(-0.02)]

@@ -23,6 +23,7 @@ from lad_dist.errors import DistilledError, Interrupted, NumericalError, Traject
 from lad_dist.models import functional
 from lad_dist.progress import read_events
 from lad_dist.rundir import load_tensors
+from lad_dist.trajectories.reader import Buffer
 
 CPU = torch.device("cpu")
 
@@ -32,7 +33,7 @@ def events(pipeline, kind: str) -> list[dict]:
 
 
 def work_of(pipeline) -> Distillation:
-    return Distillation(pipeline.recipe, DataFacts.of(pipeline.data), pipeline.run, CPU)
+    return Distillation(pipeline.context(), DataFacts.of(pipeline.data), Buffer(pipeline.run.trajectories))
 
 
 def result(pipeline) -> tuple[bytes, float]:
@@ -188,11 +189,11 @@ def test_a_run_that_is_killed_again_and_again_gets_on(pipeline_of, undisturbed, 
     pipeline = pipeline_of("killed", distill={"checkpoint_every": 10_000})
     iterate, done = Distillation.iterate, []
 
-    def killed(self, state, path, out):
+    def killed(self, state, path):
         if len(done) == 2:
             raise _KilledError
         done.append(state.iteration)
-        return iterate(self, state, path, out)
+        return iterate(self, state, path)
 
     monkeypatch.setattr(SaveClock, "due", lambda self: True)
     with monkeypatch.context() as patched:
@@ -433,11 +434,11 @@ def test_offset():
     torch.testing.assert_close(weights, torch.tensor([80.0, 50.0, 30.0]) * 3 / 160)
 
 
-def test_a_label_temperature_divides_the_first_soft_labels_and_no_hard_ones(pipeline_of, silent):
+def test_a_label_temperature_divides_the_first_soft_labels_and_no_hard_ones(pipeline_of):
     def first_logits(name, **changes):
         pipeline = pipeline_of(name, **changes)
         work = work_of(pipeline)
-        return work.start(pipeline.data, silent, pipeline.events).optimizers.logits_SK
+        return work.start(pipeline.data).optimizers.logits_SK
 
     hot = {"label_temperature": 4.0}
     assert torch.equal(first_logits("soft", distill=hot), first_logits("plain") / 4)

@@ -19,6 +19,7 @@ from lad_dist.models import functional
 from lad_dist.models.convnet import build, flat_parameters
 from lad_dist.progress import read_events
 from lad_dist.recipe import Recipe
+from lad_dist.trajectories.reader import Buffer
 
 CPU = torch.device("cpu")
 REGRESSION = {"lambda_regression": 1.0, "optimizer": "adam", "schedule": "cosine", "lr_images": 0.02, "lr_labels": 0.02,
@@ -111,7 +112,7 @@ def test_a_classifier_that_recovers_the_targets_has_no_loss(problem):
 
 def test_real_batches_hold_every_class_equally_often(pipeline_of):
     pipeline = pipeline_of(distill={**REGRESSION, "regression_batch": 40, "regression_targets": "hard"})
-    work = Distillation(pipeline.recipe, DataFacts.of(pipeline.data), pipeline.run, CPU)
+    work = Distillation(pipeline.context(), DataFacts.of(pipeline.data), Buffer(pipeline.run.trajectories))
     batches = RealBatches(pipeline.recipe, pipeline.data, None)
     theta = work.windows.weights("representation", 0, 0)
     first, again, other = (batches.features(work.student, theta, i) for i in (0, 0, 1))

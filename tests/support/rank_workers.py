@@ -112,18 +112,19 @@ def whole_iterations(out: str, doc: dict, root: str, dtype: torch.dtype) -> None
 def iterations(ranks: Ranks, doc: dict, root: str, dtype: torch.dtype, count: int = 5) -> dict:
     """Whole iterations of a recipe whose experts lie in ``root``, in ``dtype``; what this rank ends with."""
     from lad_dist.data.prepare import prepare
-    from lad_dist.distill.loop import Distillation
+    from lad_dist.distill.loop import Context, Distillation
     from lad_dist.distill.start import DataFacts
     from lad_dist.distill.state import State
     from lad_dist.progress import Events, Screen
     from lad_dist.recipe import Recipe
     from lad_dist.rundir import RunDir
+    from lad_dist.trajectories.reader import Buffer
 
     cpu, run, recipe = torch.device("cpu"), RunDir(Path(root)), Recipe.model_validate(doc)
     data = prepare(recipe, run.whitening, cpu)
-    work = Distillation(recipe, DataFacts.of(data), run, cpu, ranks)
-    screen, events = Screen.silent(), Events.nowhere()
-    state = work.start(data if ranks.first else None, screen, events)
+    context = Context(recipe, run, cpu, Events.nowhere(), Screen.silent(), ranks)
+    work = Distillation(context, DataFacts.of(data), Buffer(run.trajectories))
+    state = work.start(data if ranks.first else None)
     o = state.optimizers
     state = State(recipe, o.images_SCHH.to(dtype), o.logits_SK.to(dtype), state.initial_SCHH, {}, o.alpha.to(dtype))
     work.student.module.to(dtype)
@@ -141,7 +142,7 @@ def iterations(ranks: Ranks, doc: dict, root: str, dtype: torch.dtype, count: in
     calls = []
     for _ in range(count):
         before = ranks.calls.copy()
-        work.iterate(state, recipe.distill.gradient, events)
+        work.iterate(state, recipe.distill.gradient)
         calls.append(dict(ranks.calls - before))
     o = state.optimizers
     return {"images": o.images_SCHH, "labels": o.logits_SK, "alpha": o.alpha, "students": torch.stack(students),
