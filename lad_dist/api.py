@@ -19,11 +19,11 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lad_dist import callbacks, catalog, recipe_file, results
+from lad_dist import callbacks, catalog, loggers, recipe_file, results
 from lad_dist.callbacks import Callback, Event
 from lad_dist.errors import LadDistError, RecipeError, RunDirError
 from lad_dist.profile import Profile
@@ -227,13 +227,13 @@ class Run:
             raise RunDirError(f"{self.folder}: another thread is at work with this run; wait until it has ended")
         try:
             if self._pipeline is not None and self._files.recipe.exists():
-                with local.stopped_by_signals(self.folder):
-                    events = Events(self._files.events, self._listener)
-                    try:
-                        self._pipeline = dataclasses.replace(self._pipeline, events=events)
-                        yield self._pipeline
-                    finally:
-                        events.close()
+                with (
+                    local.stopped_by_signals(self.folder),
+                    closing(Events(self._files.events, self._listener)) as events,
+                    loggers.attached(self.profile.log, self.folder, self.recipe, events),
+                ):
+                    self._pipeline = dataclasses.replace(self._pipeline, events=events)
+                    yield self._pipeline
             else:
                 where = self.recipe, self.folder, self.profile, self._buffers, self._screen
                 with local.working(*where, keep_recipe, listener=self._listener) as self._pipeline:

@@ -85,6 +85,9 @@ class Callback:
     def on_stage_end(self, end: StageEnd) -> None:
         """A stage is done, or stopped."""
 
+    def close(self) -> None:
+        """The process has ended its work on the run; called of loggers by name (``loggers.py``)."""
+
     def on_event(self, event: Event) -> None:
         """Any event of ``events.jsonl``: its ``time`` (Unix seconds), its ``kind`` and the fields of that kind."""
 

@@ -64,7 +64,7 @@ class Pipeline:
         if self._imported():
             self.distill()
         elif self._experts_needed_live():
-            self._distill_alongside_experts()
+            self._distill_while_experts_train()
         else:
             self.experts()
             self.distill()
@@ -118,7 +118,7 @@ class Pipeline:
         count = self.recipe.experts.count
         return len(complete(Buffer(self.run.trajectories), all_stages(self.recipe), count)) < count
 
-    def _distill_alongside_experts(self) -> None:
+    def _distill_while_experts_train(self) -> None:
         """Distill here, while a process of its own trains the experts; both end together where one of them fails."""
         from lad_dist.experts.background import in_background
 

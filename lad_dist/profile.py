@@ -221,6 +221,11 @@ class Profile(BaseModel):
     expert_retries: Annotated[Int, Field(ge=0)] = Field(
         3, description="how often an expert that failed, or whose process died, is tried again from its last part"
     )
+    log: tuple[Text, ...] = Field(
+        (),
+        description="what receives the run's events: wandb, an entry point of lad_dist.loggers, or module:attribute "
+        "(docs/extending.md)",
+    )
     ray: RayConfig = RayConfig()
     slurm: SlurmConfig = SlurmConfig()
     nodes: Annotated[Int, Field(ge=1)] = Field(1, description="hosts; more than one needs a cluster's launcher")

@@ -61,6 +61,17 @@ class Events:
         if self._listener is not None:
             self._listener(record)
 
+    def tell(self, listener: Listener) -> None:
+        """Tell one more listener from now on."""
+        before = self._listener
+
+        def both(event: Event) -> None:
+            if before is not None:
+                before(event)
+            listener(event)
+
+        self._listener = both
+
     @contextmanager
     def from_others(self) -> Iterator[None]:
         """Inside the block, tell the listener what other processes append, from a thread of its own.

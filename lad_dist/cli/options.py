@@ -85,6 +85,12 @@ class JobOptions:
     ] = None
     device: Annotated[Device | None, typer.Option(help="Overrides the profile's device.")] = None
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; overrides the profile's.")] = None
+    log: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Pass the run's events to wandb or a logger of one's own; overrides the profile's."
+        ),
+    ] = None
 
     def found_job(self) -> JobFile:
         """The recipe file that JOB names. Raises RecipeError."""
@@ -105,7 +111,7 @@ class JobOptions:
 
         file = catalog.find_profile(self.on)
         document = recipe_file.read_document(file)
-        asked = {"device": self.device, "threads": self.threads, **overrides}
+        asked = {"device": self.device, "threads": self.threads, "log": self.log or None, **overrides}
         plain = {k: v.value if isinstance(v, StrEnum) else v for k, v in asked.items() if v is not None}
         return recipe_file.validated(Profile, document | plain, str(file))
 

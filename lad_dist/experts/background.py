@@ -133,7 +133,7 @@ def in_background(run: Path, profile: Profile, say: Callable[[str], None]) -> It
     """
     with tempfile.TemporaryDirectory(prefix="lad-dist-") as folder, as_exceptions():
         file = Path(folder) / "profile.yaml"
-        here = profile.model_copy(update={"buffers": None})  # the run folder knows its buffer
+        here = profile.model_copy(update={"buffers": None, "log": ()})  # the run folder knows its buffer
         file.write_text(recipe_file.dump(here), encoding="utf-8")
         process = ExpertsProcess(run, file, say)
         _forward_interruptions(process)

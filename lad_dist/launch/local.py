@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lad_dist import allocator, cores, ranks
+from lad_dist import allocator, cores, loggers, ranks
 from lad_dist.callbacks import Listener
 from lad_dist.errors import RecipeError, StorageError
 from lad_dist.interrupts import as_exceptions
@@ -75,12 +75,16 @@ def working(
                 screen.say(fewer)
             if not (out / "recipe.yaml").exists():
                 _check_that_it_fits(recipe, out, profile, store, device)
+            for name in profile.log:
+                loggers.find(name)
             pipeline = open_pipeline(recipe, out, profile, store, device, screen, keep_recipe, listener)
         else:  # rank 0 makes the folder, and where they share a terminal, keeps the record and speaks
             made = _awaited(out, profile)
             events = Events(made.events) if own_log else Events.nowhere()
             pipeline = Pipeline(recipe, made, profile, device, screen if own_log else Screen.silent(), events)
-        with closing(pipeline.events):  # closing writes too, and may find the disk full
+        names = profile.log if where is None or where.rank == 0 else ()
+        # closing writes too, and may find the disk full
+        with closing(pipeline.events), loggers.attached(names, out, recipe, pipeline.events):
             yield pipeline
 
 

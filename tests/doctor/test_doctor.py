@@ -290,7 +290,7 @@ def test_a_log_folder_that_cannot_be_written(fake, tmp_path):
 # --- the job, played by scripts ---------------------------------------------------------------------------------------
 
 
-def on_an_errand(fake, tmp_path, monkeypatch, squeue: str, **job) -> Finding:
+def on_a_node(fake, tmp_path, monkeypatch, squeue: str, **job) -> Finding:
     monkeypatch.setattr(slurm_probe, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(slurm_probe, "_ARRIVAL_SECONDS", 0.05)
     fake(squeue=squeue, **job)
@@ -300,24 +300,24 @@ def on_an_errand(fake, tmp_path, monkeypatch, squeue: str, **job) -> Finding:
 
 
 def test_a_job_that_waits_is_cancelled(fake, tmp_path, monkeypatch):
-    found = on_an_errand(fake, tmp_path, monkeypatch, "echo '77|PENDING|Priority||5:00|0:00|'")
+    found = on_a_node(fake, tmp_path, monkeypatch, "echo '77|PENDING|Priority||5:00|0:00|'")
     assert found.level == "warn" and "still pending after 0 s (Priority)" in found.found
     assert (tmp_path / "cancelled").read_text() == "77\n"
 
 
 def test_a_job_that_hangs(fake, tmp_path, monkeypatch):
-    found = on_an_errand(fake, tmp_path, monkeypatch, "echo '77|RUNNING|None|n1|5:00|0:00|'")
+    found = on_a_node(fake, tmp_path, monkeypatch, "echo '77|RUNNING|None|n1|5:00|0:00|'")
     assert found.level == "fail" and "without an answer" in found.found and (tmp_path / "cancelled").exists()
 
 
 def test_a_folder_that_is_not_shared(fake, tmp_path, monkeypatch):
-    found = on_an_errand(fake, tmp_path, monkeypatch, "echo '77|COMPLETED|None|n1|5:00|0:01|'")
+    found = on_a_node(fake, tmp_path, monkeypatch, "echo '77|COMPLETED|None|n1|5:00|0:01|'")
     assert found.level == "fail" and found.name == "shared folder" and "--out" in found.todo
 
 
 def test_a_job_that_is_refused(fake, tmp_path, monkeypatch):
     refuse = 'echo "sbatch: error: Batch job submission failed: Invalid account" >&2; exit 1'
-    found = on_an_errand(fake, tmp_path, monkeypatch, "exit 0", sbatch=refuse)
+    found = on_a_node(fake, tmp_path, monkeypatch, "exit 0", sbatch=refuse)
     assert found.level == "fail" and found.found.endswith("Invalid account") and not (tmp_path / "cancelled").exists()
 
 
