@@ -37,7 +37,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 		{ echo "lad-dist needs Python 3.11 or newer; try: make PYTHON=/path/to/python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (torch and ray are large: a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
 	@touch $@
 
 $(VENV)/installed-for-tests: $(VENV)/installed

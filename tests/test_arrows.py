@@ -18,13 +18,13 @@ LEVEL = {
     "trajectories": 4, "distilled": 4, "data": 4, "models": 4,
     "catalog": 5, "recipe": 5, "recipe_file": 5, "results": 5, "profile": 5, "rundir": 5, "progress": 5, "ranks": 5, "seeds": 5,
     "errors": 5, "interrupts": 5, "location": 5, "allocator": 5, "cores": 5, "environment": 5,
-    "callbacks": 5, "slurm_jobs": 5, "loggers": 5, "plugins": 5, "methods": 5,
+    "callbacks": 5, "slurm_jobs": 5, "loggers": 5, "extras": 5, "plugins": 5, "methods": 5,
 }  # fmt: skip
 STAGES = ("experts", "distill", "evaluate", "report")
 SAME_LEVEL = {  # within a level, only these
     ("distilled", "data"), ("launch", "status"), ("doctor", "launch"),
     ("loggers", "callbacks"), ("loggers", "errors"), ("loggers", "plugins"), ("loggers", "progress"), ("loggers", "recipe"),
-    ("slurm_jobs", "rundir"), ("slurm_jobs", "errors"),
+    ("extras", "errors"), ("slurm_jobs", "rundir"), ("slurm_jobs", "errors"),
     ("pipeline", "plan"),  # the number of threads
     ("recipe_file", "recipe"), ("recipe_file", "errors"),
     ("profile", "recipe"), ("rundir", "recipe"), ("rundir", "recipe_file"), ("rundir", "errors"), ("rundir", "location"),

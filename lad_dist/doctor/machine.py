@@ -41,24 +41,34 @@ def software() -> Iterator[Finding]:
         )
     else:
         yield ok("python", f"{shown}, {sys.executable}")
-    wrong = [text for need in sorted(requires("lad-dist") or ()) if "extra ==" not in need for text in _unmet(need)]
+    needs = [need.partition(";")[::2] for need in sorted(requires("lad-dist") or ())]
+    wrong = [text for need, extra in needs for text in _unmet(need, optional="extra" in extra)]
     if wrong:
         yield fail(
             "packages", "; ".join(wrong), "pip install -U lad-dist, or see its constraints.txt for a set that works"
         )
     else:
         named = ("lad-dist", "torch", "torchvision", "ray", "submitit", "pyarrow", "numba")
-        yield ok("packages", ", ".join(f"{name} {version(name)}" for name in named))
+        yield ok("packages", ", ".join(f"{name} {_version(name) or 'not installed'}" for name in named))
     yield from _torch_pair()
 
 
-def _unmet(need: str) -> list[str]:
-    """``["torch 2.1 is installed, needed: 2.8 or newer"]``; requirements here have a name and a lower bound only."""
-    name, _, least = re.sub(r"\[[^\]]*\]", "", need).replace(" ", "").partition(">=")
+def _version(name: str) -> str | None:
     try:
-        there = version(name)
+        return version(name)
     except PackageNotFoundError:
-        return [f"{name} is not installed"]
+        return None
+
+
+def _unmet(need: str, optional: bool) -> list[str]:
+    """``["torch 2.1 is installed, needed: 2.8 or newer"]``; requirements here have a name and a lower bound only.
+
+    An optional package may be absent.
+    """
+    name, _, least = re.sub(r"\[[^\]]*\]", "", need).replace(" ", "").partition(">=")
+    there = _version(name)
+    if there is None:
+        return [] if optional else [f"{name} is not installed"]
     return [f"{name} {there} is installed, needed: {least} or newer"] if _numbers(there) < _numbers(least) else []
 
 
@@ -203,7 +213,8 @@ def ray_ready(profile: Profile) -> Iterator[Finding]:
     try:
         there = version("ray")
     except PackageNotFoundError:
-        yield fail("ray", "is not installed", "pip install 'ray[default]', or train with --fleet off")
+        instead = "pip install 'lad-dist[ray]'; experts are trained in one process until then"
+        yield (fail if profile.fleet == "on" else warn)("ray", "is not installed", instead)
         return
     address = profile.ray.address or os.environ.get("RAY_ADDRESS")
     yield from _ray_token(joins=bool(address))

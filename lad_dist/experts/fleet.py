@@ -22,10 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.exceptions import RayError
-from ray.util import metrics
-
 from lad_dist.environment import environment
 from lad_dist.errors import ExpertError, RecipeError, StorageError, TrajectoryError
 from lad_dist.experts.actor import Claimed, ExpertActor, Finished, Orders, SharedData, Started
@@ -44,11 +40,19 @@ from lad_dist.experts.cluster import (
 from lad_dist.experts.private import check_token, private_folder, write_token
 from lad_dist.experts.scheduler import ExpertLog, ExpertQueue, Failure, Process, cluster_address, name_of
 from lad_dist.experts.train import Epoch, ExpertTrainer
+from lad_dist.extras import missing
 from lad_dist.interrupts import deferred
 from lad_dist.location import is_uri
 from lad_dist.profile import Profile
 from lad_dist.progress import Events, Screen
 from lad_dist.trajectories.reader import Buffer
+
+try:
+    import ray
+    from ray.exceptions import RayError
+    from ray.util import metrics
+except ImportError as error:
+    raise missing("ray", "ray", "a fleet of experts", ExpertError, ", or --fleet off") from error
 
 WAIT_SECONDS = 0.5  # for reports, before looking at anything else
 LOOK_SECONDS = 5.0  # between two looks at the cluster, and at the size of the buffer

@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from lad_dist import cores, errors
+from lad_dist import cores, errors, extras
 from lad_dist.errors import ExpertError, LadDistError
 from lad_dist.profile import Profile
 from lad_dist.progress import Board, Events, Screen
@@ -49,6 +49,8 @@ def choose(profile: Profile, on_gpu: bool, left: int) -> Choice:
         return Choice(profile.fleet == "on", f"fleet is {profile.fleet}")
     if left < 2:
         return Choice(False, "one expert is left")
+    if not extras.installed("ray"):
+        return Choice(False, "Ray is not installed (pip install 'lad-dist[ray]')")
     address = cluster_address(profile)
     if address is not None:
         return Choice(True, f"the Ray cluster at {address} is named")

@@ -114,14 +114,13 @@ def carry_out(order: Order) -> Ended:
 
 def _import_all() -> None:
     """What takes long to import, and swallows an interruption meanwhile: until the warning is waited for, it stays pending."""
-    import sklearn.datasets
     import torch
 
     from lad_dist import pipeline
     from lad_dist.data import prepare
     from lad_dist.trajectories import reader
 
-    _ = torch, sklearn.datasets, pipeline, prepare, reader
+    _ = torch, pipeline, prepare, reader
 
 
 class Warning:

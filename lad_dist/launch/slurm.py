@@ -21,12 +21,9 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
-from submitit.helpers import DelayedSubmission
-
 from lad_dist.data.datasets import look
 from lad_dist.errors import ClusterError, RecipeError
+from lad_dist.extras import missing
 from lad_dist.launch.chain import Request, StageSelection, request, stages_left, waits_for
 from lad_dist.launch.job import Order, SlurmTask, carry_out
 from lad_dist.launch.local import store_of
@@ -45,6 +42,13 @@ from lad_dist.slurm_jobs import (
     slurm_command,
     write_submissions,
 )
+
+try:
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
+    from submitit.helpers import DelayedSubmission
+except ImportError as error:
+    raise missing("submitit", "slurm", "a job on SLURM", ClusterError) from error
 
 _REFUSED = "{stage}: SLURM refused the job: {why}; nothing of this run was left in the queue"
 _NOT_NOW = ("busy", "DOWN, DRAINED", "reserved")  # nodes that may be there when the job's turn comes

@@ -40,7 +40,7 @@ class _Known:
     test: int
 
 
-# Each data set's own page; digits: lad_dist/data/arrays.py splits scikit-learn's 1,797 images.
+# Each data set's own page; digits: lad_dist/data/arrays.py splits 1,797 images.
 _KNOWN = {
     "digits": _Known(1, 8, 10, 120, 540),
     "fashion-mnist": _Known(1, 28, 10, 6000, 10_000),

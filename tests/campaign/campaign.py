@@ -104,7 +104,6 @@ def preload() -> None:
         TERM="dumb",
         RAY_USAGE_STATS_ENABLED="0",
     )
-    import sklearn.datasets  # noqa: F401
     import torch
 
     import lad_dist.cli

@@ -68,14 +68,14 @@ def test_packages_that_are_too_old_or_missing(monkeypatch):
     there = {"pyarrow": "16.1.0", "torch": "2.8.0a0+cu121", "torchvision": "0.23.0"}
 
     def version(name):
-        if name == "submitit":
+        if name == "rich":
             raise PackageNotFoundError(name)
         return there.get(name, "99.0")
 
     monkeypatch.setattr(machine, "version", version)
     found = by_name(machine.software())
     assert found["packages"].level == "fail"
-    assert found["packages"].found == "pyarrow 16.1.0 is installed, needed: 17 or newer; submitit is not installed"
+    assert found["packages"].found == "pyarrow 16.1.0 is installed, needed: 17 or newer; rich is not installed"
     assert "torchvision" not in found
 
 
@@ -194,7 +194,9 @@ def test_no_ray(monkeypatch):
 
     monkeypatch.setattr(machine, "version", version)
     (found,) = machine.ray_ready(Profile())
-    assert found.level == "fail" and "--fleet off" in found.todo
+    assert found.level == "warn" and "lad-dist[ray]" in found.todo
+    (found,) = machine.ray_ready(Profile(fleet="on"))
+    assert found.level == "fail"
 
 
 # --- SLURM, played by scripts -----------------------------------------------------------------------------------------
