@@ -1,1 +1,1 @@
-"""Images and labels: reading them, making the long tail, whitening, augmentation."""
+"""Images and labels: loading, long-tailed subsets, whitening, augmentation."""

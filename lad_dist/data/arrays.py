@@ -1,4 +1,4 @@
-"""Data sets that come as whole arrays: the UCI digits, Fashion-MNIST (IDX files), CIFAR-10 and CIFAR-100."""
+"""Data sets loaded as whole arrays: the UCI digits, Fashion-MNIST (IDX files), CIFAR-10 and CIFAR-100."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from lad_dist.recipe import DataConfig
 
 _DIGITS = Path(__file__).with_name("digits.npz")
-DIGITS_TEST_PER_CLASS = 54  # leaves 120 to 129 images per class to train on
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+DIGITS_TEST_PER_CLASS = 54  # leaves 120 to 129 training images per class
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # from Debian's package dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 _FASHION_MNIST_PREFIX = {"train": "train", "test": "t10k"}
 _IDX_IMAGES, _IDX_LABELS = 2051, 2049  # magic numbers: unsigned bytes in three dimensions, in one
-# What a download by torchvision can end with (URLError and timeouts are OSErrors, a bad checksum is a RuntimeError).
+# Errors that a torchvision download can raise (URLError and timeouts are OSErrors, a bad checksum is a RuntimeError).
 _DOWNLOAD_ERRORS = (OSError, RuntimeError, http.client.HTTPException)
 
 
 def digits(config: DataConfig) -> tuple[ArraySource, ArraySource]:
-    """Training pool and test split of 1,797 grey 8x8 digits, which come with the package.
+    """Return the training pool and test split of 1,797 grey 8x8 digits, which come with the package.
 
     The test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak; UCI Machine Learning Repository,
     doi.org/10.24432/C50P49, CC BY 4.0), in the order in which scikit-learn's ``load_digits`` has it.
@@ -55,9 +55,9 @@ def digits(config: DataConfig) -> tuple[ArraySource, ArraySource]:
 
 
 def fashion_mnist(config: DataConfig) -> tuple[ArraySource, ArraySource]:
-    """Fashion-MNIST, 60,000 + 10,000 grey 28x28 images, from the first folder that has the four IDX files (.gz or not).
+    """Fashion-MNIST, 60,000 + 10,000 grey 28x28 images, from the first folder with the four IDX files (.gz or not).
 
-    Searched: root/FashionMNIST/raw (torchvision's place), root/fashion-mnist, root, and Debian's package folder. Where
+    Searched: root/FashionMNIST/raw (torchvision's place), root/fashion-mnist, root, and Debian's package folder. If
     none has them and ``config.download`` allows it, torchvision downloads them into root.
     """
     root = data_root(config.root)
@@ -114,13 +114,13 @@ def _cifar_split(config: DataConfig, is_train: bool) -> ArraySource:
     return ArraySource(
         where=f"{folder} ({'train' if is_train else 'test'})",
         labels_N=np.asarray(loaded.targets, dtype=np.int64),
-        images_NCHW=loaded.data.transpose(0, 3, 1, 2),  # a view; the images that are kept are copied once, later
+        images_NCHW=loaded.data.transpose(0, 3, 1, 2),  # a view; the selected images are copied once, later
         class_names=tuple(loaded.classes),
     )
 
 
 def read_idx(file: Path) -> Pixels:
-    """An IDX file of unsigned bytes (http://yann.lecun.com/exdb/mnist), gzipped or not: (N, H, W) or (N,)."""
+    """Read an IDX file of unsigned bytes (http://yann.lecun.com/exdb/mnist), gzipped or not: (N, H, W) or (N,)."""
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         (magic,) = struct.unpack_from(">I", content)
@@ -134,7 +134,7 @@ def read_idx(file: Path) -> Pixels:
 
 
 def _idx_files(folder: Path, split: str) -> tuple[Path, Path] | None:
-    """The images' and the labels' file of a split in ``folder``, or None."""
+    """Return the image and label files of a split in ``folder``, or None."""
     found = []
     for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
         stem = folder / f"{_FASHION_MNIST_PREFIX[split]}-{kind}"

@@ -2,8 +2,8 @@
 
 One operation is drawn per batch, its parameters per image. Drawing (``draw``) and applying (``apply``) are separate:
 the draws are NumPy numbers of a counter-based generator, so a rank that holds only some rows of a batch applies the
-same parameters to them as a single process would. Operations of a recipe's reader (``Augmentation``) get their numbers in
-the same way.
+same parameters to them as a single process would. User-defined operations (``Augmentation``) get their numbers in the
+same way.
 
 Shapes: B images, C channels, H side in pixels, D numbers per image.
 """
@@ -26,15 +26,16 @@ from lad_dist.recipe import AugmentConfig
 
 GROUP = "lad_dist.augmentations"
 _FIELD = "augment.operations"
-_NUMBERS = 3  # uniform ones that are drawn for an image
-_TOLERANCE = 1e-4  # between an image augmented alone and among others
+_NUMBERS = 3  # uniform numbers drawn per image
+_TOLERANCE = 1e-4  # between an image augmented alone and in a batch
 
 
 class Augmentation(Protocol):
-    """An operation of one's own: images (B, C, H, H) and D numbers in [0, 1] for each to images of the same shape.
+    """User-defined operation: maps images (B, C, H, H) and D numbers in [0, 1] per image to images of the same shape.
 
-    Differentiable by the images, which are whitened. It may be given any part of a batch, so what becomes of an image follows
-    from the image and its own numbers alone; nothing else is drawn. An attribute ``numbers`` says D; without it, 3.
+    Differentiable with respect to the images, which are whitened. It may be given any part of a batch, so an image's
+    result must depend only on the image and its own numbers; nothing else may be drawn. An attribute ``numbers`` sets D
+    (default 3).
     """
 
     def __call__(self, images_BCHH: Tensor, uniform_BD: Tensor, /) -> Tensor: ...
@@ -52,12 +53,12 @@ class Draw:
     values_BD: np.ndarray
 
     def rows(self, index: slice | np.ndarray) -> Draw:
-        """The draw of some images of the batch."""
+        """Return the draw of some images of the batch."""
         return Draw(self.operation, self.values_BD[index])
 
 
 def draw(rng: np.random.Generator, config: AugmentConfig, batch: int, size: int) -> Draw:
-    """One operation, uniform among ``config.operations``, with parameters for ``batch`` images of ``size`` pixels a side."""
+    """Draw one operation, uniform among ``config.operations``, and parameters for ``batch`` images of side ``size``."""
     if not config.operations:
         return Draw("none", np.zeros((batch, 0)))
     operation = config.operations[int(rng.integers(len(config.operations)))]
@@ -107,7 +108,7 @@ _RANGES: dict[str, Callable[[np.ndarray, AugmentConfig, int], np.ndarray]] = {
 
 
 def apply(images_BCHH: Tensor, drawn: Draw) -> Tensor:
-    """The augmented images, differentiable with respect to ``images_BCHH``; same shape and type."""
+    """Return the augmented images, differentiable with respect to ``images_BCHH``; same shape and type."""
     if drawn.operation == "none" or len(images_BCHH) == 0:
         return images_BCHH
     values_BD = torch.as_tensor(drawn.values_BD, dtype=images_BCHH.dtype, device=images_BCHH.device)
@@ -117,7 +118,7 @@ def apply(images_BCHH: Tensor, drawn: Draw) -> Tensor:
     return _own(drawn.operation)(images_BCHH, values_BD)
 
 
-# --- operations of a recipe's reader ----------------------------------------------------------------------------------
+# --- user-defined operations -----------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -128,7 +129,7 @@ def _own(operation: str) -> Augmentation:
 
 
 def _numbers(operation: str) -> int:
-    """D of an operation."""
+    """Return D of an operation."""
     numbers = getattr(_own(operation), "numbers", _NUMBERS)
     if type(numbers) is not int or numbers < 0:
         raise RecipeError(
@@ -140,7 +141,7 @@ def _numbers(operation: str) -> int:
 @functools.cache
 @torch.enable_grad()
 def check(operation: str, channels: int, size: int) -> None:
-    """Try an operation of one's own on a few images. Raises RecipeError where it is not what ``Augmentation`` says."""
+    """Test a user-defined operation on a few images. Raises RecipeError if it violates ``Augmentation``."""
     generator = torch.Generator().manual_seed(0)
     images_BCHH = torch.randn(4, channels, size, size, generator=generator).requires_grad_()
     uniform_BD = torch.rand(4, _numbers(operation), generator=generator)
@@ -158,7 +159,7 @@ def check(operation: str, channels: int, size: int) -> None:
         (gradient,) = torch.autograd.grad(views_BCHH.sum(), images_BCHH)
     except LadDistError:
         raise
-    except Exception as error:  # theirs, whatever it is
+    except Exception as error:  # user code: may raise anything
         raise RecipeError(
             f"{where}: on images of {tuple(images_BCHH.shape)}: {type(error).__name__}: {error}"
         ) from error
@@ -175,10 +176,10 @@ def check(operation: str, channels: int, size: int) -> None:
 
 
 def color(x_BCHH: Tensor, values_B3: Tensor) -> Tensor:
-    """Brightness added, then saturation about the mean over channels, then contrast about the image's mean."""
+    """Add brightness, then scale saturation about the mean over channels, then contrast about the image's mean."""
     brightness, saturation, contrast = (v.view(-1, 1, 1, 1) for v in values_B3.unbind(1))
     x_BCHH = x_BCHH + brightness
-    if x_BCHH.shape[1] > 1:  # a grey image is its own mean over channels
+    if x_BCHH.shape[1] > 1:  # a grey image equals its mean over channels
         grey = x_BCHH.mean(dim=1, keepdim=True)
         x_BCHH = (x_BCHH - grey) * saturation + grey
     mean = x_BCHH.mean(dim=(1, 2, 3), keepdim=True)
@@ -186,7 +187,7 @@ def color(x_BCHH: Tensor, values_B3: Tensor) -> Tensor:
 
 
 def crop(x_BCHH: Tensor, values_B2: Tensor) -> Tensor:
-    """Shifted by whole pixels (rows, columns); what comes in from outside is zero."""
+    """Shift by whole pixels (rows, columns); pixels from outside are zero."""
     batch, _, height, width = x_BCHH.shape
     rows = torch.arange(height, device=x_BCHH.device) + values_B2[:, :1].long()
     columns = torch.arange(width, device=x_BCHH.device) + values_B2[:, 1:2].long()
@@ -205,7 +206,7 @@ def _inside(positions: Tensor, length: int) -> Tensor:
 
 
 def cutout(x_BCHH: Tensor, values_B3: Tensor) -> Tensor:
-    """A square hole set to zero; values are its first row, first column and side (the hole may leave the image).
+    """Set a square hole to zero; values are its first row, first column and side (the hole may leave the image).
 
     A hole that leaves the image is clamped to the border row or column, as in the official implementation.
     """
@@ -224,18 +225,18 @@ def _hole(first: Tensor, side: Tensor, length: int) -> Tensor:
 
 
 def flip(x_BCHH: Tensor, values_B1: Tensor) -> Tensor:
-    """Mirrored left to right where the value is 1."""
+    """Mirror left to right where the value is 1."""
     return torch.where(values_B1.view(-1, 1, 1, 1) > 0, x_BCHH.flip(3), x_BCHH)
 
 
 def scale(x_BCHH: Tensor, values_B2: Tensor) -> Tensor:
-    """Sampled on a grid stretched by (x, y): factors above 1 shrink the picture. Bilinear, zeros outside."""
+    """Sample on a grid stretched by (x, y): factors above 1 shrink the picture. Bilinear, zeros outside."""
     zero = torch.zeros_like(values_B2[:, 0])
     return _sampled(x_BCHH, [values_B2[:, 0], zero, zero, zero, values_B2[:, 1], zero])
 
 
 def rotate(x_BCHH: Tensor, values_B1: Tensor) -> Tensor:
-    """Rotated by the angle in radians. Bilinear, zeros outside."""
+    """Rotate by the angle in radians. Bilinear, zeros outside."""
     cos, sin = torch.cos(values_B1[:, 0]), torch.sin(values_B1[:, 0])
     zero = torch.zeros_like(cos)
     return _sampled(x_BCHH, [cos, -sin, zero, sin, cos, zero])

@@ -1,4 +1,4 @@
-"""Data of one's own: ``data.dataset: custom`` and ``data.source: module:attribute``, or the name of an entry point.
+"""User-defined data: ``data.dataset: custom`` and ``data.source: module:attribute``, or the name of an entry point.
 
     # mydata.py, importable by every process of the run (PYTHONPATH, or an installed package)
     def birds(config):                       # the recipe's data section
@@ -11,8 +11,8 @@
 - a pair of arrays or tensors (images, labels): (N, H, W), (N, C, H, W) or (N, H, W, C), C = 1 or 3;
 - a ``lad_dist.data.sources.Source``.
 
-Pixels are uint8, or floats in [0, 1]. Labels are integers 0..K-1. A package offers sources by name through entry points of the
-group ``lad_dist.datasets``. The attribute may also be the pair (train, test) itself.
+Pixels are uint8, or floats in [0, 1]. Labels are integers 0..K-1. A package offers sources by name through entry points
+of the group ``lad_dist.datasets``. The attribute may also be the pair (train, test) itself.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _VALID = (
     "a torch Dataset of (image, label), a Hugging Face Dataset, a pair of arrays (images, labels), or a "
     "lad_dist.data.sources.Source"
 )
-_LABEL_LISTS = ("targets", "labels")  # what torchvision's data sets call the list of all labels
+_LABEL_LISTS = ("targets", "labels")  # names of torchvision data sets' label lists
 _GREY = ("1", "L", "LA", "La")
 
 
 def custom(config: DataConfig) -> tuple[Source, Source]:
-    """Training pool and test split of ``data.source``. Raises DataError naming what is wrong with it."""
+    """Return the training pool and test split of ``data.source``. Raises DataError naming the problem."""
     assert config.source is not None, "the recipe was checked to name it"
     found = plugins.load(config.source, GROUP, "data.source", DataError)
     if callable(found):
@@ -49,7 +49,7 @@ def custom(config: DataConfig) -> tuple[Source, Source]:
             found = found(config)
         except DataError:
             raise
-        except Exception as error:  # theirs, whatever it is
+        except Exception as error:  # user code: may raise anything
             raise DataError(f"data.source: {config.source} raised {type(error).__name__}: {error}") from error
     if not isinstance(found, tuple | list) or len(found) != 2:
         raise DataError(f"data.source: {config.source} gave {_kind(found)}; valid: (train, test)")
@@ -60,7 +60,7 @@ def custom(config: DataConfig) -> tuple[Source, Source]:
 
 
 def as_source(of: Any, where: str, config: DataConfig) -> Source:
-    """One split, in any of the forms above, as a ``Source``. Raises DataError, naming it by ``where``."""
+    """Convert one split, in any of the forms above, to a ``Source``. Raises DataError, naming it by ``where``."""
     if hasattr(of, "items") and hasattr(of, "labels_N"):
         return of
     if isinstance(of, tuple | list) and len(of) == 2 and all(hasattr(part, "__array__") for part in of):
@@ -92,7 +92,7 @@ def _of_arrays(images: Any, labels: Any, where: str) -> ArraySource:
 
 
 def _of_hugging_face(of: Any, where: str, config: DataConfig) -> _Items:
-    """Columns by the recipe's ``image_column`` and ``label_column``, else by their type and name."""
+    """Select the columns by the recipe's ``image_column`` and ``label_column``, else by type and name."""
     kinds = {name: type(feature).__name__ for name, feature in of.features.items()}
     marked = [name for name, kind in kinds.items() if kind == "ClassLabel"]
     named = [name for name in ("label", "labels") if name in kinds]
@@ -116,7 +116,7 @@ def _only(where: str, what: str, columns: list[str]) -> str:
 
 
 def _of_items(of: Any, where: str) -> _Items:
-    """A map-style data set. Labels come from its list of them where it has one, else every item is fetched once for its label."""
+    """Wrap a map-style data set. Labels come from its label list if it has one, else from fetching every item once."""
     labels = next((getattr(of, name) for name in _LABEL_LISTS if hasattr(of, name)), None)
     if labels is None or len(labels) != len(of):
         labels = [_pair(of, where, i)[1] for i in range(len(of))]
@@ -126,10 +126,10 @@ def _of_items(of: Any, where: str) -> _Items:
 
 
 def _item(of: Any, where: str, index: int) -> Any:
-    """Item ``index``, fetched by code that is not ours."""
+    """Fetch item ``index`` with user code."""
     try:
         return of[index]
-    except Exception as error:  # whatever it is
+    except Exception as error:  # user code: may raise anything
         raise DataError(f"data.source: {where}: item {index} raised {type(error).__name__}: {error}") from error
 
 
@@ -142,7 +142,7 @@ def _pair(of: Any, where: str, index: int) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class _Items:
-    """Images that are fetched one by one."""
+    """Images fetched one by one."""
 
     where: str
     labels_N: Labels
@@ -158,7 +158,7 @@ class _Items:
 
 
 def _pixels(image: Any, where: str) -> Pixels:
-    """A PIL image, array or tensor as uint8 (H, W) or (H, W, 3)."""
+    """Convert a PIL image, array or tensor to uint8 (H, W) or (H, W, 3)."""
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("L" if image.mode in _GREY else "RGB"), dtype=np.uint8)
     if not hasattr(image, "__array__"):
@@ -176,7 +176,7 @@ def _pixels(image: Any, where: str) -> Pixels:
 
 
 def _bytes(pixels: np.ndarray[Any, Any], where: str) -> Pixels:
-    """uint8 as it is; floats in [0, 1] scaled to 0..255."""
+    """Return uint8 unchanged; scale floats in [0, 1] to 0..255."""
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype.kind != "f":
@@ -187,7 +187,7 @@ def _bytes(pixels: np.ndarray[Any, Any], where: str) -> Pixels:
 
 
 def _labels(labels: Any, where: str) -> Labels:
-    """One integer per image."""
+    """Validate the labels: one integer per image."""
     found = np.asarray(labels)
     if found.ndim != 1 or (found.dtype.kind not in "iu" and len(found)):
         raise DataError(

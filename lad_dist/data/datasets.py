@@ -1,6 +1,7 @@
-"""From the ``data`` section of a recipe to the long-tailed training set, the held-out set and the test set.
+"""Load the long-tailed training set, the held-out set and the test set from a recipe's ``data`` section.
 
-N images, C channels (1 grey, 3 colour), H = W side, K classes. Images are uint8; whitening makes floats of them later.
+N images, C channels (1 grey, 3 colour), H = W side, K classes. Images are uint8; whitening converts them to floats
+later.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from lad_dist.errors import DataError
 if TYPE_CHECKING:
     from lad_dist.recipe import DataConfig
 
-_LOOK_AT_ONCE = 1024  # images decoded together, and forgotten
+_LOOK_AT_ONCE = 1024  # images decoded at a time, then discarded
 
-Progress = Callable[[int, int], None]  # (images done, images in all)
+Progress = Callable[[int, int], None]  # (images done, images in total)
 
 _OPENERS: dict[str, Callable[[DataConfig], tuple[Source, Source]]] = {
     "digits": digits,
@@ -42,7 +43,7 @@ _OPENERS: dict[str, Callable[[DataConfig], tuple[Source, Source]]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)  # comparing tensors gives no single truth; ``fingerprint`` does
+@dataclass(frozen=True, eq=False)  # comparing tensors yields no single truth value; use ``fingerprint``
 class ImageSet:
     """Labelled images of one size."""
 
@@ -80,7 +81,7 @@ class ImageSet:
         return tuple(torch.bincount(self.labels_N, minlength=self.num_classes).tolist())
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the shape, the images and the labels in their order: equal where training would be equal."""
+        """Return the SHA-256 (hex) of shape, images and labels in order: equal where training would be equal."""
         digest = hashlib.sha256(repr(tuple(self.images_NCHW.shape)).encode())
         digest.update(self.images_NCHW.contiguous().numpy().data)
         digest.update(self.labels_N.numpy().astype("<i8", copy=False).data)
@@ -89,26 +90,26 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class DataSplits:
-    """What the stages work on."""
+    """Data splits used by the stages."""
 
-    train: ImageSet  # exponential: class after class, as ``longtail.select`` orders them; natural: in data set order
-    validation: ImageSet | None  # taken out of the training pool, where a class of few keeps one; None unless asked for
+    train: ImageSet  # exponential: class after class, in the order of ``longtail.select``; natural: in data set order
+    validation: ImageSet | None  # held out of the training pool, small classes keep one; None unless requested
     test: ImageSet
-    full_counts: tuple[int, ...]  # images per class of the training pool, before anything was taken out of it
-    notes: tuple[str, ...] = ()  # what was found and not taken, a sentence each
+    full_counts: tuple[int, ...]  # images per class of the training pool, before holding any out
+    notes: tuple[str, ...] = ()  # what was found but not used, one sentence each
 
     def fingerprints(self, split: str) -> dict[str, str]:
-        """Those of the images that a network is trained on and, in ``split`` (test or validation), measured on."""
+        """Return the fingerprints of the training images and of those in ``split`` (test or validation)."""
         measured = self.test if split == "test" else self.validation
         assert measured is not None, "the recipe was checked to hold out validation images"
         return {"train": self.train.fingerprint(), split: measured.fingerprint()}
 
 
 def load_splits(config: DataConfig, on_progress: Progress | None = None) -> DataSplits:
-    """Open the data set, make the long tail, and decode the images that are kept (no others).
+    """Open the data set, build the long tail, and decode only the selected images.
 
-    ``on_progress`` is called with (images done, images in all), from this thread. Raises ``DataError`` with the file or
-    field at fault.
+    ``on_progress`` is called with (images done, images in total), from this thread. Raises ``DataError`` naming the
+    file or field at fault.
     """
     o = _open(config)
     train, test, class_names, kept, held_out, pixel_format = (
@@ -146,9 +147,10 @@ def load_splits(config: DataConfig, on_progress: Progress | None = None) -> Data
 
 
 def look(config: DataConfig) -> tuple[tuple[int, ...], int, PixelFormat]:
-    """(training images per class, test images, pixel format) of what ``load_splits`` would give, which holds no image.
+    """Return (training images per class, test images, pixel format) of ``load_splits`` without holding any image.
 
-    Every image is decoded and forgotten, so what ``load_splits`` refuses is refused here. Raises ``DataError`` as it does.
+    Every image is decoded and discarded, so whatever ``load_splits`` rejects is rejected here. Raises ``DataError`` as
+    it does.
     """
     o = _open(config)
     counts = np.bincount(o.train.labels_N[o.kept], minlength=len(o.class_names)).tolist()
@@ -161,7 +163,7 @@ def look(config: DataConfig) -> tuple[tuple[int, ...], int, PixelFormat]:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A data set with its labels read and its images chosen."""
+    """A data set with its labels read and its images selected."""
 
     train: Source
     test: Source
@@ -176,7 +178,7 @@ def _open(config: DataConfig) -> _Opened:
     num_classes = check_labels(train)
     if num_classes < 2:
         raise DataError(f"{train.where}: one class; valid: two or more, which a classifier can tell apart")
-    if config.test_fraction is None:  # else a class of one image is not tested
+    if config.test_fraction is None:  # otherwise single-image classes are untested
         check_labels(test, num_classes)
     elif not len(test.labels_N):
         raise DataError(
@@ -190,7 +192,7 @@ def _open(config: DataConfig) -> _Opened:
 def choose_training_images(
     labels_N: Labels, class_names: tuple[str, ...], config: DataConfig
 ) -> tuple[Indices, Indices]:
-    """Indices into the training pool: (images to train on, images held out), by labels alone."""
+    """Return indices into the training pool: (training images, held-out images), by labels alone."""
     num_classes, reserve = len(class_names), config.validation_per_class
     held_out = hold_out(labels_N, reserve, num_classes)
     if config.imbalance == "natural":

@@ -1,4 +1,4 @@
-"""Encoded images to one preallocated uint8 tensor, all of one size and one number of channels.
+"""Decode images into one preallocated uint8 tensor, all of one size and number of channels.
 
 N images, C channels, S side of the (square) images.
 """
@@ -27,18 +27,18 @@ from lad_dist.errors import DataError
 if TYPE_CHECKING:
     from lad_dist.recipe import DataConfig
 
-# What Pillow raises for damaged files, by format.
+# Errors that Pillow raises for damaged files, by format.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # older Pillows open a 16-bit PNG as "I"
 _GREY_MODES = ("1", "L", "LA", "La", *_SIXTEEN_BIT_MODES)
-_BATCH = 256  # images in flight: bounds the memory that encoded images take
+_BATCH = 256  # images in flight: bounds the memory of encoded images
 _MAX_THREADS = 8
-_MOST_BYTES = 2**30  # of one encoded image
+_MOST_BYTES = 2**30  # maximum size of an encoded image
 
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """What every image becomes."""
+    """Common format of all images."""
 
     channels: int  # 1 or 3
     size: int  # side, pixels
@@ -48,7 +48,7 @@ class PixelFormat:
 
 
 def probe(source: Source, config: DataConfig) -> PixelFormat:
-    """The format that ``config`` asks for; what it leaves open is as the first image of ``source`` has it."""
+    """Return the format that ``config`` requests; unset fields follow the first image of ``source``."""
     _, first = next(source.items(np.zeros(1, dtype=np.int64)))
     image = _open(first)
     channels = config.channels or source.channels or (1 if image.mode in _GREY_MODES else 3)
@@ -66,10 +66,10 @@ def probe(source: Source, config: DataConfig) -> PixelFormat:
 def decode(
     source: Source, indices: Indices, pixel_format: PixelFormat, on_decoded: Callable[[int], None] = lambda _: None
 ) -> torch.Tensor:
-    """The images ``indices`` of ``source`` as uint8 (N, C, S, S), in the order of ``indices``.
+    """Decode the images ``indices`` of ``source`` to uint8 (N, C, S, S), in the order of ``indices``.
 
-    Never holds more than the result and a batch of encoded images. ``on_decoded`` is told how many more are done.
-    Raises ``DataError`` naming the first image that cannot be used.
+    Memory is bounded by the result and a batch of encoded images. ``on_decoded`` receives the number of images just
+    completed. Raises ``DataError`` naming the first unusable image.
     """
     shape = (len(indices), pixel_format.channels, pixel_format.size, pixel_format.size)
     if isinstance(source, ArraySource) and source.images_NCHW.shape[1:] == shape[1:]:
@@ -97,7 +97,7 @@ def _open(item: Item) -> Image.Image:
     if isinstance(item.content, np.ndarray):
         return Image.fromarray(item.content)
     try:
-        # Read whole: Pillow would keep each file open until its pixels are asked for.
+        # Read whole: Pillow would keep each file open until its pixels are requested.
         content = _read(item.content, item.where) if isinstance(item.content, Path) else item.content
         image = Image.open(io.BytesIO(content))
         image.load()
@@ -115,7 +115,7 @@ def _open(item: Item) -> Image.Image:
 
 
 def _read(file: Path, where: str) -> bytes:
-    """The content of a regular file. Raises DataError where it is a FIFO, which would be waited for, a device or a giant."""
+    """Return a regular file's content. Raises DataError for a FIFO (would block), a device or an oversized file."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as opened:
         facts = os.fstat(descriptor)
@@ -127,7 +127,7 @@ def _read(file: Path, where: str) -> bytes:
 
 
 def _to_pixels(item: Item, pixel_format: PixelFormat) -> Pixels:
-    """One image as uint8 (C, S, S). Transparency is dropped, colour becomes grey by ITU-R 601 luma."""
+    """Convert one image to uint8 (C, S, S): drop transparency; colour to grey by ITU-R 601 luma."""
     image = _open(item)
     if pixel_format.channels == 1 and image.mode not in _GREY_MODES and not pixel_format.convert_to_grey:
         raise DataError(
@@ -147,14 +147,14 @@ def _to_pixels(item: Item, pixel_format: PixelFormat) -> Pixels:
                 f"{item.where}: {side}x{side} pixels where the first image of the data set has "
                 f"{pixel_format.size}x{pixel_format.size}; valid: images of one size, or data.image_size to resize all"
             )
-        # Pillow's bilinear filter widens with the reduction, which is what keeps small pictures free of aliasing.
+        # Pillow's bilinear filter widens with the reduction factor, which prevents aliasing in small pictures.
         image = image.resize((pixel_format.size, pixel_format.size), Image.Resampling.BILINEAR)
     pixels = np.asarray(image, dtype=np.uint8)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def _eight_bit(item: Item, image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits (65535 -> 255), which Pillow's own conversion would clip; all else as it is."""
+    """Scale 16-bit grey to 8 bits (65535 -> 255), which Pillow's own conversion would clip; return others unchanged."""
     if image.mode == "F":
         raise DataError(f"{item.where}: floating-point pixels have no known range; valid: 8- or 16-bit images")
     if image.mode not in _SIXTEEN_BIT_MODES:

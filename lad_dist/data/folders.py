@@ -1,4 +1,4 @@
-"""Data sets of one file per image: class folders, Tiny-ImageNet, and text lists (ImageNet-LT, Places-LT)."""
+"""Data sets with one file per image: class folders, Tiny-ImageNet, and text lists (ImageNet-LT, Places-LT)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _TEST_FOLDERS = ("test", "val")
 
 
 def image_folder(config: DataConfig) -> tuple[FileSource, FileSource]:
-    """``root/<split>/<class>/**/<image>``: classes in alphabetical order, files too within a class.
+    """``root/<split>/<class>/**/<image>``: classes in alphabetical order, and files within a class too.
 
-    With ``data.test_fraction`` both splits come out of the training folder.
+    With ``data.test_fraction`` both splits come from the training folder.
     """
     root = existing_folder(data_root(config.root), "data.root")
     train = existing_folder(root / (config.train or "train"), "data.train")
@@ -36,8 +36,10 @@ def image_folder(config: DataConfig) -> tuple[FileSource, FileSource]:
 
 
 def split_by_class(source: FileSource, fraction: float) -> tuple[FileSource, FileSource]:
-    """(training, test) images of one source: the first round(n * fraction) of each class's order are test images, one at least
-    and all but one at most."""
+    """Split one source into (training, test) images.
+
+    Test images are the first round(n * fraction) of each class's order, at least one and at most all but one.
+    """
     test_N = np.zeros(len(source.labels_N), dtype=bool)
     for label in np.unique(source.labels_N):
         positions = np.flatnonzero(source.labels_N == label)
@@ -57,10 +59,10 @@ def split_by_class(source: FileSource, fraction: float) -> tuple[FileSource, Fil
 
 
 def tiny_imagenet(config: DataConfig) -> tuple[FileSource, FileSource]:
-    """Tiny-ImageNet, 200 classes of 500 + 50 colour 64x64 images: root, or root/tiny-imagenet-200, as it is unpacked.
+    """Tiny-ImageNet, 200 classes of 500 + 50 colour 64x64 images: root, or root/tiny-imagenet-200, as unpacked.
 
-    The validation images, which serve as test set, may also have been sorted into class folders. Some of the files are
-    grey; all are read as colour unless ``config.channels`` says otherwise.
+    The validation images, which serve as test set, may also have been sorted into class folders. Some files are grey;
+    all are read as colour unless ``config.channels`` overrides it.
     """
     root = existing_folder(data_root(config.root), "data.root")
     if (root / TINY_IMAGENET_FOLDER).is_dir():
@@ -98,10 +100,10 @@ def _test_folder(root: Path, config: DataConfig, defaults: tuple[str, ...]) -> P
 
 
 def _class_folders(train: Path) -> tuple[str, ...]:
-    """The names of the class folders. One may be a link, to a folder outside the data set.
+    """Return the names of the class folders. One may be a link, to a folder outside the data set.
 
-    Raises DataError where a link leads to a folder that holds the split, or to one of the data set's own folders: its images
-    would be counted twice, or be those of another split.
+    Raises DataError if a link leads to a folder that contains the split, or to one of the data set's own folders: its
+    images would be counted twice, or belong to another split.
     """
     names = sorted(entry.name for entry in train.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
@@ -118,9 +120,10 @@ def _class_folders(train: Path) -> tuple[str, ...]:
 
 
 def image_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """All images below ``folder``, sorted, and the links to folders there, which are not followed.
+    """Return all images below ``folder``, sorted, and the links to folders there, which are not followed.
 
-    Hidden files (macOS leaves ``._x.jpg`` in archives) are none. Raises DataError where a link leads to a folder around it.
+    Hidden files (macOS leaves ``._x.jpg`` in archives) are skipped. Raises DataError if a link leads to an enclosing
+    folder.
     """
     files: list[Path] = []
     skipped: list[str] = []
@@ -143,7 +146,7 @@ def image_files(folder: Path) -> tuple[list[Path], list[str]]:
 def _by_class(
     split: Path, classes: tuple[str, ...], names: tuple[str, ...] | None = None, channels: int | None = None
 ) -> FileSource:
-    """The files of ``split/<class>/``. Raises ``DataError`` where a class has none, or a folder is no class."""
+    """Return the files of ``split/<class>/``. Raises ``DataError`` if a class has none, or a folder is not a class."""
     unknown = sorted(set(_class_folders(split)) - set(classes))
     if unknown:
         raise DataError(
@@ -166,7 +169,7 @@ def _by_class(
 
 
 def _synset_names(words: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The first word of each synset in ``words.txt`` (``n02124075<tab>Egyptian cat``), else the synset itself."""
+    """Return each synset's first word in ``words.txt`` (``n02124075<tab>Egyptian cat``), else the synset itself."""
     if not words.is_file():
         return classes
     wanted = set(classes)
@@ -179,7 +182,7 @@ def _synset_names(words: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _annotated(annotations: Path, classes: tuple[str, ...], names: tuple[str, ...]) -> FileSource:
-    """Tiny-ImageNet's validation images: ``val_annotations.txt`` has file, synset and a box, separated by tabs."""
+    """Read Tiny-ImageNet's validation images: ``val_annotations.txt`` has file, synset and a box, separated by tabs."""
     label_of = {synset: label for label, synset in enumerate(classes)}
 
     def parse(line: str) -> tuple[str, int]:
@@ -195,7 +198,7 @@ def _annotated(annotations: Path, classes: tuple[str, ...], names: tuple[str, ..
 
 def _listed(root: Path, file: Path, field: str) -> FileSource:
     def parse(line: str) -> tuple[str, int]:
-        path, label = line.rsplit(maxsplit=1)  # a path may hold spaces
+        path, label = line.rsplit(maxsplit=1)  # a path may contain spaces
         return path, int(label)
 
     paths, labels, lines = _parse_lines(file, field, parse, "'path label' lines, the label an integer")
@@ -209,14 +212,14 @@ def _listed(root: Path, file: Path, field: str) -> FileSource:
 def _parse_lines(
     file: Path, field: str, parse: Callable[[str], tuple[str, int]], valid: str
 ) -> tuple[list[str], list[int], list[int]]:
-    """Paths, labels and line numbers. Raises ``DataError`` with file:line where ``parse`` raises ``ValueError``."""
+    """Return paths, labels and line numbers. Raises ``DataError`` with file:line if ``parse`` raises ``ValueError``."""
     paths: list[str] = []
     labels: list[int] = []
     lines: list[int] = []
     try:
-        if file.exists() and not file.is_file():  # a FIFO would be waited for, a device read for ever
+        if file.exists() and not file.is_file():  # a FIFO would block, a device never end
             raise DataError(f"{field}: {file.absolute()} is not a regular file; valid: a text file")
-        with file.open(encoding="utf-8-sig") as text:  # with or without the mark that some editors put first
+        with file.open(encoding="utf-8-sig") as text:  # with or without a byte order mark
             for number, line in enumerate(text, start=1):
                 stripped = line.strip()
                 if not stripped or stripped.startswith("#"):

@@ -1,4 +1,4 @@
-"""Herding: the few examples whose mean stays closest to the mean of all (Welling, ICML 2009; as in iCaRL, arXiv 1611.07725)."""
+"""Herding: examples whose mean is closest to that of all (Welling, ICML 2009; as in iCaRL, arXiv 1611.07725)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def herd(features_ND: Tensor, count: int) -> np.ndarray:
-    """Positions of ``count`` rows, in the order in which they are picked; at most N.
+    """Return the positions of ``count`` rows, in selection order; at most N.
 
-    Rows are scaled to unit length; each pick brings the mean of the picked ones closest to the mean of all rows. Ties go to
-    the first row, so the result is a function of the features alone.
+    Rows are scaled to unit length; each pick minimises the distance between the mean of the picks and the mean of all
+    rows. Ties go to the first row, so the result is a function of the features alone.
     """
     rows_ND = torch.nn.functional.normalize(features_ND.double(), dim=1)
     mean_D, total_D = rows_ND.mean(dim=0), torch.zeros_like(rows_ND[0])

@@ -1,9 +1,9 @@
-"""From a balanced training set to a long-tailed one: how many images each class keeps, and which.
+"""Long-tailed subset of a balanced training set: how many images each class keeps, and which.
 
-Source: Zhao et al., "Distilling Long-tailed Datasets", arXiv 2408.14506, which takes the exponential profile from
-Cui et al., "Class-Balanced Loss", arXiv 1901.05555.
+Source: Zhao et al., "Distilling Long-tailed Datasets", arXiv 2408.14506, which takes the exponential profile from Cui
+et al., "Class-Balanced Loss", arXiv 1901.05555.
 
-K classes, c class index (0 is the head), n_c images of class c, N images in all.
+K classes, c class index (0 is the head), n_c images of class c, N images in total.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ MANY_SHOT_ABOVE, FEW_SHOT_BELOW = 100, 20  # Liu et al., "Large-Scale Long-Taile
 def exponential_counts(
     n_max: int, num_classes: int, factor: float, class_names: Sequence[str] | None = None
 ) -> tuple[int, ...]:
-    """Images per class, n_c = trunc(n_max * r^(c/(K-1))) with r = 1/factor; one class alone keeps n_max.
+    """Return images per class, n_c = trunc(n_max * r^(c/(K-1))) with r = 1/factor; a single class keeps n_max.
 
-    Raises ``DataError`` where a class would keep no image, naming the largest factor that leaves one.
+    Raises ``DataError`` if a class would keep no image, naming the largest usable factor.
     """
     if n_max < 1 or num_classes < 1 or not factor >= 1:
         raise DataError(
@@ -37,8 +37,8 @@ def exponential_counts(
     counts = []
     for c in range(num_classes):
         kept = n_max * rate ** (c / max(num_classes - 1, 1))
-        # 49 * (1/49) is 0.999... in floating point: what misses a whole number by rounding only counts as that number.
-        # (At every published rate this changes nothing.)
+        # 49 * (1/49) is 0.999... in floating point: values below an integer by rounding only count as that integer.
+        # (This changes nothing at any published rate.)
         counts.append(int(kept * (1 + 1e-12)))
     if counts[-1] < 1:
         empty = counts.index(0)
@@ -50,17 +50,18 @@ def exponential_counts(
 
 
 def within_class_order(n: int) -> Indices:
-    """The order in which a class of n images is kept: the same permutation for every class of that size."""
+    """Return the order in which a class of n images is kept: the same permutation for every class of that size."""
     return np.random.RandomState(_ORDER_SEED).permutation(n).astype(np.int64)
 
 
 def select(
     labels_N: Indices, counts: Sequence[int], held_out: int = 0, class_names: Sequence[str] | None = None
 ) -> Indices:
-    """Indices of the kept images, class after class, within a class in the order of ``within_class_order``.
+    """Return indices of the kept images, class after class, within a class in the order of ``within_class_order``.
 
-    labels_N: the label of every image, in data set order. counts: images to keep of each class. held_out: what
-    ``hold_out`` was asked to take of the end of each class's order. Raises ``DataError`` where a class has fewer images.
+    labels_N: the label of every image, in data set order. counts: images to keep of each class. held_out: the number
+    per class that ``hold_out`` was asked to take from the end of each class's order. Raises ``DataError`` if a class
+    has fewer images.
     """
     kept = []
     for c, count in enumerate(counts):
@@ -78,16 +79,16 @@ def select(
 
 
 def reserve_of(count: int, per_class: int) -> int:
-    """Images held out of a class of ``count`` where ``per_class`` are asked for: one stays to train on."""
+    """Return how many of a class's ``count`` images to hold out, at most ``per_class``; one stays for training."""
     return min(per_class, count - 1)
 
 
 def hold_out(labels_N: Indices, per_class: int, num_classes: int) -> Indices:
-    """Indices of the validation images, class after class: the last ``per_class`` of each class's order.
+    """Return indices of the validation images, class after class: the last ``per_class`` of each class's order.
 
-    A class of so few images keeps one to train on, and gives the others; a class of one gives none. The training set takes a
-    class's order from its start, so holding images out does not change which ones it takes. Raises ``DataError`` where images
-    are asked for and no class can give any.
+    Smaller classes keep one training image and give the others; a class of one gives none. The training set takes a
+    class's order from its start, so holding images out does not change its selection. Raises ``DataError`` if images
+    are requested and no class can give any.
     """
     held = []
     for c in range(num_classes):
@@ -103,11 +104,11 @@ def hold_out(labels_N: Indices, per_class: int, num_classes: int) -> Indices:
 
 
 def head_medium_tail(counts: Sequence[int]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Two groupings of the classes, each a dict of class indices in ascending order.
+    """Return two groupings of the classes, each a dict of class indices in ascending order.
 
-    ``by_count``: many (more than 100 training images), medium (20 to 100), few (fewer than 20).
-    ``by_thirds``: the classes ordered by count, largest first (ties in label order): head and tail are floor(K/3)
-    classes each, medium the rest.
+    ``by_count``: many (more than 100 training images), medium (20 to 100), few (fewer than 20). ``by_thirds``: the
+    classes ordered by count, largest first (ties in label order): head and tail are floor(K/3) classes each, medium the
+    rest.
     """
     order = sorted(range(len(counts)), key=lambda c: -counts[c])
     third = len(counts) // 3

@@ -1,7 +1,7 @@
 """Data sets in Parquet: one row per image, the image encoded (PNG, JPEG, ...), the label an integer.
 
-The image column is binary, or a struct with a binary field ``bytes`` as the Hugging Face hub writes it.
-``write_rows`` and ``read_rows`` are for the files of ``exchange/``: small tables, written and read whole.
+The image column is binary, or a struct with a binary field ``bytes`` as written by the Hugging Face hub. ``write_rows``
+and ``read_rows`` serve the files of ``exchange/``: small tables, written and read whole.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ LABEL_NAMES = ("label", "labels", "fine_label", "target", "cls")
 _DEFAULT_PATTERNS = ("{}.parquet", "{}", "{}-*.parquet", "data/{}.parquet", "data/{}-*.parquet")
 _DEFAULT_TEST_SPLITS = ("test", "validation", "val", "valid")
 _ROWS_AT_ONCE = 256  # encoded images in memory
-_READ_BUFFER = 2**20  # bytes; without it, or with pre_buffer, a whole row group of images would be held in memory
+_READ_BUFFER = 2**20  # bytes; without it, or with pre_buffer, a whole row group of images is held in memory
 
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """One split: ``starts[i]`` is the index of the first image of ``files[i]``; the last entry is their number."""
+    """One split: ``starts[i]`` is the index of the first image of ``files[i]``; the last entry is the image count."""
 
     where: str
     labels_N: Labels
@@ -47,7 +47,7 @@ class ParquetSource:
     notes: tuple[str, ...] = ()
 
     def items(self, indices: Indices) -> Iterator[tuple[int, Item]]:
-        """In the order of the files; row groups without a wanted row are not read."""
+        """Yield items in file order; row groups without a wanted row are not read."""
         by_row = np.argsort(indices, kind="stable")  # the k-th wanted row is output by_row[k]
         rows = indices[by_row]
         for file, start, stop in zip(self.files, self.starts[:-1], self.starts[1:], strict=True):
@@ -63,10 +63,11 @@ class ParquetSource:
 
 
 def parquet(config: DataConfig) -> tuple[ParquetSource, ParquetSource]:
-    """Training and test split. ``train`` and ``test`` are a file, a folder of files, or a pattern, relative to root.
+    """Return the training and test split.
 
-    Not given, they are looked for under root as train.parquet, train/, train-*.parquet, data/train.parquet and
-    data/train-*.parquet (for the test split: test, validation, val or valid).
+    ``train`` and ``test`` are a file, a folder of files, or a pattern, relative to root. By default they are searched
+    under root as train.parquet, train/, train-*.parquet, data/train.parquet and data/train-*.parquet (for the test
+    split: test, validation, val or valid).
     """
     root = data_root(config.root)
     train = _source(_split_files(root, config.train, "data.train", ("train",)), config, None)
@@ -132,7 +133,7 @@ def _column(
     usual: Sequence[str],
     fits: Callable[[pa.DataType], bool],
 ) -> str:
-    """The column ``given``; else the first of the ``usual`` names whose type fits; else the only one that fits."""
+    """Return column ``given``; else the first of the ``usual`` names whose type fits; else the only one that fits."""
     fitting = [name for name in schema.names if fits(schema.field(name).type)]
     columns = ", ".join(f"{entry.name} ({entry.type})" for entry in schema)
     if given is not None:
@@ -171,7 +172,7 @@ def _read_labels(file: Path, image_column: str, label_column: str) -> Labels:
 
 
 def _wanted_rows(parquet: pq.ParquetFile, column: str, rows: Indices) -> Iterator[tuple[int, int, bytes | None]]:
-    """(k, ``rows[k]``, its content) for the sorted ``rows`` of one file."""
+    """Yield (k, ``rows[k]``, its content) for the sorted ``rows`` of one file."""
     group_sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.metadata.num_row_groups)]
     start = 0
     for group, size in enumerate(group_sizes):
@@ -191,13 +192,13 @@ def _wanted_rows(parquet: pq.ParquetFile, column: str, rows: Indices) -> Iterato
 
 
 def _class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None:
-    """From the schema's metadata: Hugging Face's ClassLabel, else the key ``classes`` with names between commas."""
+    """Read class names from schema metadata: Hugging Face's ClassLabel, else the comma-separated key ``classes``."""
     metadata = schema.metadata or {}
     if b"huggingface" in metadata:
         try:
             feature = json.loads(metadata[b"huggingface"])["info"]["features"][label_column]
         except (ValueError, KeyError, TypeError):
-            feature = None  # a file that says nothing about its classes is as good as any
+            feature = None  # ignore metadata without class names
         if isinstance(feature, dict) and isinstance(feature.get("names"), list):
             return tuple(str(name) for name in feature["names"])
     if b"classes" in metadata:
@@ -205,17 +206,17 @@ def _class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None
     return None
 
 
-# --- whole tables, for exchange -----------------------------------------------------------------------------------------
+# --- whole tables, for exchange ------------------------------------------------------------------------------------
 
 Cells = npt.NDArray[Any] | Sequence[bytes] | Sequence[str] | Sequence[Mapping[str, object]]
 
 
 def write_rows(path: Path, columns: Mapping[str, Cells], metadata: Mapping[str, str]) -> None:
-    """Write a table to ``path`` as given (publishing it is the caller's); every page carries its checksum.
+    """Write a table to ``path`` (publishing it is up to the caller); every page has a checksum.
 
-    columns: an array (N,) is a column of its type, an array (N, D) one of lists of length D; bytes, strings and
-    structs (of ``bytes`` and ``path``, as the Hugging Face hub has images) come as sequences. metadata: of the schema.
-    Raises OSError where the file cannot be written.
+    columns: an array (N,) becomes a column of its type, an array (N, D) one of lists of length D; bytes, strings and
+    structs (of ``bytes`` and ``path``, as images on the Hugging Face hub) are given as sequences. metadata: of the
+    schema. Raises OSError if the file cannot be written.
     """
     arrays = {name: _array(cells) for name, cells in columns.items()}
     schema = pa.schema([(name, array.type) for name, array in arrays.items()], metadata=dict(metadata))
@@ -235,9 +236,9 @@ def _array(cells: Cells) -> pa.Array:
 
 
 def read_rows(path: Path, numbers: Sequence[str]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
-    """The columns named in ``numbers`` as arrays, (N,) or, where they hold lists of one length D, (N, D); the metadata.
+    """Return the columns ``numbers`` as arrays, (N,) or, for lists of one length D, (N, D); and the metadata.
 
-    Raises DataError where the file is missing, damaged, or lacks such a column.
+    Raises DataError if the file is missing, damaged, or lacks such a column.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as parquet:

@@ -1,4 +1,4 @@
-"""A recipe's data, ready to train on: long-tailed, whitened, on the device. Every stage starts here."""
+"""A recipe's data, ready for training: long-tailed, whitened, on the device. The entry point of every stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lad_dist.rundir import published
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The splits as loaded (uint8) and as trained on (whitened, on ``device``)."""
+    """Splits as loaded (uint8) and as trained on (whitened, on ``device``)."""
 
     splits: DataSplits
     whitening: Whitening
@@ -34,13 +34,13 @@ class PreparedData:
         return self.splits.train.num_classes
 
     def evaluation_set(self, split: str) -> PreparedSet:
-        """``test`` or ``validation``, whitened as the training set."""
+        """Return ``test`` or ``validation``, whitened like the training set."""
         images = self.splits.test if split == "test" else self.splits.validation
         assert images is not None, "the recipe was checked to hold out validation images"
         return PreparedSet(images.images_NCHW, images.labels_N, self.whitening, self.device)
 
     def keep_whitening(self, path: Path) -> None:
-        """Store the whitening at ``path`` if there is none. Raises StorageError."""
+        """Store the whitening at ``path`` if it does not exist. Raises StorageError."""
         if not path.exists():
             with published(path) as temporary:
                 self.whitening.save(temporary)
@@ -49,7 +49,7 @@ class PreparedData:
 def prepare(
     recipe: Recipe, whitening_path: Path, device: torch.device, on_progress: Callable[[int, int], None] | None = None
 ) -> PreparedData:
-    """Load the data and their whitening; the whitening is fitted and stored at ``whitening_path`` if it is not there.
+    """Load the data and their whitening; fit and store the whitening at ``whitening_path`` if it does not exist.
 
     Raises:
         DataError: the data cannot be used.
@@ -63,7 +63,7 @@ def prepare(
 def accept(
     recipe: Recipe, whitening_path: Path, device: torch.device, on_progress: Callable[[int, int], None] | None = None
 ) -> PreparedData:
-    """As ``prepare``, but nothing is written. Raises DataError."""
+    """Like ``prepare``, but write nothing. Raises DataError."""
     splits = load_splits(recipe.data, on_progress)
     images = splits.train.images_NCHW
     if whitening_path.exists():

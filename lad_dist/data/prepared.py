@@ -10,12 +10,12 @@ DEFAULT_BUDGET_BYTES = 2**30
 
 
 class PreparedSet:
-    """A labelled set that hands out whitened float32 batches on ``device``.
+    """Labelled set that serves whitened float32 batches on ``device``.
 
-    Where all whitened images fit ``budget_bytes`` they are made once and kept on the device (``resident``); else the
-    uint8 images stay where they are and each batch is whitened when it is asked for. ZCA is a matrix product, whose
-    last bit may depend on how many rows it is given, so the two ways agree to rounding only. Which one is taken
-    therefore depends on nothing but the sizes: free memory has no say, and a resumed run takes the same way again.
+    If all whitened images fit in ``budget_bytes`` they are computed once and kept on the device (``resident``); else
+    the uint8 images stay in place and each batch is whitened on demand. ZCA is a matrix product, whose last bit may
+    depend on the number of rows, so the two modes agree only to rounding. The mode therefore depends only on sizes, not
+    on free memory, and a resumed run uses the same mode again.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class PreparedSet:
         device: torch.device | str = "cpu",
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
     ) -> None:
-        """images_NCHW: uint8; labels_N: int64. Raises ``DataError`` where the whitening was fitted to another shape."""
+        """images_NCHW: uint8; labels_N: int64. Raises ``DataError`` if the whitening was fitted to another shape."""
         assert images_NCHW.dtype == torch.uint8 and len(images_NCHW) == len(labels_N)
         self.device = torch.device(device)
         self.whitening = whitening.to(self.device)
@@ -38,7 +38,7 @@ class PreparedSet:
         return len(self.labels_N)
 
     def batch(self, indices_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whitened images float32 (B, C, H, W) and labels int64 (B,), both on the device, in the given order."""
+        """Return whitened images float32 (B, C, H, W) and labels int64 (B,), both on the device, in the given order."""
         images_BCHW = self._images_NCHW[indices_B.to(self._images_NCHW.device)]
         if not self.resident:
             images_BCHW = self.whitening.apply(images_BCHW)

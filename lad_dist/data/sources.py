@@ -1,6 +1,6 @@
-"""What every kind of data set looks like to the loader: labels known at once, images fetched by index.
+"""Interface of data sets to the loader: all labels available at once, images fetched by index.
 
-Labels come first because a long-tailed subset is chosen by label: only the images that are kept are ever decoded.
+Labels come first because a long-tailed subset is selected by label: only the selected images are ever decoded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Source(Protocol):
 
     @property
     def where(self) -> str:
-        """The file or folder, and the column, that the labels come from."""
+        """The file or folder, and the column, of the labels."""
 
     @property
     def labels_N(self) -> Labels:
@@ -49,19 +49,19 @@ class Source(Protocol):
 
     @property
     def channels(self) -> int | None:
-        """1 or 3 where the kind of data set settles it, else None."""
+        """1 or 3 if the kind of data set determines it, else None."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was found and not taken, a sentence each."""
+        """What was found but not used, one sentence each."""
 
     def items(self, indices: Indices) -> Iterator[tuple[int, Item]]:
-        """(k, image ``indices[k]``) for every k, in whichever order is cheapest to read."""
+        """Yield (k, image ``indices[k]``) for every k, in whichever order is cheapest to read."""
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Images that are in memory already: (N, C, H, W), C = 1 or 3."""
+    """Images already in memory: (N, C, H, W), C = 1 or 3."""
 
     where: str
     labels_N: Labels
@@ -79,7 +79,7 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class FileSource:
-    """One image file per image. ``lines`` holds the line of each in the list file that named it, if one did."""
+    """One image file per image. ``lines`` holds each image's line in the list file, if any."""
 
     where: str
     labels_N: Labels
@@ -97,9 +97,9 @@ class FileSource:
 
 
 def data_root(root: str | None) -> Path:
-    """The data folder: ``root`` with ~ and environment variables expanded, else $LAD_DIST_DATA, else ./data.
+    """Return the data folder: ``root`` with ~ and environment variables expanded, else $LAD_DIST_DATA, else ./data.
 
-    Raises ``DataError`` where a variable in it is not set.
+    Raises ``DataError`` if a variable in it is not set.
     """
     given = root if root is not None else os.environ.get(ROOT_VARIABLE, "data")
     expanded = os.path.expanduser(os.path.expandvars(given))
@@ -109,17 +109,17 @@ def data_root(root: str | None) -> Path:
 
 
 def existing_folder(folder: Path, what: str) -> Path:
-    """``folder`` itself. Raises ``DataError`` where it is no folder; ``what`` says in which field to correct it."""
+    """Return ``folder``. Raises ``DataError`` if it is not a folder; ``what`` names the field to correct."""
     if not folder.is_dir():
         raise DataError(f"{what}: {folder.absolute()} is not a folder; valid: an existing folder")
     return folder
 
 
 def check_labels(source: Source, num_classes: int | None = None) -> int:
-    """The number of classes K, once the labels are known to be 0..K-1 with an image of every class.
+    """Check that the labels are 0..K-1 with an image of every class; return K.
 
-    num_classes: K where it is known (from names, or from the training split); else the largest label settles it.
-    Raises ``DataError`` naming the source, the labels at fault and the valid ones.
+    num_classes: K if known (from names, or from the training split); else the largest label determines it. Raises
+    ``DataError`` naming the source, the invalid labels and the valid ones.
     """
     if not len(source.labels_N):
         raise DataError(f"{source.where}: there are no images")
@@ -150,7 +150,7 @@ def check_labels(source: Source, num_classes: int | None = None) -> int:
 
 
 def _gaps(present: Labels, top: int) -> list[int]:
-    """The first few labels below ``top`` that do not occur; cheap also where one stray label makes ``top`` 10^12."""
+    """Return the first few missing labels below ``top``; cheap even if one stray label makes ``top`` 10^12."""
     gaps: list[int] = []
     expected = 0
     for label in (*present.tolist(), top):

@@ -1,6 +1,6 @@
-"""What lies in a folder of images: which of its folders are splits and classes, how many images, of which sizes and colours.
+"""Survey of an image folder: which subfolders are splits and classes, how many images, of which sizes and colours.
 
-Only headers are read, of a sample of the images where there are many.
+Only headers are read, of a sample if there are many images.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from lad_dist.data.folders import IMAGE_SUFFIXES, image_files
 from lad_dist.errors import DataError
 
 _TRAIN, _TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")
-_SAMPLE = 2000  # images whose headers are read
+_SAMPLE = 2000  # maximum number of headers read
 _SHOWN = 5
 _GREY = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A folder as ``data.dataset: image-folder`` can read it. ``train`` and ``test`` are folders' names in ``root``, ``.`` for
-    itself; ``test`` is None where there is none. ``counts`` are training images of each class; ``sides`` the shorter sides."""
+    """A folder readable by ``data.dataset: image-folder``.
+
+    ``train`` and ``test`` are names of folders in ``root``, ``.`` for itself; ``test`` is None if missing. ``counts``
+    are training images of each class; ``sides`` the shorter sides.
+    """
 
     root: Path
     train: str
@@ -48,7 +51,7 @@ class Survey:
 
 
 def survey(root: Path) -> Survey:
-    """Look at ``root``. Raises DataError where it holds no class folders, naming what was found and what is valid."""
+    """Survey ``root``. Raises DataError if it holds no class folders, naming what was found and what is valid."""
     if not root.is_dir():
         raise DataError(f"{root}: is not a folder; valid: a folder with one folder of images for each class")
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -99,7 +102,7 @@ def _is_class(entry: Path) -> bool:
 
 
 def _instead(folder: Path) -> str:
-    """What is there in place of class folders."""
+    """Describe what is there instead of class folders."""
     kinds = Counter(entry.suffix.lower() for entry in folder.iterdir() if entry.is_file())
     images = sum(count for suffix, count in kinds.items() if suffix in IMAGE_SUFFIXES)
     if images:
@@ -112,7 +115,7 @@ def _instead(folder: Path) -> str:
 
 
 def _headers(files: list[Path]) -> tuple[list[tuple[int, int]], Counter[str]]:
-    """Sizes, and how many images have each mode. Raises DataError naming the files that are no images."""
+    """Return sizes, and the number of images per mode. Raises DataError naming the files that are not images."""
     sizes: list[tuple[int, int]] = []
     modes: Counter[str] = Counter()
     broken: list[str] = []

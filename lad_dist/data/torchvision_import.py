@@ -1,9 +1,9 @@
-"""Import torchvision, also beside a CPU-only torch.
+"""Import torchvision, even with a CPU-only torch.
 
-The torchvision wheel of the package index is built for CUDA. Beside a CPU-only torch its compiled part ``_C`` cannot be
-loaded (it needs the CUDA libraries), so the operators ``nms`` and ``qnms`` are never declared, and the import stops
+The torchvision wheel on the package index is built for CUDA. With a CPU-only torch its compiled part ``_C`` cannot be
+loaded (it needs the CUDA libraries), so the operators ``nms`` and ``qnms`` are never declared, and the import fails
 with "operator torchvision::nms does not exist" although data sets, transforms and models need neither. Declaring the
-two schemas beforehand lets the import finish. This is the only place of lad-dist that does so.
+two schemas beforehand lets the import succeed. This is the only place in lad-dist that does so.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _SCHEMAS = (
 
 
 def import_torchvision() -> ModuleType:
-    """The module ``torchvision``, with its ``datasets``, ``transforms`` and ``models`` importable.
+    """Return the module ``torchvision``, with its ``datasets``, ``transforms`` and ``models`` importable.
 
-    Raises ``ImportError`` where torchvision is not installed.
+    Raises ``ImportError`` if torchvision is not installed.
     """
     if "torchvision" not in sys.modules and not _operators_load():
         _declare_operators()
@@ -34,13 +34,13 @@ def import_torchvision() -> ModuleType:
 
 
 def _operators_load() -> bool:
-    """Whether torchvision will find its operators by itself (then declaring them again would be an error)."""
+    """Return whether torchvision will find its operators itself (declaring them again would then be an error)."""
     if torch.version.cuda is not None:
-        return True  # the wheel's own case; where it still fails, torchvision's message is the right one
+        return True  # matches the wheel; if the import still fails, torchvision's own message applies
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
-        return True  # not installed: let the import say so
-    # The file that torchvision/extension.py loads a moment later, in the same way; loading it twice is harmless.
+        return True  # not installed: the import reports it
+    # The file that torchvision/extension.py loads next, in the same way; loading it twice is harmless.
     for library in Path(next(iter(spec.submodule_search_locations))).glob("_C*"):
         try:
             torch.ops.load_library(str(library))
@@ -50,7 +50,7 @@ def _operators_load() -> bool:
     return False
 
 
-@functools.cache  # a library fragment withdraws its schemas when it is collected, and must be made once
+@functools.cache  # a library fragment withdraws its schemas when garbage-collected, and must be created only once
 def _declare_operators() -> torch.library.Library:
     library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _SCHEMAS:

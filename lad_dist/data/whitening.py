@@ -1,17 +1,19 @@
-"""Whitening, fitted on the long-tailed training set and applied to every image: training, test and synthetic.
+"""Whitening, fitted on the long-tailed training set and applied to all images: training, test and synthetic.
 
-Pixels are taken in [0, 1] (uint8 / 255) and flattened to D = C*H*W values.
+Pixels are scaled to [0, 1] (uint8 / 255) and flattened to D = C*H*W values.
+
     zca          mean and covariance over all D values; (x - mean) @ U (S + eps)^(-1/2) U^T, where covariance = U S U^T
                  (method: Bell and Sejnowski 1997; Coates, Ng and Lee 2011 for eps)
     standardize  (x - mean) / std of each channel
     none         x
-Before ZCA each channel may be normalised, x' = (x - m) / s (``normalize``); that is one linear map with what follows, so the
-stored matrix is diag(1/s) U (S + eps)^(-1/2) U^T with U S U^T the covariance of x', and the inverse is exact.
-ZCA keeps pixels where they are, and its inverse U (S + eps)^(1/2) U^T makes pictures of whitened images again.
+
+Before ZCA each channel may be normalised, x' = (x - m) / s (``normalize``); combined with ZCA this is one linear map,
+so the stored matrix is diag(1/s) U (S + eps)^(-1/2) U^T with U S U^T the covariance of x', and the inverse is exact.
+ZCA keeps pixels in place, and its inverse U (S + eps)^(1/2) U^T converts whitened images back to pictures.
 
 Cost of zca: N D^2 multiply-adds for the covariance and about 10 D^3 for the eigenvectors; about 5 D^2 numbers of memory
-at the peak, in float64 up to D = 4096 (3x32x32 is 3072: 0.4 GB) and in float32 beyond (3x64x64 is 12288: 3 GB).
-The training set itself is only ever turned into floats a few hundred images at a time.
+at the peak, in float64 up to D = 4096 (3x32x32 is 3072: 0.4 GB) and in float32 beyond (3x64x64 is 12288: 3 GB). The
+training set itself is converted to floats only a few hundred images at a time.
 """
 
 from __future__ import annotations
@@ -32,19 +34,21 @@ Kind = Literal["zca", "standardize", "none"]
 Normalize = Literal["none", "fitted", "published"]
 Shape = tuple[int, int, int]  # C, H, W
 PUBLISHED_STD = (0.2023, 0.1994, 0.2010)
-"""Of red, green and blue, as the official code normalises CIFAR-100-LT (github.com/ichbill/LTDD, utils/utils_baseline.py). Its
-means (0.4914, 0.4822, 0.4465) drop out: ZCA subtracts the mean of what it is given."""
+"""Red, green and blue, as the official code normalises CIFAR-100-LT (github.com/ichbill/LTDD, utils/utils_baseline.py).
+
+Its means (0.4914, 0.4822, 0.4465) cancel: ZCA subtracts the mean of its input.
+"""
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _FORMAT, _WITHOUT_SUM = "lad-dist whitening 2", "lad-dist whitening 1"  # the first has a checksum
 _FLOAT64_UP_TO = 4096  # values per image, D
-_CHUNK_VALUES = 4_000_000  # values turned into floats at once
+_CHUNK_VALUES = 4_000_000  # values converted to floats at a time
 
 
 def fit_zca(
     x_ND: npt.NDArray[np.floating] | torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ZCA of N float rows of D values, in float64: mean (D,), matrix (D, D), inverse (D, D).
+    """Fit ZCA to N float rows of D values, in float64: mean (D,), matrix (D, D), inverse (D, D).
 
     Covariance over N - 1. Raises ``DataError`` for fewer than two rows.
     """
@@ -76,11 +80,11 @@ class Whitening:
         device: torch.device | str = "cpu",
         normalize: Normalize = "none",
     ) -> Whitening:
-        """Fit to uint8 images; computed on, and returned on, ``device``.
+        """Fit to uint8 images; computed and returned on ``device``.
 
         The same images give the same numbers on the same kind of device with the same number of threads; elsewhere they
-        agree to rounding, so a run stores its whitening and does not fit it again. Raises ``DataError`` where the
-        images cannot be whitened so.
+        agree to rounding, so a run stores its whitening and does not refit it. Raises ``DataError`` if the images
+        cannot be whitened this way.
         """
         assert images_NCHW.dtype == torch.uint8 and images_NCHW.ndim == 4
         device = torch.device(device)
@@ -97,18 +101,18 @@ class Whitening:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are, and the images that ``apply_float`` and ``invert`` take."""
+        """Device of the tensors, and of the images that ``apply_float`` and ``invert`` take."""
         return self.mean.device
 
     def to(self, device: torch.device | str) -> Whitening:
-        """The same whitening on another device."""
+        """Return the same whitening on another device."""
         moved = (tensor.to(device) for tensor in (self.mean, self.matrix, self.inverse))
         return Whitening(self.kind, self.eps, self.shape, *moved)
 
     def apply(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """uint8 images (on any device) to whitened float32 images (N, C, H, W) on this whitening's device.
+        """Whiten uint8 images (on any device) to float32 images (N, C, H, W) on this whitening's device.
 
-        In chunks whose size depends on the images' shape alone, so equal calls give equal bits.
+        Chunk sizes depend only on the images' shape, so equal calls give equal bits.
         """
         assert images_NCHW.dtype == torch.uint8
         out_NCHW = torch.empty(images_NCHW.shape, dtype=torch.float32, device=self.device)
@@ -119,7 +123,7 @@ class Whitening:
         return out_NCHW
 
     def apply_float(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Float images in [0, 1] to whitened images (N, C, H, W); differentiable."""
+        """Whiten float images in [0, 1] to (N, C, H, W); differentiable."""
         self._check_shape(images_NCHW)
         if self.kind == "none":
             return images_NCHW
@@ -128,7 +132,7 @@ class Whitening:
         return ((images_NCHW.flatten(1) - self.mean) @ self.matrix).reshape(images_NCHW.shape)
 
     def invert(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Whitened float images back to the scale of [0, 1], not clamped to it (N, C, H, W); differentiable."""
+        """Map whitened float images back to the scale of [0, 1], without clamping (N, C, H, W); differentiable."""
         self._check_shape(images_NCHW)
         if self.kind == "none":
             return images_NCHW
@@ -137,7 +141,7 @@ class Whitening:
         return (images_NCHW.flatten(1) @ self.inverse + self.mean).reshape(images_NCHW.shape)
 
     def save(self, path: Path | str) -> None:
-        """Write a safetensors file to ``path`` as given (publishing is the caller's). Raises ``StorageError``."""
+        """Write a safetensors file to ``path`` (publishing is up to the caller). Raises ``StorageError``."""
         tensors = {"mean": self.mean, "matrix": self.matrix, "inverse": self.inverse}
         metadata = {
             "format": _FORMAT,
@@ -153,7 +157,7 @@ class Whitening:
 
     @classmethod
     def load(cls, path: Path | str, device: torch.device | str = "cpu") -> Whitening:
-        """What ``save`` wrote. Raises ``DataError`` where the file is missing, damaged or something else."""
+        """Load a file written by ``save``. Raises ``DataError`` if it is missing, damaged or something else."""
         try:
             tensors, metadata = load_tensors(Path(path))
             if metadata.get("format") not in (_FORMAT, _WITHOUT_SUM):
@@ -188,7 +192,7 @@ def _check_enough(count: int) -> None:
 
 
 def _std_before_zca(images_NCHW: torch.Tensor, normalize: Normalize) -> torch.Tensor | None:
-    """The standard deviation (C,) that each channel is divided by before ZCA; None for none."""
+    """Return the standard deviation (C,) that divides each channel before ZCA; None for no normalisation."""
     if normalize == "none":
         return None
     if normalize == "fitted":
@@ -204,8 +208,10 @@ def _std_before_zca(images_NCHW: torch.Tensor, normalize: Normalize) -> torch.Te
 def _fit_zca_uint8(
     images_NCHW: torch.Tensor, eps: float, device: torch.device, std_C: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``fit_zca`` for uint8 images / 255, each channel divided by ``std_C`` first. The mean (of the pixels) is exact: sums of
-    uint8 are whole numbers."""
+    """``fit_zca`` for uint8 images / 255, each channel divided by ``std_C`` first.
+
+    The mean (of the pixels) is exact: sums of uint8 are integers.
+    """
     count, values = len(images_NCHW), images_NCHW[0].numel() if len(images_NCHW) else 0
     _check_enough(count)
     dtype = torch.float64 if values <= _FLOAT64_UP_TO else torch.float32
@@ -229,7 +235,7 @@ def _fit_zca_uint8(
 
 
 def _covariance(centred_chunks: Iterator[torch.Tensor], count: int, like_D: torch.Tensor) -> torch.Tensor:
-    """Sum of x^T x over the chunks (n, D), over count - 1: (D, D)."""
+    """Return the sum of x^T x over the chunks (n, D), divided by count - 1: (D, D)."""
     covariance_DD = torch.zeros(len(like_D), len(like_D), dtype=like_D.dtype, device=like_D.device)
     for chunk_nD in centred_chunks:
         covariance_DD.addmm_(chunk_nD.T, chunk_nD)
@@ -237,9 +243,9 @@ def _covariance(centred_chunks: Iterator[torch.Tensor], count: int, like_D: torc
 
 
 def _zca_matrices(covariance_DD: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """U (S + eps)^(-1/2) U^T and U (S + eps)^(1/2) U^T. Neither depends on the signs that eigenvectors come with."""
+    """Return U (S + eps)^(-1/2) U^T and U (S + eps)^(1/2) U^T. Neither depends on the signs of the eigenvectors."""
     eigenvalues_D, vectors_DD = torch.linalg.eigh(covariance_DD)
-    scale_D = (eigenvalues_D.clamp(min=0) + eps).sqrt()  # rounding can leave an eigenvalue of zero slightly below it
+    scale_D = (eigenvalues_D.clamp(min=0) + eps).sqrt()  # rounding can make a zero eigenvalue slightly negative
     if not float(scale_D.min()) > 0:
         raise DataError(f"data.zca_eps: {eps:g} leaves directions in which the images do not vary; valid: above 0")
     return (vectors_DD / scale_D) @ vectors_DD.T, (vectors_DD * scale_D) @ vectors_DD.T
@@ -248,9 +254,9 @@ def _zca_matrices(covariance_DD: torch.Tensor, eps: float) -> tuple[torch.Tensor
 def _channel_statistics(
     images_NCHW: torch.Tensor, asked_by: str = "data.whitening: standardize"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (over N, not N - 1) of each channel in [0, 1], from exact histograms.
+    """Return mean and standard deviation (over N, not N - 1) of each channel in [0, 1], from exact histograms.
 
-    Raises ``DataError``, naming ``asked_by``, for a channel of one value.
+    Raises ``DataError``, naming ``asked_by``, for a constant channel.
     """
     channels = images_NCHW.shape[1]
     step = _chunk_rows(images_NCHW[0].numel()) if len(images_NCHW) else 1
@@ -263,7 +269,7 @@ def _channel_statistics(
     mean_C = histogram_CV.to(torch.float64) @ value_V / count_C
     variance_C = (histogram_CV * (value_V - mean_C[:, None]) ** 2).sum(dim=1) / count_C
     for c in range(channels):
-        if not float(variance_C[c]) > 1e-12:  # the smallest step of a uint8 image is far above
+        if not float(variance_C[c]) > 1e-12:  # the smallest step of a uint8 image is far larger
             raise DataError(
                 f"{asked_by}: channel {c} has one value throughout; valid: none, or whitening zca on its own"
             )

@@ -1,4 +1,4 @@
-"""How good a network is: accuracy overall, per class, and by groups of classes; calibration; confusion."""
+"""Accuracy of a network: overall, per class and per group of classes; calibration; confusion matrix."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ECE_BINS = 15
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Fractions in [0, 1].
+    """Accuracy figures of one network, as fractions in [0, 1].
 
-    ``balanced`` is the mean of the accuracies of the classes that the set holds; ``per_class`` is 0 for the others, which no
-    mean counts. ``head``, ``medium`` and ``tail`` are means of the classes' accuracies over the thirds of the classes by training
-    count; ``by_count`` the same over many (> 100), medium (20 to 100) and few (< 20) training images; None for an empty group.
-    ``ece`` is the expected calibration error over 15 equal bins of confidence. ``confusion[true][predicted]`` are numbers of
-    images.
+    ``balanced`` is the mean accuracy over the classes present in the set; ``per_class`` is 0 for absent classes, which
+    are excluded from all means. ``head``, ``medium`` and ``tail`` are means of class accuracies over thirds of the
+    classes, ordered by training count; ``by_count`` groups by many (> 100), medium (20 to 100) and few (< 20) training
+    images. Empty groups are None. ``ece`` is the expected calibration error over 15 equal confidence bins.
+    ``confusion[true][predicted]`` counts images.
     """
 
     overall: float
@@ -75,8 +75,11 @@ def accuracy(
 
 
 def calibration_error(confidence_N: Tensor, right_N: Tensor, bins: int = ECE_BINS) -> float:
-    """Expected calibration error: sum over bins of |B| / N * |accuracy(B) - mean confidence(B)|, bins ((m - 1) / M, m / M]
-    (Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599, equation 3)."""
+    """Return the expected calibration error: sum over bins of |B| / N * |accuracy(B) - mean confidence(B)|.
+
+    Bins are ((m - 1) / M, m / M] (Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599, equation
+    3).
+    """
     confidence_N = confidence_N.double()
     which_N = (confidence_N * bins).ceil().long().clamp(1, bins) - 1
     gap_M = torch.zeros(bins, dtype=torch.float64).index_add_(0, which_N, right_N.double() - confidence_N)

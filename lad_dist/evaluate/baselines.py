@@ -1,18 +1,18 @@
-"""Real images to compare a distilled set with: IPC images of every class of the long-tailed training set, hard labels.
+"""Baselines of real images: IPC images of every class of the long-tailed training set, with hard labels.
 
     random      drawn anew for every evaluation seed
-    k-center    k-center greedy: each next image is the one farthest from those chosen (Sener and Savarese, "Active Learning for
-                Convolutional Neural Networks: A Core-Set Approach", arXiv 1708.00489)
-    herding     the mean of the chosen images stays closest to the class mean (data/herding.py)
-    graph-cut   maximises sum_{i in V, j in A} s_ij - sum_{i, j in A} s_ij greedily, s_ij = (1 + cosine) / 2 (Iyer and
-                Bilmes, "Submodular Optimization with Submodular Cover and Submodular Knapsack Constraints", arXiv 1311.2106; with
-                lambda 1 as in DeepCore's GraphCut)
+    k-center    greedy k-center: each next image is the one farthest from those chosen (Sener and Savarese, "Active
+                Learning for Convolutional Neural Networks: A Core-Set Approach", arXiv 1708.00489)
+    herding     keeps the mean of the chosen images closest to the class mean (data/herding.py)
+    graph-cut   greedily maximises sum_{i in V, j in A} s_ij - sum_{i, j in A} s_ij, s_ij = (1 + cosine) / 2 (Iyer and
+                Bilmes, "Submodular Optimization with Submodular Cover and Submodular Knapsack Constraints", arXiv
+                1311.2106; with lambda 1 as in DeepCore's GraphCut)
 
-All but random choose class by class in the feature space of one network and depend on nothing else, as do DeepCore (Guo et al.,
-arXiv 2204.08499, github.com/PatrickZH/DeepCore) and DC-BENCH (Cui et al., arXiv 2207.09639); there the network is trained on
-the whole training set for a few epochs. Here it is expert 0 at its last epoch where the run's buffer has it, which was trained on
-the same long-tailed images, else a network trained on them with the settings of the source ``full``. A row's settings
-name it. A class with fewer than IPC images gives them repeatedly.
+All but random select class by class in the feature space of one network and depend on nothing else, as in DeepCore (Guo
+et al., arXiv 2204.08499, github.com/PatrickZH/DeepCore) and DC-BENCH (Cui et al., arXiv 2207.09639), where the network
+is trained on the whole training set for a few epochs. Here it is the last epoch of expert 0, trained on the same
+long-tailed images, if the run's buffer has it; otherwise a network trained on them with the settings of the source
+``full``. The row's settings name the network. Classes with fewer than IPC images repeat them.
 
 Shapes: N training images, n of one class, D features.
 """
@@ -48,7 +48,7 @@ _BATCH = 1024
 
 
 def random_real(recipe: Recipe, data: PreparedData, seed: int | str) -> np.ndarray:
-    """IPC random training images of every class, class-major; a class with fewer gives its images repeatedly."""
+    """Return IPC random training images of every class, class-major; smaller classes repeat their images."""
     labels_N = data.splits.train.labels_N.numpy()
     chosen = []
     for c in range(data.classes):
@@ -57,11 +57,11 @@ def random_real(recipe: Recipe, data: PreparedData, seed: int | str) -> np.ndarr
     return np.concatenate(chosen)
 
 
-# --- choosing in a feature space --------------------------------------------------------------------------------------
+# --- selection in a feature space -------------------------------------------------------------------------------------
 
 
 def k_center(features_nD: Tensor, count: int) -> np.ndarray:
-    """At most ``count`` rows: first the one closest to the mean, then always the one farthest from its closest chosen row.
+    """Return at most ``count`` rows: the one closest to the mean, then always the one farthest from its nearest pick.
 
     Ties go to the first row.
     """
@@ -69,7 +69,7 @@ def k_center(features_nD: Tensor, count: int) -> np.ndarray:
     picked = [int((rows - rows.mean(dim=0)).square().sum(dim=1).argmin())]
     nearest_n = (rows - rows[picked[0]]).square().sum(dim=1)
     while len(picked) < min(count, len(rows)):
-        nearest_n[picked[-1]] = -1.0  # a chosen row is not chosen again, also where all that is left are copies
+        nearest_n[picked[-1]] = -1.0  # never pick a row twice, even if only duplicates remain
         best = int(nearest_n.argmax())
         picked.append(best)
         nearest_n = torch.minimum(nearest_n, (rows - rows[best]).square().sum(dim=1))
@@ -77,7 +77,7 @@ def k_center(features_nD: Tensor, count: int) -> np.ndarray:
 
 
 def graph_cut(features_nD: Tensor, count: int) -> np.ndarray:
-    """At most ``count`` rows, greedily by gain_j = sum_{i in V} s_ij - 2 sum_{i in A} s_ij; ties go to the first row."""
+    """Return at most ``count`` rows, greedily by gain_j = sum_{i in V} s_ij - 2 sum_{i in A} s_ij; ties: the first."""
     rows = torch.nn.functional.normalize(features_nD.double(), dim=1)
     to_all_n = (len(rows) + rows @ rows.sum(dim=0)) / 2
     to_chosen_n, free_n = torch.zeros_like(to_all_n), torch.ones(len(rows), dtype=torch.bool)
@@ -94,9 +94,9 @@ GROUP = "lad_dist.baselines"
 
 
 class Chooser(Protocol):
-    """Chooses images of one class: from their features (n, D) at most ``count`` different row numbers, the first ones first.
+    """Selects images of one class: at most ``count`` distinct row numbers from features (n, D), best first.
 
-    A function of its arguments alone. A class that gives fewer than ``count`` gives them repeatedly.
+    A pure function of its arguments. If a class yields fewer than ``count``, its images are repeated.
     """
 
     def __call__(self, features_nD: Tensor, count: int, /) -> np.ndarray: ...
@@ -110,19 +110,19 @@ CHOOSERS: dict[str, Chooser] = {
 
 
 def chooser(source: str) -> Chooser:
-    """What chooses the images of a source. Raises RecipeError where there is no such thing."""
+    """Return the chooser of a source. Raises RecipeError if it does not exist."""
     what = "a callable (features of a class, count) -> row numbers"
     found: Chooser = CHOOSERS.get(source) or plugins.load_callable(source, GROUP, _FIELD, what)
     return found
 
 
 def _picks(source: str, choose: Chooser, features_nD: Tensor, count: int) -> np.ndarray:
-    """The row numbers that ``choose`` gives for a class. Raises RecipeError where they are none."""
+    """Return the row numbers that ``choose`` selects for a class. Raises RecipeError if they are invalid."""
     try:
         picks = np.asarray(choose(features_nD, count))
     except LadDistError:
         raise
-    except Exception as error:  # theirs, whatever it is
+    except Exception as error:  # user code: may raise anything
         raise RecipeError(f"{_FIELD}: {source} raised {type(error).__name__}: {error}") from error
     rows = len(features_nD)
     numbers = picks.ndim == 1 and picks.dtype.kind in "iu" and 1 <= len(picks) <= count
@@ -136,15 +136,18 @@ def _picks(source: str, choose: Chooser, features_nD: Tensor, count: int) -> np.
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """The network whose features are chosen in: expert 0's last representation epoch, or, where ``expert_epoch`` is None, one
-    trained for it. ``name`` is what a row's settings say."""
+    """Network whose feature space is used for selection.
+
+    ``expert_epoch`` is expert 0's last representation epoch, or None if a network is trained for this purpose. ``name``
+    appears in a row's settings.
+    """
 
     expert_epoch: int | None
     name: str
 
 
 def feature_space(recipe: Recipe, run: RunDir) -> FeatureSpace:
-    """The network that the run chooses real images with. Raises TrajectoryError where its buffer is of other experts."""
+    """Return the feature space of the run. Raises TrajectoryError if its buffer belongs to other experts."""
     from lad_dist.trajectories.reader import Buffer
 
     buffer, last = Buffer(run.trajectories, recipe.experts_hash()), recipe.experts.epochs
@@ -163,14 +166,14 @@ def chosen_real(
     source: str,
     trained: Callable[[], nn.Module],
 ) -> np.ndarray:
-    """The training images (K * IPC,) that ``source`` chooses, class-major. Chosen once: they are kept beside the results.
+    """Return the training images (K * IPC,) selected by ``source``, class-major; stored beside the results for reuse.
 
-    ``trained`` trains the network of a feature space that is no expert's.
+    ``trained`` trains the network of a feature space that is not an expert's.
 
     Raises:
-        RecipeError: there is no such source, or what it chose are no images.
-        RunDirError: the file of an earlier choice is damaged.
-        TrajectoryError: the buffer is of other experts, or damaged.
+        RecipeError: the source does not exist, or its selection is invalid.
+        RunDirError: the file of an earlier selection is damaged.
+        TrajectoryError: the buffer belongs to other experts, or is damaged.
     """
     space = feature_space(recipe, run)
     of = [source, recipe.ipc, recipe.seed, space.name, recipe.experts_hash(), data.splits.train.fingerprint()]
@@ -180,9 +183,7 @@ def chosen_real(
     try:
         if file.exists():
             kept = json.loads(file.read_text(encoding="utf-8"))
-            if (
-                kept["key"] == key and "sha256" in kept
-            ):  # of a version that wrote none: chosen again, with the same outcome
+            if kept["key"] == key and "sha256" in kept:  # older versions wrote no checksum: select again, same outcome
                 if kept["sha256"] != _sum_of(kept):
                     raise ValueError("it does not match its own checksum")
                 return np.array(kept["images"], dtype=np.int64)
@@ -203,7 +204,7 @@ def chosen_real(
 
 
 def _sum_of(doc: dict[str, Any]) -> str:
-    """The checksum of what a kept choice says."""
+    """Return the checksum of a stored selection's content."""
     said = {k: v for k, v in doc.items() if k != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
@@ -212,7 +213,7 @@ def _sum_of(doc: dict[str, Any]) -> str:
 def _features(
     recipe: Recipe, data: PreparedData, run: RunDir, space: FeatureSpace, trained: Callable[[], nn.Module]
 ) -> Tensor:
-    """Features (N, D) of all training images, on the host."""
+    """Return features (N, D) of all training images, on the host."""
     images = data.splits.train
     if space.expert_epoch is None:
         with torch.enable_grad():

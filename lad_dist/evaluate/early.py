@@ -1,7 +1,8 @@
-"""A first idea of what a set is worth while it is still being distilled.
+"""Quick estimate of a synthetic set's accuracy during distillation.
 
-A network is trained on the set for a tenth of ``evaluate.epochs``, for 1,000 batches at most, and measured on 2,000 images at
-most: a small part of a full measurement over several seeds. Its level lies below the final one. Nothing is chosen by it.
+A network is trained on the set for a tenth of ``evaluate.epochs``, at most 1,000 batches, and measured on at most 2,000
+images: a small fraction of a full measurement over several seeds. Its accuracy is below the final one. It is not used
+to select anything.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ MOST_IMAGES = 2000
 
 
 class EarlyEvaluation:
-    """Measures synthetic sets of one recipe on the images that ``distill.select`` or ``evaluate.split`` names.
+    """Measures synthetic sets of one recipe on the images named by ``distill.select`` or ``evaluate.split``.
 
-    Every call begins from the same network with the same draws, so that a difference comes from the set.
+    Every call starts from the same network with the same draws, so differences come from the set alone.
     """
 
     def __init__(self, recipe: Recipe, data: PreparedData) -> None:
@@ -36,7 +37,7 @@ class EarlyEvaluation:
 
     @property
     def batches(self) -> int:
-        """How many batches one measurement trains on or looks at."""
+        """Number of batches that one measurement trains on or evaluates."""
         return self.epochs * self._batches_per_epoch + -(-MOST_IMAGES // self._recipe.evaluate.batch)
 
     @property
@@ -45,11 +46,11 @@ class EarlyEvaluation:
 
     @property
     def epochs(self) -> int:
-        """Epochs of training, at least one."""
+        """Number of training epochs, at least one."""
         return max(1, min(self._recipe.evaluate.epochs // PART_OF_EPOCHS, MOST_BATCHES // self._batches_per_epoch))
 
     def __call__(self, images_SCHH: torch.Tensor, p_SK: torch.Tensor, alpha: float) -> Accuracy:
-        """``images_SCHH`` whitened; ``p_SK`` label probabilities; ``alpha`` the learned learning rate.
+        """Train on whitened ``images_SCHH``, label probabilities ``p_SK``, learned learning rate ``alpha``; measure.
 
         Raises:
             NumericalError: the loss became NaN or Inf.
@@ -60,7 +61,7 @@ class EarlyEvaluation:
         return accuracy(network, self._images, self._data.counts)
 
     def _sample(self) -> PreparedSet:
-        """At most 2,000 images of the split, drawn once."""
+        """Return at most 2,000 images of the split, drawn once."""
         splits = self._data.splits
         images = splits.test if self.split == "test" else splits.validation
         assert images is not None, "the recipe was checked to hold out validation images"
@@ -78,7 +79,7 @@ def trained(
     epochs: int,
     purpose: str,
 ) -> nn.Module:
-    """The recipe's network, trained on a set with the recipe's settings; ``purpose`` keeps its draws apart.
+    """Train the recipe's network on a set with the recipe's settings; ``purpose`` separates its draws from others.
 
     Raises:
         NumericalError: the loss became NaN or Inf.

@@ -1,7 +1,7 @@
-"""The evaluation stage: which networks are trained on a source, which of them are measured already, and measuring the rest.
+"""Evaluation stage: plan the networks to train on a source, find those already measured, and measure the rest.
 
-The unit of work is a row: one network of one architecture and seed, a pure function of the recipe and what it is trained on.
-Any process may measure any row, several at a time.
+The unit of work is a row: one network of one architecture and seed, a pure function of the recipe and its training set.
+Any process may measure any row; several processes may work concurrently.
 """
 
 from __future__ import annotations
@@ -41,10 +41,13 @@ from lad_dist.results import Source
 from lad_dist.rundir import RunDir
 
 TOGETHER_VALUES = 2**18
-"""Up to so many values of the first block of one network and batch, ``evaluate.together`` auto trains seeds at once on a CPU:
-above, convolutions fill the processor anyhow (benchmarks/results/evaluation.md)."""
+"""Upper bound on the first block's values of one network and batch for training seeds together on a CPU.
 
-_LOOK_SECONDS = 1.0  # between two looks whether another process has published a row
+Applies where ``evaluate.together`` is auto: above it, convolutions saturate the processor anyway
+(benchmarks/results/evaluation.md).
+"""
+
+_LOOK_SECONDS = 1.0  # between checks whether another process has published a row
 
 
 def evaluate(
@@ -56,10 +59,10 @@ def evaluate(
     screen: Screen,
     rows: Sequence[results.Row] | None = None,
 ) -> None:
-    """Measure the networks of ``rows`` (planned; default: all of the source's) that nobody has measured yet.
+    """Measure the planned networks ``rows`` (default: all of the source's) that are not measured yet.
 
     Raises:
-        DistilledError: there is no distilled set, or it is damaged or of other data.
+        DistilledError: the distilled set is missing, damaged or of other data.
         NumericalError: a network's training produced NaN or Inf.
         StorageError: the results cannot be written.
     """
@@ -82,10 +85,10 @@ def take_over(
     screen: Screen,
     rows: Sequence[results.Row],
 ) -> None:
-    """Measure what other processes have not finished of ``rows``, the last first, until every row is there.
+    """Measure those of ``rows`` that other processes have not finished, last first, until every row is published.
 
-    A row that is published meanwhile is left at the next epoch. Nobody need be waited for, and a process that died holds nothing
-    up; all that is lost are epochs that two have trained. Raises as ``evaluate``.
+    If another process publishes a row meanwhile, its training here stops at the next epoch. No process waits for
+    another, and a dead process blocks nothing; the only cost is epochs trained twice. Raises as ``evaluate``.
     """
     left = not_done(run, rows)
     if left:
@@ -99,7 +102,7 @@ def take_over(
 
 
 def table_of(run: RunDir, rows: Sequence[results.Row]) -> Path:
-    """The merged table that rows belong to: the results, or the candidates of learning rate and epochs."""
+    """Return the merged table of the rows: the results, or the candidates of learning rate and epochs."""
     return run.tuning if rows and _is_candidate(rows[0]) else run.results
 
 
@@ -116,24 +119,24 @@ def _epochs(rows: Sequence[results.Row]) -> int:
 
 
 class _Published(Exception):
-    """Another process has published the row that is being measured."""
+    """Another process has published the row being measured."""
 
 
 def remaining(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> int:
-    """How many networks of a source are still to be trained."""
+    """Return how many networks of a source remain to be trained."""
     return len(not_done(run, planned_rows(recipe, data, run, source)))
 
 
 def not_done(run: RunDir, planned: Sequence[results.Row]) -> list[results.Row]:
-    """The planned rows that are not measured yet, or were measured on something else or in another way."""
+    """Return the planned rows that are not measured yet, or were measured on other data or with other settings."""
     measured = results.read(table_of(run, planned))
     return [row for row in planned if not any(results.same_measurement(m, row) for m in measured)]
 
 
 def planned_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> list[results.Row]:
-    """One row per architecture and seed, complete but for what is measured.
+    """Return one row per architecture and seed, complete except for the measured values.
 
-    Where learning rate and epochs are chosen, the source's ``candidate_rows`` must have been measured.
+    If learning rate and epochs are tuned, the source's ``candidate_rows`` must have been measured.
     """
     common, planned, candidates = _common(recipe, data, run, source), [], candidate_rows(recipe, data, run, source)
     fixed = settings_of(recipe, data, run, source)
@@ -154,7 +157,7 @@ def planned_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
 
 
 def candidate_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> list[results.Row]:
-    """The rows of tune.py's candidates, ``seed`` counting them; none where there is nothing to choose from."""
+    """Return the rows of tune.py's candidates, numbered by ``seed``; empty if there is nothing to choose."""
     fixed = settings_of(recipe, data, run, source)
     pairs = tune.candidates(recipe, data, run, source, fixed)
     if len(pairs) == 1:
@@ -192,20 +195,20 @@ def _common(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> 
 
 
 def _network_settings(recipe: Recipe, architecture: str) -> dict[str, Any]:
-    """What makes a network of this architecture another one."""
+    """Return the settings that distinguish networks of this architecture."""
     own = {"width": recipe.model.width, "depth": recipe.model.depth} if architecture == "convnet" else {}
     with_norm = architecture in NETWORKS and architecture not in ("mlp", "vit")
     return own | ({"norm": recipe.evaluate.norm} if with_norm else {})
 
 
 def _drawn(row: results.Row) -> int | str:
-    """What the draws of a row's network are named by: its seed, or for candidates what no reported network has."""
+    """Return the draw key of a row's network: its seed, or for candidates a key that no reported network has."""
     drawn: int | str = row["draws"] if "draws" in row else row["seed"]
     return drawn
 
 
 def settings_in(row: results.Row) -> Settings:
-    """How the network of a row is trained, from what the row says."""
+    """Return the training settings stored in a row."""
     said = row["settings"]
     names = [field.name for field in fields(Settings) if field.name != "augment"]
     return Settings(**{name: said[name] for name in names}, augment=AugmentConfig.model_validate(said["augment"]))
@@ -213,7 +216,7 @@ def settings_in(row: results.Row) -> Settings:
 
 @dataclass(frozen=True)
 class _Work:
-    """Measuring rows of one source."""
+    """Measures the rows of one source."""
 
     recipe: Recipe
     data: PreparedData
@@ -235,7 +238,7 @@ class _Work:
         return cls(recipe, data, run, source, events, data.evaluation_set(rows[0]["split"]))
 
     def groups(self, todo: Sequence[results.Row]) -> Iterator[list[results.Row]]:
-        """The rows that are trained at once: one by one, or all of an architecture."""
+        """Yield the rows to train together: one at a time, or all of an architecture."""
         for architecture in dict.fromkeys(row["architecture"] for row in todo):
             rows = [row for row in todo if row["architecture"] == architecture]
             alike = all(row["settings"] == rows[0]["settings"] for row in rows)
@@ -245,7 +248,7 @@ class _Work:
                 yield from ([row] for row in rows)
 
     def _together(self, architecture: str, rows: Sequence[results.Row]) -> bool:
-        """Whether to train the networks of ``rows`` at once; where nobody asked for it, only if that changes no bit of a row."""
+        """Return whether to train the networks of ``rows`` together; in auto mode only if rows stay bit-identical."""
         e, m, images = self.recipe.evaluate, self.recipe.model, self.data.splits.train
         if architecture != "convnet" or e.norm != "instance" or e.together == "off":
             return False
@@ -267,7 +270,10 @@ class _Work:
         return [training_set(self.recipe, self.data, self.run, self.source, _drawn(row)) for row in rows]
 
     def measure(self, rows: Sequence[results.Row], task: Task, unless_published: bool = False) -> None:
-        """Train and measure the networks of some rows at once, and publish them. Raises _Published where it is asked to."""
+        """Train, measure and publish some rows together.
+
+        Raises _Published if ``unless_published`` and another process has published them meanwhile.
+        """
         if not rows:
             return
         began, checked = time.perf_counter(), time.monotonic()
@@ -349,7 +355,7 @@ class _Work:
         ).to(self.data.device)
 
     def _labels(self) -> results.Row:
-        """What the adjustment of the labels came to."""
+        """Return the label adjustment's tau, if the source has one."""
         if self.source != "distilled-adsa":
             return {}
         distilled = load_distilled(self.recipe, self.data, self.run)

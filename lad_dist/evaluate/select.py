@@ -1,4 +1,4 @@
-"""Choosing among the sets that a distillation kept on its way, where ``distill.select`` is not ``last``."""
+"""Selection among the sets kept during distillation, if ``distill.select`` is not ``last``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lad_dist.rundir import RunDir
 
 
 def select(recipe: Recipe, data: PreparedData, run: RunDir, events: Events, screen: Screen) -> None:
-    """Publish the candidate whose network is best on the split that ``distill.select`` names.
+    """Publish the candidate whose network is most accurate on the split named by ``distill.select``.
 
-    ``validation`` measures on images held out of the training pool; ``test-as-published`` on the test set, as the published
-    protocol does: its results are optimistic, and every row and table made from them says so.
+    ``validation`` measures on images held out of the training pool; ``test-as-published`` measures on the test set, as
+    the published protocol does: its results are optimistic, and every row and table derived from them says so.
     """
     split = "validation" if recipe.distill.select == "validation" else "test"
     images, best = data.evaluation_set(split), (-1.0, run.distilled)
@@ -28,7 +28,7 @@ def select(recipe: Recipe, data: PreparedData, run: RunDir, events: Events, scre
             pixels, p = candidate.images, candidate.soft_labels
             network = trained(recipe, data, pixels, p, candidate.lr, recipe.evaluate.epochs, "select")
             measured = accuracy(network, images, data.counts)
-            # Each class counts the same, also where a tail has few images to hold out or none.
+            # All classes weigh the same, even if a tail class has few or no images held out.
             found = measured.balanced if split == "validation" else measured.overall
             events.emit("candidate", iteration=candidate.meta.iteration, split=split, overall=measured.overall)
             best = max(best, (found, folder), key=lambda pair: pair[0])

@@ -1,21 +1,22 @@
-"""What networks are trained on to be measured: for every source its images, its labels, and the settings of the training.
+"""Training sources for evaluation: images, labels and training settings of each source.
 
     distilled               the run's distilled set
     distilled-adsa          its images, with soft labels adjusted for the long tail (labels.py)
     distilled-hard          its images, with their class as label
-    distilled-plain         the set as it is, trained on without augmentation
+    distilled-plain         the distilled set, trained on without augmentation
     initial                 the set that distillation started from: its real images with their soft labels
     random, k-center, ...   real images at the same IPC (baselines.py)
     random-soft, ...        the images of random and of herding, labelled by the experts (teachers.py)
     random-plain, ...       the images of random, and of random-soft, without augmentation
-    module:attribute        real images that code of the recipe's reader chooses; also with -soft, -plain and -soft-plain
+    module:attribute        real images selected by user code; also with -soft, -plain and -soft-plain
     full                    the whole long-tailed set
-    full-balanced           the same, sampled class by class
+    full-balanced           the same, with class-balanced sampling
     full-logit-adjusted     the same, with the logit-adjusted loss
 
-A source's label variants and training variants share its draws: seed s of ``distilled-adsa`` starts from the weights of seed s of
-``distilled`` and sees the images in the same order, so that the two may be compared in pairs. So does seed s of ``initial``: all
-that differs from ``distilled`` are images and labels, each of which started as its counterpart there.
+Label and training variants of a source share its draws: seed s of ``distilled-adsa`` starts from the weights of seed s
+of ``distilled`` and sees the images in the same order, so the two can be compared as pairs. So does seed s of
+``initial``: it differs from ``distilled`` only in images and labels, each of which was initialised from its counterpart
+there.
 """
 
 from __future__ import annotations
@@ -46,37 +47,37 @@ from lad_dist.trajectories.reader import Buffer
 
 
 def of_distilled(source: Source) -> bool:
-    """Whether the source is in the folder of the distilled set: the distilled images, or those they started from."""
+    """Return whether the source is in the distilled set's folder: the distilled images, or their initialisation."""
     return source in results.DISTILLED or source == "initial"
 
 
 def of_everything(source: Source) -> bool:
-    """Whether the source is the whole training set."""
+    """Return whether the source is the whole training set."""
     return source in results.WHOLE
 
 
 def drawn_as(source: Source) -> str:
-    """The source whose initialisation, order and augmentation draws this one shares; of real images also the images."""
+    """Return the source whose initialisation, order and augmentation draws (real: also images) this one shares."""
     if of_distilled(source):
         return "distilled"
     return "full" if of_everything(source) else source.removesuffix("-plain").removesuffix("-soft")
 
 
 def _chosen(source: Source) -> bool:
-    """Whether the source's images are chosen in a feature space, once for all seeds."""
+    """Return whether the source's images are selected in a feature space, once for all seeds."""
     return drawn_as(source) not in ("distilled", "full", "random")
 
 
 def check_baseline(source: Source) -> None:
-    """Raises RecipeError where a baseline's images are chosen by what is not there."""
+    """Raise RecipeError if a baseline's chooser does not exist."""
     if _chosen(source):
         baselines.chooser(drawn_as(source))
 
 
 def settings_of(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> Settings:
-    """How networks are trained on a source.
+    """Return the training settings for networks on a source.
 
-    The learning rate is ``evaluate.lr``; by default the learned alpha for the distilled set and the one it started from, and
+    The learning rate is ``evaluate.lr``; by default the learned alpha for the distilled set and its initialisation, and
     ``distill.alpha`` for other real images, which have no learned one.
     """
     e = recipe.evaluate
@@ -102,7 +103,7 @@ def settings_of(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
 
 
 def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> results.Row:
-    """What all rows of a source say about it, whichever network and seed."""
+    """Return the row fields shared by all architectures and seeds of a source."""
     settings = settings_of(recipe, data, run, source)
     distilled = load_distilled(recipe, data, run) if of_distilled(source) else None
     row: results.Row = {
@@ -124,12 +125,12 @@ def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
 
 
 def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int | str) -> TrainingSet:
-    """What the network of ``seed`` is trained on.
+    """Return the training set of the network with seed ``seed``.
 
     Raises:
-        DistilledError: there is no distilled set, or it is damaged or of other data, or does not say where it started.
+        DistilledError: the distilled set is missing, damaged or of other data, or does not record its initialisation.
         RunDirError, TrajectoryError: see ``baselines.chosen_real``.
-        TrajectoryError: an expert that labels is missing in the run's buffer, or damaged.
+        TrajectoryError: a labelling expert is missing in the run's buffer, or damaged.
     """
     if source == "initial":
         return _starting_set(load_distilled(recipe, data, run), data, run)
@@ -173,18 +174,21 @@ def _no_start(distilled: DistilledSet, run: RunDir) -> str:
 
 
 def prepare_shared(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> None:
-    """Choose and keep what all seeds of a source share, before several processes would each do so. Raises as ``training_set``."""
+    """Compute and store what all seeds of a source share, so that concurrent processes do not each do it.
+
+    Raises as ``training_set``.
+    """
     if _chosen(source):
         training_set(recipe, data, run, source, 0)
 
 
 def everything(data: PreparedData) -> TrainingSet:
-    """The whole long-tailed set with hard labels."""
+    """Return the whole long-tailed set with hard labels."""
     return TrainingSet(lambda rows: _with_hard_labels(data, rows), len(data.train), data.splits.train.labels_N.numpy())
 
 
 def load_distilled(recipe: Recipe, data: PreparedData, run: RunDir) -> DistilledSet:
-    """The run's distilled set, checked to be one of the recipe's data."""
+    """Load the run's distilled set and check that it is of the recipe's data."""
     distilled = DistilledSet.load(run.distilled)
     if distilled.meta.data_fingerprint != data.splits.train.fingerprint():
         raise DistilledError(
@@ -194,7 +198,7 @@ def load_distilled(recipe: Recipe, data: PreparedData, run: RunDir) -> Distilled
 
 
 def _lr_rule(recipe: Recipe, source: Source) -> str:
-    """Where the learning rate of ``settings_of`` comes from."""
+    """Return the origin of the learning rate in ``settings_of``."""
     if of_everything(source):
         return "evaluate.full_lr"
     if recipe.evaluate.lr is not None:
@@ -213,7 +217,7 @@ def _labels(source: Source) -> str:
 
 
 def _set_id(recipe: Recipe, run: RunDir, source: Source) -> str:
-    """What the networks are trained on: a distilled or starting set's checksum, or the name of the real set."""
+    """Return the training set's id: a distilled or starting set's checksum, or the name of the real set."""
     if source == "initial":
         distilled = DistilledSet.load(run.distilled)
         if distilled.initial_label_logits is None:

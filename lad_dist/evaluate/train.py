@@ -1,7 +1,9 @@
-"""Train a fresh network on a small or large set: how any set's worth is measured.
+"""Train a fresh network on a small or large set; the measurement behind every evaluation.
 
-The published protocol: SGD with momentum, the learning rate divided by ten at half of the epochs, soft cross-entropy, DSA.
-Shapes: R networks trained at once, S training images, B of one batch, C channels, H side, K classes.
+The published protocol: SGD with momentum, the learning rate divided by ten at half of the epochs, soft cross-entropy,
+DSA.
+
+Shapes: R networks trained together, S training images, B of one batch, C channels, H side, K classes.
 """
 
 from __future__ import annotations
@@ -22,21 +24,23 @@ from lad_dist.recipe import AugmentConfig
 from lad_dist.seeds import rng
 
 BatchOf = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From row numbers (B,) to images (B, C, H, H) and label probabilities (B, K), both on the training device."""
+"""Maps row numbers (B,) to images (B, C, H, H) and label probabilities (B, K), both on the training device."""
 
 Counters = tuple[int | str, ...]
-_TRIAL_EPOCHS = 3  # momentum counts from the second on
+_TRIAL_EPOCHS = 3  # momentum takes effect from the second on
 
 
 def rows_of(images_SCHH: Tensor, p_SK: Tensor) -> BatchOf:
-    """Batches of a set that is whole in memory."""
+    """Return batches of a set held entirely in memory."""
     return lambda rows_B: (images_SCHH[rows_B], p_SK[rows_B])
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What one network is trained on: ``count`` images, handed out by ``batch_of``; ``labels_S`` are their classes, which
-    class-balanced sampling and logit adjustment need."""
+    """Training set of one network: ``count`` images, served by ``batch_of``.
+
+    ``labels_S`` are their classes, needed by class-balanced sampling and logit adjustment.
+    """
 
     batch_of: BatchOf
     count: int
@@ -45,9 +49,9 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Settings:
-    """How one network is trained; with the network and the set, everything that its row needs to be redone.
+    """Training settings of one network; with the network and the set, everything needed to reproduce its row.
 
-    ``sampling``: an epoch is every image once, or as many images drawn class by class. ``logit_adjustment``: tau of the
+    ``sampling``: an epoch is every image once, or as many images drawn class-balanced. ``logit_adjustment``: tau of the
     logit-adjusted loss, 0 for the plain one.
     """
 
@@ -70,7 +74,7 @@ def train(
     counters: Counters,
     on_epoch: Callable[[], None],
 ) -> float:
-    """Train ``network`` in place on ``images``; returns the mean loss of the last epoch.
+    """Train ``network`` in place on ``images``; return the mean loss of the last epoch.
 
     All draws are functions of (seed, counters, epoch, step).
 
@@ -89,8 +93,10 @@ def train_together(
     counters: Sequence[Counters],
     on_epoch: Callable[[], None],
 ) -> list[float]:
-    """``train`` for several ConvNets at once, each on its own set (all of one size) with its own draws: the same weights and
-    losses as one by one, to the bit where ``same_together``. ``on_epoch`` is called once per epoch of all.
+    """``train`` several ConvNets together, each on its own set (all of one size) with its own draws.
+
+    Weights and losses equal those of separate training, bit for bit if ``same_together``. ``on_epoch`` is called once
+    per epoch of all.
 
     Raises:
         NumericalError: a loss became NaN or Inf.
@@ -110,10 +116,10 @@ def same_together(
     seed: int,
     counters: Sequence[Counters],
 ) -> bool:
-    """Whether ``train_together`` gives the bits of ``train``, tried for a few epochs on what ``networks`` makes.
+    """Return whether ``train_together`` matches ``train`` bit for bit, tested for a few epochs on ``networks()``.
 
-    Whether a grouped convolution adds in the order of a single one depends on the library, the processor and the shapes: on an
-    AMD EPYC with torch 2.13 it does for grey images at widths 16, 32 and 64, and does not at 4 and 12 or for three channels.
+    Whether a grouped convolution sums in the order of a single one depends on library, processor and shapes: on an AMD
+    EPYC with torch 2.13 it does for grey images at widths 16, 32 and 64, but not at 4 and 12 or for three channels.
     """
     short = replace(settings, epochs=min(settings.epochs, _TRIAL_EPOCHS))
     alone, together = networks(), networks()
@@ -124,7 +130,7 @@ def same_together(
         ]
         same = losses == train_together(together, sets, short, seed, counters, lambda: None)
     except NumericalError:
-        return False  # one by one it is clear which network it was
+        return False  # separate training identifies the network at fault
     pairs = zip(alone, together, strict=True)
     return same and all(
         torch.equal(a, b) for x, y in pairs for a, b in zip(x.parameters(), y.parameters(), strict=True)
@@ -140,7 +146,7 @@ def _train(
     counters: Sequence[Counters],
     on_epoch: Callable[[], None],
 ) -> list[float]:
-    """One loop for both: the loss is the sum of the networks' losses, whose gradients do not meet."""
+    """Shared loop: the loss is the sum of the networks' losses, whose gradients are independent."""
     count, device = sets[0].count, next(module.parameters()).device
     sgd = torch.optim.SGD(
         module.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
@@ -166,7 +172,7 @@ def _train(
                 logits_RBK = logits_RBK + settings.logit_adjustment * torch.stack(shift_RK).unsqueeze(1)
             p_RBK = torch.stack([p for _, p in batches])
             terms_RBK = p_RBK * logits_RBK.log_softmax(dim=2)
-            # Network by network: the order of a sum over all of them depends on their number.
+            # Network by network: the summation order over all of them depends on their number.
             losses = torch.cat([-terms.sum(dim=(1, 2)) for terms in terms_RBK.split(1)]) / len(rows[0])
             sgd.zero_grad(set_to_none=True)
             losses.sum().backward()
@@ -185,7 +191,7 @@ def _train(
 
 
 def _order(images: TrainingSet, settings: Settings, seed: int, counters: Counters, epoch: int) -> Tensor:
-    """The row numbers of an epoch, shape (S,)."""
+    """Return the row numbers of an epoch, shape (S,)."""
     draws = rng(seed, "evaluate", *counters, "order", epoch)
     if settings.sampling == "shuffled":
         return torch.from_numpy(draws.permutation(images.count))
@@ -194,9 +200,11 @@ def _order(images: TrainingSet, settings: Settings, seed: int, counters: Counter
 
 
 def class_balanced(draws: np.random.Generator, labels_S: np.ndarray) -> np.ndarray:
-    """As many row numbers as there are images: classes in equal shares, within a class uniformly with replacement
-    (class-balanced sampling; Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition",
-    arXiv 1910.09217, section 3)."""
+    """Draw as many row numbers as there are images: equal class shares, uniform with replacement within a class.
+
+    Class-balanced sampling (Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", arXiv
+    1910.09217, section 3).
+    """
     present, sizes = np.unique(labels_S, return_counts=True)
     by_class, firsts = np.argsort(labels_S, kind="stable"), np.cumsum(sizes) - sizes
     classes = draws.permutation(np.resize(draws.permutation(len(present)), len(labels_S)))
@@ -206,9 +214,11 @@ def class_balanced(draws: np.random.Generator, labels_S: np.ndarray) -> np.ndarr
 
 
 def _log_priors(images: TrainingSet, classes: int) -> Tensor:
-    """log pi_y of every class, shape (K,): what the logit-adjusted softmax cross-entropy adds to the logits, times tau
-    (Menon et al., "Long-tail learning via logit adjustment", arXiv 2007.07314, equation 10). A class without images, which
-    no label names, gets the smallest finite value."""
+    """Return log pi_y of every class, shape (K,), which times tau is added to the logits in the logit-adjusted loss.
+
+    Menon et al., "Long-tail learning via logit adjustment", arXiv 2007.07314, equation 10. A class without images,
+    which no label names, gets the smallest finite value.
+    """
     assert images.labels_S is not None
     counts_K = np.bincount(images.labels_S, minlength=classes).astype(np.float64)
     return torch.from_numpy(np.log(np.maximum(counts_K, 1e-12) / counts_K.sum()))

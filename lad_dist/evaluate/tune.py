@@ -1,11 +1,11 @@
-"""Choosing learning rate and epochs by accuracy on held-out training images, by one rule for every source.
+"""Tuning of learning rate and epochs by accuracy on held-out training images, with one rule for every source.
 
-The candidates are all pairs of ``evaluate.tune_lr`` and ``evaluate.tune_epochs``; for what lies in the distilled set's folder (the
-distilled images and the set they started from) also the learned alpha with each number of epochs. The whole set keeps
-``evaluate.full_epochs``. For every pair one network is trained with draws that no reported network has (of random images:
-on images of their own) and measured on the validation split; the best pair is taken, of equals the first.
+The candidates are all pairs of ``evaluate.tune_lr`` and ``evaluate.tune_epochs``; for sources in the distilled set's
+folder (the distilled images and their initialisation) also the learned alpha with each number of epochs. The whole set
+keeps ``evaluate.full_epochs``. One network per pair is trained with draws that no reported network has (random images:
+also on separate images) and measured on the validation split; the best pair is taken, ties going to the first.
 
-Candidates are rows like any other, in evaluation/tuning/, so that they are measured once, by any number of processes.
+Candidates are ordinary rows, in evaluation/tuning/, so each is measured once, by any number of processes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from lad_dist.results import Source
 from lad_dist.rundir import RunDir
 
 DRAWS = "tune"
-"""Stands in the place of a seed in the draws of a candidate's network, batches and images."""
+"""Replaces the seed in the draws of a candidate's network, batches and images."""
 
 
 def candidates(
     recipe: Recipe, data: PreparedData, run: RunDir, source: Source, fixed: Settings
 ) -> list[tuple[float, int]]:
-    """(learning rate, epochs) of every candidate; only those of ``fixed`` where nothing is to be chosen."""
+    """Return (learning rate, epochs) of every candidate; only those of ``fixed`` if there is nothing to choose."""
     e = recipe.evaluate
     rates = e.tune_lr or (fixed.lr,)
     if e.tune_lr and of_distilled(source):
@@ -37,8 +37,8 @@ def candidates(
 
 
 def chosen(run: RunDir, planned: list[results.Row], fixed: Settings) -> Settings:
-    """``fixed`` with the best measured learning rate and epochs of the candidates ``planned``, which must all be there."""
+    """Return ``fixed`` with the best learning rate and epochs among the candidates ``planned``, all measured."""
     measured = results.read(run.tuning)
     found = [next(m for m in measured if results.same_measurement(m, row)) for row in planned]
-    best = max(found, key=lambda row: row["overall"])  # of equals the first
+    best = max(found, key=lambda row: row["overall"])  # ties: the first
     return replace(fixed, lr=best["settings"]["lr"], epochs=best["settings"]["epochs"])

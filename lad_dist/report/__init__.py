@@ -1,1 +1,1 @@
-"""What a run did, for people: tables, pictures and one self-contained page, from the run folder's files alone."""
+"""Reports of a run: tables, pictures and one self-contained page, from the run folder's files alone."""

@@ -1,6 +1,6 @@
 """Charts as inline SVG. Colours are CSS variables of the page, so one drawing serves light, dark and print.
 
-Coordinates are the SVG's own: x to the right, y down. All text is escaped here.
+Coordinates are SVG coordinates: x to the right, y down. All text is escaped here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Line:
     name: str
     colour: str
     curve: Curve
-    smooth: bool = True  # draw the curve faintly, and its running mean over it
+    smooth: bool = True  # draw the curve faintly, overlaid with its running mean
     band: Sequence[tuple[float, float, float]] = ()
 
 
@@ -39,10 +39,10 @@ def line_chart(
     reference: tuple[float, str] | None = None,
     limits: tuple[float, float] | None = None,
 ) -> Markup:
-    """Lines over x, with axes, units and a legend. Empty where no line has a point.
+    """Draw lines over x, with axes, units and a legend; empty if no line has a point.
 
-    scale: what y is multiplied with (100 for percent). reference: (y, text) of a dashed horizontal line.
-    limits: the y axis must span at least this. Values far above all others are cut off, and the chart says how many.
+    scale: factor for y (100 for percent). reference: (y, text) of a dashed horizontal line. limits: minimum span of the
+    y axis. Values far above all others are cut off; the chart states how many.
     """
     lines = [_scaled(line, scale) for line in lines]
     lines = [line for line in lines if any(y is not None for _, y in line.curve)]
@@ -75,7 +75,7 @@ def _scaled(line: Line, scale: float) -> Line:
 
 
 def _y_range(lines: Sequence[Line]) -> tuple[float, float, int]:
-    """The smallest and largest y to show, and how many values lie above (only where they dwarf all others)."""
+    """Return the smallest and largest y to show, and the number of values above (only if they dwarf all others)."""
     values = sorted(y for line in lines for _, y in line.curve if y is not None)
     values_and_bands = values + [v for line in lines for _, a, b in line.band for v in (a, b)]
     low, high = min(values_and_bands), max(values_and_bands)
@@ -107,7 +107,7 @@ def _clamped(y: float, frame: Frame) -> float:
 
 
 def _path(curve: Curve, frame: Frame, css: str) -> str:
-    """A polyline that is broken where a value is missing; a lone point becomes a dot."""
+    """Draw a polyline, broken at missing values; an isolated point becomes a dot."""
     pieces: list[list[str]] = [[]]
     for x, y in curve:
         if y is None:
@@ -149,7 +149,7 @@ def _legend(entries: Sequence[tuple[str, str]], left: float, y: float) -> str:
 
 @dataclass(frozen=True)
 class ClassSeries:
-    """Accuracies (fractions) by class, mean and standard deviation over seeds (None: one seed), in drawing order."""
+    """Accuracies (fractions) by class, in drawing order: mean and standard deviation over seeds (None: one seed)."""
 
     name: str
     colour: str
@@ -157,7 +157,7 @@ class ClassSeries:
     std: Sequence[float] | None
 
 
-BARS_UP_TO = 30  # classes; beyond, running means over the classes are drawn
+BARS_UP_TO = 30  # classes; above this, running means over the classes are drawn
 
 
 def class_chart(
@@ -168,9 +168,9 @@ def class_chart(
     bands: Sequence[tuple[str, int]],
     width: int,
 ) -> Markup:
-    """Accuracy by class above the training images by class; classes in the order given, largest first.
+    """Draw accuracy by class above the training images by class, in the given class order, largest first.
 
-    bands: (name, how many classes) from the left. width: of the drawing; a narrow one serves small screens.
+    bands: (name, number of classes) from the left. width: of the drawing; use a narrow one for small screens.
     """
     classes, bars = len(names), len(names) <= BARS_UP_TO
     slot = (width - 84) / max(classes, 1)

@@ -1,6 +1,6 @@
-"""Several runs side by side on one page that needs nothing else: results, differences in pairs, curves, images, cost.
+"""Self-contained page comparing several runs: results, paired differences, curves, images, cost.
 
-Everything comes from the runs' folders. A baseline that runs share, the same images trained on alike, is shown once.
+Everything comes from the runs' folders. A baseline shared by several runs (same images, same training) is shown once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lad_dist.rundir import RunDir, published
 COLOURS = ("s1", "s2", "s3", "s4", "s5", "s6")
 MOST_RUNS = len(COLOURS)
 WIDTHS = (("wide", WIDE), ("narrow", NARROW))
-_CURVES = (  # figure of an iteration, title, y axis, how to read it
+_CURVES = (  # figure of an iteration, title, y axis, explanation
     ("loss", "Matching loss", "relative squared distance", "1: the student stays where it started; 0: it arrives."),
     ("cosine", "Direction of the student", "cosine", "Cosine between the displacements of student and expert."),
     ("norm_ratio", "Length of the student's way", "norm ratio", "Over the expert's, over the weights compared."),
@@ -40,7 +40,7 @@ _PHASES = ("representation", "classifier")
 
 @dataclass(frozen=True)
 class Named:
-    """A run, how it is called on the page, and its colour."""
+    """A run, its display name and its colour."""
 
     name: str
     colour: str
@@ -51,7 +51,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> None:
     """Publish the page at ``out``.
 
     Raises:
-        RunDirError: a folder is no run or holds no results; there are too many, or one twice.
+        RunDirError: a folder is not a run or holds no results; there are too many, or duplicates.
         DistilledError: a distilled set is damaged.
         StorageError: the page cannot be written.
     """
@@ -73,7 +73,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> None:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Folder names, with as many of their parents as tell them apart."""
+    """Return folder names, with as many parents as needed to make them unique."""
     parts = [folder.resolve().parts for folder in folders]
     length = 1
     while len({p[-length:] for p in parts}) < len(parts):
@@ -82,7 +82,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def render(runs: Sequence[Named]) -> str:
-    """The page as HTML text."""
+    """Return the page as HTML text."""
     return template("compare.html").render(
         runs=runs,
         differing=_differing([run.found.recipe for run in runs]),
@@ -102,7 +102,7 @@ def render(runs: Sequence[Named]) -> str:
 
 
 def _differing(recipes: Sequence[Recipe]) -> list[tuple[str, list[str]]]:
-    """Fields in which the recipes differ, and each one's value; their names are shown anyhow."""
+    """Return the fields in which the recipes differ, with each one's value; ``name`` is shown anyway."""
     flat = [_flat(recipe.model_dump(mode="json")) for recipe in recipes]
     fields = [name for name in flat[0] if name != "name" and any(one[name] != flat[0][name] for one in flat)]
     return [(name, [str(one[name]) for one in flat]) for name in fields]
@@ -116,7 +116,7 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _result_lines(runs: Sequence[Named]) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(colour, source, cells) by run, source and architecture; of what runs share, the first run's."""
+    """Return (colour, source, cells) by run, source and architecture; shared results only for the first run."""
     lines: list[tuple[str, str, tuple[str, ...]]] = []
     shown: set[tuple[object, ...]] = set()
     for run in runs:
@@ -133,7 +133,7 @@ def _result_lines(runs: Sequence[Named]) -> list[tuple[str, str, tuple[str, ...]
 
 
 def _selections(runs: Sequence[Named]) -> list[str]:
-    """How each run's iteration was chosen, and on what accuracy was measured, a sentence each."""
+    """Describe how each run's iteration was selected, and the split accuracy was measured on, one sentence each."""
     notes = []
     for run in runs:
         chosen = {row["selection"] for row in run.found.rows if row["source"] == "distilled"}
@@ -145,19 +145,19 @@ def _selections(runs: Sequence[Named]) -> list[str]:
 
 
 def _gains(runs: Sequence[Named]) -> list[tuple[str, ...]]:
-    """What distilling added in each run, over its starting set and over random images with such labels: cells of a table."""
+    """Return table cells: each run's gain over its starting set and over random images with experts' soft labels."""
     return [(run.name, *cells) for run in runs for cells in tables.gain_lines(run.found.rows)]
 
 
 def _unpaired(runs: Sequence[Named]) -> list[str]:
-    """Which runs are not compared in pairs with the first, and why."""
+    """List runs that cannot be paired with the first, with the reason."""
     first, *others = runs
     reasons = [(run.name, results.not_comparable(run.found.rows, first.found.rows)) for run in others]
     return [f"{name} and {first.name} are not compared in pairs: {reason}." for name, reason in reasons if reason]
 
 
 def _pairs(runs: Sequence[Named]) -> list[tuple[str, ...]]:
-    """What every other run's distilled set has more than the first's, over networks of the same seed: cells of a table."""
+    """Return table cells: every other run's distilled set minus the first's, over networks of the same seed."""
     first, *others = runs
     lines: list[tuple[str, ...]] = []
     for run in others:
@@ -178,7 +178,7 @@ def _pairs(runs: Sequence[Named]) -> list[tuple[str, ...]]:
 
 
 def _class_figures(runs: Sequence[Named]) -> list[tuple[str, list[tuple[str, Markup]]]]:
-    """Accuracy by class of the distilled sets, where the runs have the same classes and counts: (title, (CSS class, chart))."""
+    """Draw the distilled sets' accuracy by class, if the runs share classes and counts: (title, (CSS class, chart))."""
     first = runs[0].found
     if any((run.found.counts, run.found.class_names) != (first.counts, first.class_names) for run in runs):
         return []
@@ -222,7 +222,7 @@ def _curves(runs: Sequence[Named]) -> list[Figure]:
 
 
 def _alignment(runs: Sequence[Named]) -> list[Figure]:
-    """The cosine of student and expert in the classifier's rows of each class group, and in the backbone."""
+    """Draw the cosine of student and expert in the classifier's rows of each class group, and in the backbone."""
     figures = []
     note = "Cosine of the student's displacement with the expert's, over these weights. Thick: running mean."
     for phase in _PHASES:
@@ -236,7 +236,7 @@ def _alignment(runs: Sequence[Named]) -> list[Figure]:
 
 
 def _images(runs: Sequence[Named]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """By class: (run, its images as data URIs)."""
+    """Return by class: (run, its images as data URIs)."""
     by_class: dict[str, list[tuple[str, list[str]]]] = {}
     for run in runs:
         if run.found.distilled is None:
@@ -248,5 +248,5 @@ def _images(runs: Sequence[Named]) -> list[tuple[str, list[tuple[str, list[str]]
 
 
 def _cost(found: Contents) -> list[tuple[str, str, str]]:
-    """(stage, time, peak memory of the host)."""
+    """Return (stage, time, peak host memory)."""
     return [(c.stage, tables.duration(c.seconds), tables.gigabytes(c.host_bytes)) for c in found.history.costs.values()]

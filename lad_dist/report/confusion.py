@@ -1,4 +1,4 @@
-"""Confusion matrices: which classes a network takes for which, by class and by groups of classes."""
+"""Confusion matrices by class and by groups of classes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lad_dist.report import tables
 from lad_dist.report.contents import Contents
 from lad_dist.report.drawing import Frame, svg, text, text_width, upright_title
 
-NUMBERS_UP_TO = 12  # classes whose cells have room for a number
-CELLS_UP_TO = 30  # classes that are named, and drawn cell by cell
-_LEVELS = 10  # of colour, where cells are too many to be drawn one by one
+NUMBERS_UP_TO = 12  # classes; up to this, cells have room for a number
+CELLS_UP_TO = 30  # classes; up to this, classes are named and drawn cell by cell
+_LEVELS = 10  # of colour, if there are too many cells to draw one by one
 
 
 def confusion_chart(
     title: str, names: Sequence[str], shares: Sequence[Sequence[float]], bands: Sequence[tuple[str, int]]
 ) -> Markup:
-    """A confusion matrix: row = true class, column = predicted class, both in the order given (largest first).
+    """Draw a confusion matrix: row = true class, column = predicted class, both in the given order (largest first).
 
-    shares: of the images of the true class, as fractions. bands: (name, how many classes) in that order. Colour grows with the
-    square root of the share, so that small shares show.
+    shares: of the images of the true class, as fractions. bands: (name, number of classes) in that order. Colour grows
+    with the square root of the share, so that small shares remain visible.
     """
     classes, few = len(names), len(names) <= CELLS_UP_TO
     shown = [name if len(name) <= 10 else name[:9] + "…" for name in names] if few else []
@@ -74,7 +74,7 @@ def _confusion_cells(
 
 
 def _confusion_levels(shares: Sequence[Sequence[float]], frame: Frame, slot: float) -> str:
-    """Many classes: one path per level of colour; a share too small for the first level is left out."""
+    """Draw many classes: one path per colour level; shares below the first level are omitted."""
     paths: list[list[str]] = [[] for _ in range(_LEVELS + 1)]
     for true, row in enumerate(shares):
         for said, share in enumerate(row):
@@ -118,7 +118,7 @@ def _share_legend(left: float, most: float) -> str:
 
 @dataclass(frozen=True)
 class Confusion:
-    """A confusion matrix, and how much of each group of classes is taken for which group: (group, percentages)."""
+    """A confusion matrix by class, and by groups: (true group, percentages predicted as each group)."""
 
     title: str
     chart: Markup
@@ -127,7 +127,7 @@ class Confusion:
 
 
 def confusion_charts(found: Contents) -> list[Confusion]:
-    """Of the distilled set and of the whole set, on the first architecture, summed over the networks that tell theirs."""
+    """Draw the distilled and whole sets' confusion on the first architecture, summed over networks that recorded it."""
     if not found.rows:
         return []
     architecture = found.rows[0]["architecture"]
@@ -153,7 +153,7 @@ def confusion_charts(found: Contents) -> list[Confusion]:
 
 
 def _by_group(total: list[list[int]], bands: list[tuple[str, int]]) -> list[tuple[str, list[str]]]:
-    """Per true group: the percentage of its images that are taken for a class of each group."""
+    """Return per true group: the percentage of its images predicted as a class of each group."""
     spans, start = [], 0
     for name, size in bands:
         spans.append((name, slice(start, start + size)))

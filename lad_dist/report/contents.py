@@ -1,4 +1,4 @@
-"""What a run folder holds, read once for the page."""
+"""Contents of a run folder, read once for the page."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from lad_dist.rundir import RunDir
 
 @dataclass(frozen=True)
 class Contents:
-    """What a run folder holds, read once."""
+    """Contents of a run folder."""
 
     recipe: Recipe
     distilled: DistilledSet | None
     rows: list[results.Row]
     history: History
-    wanted: list[str]  # sources that the run is to measure
+    wanted: list[str]  # sources that the run has to measure
 
     @property
     def main_rows(self) -> list[results.Row]:
-        """Of every source and architecture the rows that were measured in one way, for charts of means."""
+        """Rows of one way of measuring per source and architecture, for charts of means."""
         return results.of_one_way(self.rows)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Training images by class; empty where nothing tells them yet."""
+        """Training images by class; empty if not recorded yet."""
         if self.distilled is not None:
             return self.distilled.meta.counts
         if self.rows:
@@ -39,7 +39,7 @@ class Contents:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By label; the labels themselves where no distilled set tells the names."""
+        """Class names by label; the labels themselves if no distilled set provides names."""
         return self.distilled.meta.class_names if self.distilled else tuple(str(c) for c in range(len(self.counts)))
 
     @property
@@ -52,12 +52,12 @@ class Contents:
             else ", natural imbalance"
         )
         images = f"{r.ipc} image{'s' if r.ipc > 1 else ''} per class"
-        method = self.distilled.meta.method if self.distilled else r.method  # of an imported set not the recipe's
+        method = self.distilled.meta.method if self.distilled else r.method  # imported sets: not the recipe's
         return f"{tables.DATASETS[r.data.dataset]}{tail}: {images}, {methods.title(method)}, seed {r.seed}"
 
 
 def read(recipe: Recipe, run: RunDir) -> Contents:
-    """Read a run folder. Raises DistilledError or RunDirError where the set or the results file is damaged."""
+    """Read a run folder. Raises DistilledError or RunDirError if the set or the results file is damaged."""
     distilled = DistilledSet.load(run.distilled) if run.distilled.exists() else None
     history = read_history(read_events(run.events))
     return Contents(recipe, distilled, results.read(run.results), history, results.wanted(recipe, run))

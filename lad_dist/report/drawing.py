@@ -1,6 +1,6 @@
-"""What all charts are drawn with: the frame, round ticks, text and the SVG around it.
+"""Shared parts of all charts: the frame, round ticks, text and the enclosing SVG.
 
-Coordinates are the SVG's own: x to the right, y down. All text is escaped here.
+Coordinates are SVG coordinates: x to the right, y down. All text is escaped here.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from html import escape
 
 from markupsafe import Markup
 
-_CHARACTER = 6.9  # width of a usual character of the charts' text, about; fonts differ
+_CHARACTER = 6.9  # approximate width of a typical character of the charts' text; fonts differ
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The plotting area inside a drawing, and the ranges of its axes."""
+    """Plotting area inside a drawing, with the ranges of its axes."""
 
     left: float
     top: float
@@ -34,7 +34,7 @@ class Frame:
 
 
 def ticks(low: float, high: float, about: int, whole: bool = False) -> list[float]:
-    """``about`` round numbers from at or below ``low`` to at or above ``high``, or within them where ``whole``."""
+    """Return ``about`` round numbers enclosing ``low`` to ``high``, or within them if ``whole``."""
     if not high > low:
         return [low]
     rough = (high - low) / about
@@ -49,7 +49,7 @@ def ticks(low: float, high: float, about: int, whole: bool = False) -> list[floa
 
 
 def tick_text(value: float, among: Sequence[float]) -> str:
-    """A tick's text: as many decimals as its neighbours need, a true minus sign."""
+    """Format a tick: as many decimals as its neighbours need, a true minus sign."""
     step = abs(among[1] - among[0]) if len(among) > 1 else abs(value) or 1.0
     if value and (step < 1e-4 or step >= 1e7):
         return f"{value:.3g}".replace("-", "−")
@@ -58,24 +58,24 @@ def tick_text(value: float, among: Sequence[float]) -> str:
 
 
 def text_width(text: str) -> float:
-    """About how wide a text is: a page has no fonts of its own that could be measured beforehand."""
+    """Estimate a text's width: the page has no embedded fonts to measure."""
     return sum(_CHARACTER * (0.55 if c in "fijlrtI.,:' " else 1.4 if c in "mwMW" else 1.0) for c in text)
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", transform: str = "") -> str:
-    """Words at a point; ``anchor`` as in SVG: start, middle or end."""
+    """Draw words at a point; ``anchor`` as in SVG: start, middle or end."""
     turned = f' transform="{transform}"' if transform else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}>{escape(words)}</text>'
 
 
 def svg(title: str, width: int, height: int, parts: Sequence[str]) -> Markup:
-    """The whole drawing; ``title`` is what a screen reader says."""
+    """Return the whole drawing; ``title`` is its label for screen readers."""
     body = "".join(parts)
     # Safe: every text above went through ``escape``; the rest are numbers and this file's own names.
     return Markup(f'<svg role="img" aria-label="{escape(title)}" viewBox="0 0 {width} {height}">{body}</svg>')  # noqa: S704
 
 
 def upright_title(frame: Frame, title: str) -> str:
-    """The title of the y axis, at the left edge of the drawing."""
+    """Draw the y axis title at the left edge of the drawing."""
     middle = (frame.top + frame.bottom) / 2
     return f'<text transform="translate(12 {middle:.1f}) rotate(-90)" text-anchor="middle">{escape(title)}</text>'

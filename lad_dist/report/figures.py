@@ -1,4 +1,4 @@
-"""The page's charts: which curves and bars they show, and how to read them."""
+"""The page's charts: curves and bars, with explanations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALIGNED = (
 
 
 def _by_source(found: Contents) -> dict[str, list[list[float]]]:
-    """Per-class accuracies of every network on the first architecture, by source in the order of the legend."""
+    """Return per-class accuracies of every network on the first architecture, by source in legend order."""
     if not found.rows:
         return {}
     architecture = found.rows[0]["architecture"]
@@ -45,7 +45,7 @@ def _by_source(found: Contents) -> dict[str, list[list[float]]]:
 
 
 def class_charts(found: Contents) -> list[tuple[str, Markup]]:
-    """Accuracy by class over training images: (CSS class, chart) for large and for small screens."""
+    """Draw accuracy by class over training images: (CSS class, chart) for large and for small screens."""
     by_source = _by_source(found)
     if not by_source:
         return []
@@ -87,7 +87,7 @@ def class_table(found: Contents) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its title and a sentence on how to read it."""
+    """A chart with its title and one sentence of explanation."""
 
     title: str
     chart: Markup
@@ -179,7 +179,7 @@ def _accuracy_on_the_way(history: History) -> Figure:
 
 
 def _gain_on_the_way(history: History) -> str:
-    """What the last look had more than the starting set, where that was looked at."""
+    """Describe the gain of the last quick measurement over the starting set, if that was measured."""
     start, last = history.early.get(0, {}), history.early.get(max(history.early, default=0), {})
     if start.get("overall") is None or last.get("gain") is None:
         return ""
@@ -199,7 +199,7 @@ def _pixel_gradients(found: Contents) -> list[Line]:
 
 
 def alignment_charts(found: Contents) -> list[Figure]:
-    """How far the student follows the expert in the last layer's rows of head, medium and tail classes, by phase."""
+    """Draw how closely the student follows the expert in the last layer's head, medium and tail rows, by phase."""
     joint = found.recipe.distill.matching == "joint"
     backbone = ("backbone", "backbone", "s4")
     phases = (

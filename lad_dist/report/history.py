@@ -1,6 +1,6 @@
-"""events.jsonl as curves and sums. A resumed run tells some iterations twice: what was told last counts.
+"""events.jsonl as curves and sums. A resumed run records some iterations twice; the last record counts.
 
-A curve is a list of (x, y) in ascending x; y is None where a figure was not finite.
+A curve is a list of (x, y) in ascending x; y is None if a figure was not finite.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ Curve = list[tuple[float, float | None]]
 
 @dataclass
 class StageCost:
-    """What one stage took, summed over the attempts it took."""
+    """Cost of one stage, summed over its attempts."""
 
     stage: str
     attempts: int = 0
     seconds: float = 0.0
     host_bytes: int | None = None
     device_bytes: int | None = None
-    last_error: str | None = None  # of the last attempt, where it did not finish
+    last_error: str | None = None  # of the last attempt, if it did not finish
 
 
 @dataclass
 class History:
-    """What the events say."""
+    """History of a run, from its events."""
 
     data: Event | None = None
     iterations: dict[int, Event] = field(default_factory=dict)
@@ -40,19 +40,19 @@ class History:
     ended: float | None = None
 
     def curve(self, name: str) -> Curve:
-        """A figure of the iterations, for example ``alpha``; empty where no iteration has it."""
+        """Return a figure of the iterations, for example ``alpha``; empty if no iteration has it."""
         return [(i, self.iterations[i][name]) for i in sorted(self.iterations) if name in self.iterations[i]]
 
     def early_curve(self, name: str) -> Curve:
-        """A group's accuracy of the quick measurements, for example ``tail``; a gap where a network could not be trained.
+        """Return a group's accuracy in the quick measurements (``tail``); a gap if a network failed to train.
 
-        Empty with fewer than two of them, which make no curve.
+        Empty with fewer than two, which make no curve.
         """
         known = [i for i in sorted(self.early) if self.early[i].get(name) is not None]
         return [(i, self.early[i].get(name)) for i in sorted(self.early)] if len(known) > 1 else []
 
     def class_curve(self, name: str, classes: Sequence[int]) -> Curve:
-        """The mean over some classes of a figure that iterations give per class."""
+        """Return the mean over some classes of a per-class figure of the iterations."""
         curve: Curve = []
         for i in sorted(self.iterations):
             per_class = self.iterations[i].get(name) or []
@@ -62,7 +62,7 @@ class History:
         return curve
 
     def alignment_curve(self, phase: str, name: str) -> Curve:
-        """A figure of a phase's gradient alignment, for example ``cosine_tail``; without the iterations that lack it."""
+        """Return a figure of a phase's gradient alignment (``cosine_tail``); iterations without it are omitted."""
         curve: Curve = []
         for i in sorted(self.iterations):
             figures = (self.iterations[i].get("alignment") or {}).get(phase) or {}
@@ -71,7 +71,7 @@ class History:
         return curve
 
     def expert_curve(self, stage: str, name: str, offset: int = 0) -> tuple[Curve, list[tuple[float, float, float]]]:
-        """Per epoch of a stage (plus ``offset``): the mean over experts, and (epoch, smallest, largest)."""
+        """Return per epoch of a stage (plus ``offset``): the mean over experts, and (epoch, smallest, largest)."""
         by_epoch: dict[int, list[float]] = {}
         for (of_stage, _, epoch), event in self.expert_epochs.items():
             if of_stage == stage and event.get(name) is not None:
@@ -82,11 +82,11 @@ class History:
 
     @property
     def experts_seen(self) -> int:
-        """How many experts this run trained, at least in part."""
+        """Number of experts this run trained, at least in part."""
         return len({expert for _, expert, _ in self.expert_epochs})
 
     def median_rate(self) -> dict[str, float]:
-        """Median seconds per distillation iteration, and images per second of the experts' epochs, where known."""
+        """Return median seconds per distillation iteration and images per second of expert epochs, where known."""
         rates = {}
         seconds = [e["seconds"] for e in self.iterations.values() if e.get("seconds") is not None]
         if seconds:
@@ -103,7 +103,7 @@ class History:
 
 
 def read_history(events: Iterable[Event]) -> History:
-    """Sort the events of a run."""
+    """Build the history from a run's events."""
     h = History()
     for event in events:
         kind, when = event["kind"], event.get("time")
@@ -123,7 +123,7 @@ def read_history(events: Iterable[Event]) -> History:
             h.expert_epochs[event["stage"], event["expert"], event["epoch"]] = event
         elif kind in ("stage-finished", "stage-stopped"):
             _add_cost(h.costs, event)
-    h.costs.pop("report", None)  # the page's own making is no part of the experiment
+    h.costs.pop("report", None)  # generating the page is not part of the experiment
     return h
 
 
@@ -142,7 +142,7 @@ def _larger(a: int | None, b: int | None) -> int | None:
 
 
 def smoothed(curve: Curve) -> Curve:
-    """A centred running mean over about a twentieth of the curve (shorter at its ends); gaps are left out."""
+    """Return a centred running mean over about a twentieth of the curve (shorter at its ends); gaps are omitted."""
     known = [(x, y) for x, y in curve if y is not None]
     half = len(known) // 40
     sums = [0.0]
@@ -156,7 +156,7 @@ def smoothed(curve: Curve) -> Curve:
 
 
 def thinned(curve: Curve, most: int) -> Curve:
-    """About ``most`` points at most: each stretch's smallest and largest, so that spikes stay visible."""
+    """Reduce to about ``most`` points: each segment's smallest and largest, so that spikes stay visible."""
     if len(curve) <= most:
         return curve
     out: Curve = []

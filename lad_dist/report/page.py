@@ -1,6 +1,6 @@
-"""The report of a run: ``report/index.html``, one page that needs nothing else, and the synthetic images as PNG files.
+"""Report of a run: ``report/index.html``, one self-contained page, and the synthetic images as PNG files.
 
-Everything comes from the run folder's files. What a run has not got yet is left out, and the page says so.
+Everything comes from the run folder's files. Missing parts are omitted, and the page says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INDEX, SYNTHETIC, INITIAL = "index.html", "synthetic.png", "initial.png"
 
 
 def write_report(recipe: Recipe, run: RunDir) -> None:
-    """Publish ``report/index.html`` and, where there is a distilled set, ``report/synthetic.png`` and ``initial.png``.
+    """Publish ``report/index.html`` and, if there is a distilled set, ``report/synthetic.png`` and ``initial.png``.
 
     Raises:
         DistilledError: the distilled set is damaged.
@@ -45,7 +45,7 @@ def write_report(recipe: Recipe, run: RunDir) -> None:
 
 
 def render(found: Contents, shown: pictures.Gallery | None) -> str:
-    """The page as HTML text."""
+    """Return the page as HTML text."""
     return template("page.html").render(
         run=found,
         recipe=found.recipe,
@@ -72,7 +72,7 @@ def render(found: Contents, shown: pictures.Gallery | None) -> str:
 
 
 def template(name: str) -> Template:
-    """A page of ``templates/``, which escapes what is put into it and complains of what is missing."""
+    """Return a template of ``templates/``, with autoescaping and errors on undefined variables."""
     environment = Environment(
         loader=PackageLoader("lad_dist.report"),
         autoescape=True,
@@ -84,10 +84,10 @@ def template(name: str) -> Template:
 
 
 def _lead(found: Contents) -> list[tuple[str, str]]:
-    """The figures at the top: label, value."""
+    """Return the figures at the top: label, value."""
     accuracy: dict[str, str] = {}
     for line in tables.result_lines(results.summary(found.rows)):
-        accuracy.setdefault(line.key, line.figures[0])  # the first architecture, ConvNet where it was measured
+        accuracy.setdefault(line.key, line.figures[0])  # the first architecture: ConvNet if measured
     lead = [(tables.SOURCES[key], f"{accuracy[key]} %") for key in tables.MAIN_SOURCES if key in accuracy]
     if found.counts:
         total, made = sum(found.counts), found.recipe.ipc * len(found.counts)
@@ -96,7 +96,7 @@ def _lead(found: Contents) -> list[tuple[str, str]]:
 
 
 def _missing(found: Contents) -> list[str]:
-    """What this run has not got yet, a sentence each."""
+    """List what this run lacks so far, one sentence each."""
     notes = []
     if found.distilled is None:
         done, total = max(found.history.iterations, default=0), found.recipe.distill.iterations
@@ -142,7 +142,7 @@ def _results(found: Contents) -> dict[str, Any] | None:
 
 
 def _published(found: Contents) -> dict[str, Any] | None:
-    """Published figures beside the run's own, where data set, imbalance factor and IPC are the same."""
+    """Return published figures beside the run's own, if data set, imbalance factor and IPC match."""
     figures_of_cell = published.beside(found.recipe, found.counts)
     if not figures_of_cell:
         return None
@@ -156,7 +156,7 @@ def _published(found: Contents) -> dict[str, Any] | None:
 
 
 def _groups(found: Contents) -> list[dict[str, Any]]:
-    """Both groupings of the classes, with their class counts and ranges of training images."""
+    """Return both groupings of the classes, with their class counts and ranges of training images."""
     if not found.counts:
         return []
     rules = {"many": f"more than {MANY_SHOT_ABOVE} training images", "few": f"fewer than {FEW_SHOT_BELOW}"}
@@ -243,7 +243,7 @@ def _costs(found: Contents) -> dict[str, Any]:
 
 
 def _facts(found: Contents) -> list[tuple[str, str]]:
-    """Provenance: label, value."""
+    """Return provenance: label, value."""
     r, meta, data = found.recipe, found.distilled.meta if found.distilled else None, found.history.data
     versions = dict(meta.versions if meta else {})
     measured = {f"{name} {version}" for row in found.rows for name, version in (row.get("versions") or {}).items()}
@@ -268,7 +268,7 @@ def _facts(found: Contents) -> list[tuple[str, str]]:
 
 
 def _iteration(found: Contents) -> str:
-    """Which iteration's set it is, of how many; nothing of an imported set, which no iteration of this run made."""
+    """Name the set's iteration and their total; empty for an imported set, which no iteration of this run made."""
     meta = found.distilled.meta if found.distilled else None
     if meta is None or meta.method != found.recipe.method:
         return ""

@@ -1,4 +1,4 @@
-"""The synthetic images as pictures: whitening undone, enlarged without smoothing, one row per class.
+"""Synthetic images as pictures: un-whitened, enlarged without smoothing, one row per class.
 
 G classes shown, M images of each, C channels (1 grey, 3 colour), H side.
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 from lad_dist.distilled import DistilledSet
 
 MOST_CLASSES, MOST_IMAGES = 100, 10
-CELL = 64  # pixels a side that an image in the PNG grid has at least
-_LOSSLESS_PIXELS = 3_000_000  # beyond, the page's copies are JPEG, so that it stays a few megabytes
+CELL = 64  # minimum pixels a side of an image in the PNG grid
+_LOSSLESS_PIXELS = 3_000_000  # above this, the page's copies are JPEG, so that it stays at a few megabytes
 _INK, _PAPER, _RULE = (40, 40, 40), (255, 255, 255), (225, 225, 225)
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """What is shown of a distilled set. Pixels are uint8 (G, M, H, H, C)."""
+    """The displayed part of a distilled set. Pixels are uint8 (G, M, H, H, C)."""
 
     names: tuple[str, ...]
     counts: tuple[int, ...]
@@ -34,7 +34,7 @@ class Gallery:
 
     @property
     def limited(self) -> str:
-        """What is left out, as a sentence; empty where everything is shown."""
+        """Describe what is omitted; empty if everything is shown."""
         shown_classes, shown = len(self.names), self.synthetic_GMHHC.shape[1]
         parts = [f"the first {shown} of {self.per_class} images of each class"] if shown < self.per_class else []
         if shown_classes < self.classes:
@@ -48,7 +48,7 @@ class Gallery:
 
 
 def gallery(distilled: DistilledSet) -> Gallery:
-    """At most ``MOST_CLASSES`` classes, largest first, and the first ``MOST_IMAGES`` images of each."""
+    """Select at most ``MOST_CLASSES`` classes, largest first, and the first ``MOST_IMAGES`` images of each."""
     meta = distilled.meta
     order = sorted(range(len(meta.class_names)), key=lambda c: -meta.counts[c])
     chosen = (
@@ -66,14 +66,14 @@ def gallery(distilled: DistilledSet) -> Gallery:
 
 
 def _pixels(distilled: DistilledSet, images_SCHH: Tensor, rows_GM: Tensor) -> Tensor:
-    """Pictures of some images as uint8 (G, M, H, H, C); only those are un-whitened: ZCA costs C^2 H^4 each."""
+    """Return the selected images as uint8 (G, M, H, H, C); only those are un-whitened: ZCA costs C^2 H^4 each."""
     flat = distilled.whitening.invert(images_SCHH[rows_GM.flatten()].cpu()).clamp(0, 1)
     pixels = (flat * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return pixels.reshape(*rows_GM.shape, *pixels.shape[1:])
 
 
 def png_grid(shown: Gallery, title: str, images_GMHHC: Tensor) -> bytes:
-    """One row per class with its name; every image enlarged by a whole factor without smoothing. PNG bytes."""
+    """Return PNG bytes: one row per class with its name, images enlarged by an integer factor without smoothing."""
     classes, count, size = images_GMHHC.shape[:3]
     factor = max(-(-CELL // size), 1)
     cell, gap, margin, head = size * factor, 6, 16, 46
@@ -101,7 +101,7 @@ def png_grid(shown: Gallery, title: str, images_GMHHC: Tensor) -> bytes:
 
 
 def data_uris(images_MHHC: Tensor, lossless: bool) -> list[str]:
-    """Each image at its own size as a data URI; the page enlarges it."""
+    """Return each image at its own size as a data URI; the page enlarges it."""
     kind = "PNG" if lossless else "JPEG"
     encoded = (_encoded(_image(pixels), kind) for pixels in images_MHHC)
     return [f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}" for data in encoded]

@@ -1,7 +1,7 @@
-"""Published accuracies, to stand beside a run's own. Every number is copied from the paper, none is computed here.
+"""Published accuracies for comparison. Every number is copied from the paper; none is computed here.
 
-Source: Zhao et al., "Distilling Long-tailed Datasets", CVPR 2025, arXiv 2408.14506: overall top-1 accuracy in percent on the
-balanced test set. ConvNet of depth 3 (Tiny-ImageNet-LT: 4) unless another architecture is named.
+Source: Zhao et al., "Distilling Long-tailed Datasets", CVPR 2025, arXiv 2408.14506: overall top-1 accuracy in percent
+on the balanced test set. ConvNet of depth 3 (Tiny-ImageNet-LT: 4) unless another architecture is named.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ CITATION = "Zhao et al., “Distilling Long-tailed Datasets”, CVPR 2025, arXiv
 
 @dataclass(frozen=True)
 class PublishedFigure:
-    """One cell of a published table: what networks of ``architecture`` reach, in percent.
+    """One cell of a published table: accuracy of ``architecture``, in percent.
 
-    ``source`` is what they were trained on, as in ``results.SOURCES``; ``method`` is the one that distilled it, or empty.
+    ``source`` is the training source, as in ``results.SOURCES``; ``method`` is the distillation method, or empty.
     """
 
     source: str
@@ -29,7 +29,7 @@ class PublishedFigure:
 
 @dataclass(frozen=True)
 class _Data:
-    """What a data set must be like for its published figures to hold: classes, images of the largest, pixels a side."""
+    """Requirements on a data set for its published figures to apply: classes, images of the largest, pixels a side."""
 
     classes: int
     n_max: int
@@ -41,7 +41,7 @@ _IPC = (10, 20, 50)
 _REAL = ("random", "k-center", "graph-cut")  # sources of real images; the other names are methods
 _NAMES = ("random", "k-center", "graph-cut", "mtt", "datm", "lad")
 
-# By imbalance factor; then by name, in the order of _NAMES; then by IPC, in the order of _IPC. None: the paper has a dash.
+# Nested by imbalance factor, name (order of _NAMES) and IPC (order of _IPC). None: the paper has a dash.
 _Cells = dict[float, tuple[tuple[float | None, ...], ...]]
 _CIFAR10: _Cells = {
     10: (
@@ -82,14 +82,14 @@ _LAD_ONLY: dict[str, dict[float, tuple[float, ...]]] = {
     "cifar100": {10: (31.5, 37.5, 40.0), 20: (31.4, 35.1, 37.0), 50: (29.8, 31.9, 33.2)},
     "tiny-imagenet": {10: (26.0, 27.9), 20: (23.6, 25.5), 100: (17.1, 18.0)},
 }
-# CIFAR-10-LT at factor 100: LAD with one of its two parts (IPC 50), and LAD's set on other networks (IPC 10). The paper's 37.9 for
-# AlexNet is left out: the official code's AlexNet is another network than torchvision's, which lad-dist trains.
+# CIFAR-10-LT at factor 100: LAD with one of its two parts (IPC 50), and LAD's set on other networks (IPC 10). The paper's
+# 37.9 for AlexNet is omitted: the official code's AlexNet differs from torchvision's, which lad-dist trains.
 _WITH_ONE_PART = {"lad-without-adm": 57.1, "lad-without-wma": 54.8}
 _ACROSS = {"vgg11": 29.7, "resnet18": 43.6}
 
 
 def cell(dataset: str, factor: float, ipc: int) -> list[PublishedFigure]:
-    """All that is published for a data set (as in ``data.dataset``), imbalance factor and IPC; empty where nothing is."""
+    """Return all published figures for a data set (as in ``data.dataset``), imbalance factor and IPC; may be empty."""
     if ipc not in _IPC:
         return []
     at = _IPC.index(ipc)
@@ -112,10 +112,11 @@ def cell(dataset: str, factor: float, ipc: int) -> list[PublishedFigure]:
 
 
 def beside(recipe: Recipe, counts: Sequence[int]) -> list[PublishedFigure]:
-    """What is published for a run's data set, imbalance factor and IPC.
+    """Return the published figures for a run's data set, imbalance factor and IPC.
 
-    Empty unless the run trained on the very same images: ``counts`` (training images per class) start at the full class, the
-    profile is the exponential one, the images have their own size and colours, and experts and students are ConvNets.
+    Empty unless the run trained on the very same images: ``counts`` (training images per class) start at the full
+    class, the profile is exponential, the images have their original size and colours, and experts and students are
+    ConvNets.
     """
     data = recipe.data
     of = _DATA.get(data.dataset)

@@ -1,4 +1,4 @@
-"""How figures are written, in the terminal and on the page alike. Imports nothing heavy."""
+"""Formatting of figures and tables, shared by terminal and page. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SOURCES = {
     "full-balanced": "Whole set, class-balanced sampling",
     "full-logit-adjusted": "Whole set, logit-adjusted loss",
 }
-MAIN_SOURCES = ("distilled", "initial", "random-soft", "random", "full")  # what the page's first figures show
+MAIN_SOURCES = ("distilled", "initial", "random-soft", "random", "full")  # sources in the page's first tables
 CHARTED = ("distilled", "initial", "random", "full")
 CALIBRATION = ("balanced", "ECE", "standard error")
 DATASETS = {
@@ -63,7 +63,7 @@ SELECTION = {
 
 @dataclass(frozen=True)
 class ResultLine:
-    """One line of a result table, every cell as text; accuracies in percent, mean ± deviation over seeds."""
+    """One line of a result table, all cells as text; accuracies in percent, mean ± deviation over seeds."""
 
     key: str  # distilled, random or full
     source: str
@@ -73,17 +73,17 @@ class ResultLine:
     trained: str = ""  # epochs and learning rate
 
     def cells(self) -> tuple[str, ...]:
-        """The cells in the order of the table's headings."""
+        """Return the cells in the order of the table's headings."""
         return (self.source, self.architecture, self.seeds, *self.figures)
 
 
 def headings(figures: Sequence[str] = FIGURES) -> tuple[str, ...]:
-    """The headings that go with ``ResultLine.cells``."""
+    """Return the headings for ``ResultLine.cells``."""
     return ("source", "architecture", "seeds", *figures)
 
 
 def result_lines(summaries: Iterable[Row]) -> list[ResultLine]:
-    """The result table from ``results.summary``: one line per (source, architecture)."""
+    """Return the result table of ``results.summary``: one line per (source, architecture)."""
     return [
         ResultLine(
             row["source"],
@@ -98,20 +98,23 @@ def result_lines(summaries: Iterable[Row]) -> list[ResultLine]:
 
 
 def trained(row: Row) -> str:
-    """``300, 0.0103``: epochs and learning rate, of a row's settings or of a summary."""
+    """Format epochs and learning rate of a row's settings or of a summary: ``300, 0.0103``."""
     of = row if "epochs" in row else row.get("settings") or {}
     known = [str(of["epochs"])] if of.get("epochs") is not None else []
     return ", ".join([*known, *([f"{of['lr']:.3g}"] if of.get("lr") is not None else [])])
 
 
 def trained_unlike(rows: Iterable[Row]) -> bool:
-    """Whether small sets were trained on for different epochs or with different learning rates, which a table must then show."""
+    """Return whether small sets differ in training epochs or learning rates, which a table must then show."""
     return len({trained(row) for row in rows if row["source"] not in WHOLE}) > 1
 
 
 def protocol_notes(rows: Iterable[Row]) -> list[str]:
-    """How the networks were trained: where the learning rates come from, and every setting in which a source differs from the
-    first one without that being what the source is (augmentation of ...-plain, all of the whole set)."""
+    """Describe how the networks were trained.
+
+    States the origin of the learning rates, and every setting in which a source differs from the first one, except
+    those that define the source (augmentation of ...-plain, all of the whole set).
+    """
     notes, rules = [], dict[str, list[str]]()
     schedules: dict[str, set[str]] = {"small": set(), "whole": set()}
     first: Row | None = None
@@ -134,16 +137,14 @@ def protocol_notes(rows: Iterable[Row]) -> list[str]:
             notes.append(f"Another protocol than {source_title(first)}: {title}: {told}.")
     said = [f"{rule}: {', '.join(titles)}" for rule, titles in rules.items()]
     if len(schedules["small"]) < 2:
-        known = {
-            kind: sorted(filter(None, of)) for kind, of in schedules.items()
-        }  # a row may not say how it was trained
+        known = {kind: sorted(filter(None, of)) for kind, of in schedules.items()}  # rows may lack them
         spans = [f"{', '.join(of)}{' (whole set)' * (kind == 'whole')}" for kind, of in known.items() if of]
         said[:0] = [f"epochs, rate {'; '.join(spans)}"] if spans else []
     return [*([f"Schedules. {'; '.join(said)}."] if said else []), *notes]
 
 
 def _comparable_settings(row: Row) -> dict[str, str]:
-    """The settings that are the same for all sources of one protocol; epochs and rate stand in the tables themselves."""
+    """Return the settings shared by all sources of one protocol; epochs and rate are in the tables themselves."""
     s = row.get("settings") or {}
     found = {name: s[name] for name in ("batch", "momentum", "weight_decay", "decay") if name in s}
     if "augment" in s:
@@ -154,8 +155,11 @@ def _comparable_settings(row: Row) -> dict[str, str]:
 
 
 def first_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The report's first table, of MAIN_SOURCES: (source, trained on, architecture, overall, tail, what the distilled set has more:
-    overall, tail), the last two in points with the standard error of the mean over paired networks."""
+    """Return the report's first table, of MAIN_SOURCES.
+
+    Lines are (source, trained on, architecture, overall, tail, distilled set's gain overall, tail); gains are in points
+    with the standard error of the mean over paired networks.
+    """
     gained = {(gain.reference, gain.architecture): gain.figures for gain in gains(rows)}
     lines = []
     for (source, architecture, _), members in by_way(of_one_way(rows)).items():  # type: ignore[arg-type]
@@ -169,7 +173,10 @@ def first_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def gain_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """What distilling added: (compared with, architecture, overall, tail, pairs), points with the standard error of the mean."""
+    """Return the gains of distillation: (reference, architecture, overall, tail, pairs).
+
+    Gains are in points with the standard error of the mean.
+    """
     return [
         (
             SOURCES[gain.reference],
@@ -183,7 +190,7 @@ def gain_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def gain_notes(rows: Sequence[Row]) -> list[str]:
-    """``gain_lines`` as sentences, for a terminal."""
+    """Return ``gain_lines`` as sentences, for a terminal."""
     return [
         f"distilled over {reference[0].lower()}{reference[1:]}"
         f"{'' if architecture == 'convnet' else f', {architecture}'}: {overall} overall, {tail} tail "
@@ -193,7 +200,7 @@ def gain_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def count_group_lines(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[ResultLine]]:
-    """From the rows of results.json: which of many, medium and few hold any class, and a table of their accuracies."""
+    """Return the non-empty groups of many, medium and few, and a table of their accuracies, from results.json rows."""
     members = by_way(rows)  # type: ignore[arg-type]
 
     def values(group: str, of: Sequence[Row]) -> list[float]:
@@ -210,8 +217,11 @@ def count_group_lines(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[Result
 
 
 def calibration_lines(summaries: Iterable[Row]) -> list[ResultLine]:
-    """From ``results.summary``: balanced accuracy, expected calibration error (15 bins), and the standard error of the mean of
-    overall accuracy over seeds (CALIBRATION), for the sources where they were measured."""
+    """Return the calibration table (CALIBRATION) of ``results.summary``, for the sources with these figures.
+
+    Columns: balanced accuracy, expected calibration error (15 bins), standard error of the mean overall accuracy over
+    seeds.
+    """
     return [
         ResultLine(
             row["source"],
@@ -230,10 +240,10 @@ def calibration_lines(summaries: Iterable[Row]) -> list[ResultLine]:
 
 
 def published_lines(published: Iterable[PublishedFigure], summaries: Iterable[Row]) -> list[ResultLine]:
-    """Published figures, each beside the run's own of the same source, method and architecture (a dash where it has none)."""
+    """Pair published figures with the run's own of the same source, method and architecture (a dash if it has none)."""
     own = dict[tuple[object, ...], str]()
     for row in summaries:
-        if row.get("differs"):  # the first protocol stands for the run
+        if row.get("differs"):  # the first protocol represents the run
             continue
         method = row.get("method") if row["source"] == "distilled" else ""
         own[row["source"], method, row["architecture"]] = plus_minus(row.get("overall"), row.get("overall_std"))
@@ -250,7 +260,7 @@ def published_lines(published: Iterable[PublishedFigure], summaries: Iterable[Ro
 
 
 def label_notes(rows: Iterable[Row]) -> list[str]:
-    """A sentence for every way in which labels were adjusted after distillation; none where none were."""
+    """Describe each adjustment of labels after distillation, one sentence each; may be empty."""
     taus = sorted({row["label_tau"] for row in rows if row.get("label_adjustment") == "adsa"})
     if not taus:
         return []
@@ -262,7 +272,7 @@ def label_notes(rows: Iterable[Row]) -> list[str]:
 
 
 def source_name(source: str) -> str:
-    """A source for people; ``birds:pick, soft labels`` of one that is not the package's own."""
+    """Return a source's display name; ``birds:pick, soft labels`` for user-defined ones."""
     if source in SOURCES:
         return SOURCES[source]
     own = source.removesuffix("-plain").removesuffix("-soft")
@@ -271,7 +281,7 @@ def source_name(source: str) -> str:
 
 
 def source_title(row: Row) -> str:
-    """What a row's networks were trained on, for people: ``Distilled (LAD)``, ``Random real``, ..."""
+    """Return the display name of a row's training set: ``Distilled (LAD)``, ``Random real``, ..."""
     title = source_name(row["source"])
     title += f", {row['differs']}" if row.get("differs") else ""  # from networks of the same source in the same table
     title += f", on images {row['images']}" if row.get("images") else ""
@@ -283,23 +293,23 @@ def source_title(row: Row) -> str:
 
 
 def spread(fractions: Sequence[float]) -> str:
-    """Mean and sample standard deviation of some accuracies, as ``plus_minus`` writes them."""
+    """Format mean and sample standard deviation of some accuracies with ``plus_minus``."""
     mean = statistics.mean(fractions) if fractions else None
     return plus_minus(mean, statistics.stdev(fractions) if len(fractions) > 1 else None)
 
 
 def percent(fraction: float | None) -> str:
-    """``0.8438`` as ``84.4``; an en dash where there is no figure."""
+    """Format a fraction as percent: ``0.8438`` as ``84.4``; None as an en dash."""
     return MISSING if fraction is None else f"{100 * fraction:.1f}"
 
 
 def plus_minus(mean: float | None, std: float | None) -> str:
-    """``84.4 ± 1.7``; only the mean where one seed leaves no deviation."""
+    """Format as ``84.4 ± 1.7``; only the mean if there is a single seed."""
     return percent(mean) if mean is None or std is None else f"{percent(mean)} ± {percent(std)}"
 
 
 def duration(seconds: float | None) -> str:
-    """``47.2 s``, ``12 min 05 s``, ``8 h 43 min``."""
+    """Format as ``47.2 s``, ``12 min 05 s``, ``8 h 43 min``."""
     if seconds is None:
         return MISSING
     if seconds < 59.95:
@@ -312,5 +322,5 @@ def duration(seconds: float | None) -> str:
 
 
 def gigabytes(count: int | None) -> str:
-    """Bytes as ``0.53 GB`` (10^9)."""
+    """Format bytes as ``0.53 GB`` (10^9)."""
     return MISSING if count is None else f"{count / 1e9:.2f} GB"

@@ -1,10 +1,11 @@
-"""The evaluation's results: one file per row, and results.json, the table merged from them.
+"""Evaluation results: one file per row, and results.json, the table merged from them.
 
-evaluation/rows/SOURCE-ARCHITECTURE-SEED.json   one row each: one writer per file, published by rename
-evaluation/results.json                         all rows but their confusion matrices, for people and other programs
+    evaluation/rows/SOURCE-ARCHITECTURE-SEED.json   one row each: one writer per file, published by rename
+    evaluation/results.json                         all rows without confusion matrices, for people and other programs
 
-Any number of processes may measure rows of one run at the same time; ``read`` sees every published row, whether or not it is
-in the merged table yet. Both kinds of file hold a checksum of what they say. To measure again, remove the folder evaluation/.
+Any number of processes may measure rows of one run concurrently; ``read`` returns every published row, whether or not
+it is in the merged table yet. Both kinds of file hold a checksum of their content. To measure again, remove the folder
+evaluation/.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Result:
-    """One network, trained on ``source`` and measured: what a row says, typed.
+    """Typed row: one network, trained on ``source`` and measured.
 
-    Accuracies are top-1 in [0, 1]: over all images, and the means over the head, medium and tail thirds of the classes;
-    ``balanced`` is the mean over classes, ``per_class`` each class's. ``ece``: expected calibration error. ``split``: test or
-    validation. ``ipc`` is None for a source that is not a set of so many images per class. ``seconds``: of its training.
+    Accuracies are top-1 in [0, 1]: over all images, and means over the head, medium and tail thirds of the classes;
+    ``balanced`` is the mean over classes, ``per_class`` each class's. ``ece``: expected calibration error. ``split``:
+    test or validation. ``ipc`` is None for a source without a fixed number of images per class. ``seconds``: training
+    time.
     """
 
     source: str
@@ -56,7 +58,7 @@ class Result:
 
     @classmethod
     def of(cls, row: Row) -> Result:
-        """The result that a row of results.json holds."""
+        """Return the result held by a row of results.json."""
         read = {f.name: row.get(f.name) for f in fields(cls)} | {
             n: row["settings"][n] for n in ("epochs", "lr", "batch")
         }
@@ -64,7 +66,7 @@ class Result:
 
 
 FIGURES = ("overall", "head", "medium", "tail")
-MORE_FIGURES = ("balanced", "ece")  # of rows written since they are measured
+MORE_FIGURES = ("balanced", "ece")  # absent from rows of older versions
 Source = str
 SOURCES = (
     "distilled",
@@ -84,50 +86,52 @@ SOURCES = (
     "full-balanced",
     "full-logit-adjusted",
 )
-"""What networks are trained on, in the order of every table. ``distilled-adsa`` and ``distilled-hard`` are the distilled
-images with adjusted and with hard labels, ``initial`` is the set that distillation started from, ``...-soft`` are real images with
-the experts' mean logits as labels, ``...-plain`` is a set without augmentation; ``full-...`` are other ways to train on the whole
-long-tailed set."""
+"""Training sources, in the order of every table.
+
+``distilled-adsa`` and ``distilled-hard`` are the distilled images with adjusted and with hard labels, ``initial`` is
+the set that distillation started from, ``...-soft`` are real images with the experts' mean logits as labels,
+``...-plain`` is a set without augmentation; ``full-...`` are other ways to train on the whole long-tailed set.
+"""
 
 DISTILLED = tuple(source for source in SOURCES if source.startswith("distilled"))
 WHOLE = tuple(source for source in SOURCES if source.startswith("full"))
 _NAMES = Name(SOURCES, BASELINE_NAMES.group, BASELINE_NAMES.endings)
 
-FORMAT_VERSION = 2  # of results.json; 1 has no checksum
+FORMAT_VERSION = 2  # of results.json; version 1 has no checksum
 _KEY = ("source", "architecture", "seed")
 _ONLY_IN_ROWS = ("confusion",)  # K x K numbers
 
 
 def wanted(recipe: Recipe, run: RunDir) -> list[str]:
-    """The sources that ``lad-dist run`` measures, in its order."""
+    """Return the sources that ``lad-dist run`` measures, in its order."""
     e = recipe.evaluate
     sources = ["distilled", *(["distilled-adsa"] if e.label_adjustment == "adsa" else []), *e.baselines]
-    imported = _imported(run.distilled / "meta.json")  # its start is not known, and no expert is there to label images
+    imported = _imported(run.distilled / "meta.json")  # no known initialisation, and no expert to label images
     left_out = ("initial",) if imported or _without_start(run.distilled / "tensors.safetensors") else ()
     return [s for s in dict.fromkeys(sources) if s not in left_out and not (imported and labelled_by_experts(s))]
 
 
 def labelled_by_experts(source: Source) -> bool:
-    """Whether a source is real images with the experts' labels."""
+    """Return whether a source is real images with the experts' labels."""
     return source.removesuffix("-plain").endswith("-soft")
 
 
 def check_source(source: str) -> Source:
-    """A source's name. Raises RecipeError where nobody offers it."""
+    """Return a source's validated name. Raises RecipeError if it is unknown."""
     if not _NAMES.takes(source):
         raise RecipeError(f"evaluate: source {source!r} is not known; valid: {_NAMES.valid}")
     return source
 
 
 def planned_among(rows: Iterable[Row], source: str, recipe: Recipe) -> int:
-    """How many of the networks that a recipe asks of a source are among ``rows``; others may have been measured beside them."""
+    """Count the networks of a source requested by the recipe among ``rows``, which may hold others too."""
     e = recipe.evaluate
     asked = {(source, a, seed) for a in e.architectures for seed in range(e.seeds)}
     return sum(_key(row) in asked for row in rows)
 
 
 def _without_start(tensors: Path) -> bool:
-    """Whether a distilled set is of a version that did not keep the labels it started from; its header says what it holds."""
+    """Return whether a distilled set, by its header, is of a version that did not store its initial labels."""
     try:
         with tensors.open("rb") as file:
             return "initial_label_logits" not in json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -136,19 +140,19 @@ def _without_start(tensors: Path) -> bool:
         ValueError,
         OverflowError,
         MemoryError,
-    ):  # not there yet, or damaged: whoever reads the set says so
+    ):  # missing or damaged: reported by the set's reader
         return False
 
 
 def _imported(meta: Path) -> bool:
     try:
         return bool(json.loads(meta.read_text(encoding="utf-8"))["method"] == "imported")
-    except (OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged: whoever reads the set says so
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: reported by the set's reader
         return False
 
 
 def read(path: Path) -> list[Row]:
-    """All rows: those of the row files, and those that only the merged table at ``path`` has (of older runs, or copied alone).
+    """Return all rows: of the row files, and those only in the merged table at ``path`` (older runs, or copied alone).
 
     Raises:
         RunDirError: a file is damaged; names it.
@@ -156,7 +160,7 @@ def read(path: Path) -> list[Row]:
     rows = {_key(row): row for row in _merged(path)}
     folder = rows_folder(path)
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
-        if not file.name.startswith("."):  # what is still being written
+        if not file.name.startswith("."):  # skip files still being written
             row = _row(file)
             if row_file(path, row).name != file.name:
                 raise RunDirError(
@@ -168,7 +172,7 @@ def read(path: Path) -> list[Row]:
 
 
 def _check_one_run(path: Path, rows: Iterable[Row]) -> None:
-    """Refuse a table with rows of two runs: those of a run have the seed of its recipe, which never changes."""
+    """Reject a table with rows of two runs: all rows of a run share its recipe's seed, which never changes."""
     seeded = [row for row in rows if row.get("recipe_seed") is not None]
     counts = Counter(row["recipe_seed"] for row in seeded)
     if len(counts) < 2:
@@ -191,7 +195,7 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def put(path: Path, row: Row) -> Path:
-    """Publish one row beside the merged table at ``path``, in place of an older one of its name; returns its file."""
+    """Publish one row beside the merged table at ``path``, replacing any older one of its name; return its file."""
     file = row_file(path, row)
     _check(row)
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in {**row, "sha256": _sum_of(row)}.items())
@@ -201,9 +205,10 @@ def put(path: Path, row: Row) -> Path:
 
 
 def merge(path: Path) -> list[Row]:
-    """Bring the merged table at ``path`` up to date with the row files; returns all rows.
+    """Bring the merged table at ``path`` up to date with the row files; return all rows.
 
-    Several processes may do so at once. Each looks again after it wrote, so the last one leaves every row in the table.
+    Several processes may do so concurrently. Each checks again after writing, so the last one leaves every row in the
+    table.
     """
     while True:
         rows = read(path)
@@ -216,7 +221,7 @@ def merge(path: Path) -> list[Row]:
 
 
 def forget(path: Path, which: Callable[[Row], bool]) -> None:
-    """Remove the rows that ``which`` picks; the events that told of them stay."""
+    """Remove the rows selected by ``which``; their events stay."""
     rows = read(path)
     kept = [row for row in rows if not which(row)]
     if len(kept) < len(rows):
@@ -227,25 +232,25 @@ def forget(path: Path, which: Callable[[Row], bool]) -> None:
 
 
 def rows_folder(path: Path) -> Path:
-    """Where the row files of the merged table at ``path`` lie."""
+    """Return the folder of the row files of the merged table at ``path``."""
     return path.parent / "rows"
 
 
 def row_file(path: Path, row: Row) -> Path:
-    """The file of a row, named by its source, architecture and seed in letters that every file system takes."""
+    """Return a row's file, named by source, architecture and seed in characters valid on every file system."""
     return rows_folder(path) / ("-".join(file_word(str(row[k])) for k in _KEY) + ".json")
 
 
 def file_word(name: str) -> str:
-    """A name in letters that every file system takes; one of other letters with a part of its hash, as ``a:b`` is not ``a_b``."""
+    """Make a name valid on every file system; a changed one gets a hash suffix, as ``a:b`` is not ``a_b``."""
     word = re.sub(r"[^A-Za-z0-9_]+", "_", name)
     return f"{word}_{hashlib.sha256(name.encode()).hexdigest()[:8]}" if re.search("[^A-Za-z0-9_-]", name) else word
 
 
 def same_measurement(row: Row, other: Row) -> bool:
-    """Whether two rows measure the same thing in the same way (all but what came out).
+    """Return whether two rows are the same measurement (everything equal except the measured values).
 
-    Rows of versions that did not fingerprint images are taken to be of the same ones.
+    Rows of versions that did not fingerprint images are assumed to use the same ones.
     """
     images, others = row.get("fingerprints"), other.get("fingerprints")
     if images and others and images != others:
@@ -254,25 +259,28 @@ def same_measurement(row: Row, other: Row) -> bool:
 
 
 def replace(rows: list[Row], new: Row) -> list[Row]:
-    """``rows`` with ``new`` in place of an older row of the same (source, architecture, seed)."""
+    """Return ``rows`` with ``new`` replacing an older row of the same (source, architecture, seed)."""
     return [r for r in rows if _key(r) != _key(new)] + [new]
 
 
 def images_of(row: Mapping[str, Any]) -> str:
-    """Which images a row was trained and measured on, as text to compare by; empty where the row does not say."""
+    """Return a comparison key of the images a row was trained and measured on; empty if not recorded."""
     return json.dumps(row["fingerprints"], sort_keys=True) if row.get("fingerprints") else ""
 
 
 def way_of(row: Mapping[str, Any]) -> str:
-    """How a row was measured, as text to compare by: the protocol (epochs, learning rate, batch, augmentation, norm, split), the
-    set and the images. Rows of one source are averaged only where this is the same."""
+    """Return a comparison key of how a row was measured.
+
+    It covers the protocol (epochs, learning rate, batch, augmentation, norm, split), the set and the images. Rows of
+    one source are averaged only if their keys are equal.
+    """
     return json.dumps(
         [row.get("settings"), row.get("set_id"), row.get("ipc"), row.get("split"), images_of(row)], sort_keys=True
     )
 
 
 def by_way(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Rows grouped by (source, architecture, way), in the order of rows."""
+    """Group rows by (source, architecture, way), in the order of rows."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["source"], row["architecture"], way_of(row)), []).append(row)
@@ -280,7 +288,7 @@ def by_way(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
 
 
 def of_one_way(rows: Iterable[Row]) -> list[Row]:
-    """Per (source, architecture) the rows of the way that most of its rows were measured in (of equals, the first)."""
+    """Return per (source, architecture) the rows of the most frequent way (ties: the first)."""
     largest: dict[tuple[str, str], list[Row]] = {}
     for (source, architecture, _), members in by_way(rows).items():
         if len(members) > len(largest.get((source, architecture), ())):
@@ -289,11 +297,13 @@ def of_one_way(rows: Iterable[Row]) -> list[Row]:
 
 
 def summary(rows: Iterable[Row]) -> list[Row]:
-    """Per (source, architecture, way), in the order of rows: of every figure the mean over seeds, the sample standard deviation
-    (``..._std``) and the standard error of the mean (``..._sem``); None where there is no value, or only one.
+    """Average every figure over seeds, per (source, architecture, way), in the order of rows.
 
-    Rows of another protocol, set or other images are never averaged. Where a source and architecture have several, ``differs``
-    says in what this one differs from the first, and ``images`` names the images.
+    Each figure has its mean, the sample standard deviation (``..._std``) and the standard error of the mean
+    (``..._sem``); None if there is no value, or only one.
+
+    Rows of different protocols, sets or images are never averaged. If a source and architecture have several,
+    ``differs`` states how this one differs from the first, and ``images`` identifies the images.
     """
     groups = by_way(rows)
     first: dict[tuple[str, str], list[Row]] = {}
@@ -324,12 +334,12 @@ def summary(rows: Iterable[Row]) -> list[Row]:
 
 
 def data_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Which data a row is of, as far as it says: data set, images per class, and their fingerprints."""
+    """Return a row's data identity as far as recorded: data set, images per class, and their fingerprints."""
     return row.get("dataset"), str(row.get("counts")), images_of(row)
 
 
 def not_comparable(rows: Iterable[Row], others: Iterable[Row]) -> str:
-    """Why networks of two runs are no pairs: they were trained on, or measured on, different data. Empty where they are."""
+    """Return why networks of two runs cannot be paired (trained or measured on different data); empty if they can."""
     one, other = next(iter(rows), None), next(iter(others), None)
     if one is None or other is None:
         return ""
@@ -346,8 +356,10 @@ def not_comparable(rows: Iterable[Row], others: Iterable[Row]) -> str:
 
 
 def differences(row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """In what the first row was measured differently, for people: ``epochs 30, split validation``; ``another set`` where only
-    what it was trained on differs."""
+    """Describe how the first row's measurement differs: ``epochs 30, split validation``.
+
+    ``another set`` if only the training set differs.
+    """
     own, others = (_flat({**(r.get("settings") or {}), "split": r.get("split")}) for r in (row, other))
     changed = [f"{name} {_told(own.get(name))}" for name in {**own, **others} if own.get(name) != others.get(name)]
     if not changed and images_of(row) == images_of(other):
@@ -367,7 +379,7 @@ def _told(value: Any) -> str:
 
 
 def _short(images: str) -> str:
-    """A name for ``images_of``, for people to tell by."""
+    """Return a short human-readable id of ``images_of``."""
     return hashlib.sha256(images.encode()).hexdigest()[:8] if images else "unknown"
 
 
@@ -376,7 +388,7 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    """Sources in the order of ``SOURCES``, ConvNet before other architectures, seeds ascending."""
+    """Sort key: sources in the order of ``SOURCES``, ConvNet before other architectures, seeds ascending."""
     known = SOURCES.index(row["source"]) if row["source"] in SOURCES else len(SOURCES)
     return known, str(row["source"]), row["architecture"] != "convnet", str(row["architecture"]), row["seed"]
 
@@ -403,7 +415,7 @@ def _row(file: Path) -> Row:
     try:
         row = _parsed(file)
         said = row.pop("sha256") if "sha256" in row or "fingerprints" in row else None
-        if said is not None and said != _sum_of(row):  # rows of versions that wrote none have no fingerprints either
+        if said is not None and said != _sum_of(row):  # rows of versions without checksums have no fingerprints either
             raise ValueError("it does not match its own checksum")
         _check(row)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -432,12 +444,12 @@ def _reason(error: Exception) -> str:
 
 
 def _sum_of(content: Any) -> str:
-    """The checksum of a row, or of a table of rows."""
+    """Return the checksum of a row, or of a table of rows."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check(row: Any) -> None:
-    """Raises ValueError or KeyError where a row cannot be one: what identifies it, and every figure that is a share."""
+    """Raise ValueError or KeyError unless the row's identifying fields and all its fractions are valid."""
     if not isinstance(row, dict):
         raise ValueError(f"a row is {row!r:.80}; valid: an object")
     for name in ("source", "architecture", *(n for n in ("split", "selection", "method") if n in row)):

@@ -1,6 +1,6 @@
-"""Two runs, or two sources of one run, compared network by network: networks of the same architecture and seed are a pair.
+"""Paired comparison of two runs, or two sources of one run: networks of the same architecture and seed are a pair.
 
-Rows are paired only where both were measured on the same images. Imports nothing heavy.
+Rows are paired only if both were measured on the same images. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ LEVEL = 0.95
 
 STARTING_SET = "initial"
 REFERENCES = (STARTING_SET, "random-soft")
-"""What the distilled set is compared with inside a run: what it started from, and random real images with such labels."""
+"""References for the distilled set within a run: its starting set, and random real images with such soft labels."""
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Paired:
-    """What the first run has more than the second: ``differences`` by seed, their mean and standard error, Student's t of the
-    mean with ``degrees`` of freedom, and the percentile bootstrap interval of the mean at level 0.95.
+    """Paired differences, first run minus second.
 
-    One pair has neither error nor t nor interval; equal differences have no t (their error is 0). With three to five
-    seeds the bootstrap interval is too narrow; t with its few degrees of freedom is the one to trust.
+    ``differences`` are by seed; then their mean and standard error, Student's t of the mean with ``degrees`` of
+    freedom, and the percentile bootstrap interval of the mean at level 0.95.
+
+    A single pair has no error, t or interval; equal differences have no t (their error is 0). With three to five seeds
+    the bootstrap interval is too narrow; rely on t with its few degrees of freedom.
     """
 
     seeds: tuple[int, ...]
@@ -48,9 +50,10 @@ def paired(
     architecture: str = "convnet",
     other: str | None = None,
 ) -> Paired | None:
-    """Compare a figure of two runs' rows over the seeds that both have; None where they share no seed.
+    """Compare a figure of two runs' rows over their common seeds; None if they have none.
 
-    ``figure`` names a number of a row (overall, head, balanced, ece, ...); ``other`` is the second's source (default: ``source``).
+    ``figure`` names a number of a row (overall, head, balanced, ece, ...); ``other`` is the second's source (default:
+    ``source``).
     """
     a = _by_seed(first, figure, source, architecture)
     b = _by_seed(second, figure, other or source, architecture)
@@ -68,7 +71,7 @@ def paired(
 
 @dataclass(frozen=True)
 class Gain:
-    """What the distilled set is worth above ``reference`` on one architecture, by figure (overall, tail)."""
+    """Gain of the distilled set over ``reference`` on one architecture, by figure (overall, tail)."""
 
     reference: str
     architecture: str
@@ -76,13 +79,13 @@ class Gain:
 
 
 def gains(rows: Sequence[Row]) -> list[Gain]:
-    """By architecture and reference, where both were measured: the paired differences of a run's distilled set."""
+    """Return a run's paired gains of the distilled set, by architecture and reference, where both were measured."""
     same = of_one_way(rows)  # type: ignore[arg-type]
     found = []
     for architecture in dict.fromkeys(row["architecture"] for row in same):
         for reference in REFERENCES:
             pair = [r for r in same if r["source"] in ("distilled", reference) and r["architecture"] == architecture]
-            if len({(r.get("split"), images_of(r)) for r in pair}) > 1:  # another split, or other images: no pairs
+            if len({(r.get("split"), images_of(r)) for r in pair}) > 1:  # different splits or images cannot be paired
                 continue
             of = {f: paired(pair, pair, f, "distilled", architecture, reference) for f in ("overall", "tail")}
             figures = {name: one for name, one in of.items() if one is not None}
@@ -92,13 +95,13 @@ def gains(rows: Sequence[Row]) -> list[Gain]:
 
 
 def points(found: Paired) -> str:
-    """``+2.3 ± 0.4`` in percentage points, the mean and its standard error; without the second where there is one pair."""
+    """Format mean and standard error in percentage points: ``+2.3 ± 0.4``; only the mean for a single pair."""
     mean = f"{100 * found.mean:+.1f}".replace("-0.0", "+0.0")
     return mean if found.error is None else f"{mean} ± {100 * found.error:.1f}"
 
 
 def added(rows: Sequence[Row]) -> list[str]:
-    """What distilling added to its starting set, a sentence for each architecture where both were measured."""
+    """Describe the distilled set's gain over its starting set, a sentence per architecture where both were measured."""
     lines = []
     for gain in gains(rows):
         if gain.reference != STARTING_SET:

@@ -1,22 +1,22 @@
-"""DD-Ranking's scores of a distilled set: what its images are worth apart from soft labels and augmentation.
+"""DD-Ranking scores of a distilled set: the value of its images apart from soft labels and augmentation.
 
 Source: Li et al., "DD-Ranking: Rethinking the Evaluation of Dataset Distillation", arXiv 2505.13300, and its code
 (github.com/NUS-HPC-AI-Lab/DD-Ranking). With accuracies as fractions in [0, 1]:
 
-    HLR   = real_hard - synthetic_hard            hard label recovery: what is lost against the real set
+    HLR   = real_hard - synthetic_hard            hard label recovery: loss against the real set
     IOR   = synthetic_any - random_any            improvement over random images, trained in the same way
     LRS   = scaled(w IOR - (1 - w) HLR)           label-robust score
-    ARS   = scaled(g (synthetic_aug - random_aug) + (1 - g) (synthetic_noaug - random_noaug))   augmentation-robust score
-    scaled(a) = (e^a - e^-1) / (e - e^-1), which takes [-1, 1] to [0, 1]
+    ARS   = scaled(g (synthetic_aug - random_aug) + (1 - g) (synthetic_noaug - random_noaug))  augmentation-robust score
+    scaled(a) = (e^a - e^-1) / (e - e^-1), which maps [-1, 1] to [0, 1]
 
-Under a long tail, here: *real* is the whole long-tailed training set with hard labels (source ``full``), not the balanced set
-that it was cut from, because that is all the data there is. *Random* are IPC images of every class drawn from the long-tailed
-set, balanced as the distilled set is, a class with fewer images giving them repeatedly, and with a teacher's soft labels as
-DD-Ranking's have (source ``random-soft``: mean logits of the experts; ``random-soft-plain`` without augmentation). DD-Ranking
-searches the learning rate of random images; here ``evaluate.tune_lr`` does, for all sources alike. *Synthetic hard* are the
-distilled images with their class as label (source ``distilled-hard``). Accuracy is on the test set; where that is balanced,
-overall accuracy is balanced accuracy, so that head classes count no more than others. A high-IPC set may surpass the real set,
-whose networks see a tail: HLR is then negative, and counts in favour.
+Under a long tail, here: *real* is the whole long-tailed training set with hard labels (source ``full``), not the
+balanced set it was cut from, since no other data are available. *Random* are IPC images per class drawn from the
+long-tailed set, balanced like the distilled set (classes with fewer images repeat them), with a teacher's soft labels
+as in DD-Ranking (source ``random-soft``: mean logits of the experts; ``random-soft-plain`` without augmentation).
+DD-Ranking searches the learning rate of random images; here ``evaluate.tune_lr`` does, for all sources alike.
+*Synthetic hard* are the distilled images with their class as label (source ``distilled-hard``). Accuracy is on the test
+set; if that is balanced, overall accuracy is balanced accuracy, so head classes weigh no more than others. A high-IPC
+set may surpass the real set, whose networks are trained on a long tail: HLR is then negative and raises the score.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lad_dist.results import of_one_way
 def label_robust_score(
     real_hard: float, synthetic_hard: float, synthetic_any: float, random_any: float, weight: float = 0.5
 ) -> float:
-    """LRS in [0, 1]. ``..._any`` are trained in the method's own way, with its kind of labels; accuracies in [0, 1]."""
+    """Return LRS in [0, 1] from accuracies in [0, 1]; ``..._any`` use the method's own training and kind of labels."""
     _check(real_hard, synthetic_hard, synthetic_any, random_any, weight)
     return _scaled(weight * (synthetic_any - random_any) - (1 - weight) * (real_hard - synthetic_hard))
 
@@ -44,16 +44,16 @@ def augmentation_robust_score(
     random_plain: float,
     weight: float = 0.5,
 ) -> float:
-    """ARS in [0, 1], from accuracies in [0, 1] with the method's augmentation and without any (``..._plain``)."""
+    """Return ARS in [0, 1] from accuracies in [0, 1] with the method's augmentation and without (``..._plain``)."""
     _check(synthetic_augmented, random_augmented, synthetic_plain, random_plain, weight)
     return _scaled(weight * (synthetic_augmented - random_augmented) + (1 - weight) * (synthetic_plain - random_plain))
 
 
 def scores(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """By architecture LRS and ARS from a run's rows (means of overall accuracy over seeds), each where its networks are there.
+    """Return LRS and ARS by architecture from a run's rows (mean overall accuracy over seeds), where available.
 
     LRS needs the sources full, distilled-hard, distilled, random-soft; ARS distilled, random-soft, distilled-plain,
-    random-soft-plain. Of a source that was measured in several ways, the way of most of its rows counts.
+    random-soft-plain. If a source was measured in several ways, the most frequent one counts.
     """
     by: dict[tuple[str, str], list[float]] = {}
     for row in of_one_way(rows):  # type: ignore[arg-type]

@@ -1,13 +1,12 @@
-"""What a run folder says about itself: which stages are done, running or stopped, and what has come out so far.
+"""Status of a run folder: stages done, running or stopped, and results so far.
 
-    log.py     the events, folded into what is known now
-    read.py    the files and the log together: ``read_status`` once, ``Follower`` again and again
-    show.py    in words and tables
+    log.py     the events, reduced to the current state
+    read.py    the files and the log combined: ``read_status`` once, ``Follower`` repeatedly
+    show.py    as text and tables
     watch.py   redrawn until everything is done
 
-Reads files only (``events.jsonl``, ``results.json``, the names of the buffer's parts), so it works from any terminal
-while the run goes on, and after it was killed. What is done is judged by the files that a stage leaves; events tell the
-rest.
+Only reads files (``events.jsonl``, ``results.json``, the names of the buffer's parts), so it works from any terminal
+during the run and after it was killed. Completion is determined from the files a stage leaves; the rest from events.
 """
 
 from lad_dist.status.read import SILENT_SECONDS, Follower, RunStatus, StageStatus, read_status

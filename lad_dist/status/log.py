@@ -1,6 +1,6 @@
-"""The events of a run, folded one by one into what is known now. Memory does not grow with the number of events.
+"""Events of a run, reduced one by one to its current state. Memory does not grow with the number of events.
 
-Fields are taken as they come: an event that lacks one, or holds another type, says less and harms nothing.
+Fields are not validated: an event with a missing or mistyped field yields less information but causes no error.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from typing import Any, Literal
 Event = dict[str, Any]
 State = Literal["active", "waiting", "failed", "finished"]
 _STATES: dict[str, State] = {
-    "expert-restarted": "waiting",  # for a worker: it is tried again
+    "expert-restarted": "waiting",  # for a worker: a retry follows
     "expert-failed": "failed",
     "expert-finished": "finished",
 }
-_RECENT = 50  # events that rates are estimated from
+_RECENT = 50  # events used to estimate rates
 
 
 @dataclass
 class StageLog:
-    """One stage since it was last started: the event that ended it, its last step, when its latest steps were, and what
-    the last quick measurement of the set found."""
+    """One stage since its last start.
+
+    Holds the event that ended it, its last step, the times of its latest steps, and the set's last quick measurement.
+    """
 
     ended: Event | None = None
     step: Event | None = None
@@ -33,34 +35,34 @@ class StageLog:
     times: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
 
     def add(self, event: Event) -> None:
-        """One more step."""
+        """Record one more step."""
         self.step = event
         self.times.append(_time(event))
 
     def seconds_each(self) -> float | None:
-        """The median time between the latest steps, so that one pause does not spoil it; None before the second."""
+        """Return the median time between the latest steps, robust to a single pause; None before the second."""
         between = [after - before for before, after in pairwise(self.times)]
         return statistics.median(between) if between else None
 
 
 @dataclass
 class ExpertLog:
-    """One expert since its stage was last started. ``last`` holds the newest value of every field that was told."""
+    """One expert since its stage's last start. ``last`` holds the newest value of every reported field."""
 
     expert: int
     state: State = "active"
     time: float = 0.0
     restarts: int = 0
-    epochs: dict[str, int] = field(default_factory=dict)  # trained, by stage
+    epochs: dict[str, int] = field(default_factory=dict)  # epochs trained, by stage
     last: Event = field(default_factory=dict)
 
 
 class RunLog:
-    """What the events say so far.
+    """Current state of a run, from its events.
 
-    ``stages`` by name; ``experts`` of the experts' stage since it was last started; ``ray`` is the last ``ray-started``
-    event of it; ``error`` is what the last stage stopped with; ``last`` is the time of the last event in Unix seconds;
-    ``count`` is how many events there were.
+    ``stages`` by name; ``experts`` since the experts' stage last started; ``ray`` is that stage's last ``ray-started``
+    event; ``error`` is the error that stopped the last stage; ``last`` is the time of the last event in Unix seconds;
+    ``count`` is the number of events.
     """
 
     def __init__(self) -> None:
@@ -73,7 +75,7 @@ class RunLog:
         self.count = 0
 
     def add(self, events: Iterable[Event]) -> None:
-        """The next events, oldest first."""
+        """Process the next events, oldest first."""
         for event in events:
             self.count += 1
             self.last = max(self.last, _time(event))
@@ -116,7 +118,7 @@ class RunLog:
         expert.last = {**expert.last, **event}
 
     def seconds_per_epoch(self, stage: str) -> float | None:
-        """The median duration of the latest epochs of a stage, else of the other one; None before the second epoch."""
+        """Return the median duration of a stage's latest epochs, else the other stage's; None before the second."""
         known = self.epoch_seconds.get(stage) or next(iter(self.epoch_seconds.values()), None)
         return statistics.median(known) if known else None
 

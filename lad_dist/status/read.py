@@ -1,4 +1,4 @@
-"""The state of every stage, from the files that stages leave and the log of events."""
+"""State of every stage, from the files that stages leave and the event log."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from lad_dist.trajectories.schema import Stage
 
 State = Literal["done", "running", "stopped", "not finished", "not started"]
-SILENT_SECONDS = 300.0  # a stage without an event for so long may have been killed; one epoch or iteration is shorter
+SILENT_SECONDS = 300.0  # a stage without an event for this long may have been killed; an epoch or iteration is shorter
 _FIRST = ("failed", "waiting", "active")  # the order in which experts are shown
-_SHARE_FOR_LISTING = 0.05  # of the time goes into listing the buffer, at most
+_SHARE_FOR_LISTING = 0.05  # maximum fraction of time spent listing the buffer
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage: ``state``, and in words how far it is."""
+    """One stage: ``state``, and its progress as text."""
 
     name: str
     state: State
@@ -38,12 +38,12 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run at one moment.
+    """Status of a run at one moment.
 
-    ``experts`` are lines about the experts that a fleet trains now, and those that failed; ``notes`` are what else one
-    should know (the dashboard's address); ``error`` is the last stage's, where it stopped with one; ``rows`` are
-    results.json's. ``version`` differs from the last one's exactly if something happened in between. ``over``: all jobs
-    that were submitted to SLURM are over, and no stage is running.
+    ``experts`` are lines about the experts that a fleet is training, and those that failed; ``notes`` is further
+    information (such as the dashboard's address); ``error`` is the last stage's, if it stopped with one; ``rows`` are
+    results.json's. ``version`` differs from the previous one's exactly if something happened in between. ``over``: all
+    submitted SLURM jobs are over, and no stage is running.
     """
 
     folder: Path
@@ -63,12 +63,12 @@ class RunStatus:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more happens by itself: every stage is done, or all that was submitted to SLURM is over."""
+        """Whether nothing more will happen: every stage is done, or all submitted SLURM jobs are over."""
         return self.finished or self.over
 
 
 def read_status(folder: Path, now: float | None = None) -> RunStatus:
-    """The status of the run in ``folder``; ``now`` is Unix time in seconds.
+    """Return the status of the run in ``folder``; ``now`` is Unix time in seconds.
 
     Raises:
         RunDirError: it is not a run folder, or its results are damaged.
@@ -78,7 +78,7 @@ def read_status(folder: Path, now: float | None = None) -> RunStatus:
 
 
 class Follower:
-    """Reads a run's status again and again, and of ``events.jsonl`` only what is new. Raises as ``read_status`` does."""
+    """Reads a run's status repeatedly, and only what is new in ``events.jsonl``. Raises as ``read_status`` does."""
 
     def __init__(self, folder: Path) -> None:
         self.run = RunDir.existing(folder)
@@ -88,7 +88,7 @@ class Follower:
         self._queue = SlurmQueue(self.run)
 
     def read(self, now: float | None = None) -> RunStatus:
-        """The status now (``now``: Unix time in seconds)."""
+        """Return the current status (``now``: Unix time in seconds)."""
         run = RunDir.existing(self.run.root)
         now = time.time() if now is None else now
         other, events = self._tail.read()
@@ -142,7 +142,7 @@ class Follower:
 
 
 def _done(stages: Sequence[StageStatus]) -> set[str]:
-    """The stages as SLURM's jobs have them, of which evaluations and their tuning are one."""
+    """Return the completed stages, named as SLURM's jobs, where evaluations and their tuning are one."""
     by_verb: dict[str, list[bool]] = {}
     for stage in stages:
         verb = "evaluate" if stage.name.startswith("tune ") else stage.name.split()[0]
@@ -151,7 +151,7 @@ def _done(stages: Sequence[StageStatus]) -> set[str]:
 
 
 class _Shelf:
-    """What the buffer holds, listed again when it is time to; ``fault`` says why it could not be."""
+    """Contents of the buffer, relisted periodically; ``fault`` is the error if listing failed."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
@@ -173,18 +173,18 @@ class _Shelf:
             else:
                 self._buffer.refresh()
             self.fault = None
-        except LadDistError as error:  # an object store that is away must not hide all the rest
+        except LadDistError as error:  # an unreachable object store must not hide the rest
             self.fault = f"buffer: {error}"
         now = time.monotonic()
         self._seen, self._again = ended, now + (now - began) / _SHARE_FOR_LISTING
 
     def epochs(self, stage: Stage, expert: int) -> int:
-        """Published epochs of an expert's stage without a gap."""
+        """Return the number of published epochs of an expert's stage, up to the first gap."""
         return (self._buffer.last_contiguous_epoch(stage, expert) or 0) if self._buffer is not None else 0
 
 
 def _state(log: StageLog | None, done: bool, begun: bool, now: float, last: float) -> State:
-    """By the files first (``done``, ``begun``), then by the events."""
+    """Derive the state from the files first (``done``, ``begun``), then from the events."""
     if log is not None and log.ended is None:
         return "running" if now - last < SILENT_SECONDS else "stopped"
     if done:
@@ -233,7 +233,10 @@ def _experts(recipe: Recipe, log: RunLog, shelf: _Shelf, now: float) -> tuple[St
 
 
 def _epochs_left(log: RunLog, wanted: dict[Stage, int], published: dict[int, dict[Stage, int]]) -> dict[Stage, int]:
-    """Per stage, of all experts; epochs whose part is not published yet count as trained while their process lives."""
+    """Return the epochs left per stage, over all experts.
+
+    Epochs whose part is not published yet count as trained while their process lives.
+    """
     left = dict.fromkeys(wanted, 0)
     for i, by_stage in published.items():
         told = log.experts[i].epochs if i in log.experts else {}
@@ -243,7 +246,7 @@ def _epochs_left(log: RunLog, wanted: dict[Stage, int], published: dict[int, dic
 
 
 def _pace(log: RunLog, wanted: dict[Stage, int], left: dict[Stage, int], active: int) -> list[str]:
-    """Experts per hour and the time left, if all go on as the ones in training do."""
+    """Return experts per hour and the time left, extrapolated from the experts in training."""
     seconds = {stage: log.seconds_per_epoch(stage) for stage in wanted}
     one = sum((seconds[stage] or 0.0) * epochs for stage, epochs in wanted.items())
     if one <= 0.0:
@@ -254,7 +257,7 @@ def _pace(log: RunLog, wanted: dict[Stage, int], left: dict[Stage, int], active:
 
 
 def _to_tell(x: ExpertLog, stage: State) -> bool:
-    """Whether an expert that is not in training must be shown: it failed, or waits to be tried again."""
+    """Return whether an expert not in training must be shown: it failed, or waits for a retry."""
     return stage != "done" and (x.state == "failed" or (x.state == "waiting" and stage == "running"))
 
 
@@ -278,7 +281,7 @@ def _expert_line(x: ExpertLog, wanted: dict[Stage, int], width: int, now: float)
 
 
 def _most(wanted: dict[Stage, int], stage: object) -> int:
-    """How many epochs ``stage`` has; any text may stand in the events."""
+    """Return the number of epochs of ``stage``, which may be any text found in the events."""
     return next((most for name, most in wanted.items() if name == stage), 0)
 
 
@@ -292,7 +295,7 @@ def _ray(dashboard: object, address: object, namespace: object) -> str:
 def _distill(recipe: Recipe, run: RunDir, log: RunLog, now: float) -> StageStatus:
     stage_log, total = log.stages.get("distill"), recipe.distill.iterations
     reached = (stage_log.step or {}).get("iteration") if stage_log is not None else None
-    done = run.distilled.exists() and not (isinstance(reached, int) and reached < total)  # else it is to grow
+    done = run.distilled.exists() and not (isinstance(reached, int) and reached < total)  # else to be extended
     state = _state(stage_log, done, run.distill_checkpoint.exists(), now, log.last)
     if stage_log is None or stage_log.step is None:
         return StageStatus("distill", state, str(run.distilled) if done else "")

@@ -1,4 +1,4 @@
-"""A run's status in words and tables."""
+"""A run's status as text and tables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _STYLES: dict[State, str] = {
 
 
 def status_lines(status: RunStatus) -> Iterator[Text]:
-    """The status in words, without the results. A line that may be cut at the terminal's width says so (``no_wrap``)."""
+    """Yield the status as text, without results. Lines that may be cut at the terminal's width set ``no_wrap``."""
     r = status.recipe
     what = f"{r.name}, method {r.method}, {r.data.dataset}, {_imbalance(r)}, IPC {r.ipc}, seed {r.seed}"
     yield Text(f"{status.folder}: {what}")
@@ -46,7 +46,7 @@ def status_lines(status: RunStatus) -> Iterator[Text]:
 
 
 def renderables(status: RunStatus) -> Iterator[RenderableType]:
-    """The status with the results, for a live view."""
+    """Yield the status with the results, for a live view."""
     yield from status_lines(status)
     if status.rows:
         yield results_table(status.rows)
@@ -54,17 +54,17 @@ def renderables(status: RunStatus) -> Iterator[RenderableType]:
 
 
 def print_status(status: RunStatus, console: Console) -> None:
-    """The status with the results. Only a terminal cuts lines, and of them only those of a fleet's experts."""
+    """Print the status with the results. Lines are cut only in a terminal, and only those of a fleet's experts."""
     for line in status_lines(status):
         if line.no_wrap and console.is_terminal:
-            console.print(line, no_wrap=True, overflow="ellipsis")  # print forgets what a Text says about itself
+            console.print(line, no_wrap=True, overflow="ellipsis")  # print ignores a Text's own settings
         else:
             console.print(line, soft_wrap=True)
     print_results(status.rows, console)
 
 
 def print_results(rows: Sequence[results.Row], console: Console) -> None:
-    """The results of a run as a table with its notes; nothing where there are none."""
+    """Print the results of a run as a table with its notes; nothing if there are none."""
     if rows:
         console.print(results_table(rows))
         for note in results_notes(rows):
@@ -76,7 +76,7 @@ def _imbalance(recipe: Recipe) -> str:
 
 
 def results_table(rows: Sequence[results.Row]) -> Table:
-    """Per source mean and standard deviation over seeds, in percent."""
+    """Return mean and standard deviation over seeds per source, in percent."""
     lines = tables.result_lines(results.summary(rows))
     many = len({line.architecture for line in lines}) > 1
     table = Table("source", *(["architecture"] if many else []))
@@ -93,7 +93,7 @@ def results_table(rows: Sequence[results.Row]) -> Table:
 
 
 def results_notes(rows: Sequence[results.Row]) -> Iterator[str]:
-    """What a reader of the table must know: what it was measured on, and how the distilled set was chosen."""
+    """Yield notes for the table's reader: the split measured on, and how the distilled set was selected."""
     splits = " and ".join(sorted({row["split"] for row in rows}))
     yield f"top-1 accuracy on the {splits} split, mean and standard deviation over seeds"
     yield "head, medium, tail: thirds of the classes by their number of training images"
@@ -109,7 +109,7 @@ def results_notes(rows: Sequence[results.Row]) -> Iterator[str]:
 
 
 def compare_table(runs: Sequence[Path]) -> Table:
-    """The results of several runs in one table; a baseline that runs share (the same images, trained alike) is shown once.
+    """Return the results of several runs in one table; a shared baseline (same images, same training) is shown once.
 
     Raises:
         RunDirError: a folder is not a run, or holds no results yet.
@@ -125,7 +125,7 @@ def compare_table(runs: Sequence[Path]) -> Table:
     for folder in runs:
         run = RunDir.existing(folder)
         if run.distilled.exists():
-            DistilledSet.load(run.distilled)  # figures of a set that is damaged now could not be made again
+            DistilledSet.load(run.distilled)  # results of a set that is damaged now could not be reproduced
         rows = results.read(run.results)
         if not rows:
             raise RunDirError(f"{folder}: holds no results yet; `lad-dist evaluate {folder}` makes them")
@@ -146,7 +146,7 @@ def compare_table(runs: Sequence[Path]) -> Table:
 
 
 def _short(row: results.Row) -> str:
-    """``LAD``, ``LAD, hard labels``, ``Random real, resnet18``: what a row's networks were trained on, for a narrow column."""
+    """Return a short name of a row's training set: ``LAD``, ``LAD, hard labels``, ``Random real, resnet18``."""
     title = tables.source_name(row["source"])
     if row["source"] in results.DISTILLED:
         _, comma, how = title.partition(",")
@@ -155,12 +155,12 @@ def _short(row: results.Row) -> str:
 
 
 def compare_notes(runs: Sequence[Path]) -> Iterator[str]:
-    """How much the distilled set of each run differs from that of the first, network by network of the same seed.
+    """Yield how much each run's distilled set differs from the first's, over networks paired by seed.
 
-    Networks of runs on different data are no pairs: a line says so instead. Also how much each run's distilled set differs
-    from what it started from.
+    Runs on different data cannot be paired: a line says so instead. Also yields how much each run's distilled set
+    differs from its starting set.
 
-    Raises RunDirError where a results file is damaged.
+    Raises RunDirError if a results file is damaged.
     """
     every = [(folder.name, results.read(RunDir.existing(folder).results)) for folder in runs]
     first, *others = every
@@ -182,7 +182,7 @@ def compare_notes(runs: Sequence[Path]) -> Iterator[str]:
 
 
 def difference(found: Paired) -> str:
-    """``+3.1 +- 0.4 points over 5 paired seeds (t = 7.8, 4 degrees of freedom)``."""
+    """Format as ``+3.1 +- 0.4 points over 5 paired seeds (t = 7.8, 4 degrees of freedom)``."""
     points = f"{100 * found.mean:+.1f}"
     if found.error is None:
         return f"{points} points, one paired seed"

@@ -1,4 +1,4 @@
-"""A run's events as TensorBoard's scalars, from what the run has written down: any run, also one that is at work elsewhere."""
+"""Export a run's events as TensorBoard scalars, from its files alone; works for runs active elsewhere too."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ _ACCURACIES = ("overall", "head", "medium", "tail", "balanced", "ece")
 
 
 def write(folder: Path, every: float | None, say: Callable[[str], None]) -> Path:
-    """Write the run's events so far into its folder ``tensorboard``, afresh; returns that folder.
+    """Write the run's events so far into its folder ``tensorboard``, from scratch; return that folder.
 
-    ``every``: go on until the run is done, looking for new events every so many seconds; None: what is there now.
+    ``every``: continue until the run is done, polling for new events at this interval in seconds; None: only current
+    events.
 
     Raises:
-        RunDirError: ``folder`` is no run folder, or the package tensorboard is not installed.
+        RunDirError: ``folder`` is not a run folder, or the package tensorboard is not installed.
         StorageError: the file system refuses a write.
     """
     run = RunDir.existing(folder)
@@ -42,7 +43,7 @@ def write(folder: Path, every: float | None, say: Callable[[str], None]) -> Path
     count = 0
     try:
         while True:
-            done = follower.read().ended  # before the events: the last ones are then among them
+            done = follower.read().ended  # before the events, so that the last ones are included
             other, events = tail.read()
             if writer is None or other:
                 if writer is not None:
@@ -66,13 +67,15 @@ def write(folder: Path, every: float | None, say: Callable[[str], None]) -> Path
         ) from error
     finally:
         if writer is not None:
-            with contextlib.suppress(OSError):  # said already; what was buffered is lost with the disk's room
+            with contextlib.suppress(OSError):  # already reported; buffered data are lost when the disk is full
                 writer.close()
 
 
 class _Writer:
-    """A file that TensorBoard reads, written by this thread: what the file system refuses is raised here (OSError), where
-    ``SummaryWriter`` loses it in a thread of its own and then waits for that thread for ever."""
+    """Writes a TensorBoard file from this thread, so that file system errors are raised here (OSError).
+
+    ``SummaryWriter`` loses them in its own thread and then waits for that thread forever.
+    """
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -86,23 +89,23 @@ class _Writer:
         self._records.write(self._event(wall_time=now, file_version="brain.Event:2").SerializeToString())
 
     def add(self, tag: str, value: float, step: int, when: float) -> None:
-        """One scalar."""
+        """Append one scalar."""
         summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=value)])
         self._records.write(self._event(wall_time=when, step=step, summary=summary).SerializeToString())
 
     def flush(self) -> None:
-        """Let readers see what was written."""
+        """Make written data visible to readers."""
         self._file.flush()
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         self._file.close()
 
 
 def scalars(event: Event) -> Iterator[tuple[str, float, int]]:
-    """(tag, value, step) of one event: epochs of experts, iterations, first looks at the set, measured networks.
+    """Yield (tag, value, step) of one event: expert epochs, iterations, quick measurements, evaluated networks.
 
-    Numbers that are null are left out.
+    Null values are omitted.
     """
     kind = event["kind"]
     found: dict[str, Any] = {}

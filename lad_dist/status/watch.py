@@ -1,4 +1,4 @@
-"""A run's status, redrawn until every stage is done, or all that was submitted to SLURM is over."""
+"""Live status of a run, redrawn until every stage is done, or all submitted SLURM jobs are over."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lad_dist.status.show import print_status, renderables
 
 
 def watch(folder: Path, console: Console, every: float) -> None:
-    """Show the status every ``every`` seconds until it has ``ended``: in place in a terminal, else a block for each change.
+    """Show the status every ``every`` seconds until it has ``ended``: in place in a terminal, else a block per change.
 
     Raises:
         RunDirError, RecipeError: as ``read_status`` does.
