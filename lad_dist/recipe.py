@@ -42,10 +42,14 @@ BASELINES = (
     "full-logit-adjusted",
     "distilled-hard",
     "distilled-plain",
+    "distilled-teacher",
+    "initial-teacher",
+    "random-teacher",
+    "herding-teacher",
     "random-soft-plain",
     "random-plain",
 )
-BASELINE_NAMES = Name(BASELINES, "lad_dist.baselines", endings=("-soft", "-plain"))
+BASELINE_NAMES = Name(BASELINES, "lad_dist.baselines", endings=("-teacher", "-soft", "-plain"))
 Baseline = Annotated[Text, AfterValidator(BASELINE_NAMES)]
 Method = Annotated[Text, AfterValidator(Name(tuple(METHODS), GROUP))]
 PhaseName = Literal["representation", "classifier", "regression"]
@@ -356,7 +360,8 @@ class EvaluateConfig(_Section):
         ("initial", "random-soft", "random", "full"),
         description="what `run` measures beside the distilled set: the set it started from (initial), real images chosen at the "
         "same IPC with hard or with the experts' labels (...-soft), ways to train on the whole long-tailed set, the distilled "
-        "images with hard labels, a set without augmentation (...-plain), or module:attribute, which also takes -soft and -plain",
+        "images with hard labels, a set without augmentation (...-plain), a set whose augmented batches the experts label anew "
+        "(...-teacher), or module:attribute, which also takes these endings",
     )
     split: Literal["test", "validation"] = Field("test", description="what accuracy is measured on")
     architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = Field(
@@ -366,6 +371,9 @@ class EvaluateConfig(_Section):
     )
     norm: Literal["instance", "batch"] = Field(
         "instance", description="normalisation of convnet, vgg11, resnet18 and alexnet when they are evaluated"
+    )
+    teachers: Annotated[Int, Field(ge=1)] | None = Field(
+        None, description="experts whose mean logits label the batches of ...-teacher; default: all"
     )
     label_adjustment: Literal["none", "adsa"] = Field(
         "none",

@@ -60,11 +60,12 @@ class Teachers:
         self.stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
 
     @staticmethod
-    def named(recipe: Recipe) -> str:
-        """``mean logits of 10 classifier experts, epoch 10, temperature 1``."""
+    def named(recipe: Recipe, count: int | None = None) -> str:
+        """``mean logits of 10 classifier experts, epoch 10, temperature 1``; ``count``: of the first experts."""
         e, classifier = recipe.experts, recipe.uses_classifier_experts
         stage, last = ("classifier", e.classifier_epochs) if classifier else ("representation", e.epochs)
-        experts = f"{e.count} {stage} expert{'s' * (e.count > 1)}"
+        used = min(count or e.count, e.count)
+        experts = f"{used} {stage} expert{'s' * (used > 1)}"
         return f"mean logits of {experts}, epoch {last}, temperature {recipe.distill.label_temperature:g}"
 
     def soft_labels(self, indices: np.ndarray) -> Tensor:
@@ -80,6 +81,22 @@ class Teachers:
             total_SK = total_SK + logits_SK
         mean_SK = total_SK / self._recipe.experts.count
         return torch.softmax(mean_SK / self._recipe.distill.label_temperature, dim=1)
+
+    def labeller(self, count: int | None = None) -> Callable[[Tensor], Tensor]:
+        """Return a function from images (B, C, H, H) to probabilities (B, K), as ``soft_labels``, of the first experts.
+
+        Raises:
+            TrajectoryError: a checkpoint is missing or damaged; names it.
+        """
+        used = range(min(count or self._recipe.experts.count, self._recipe.experts.count))
+        views = [self._layout.views(self._weights(expert)) for expert in used]
+
+        @torch.no_grad()
+        def label(images_BCHH: Tensor) -> Tensor:
+            logits = torch.stack([functional.logits(self._network, view, images_BCHH) for view in views])
+            return torch.softmax(logits.mean(dim=0) / self._recipe.distill.label_temperature, dim=1)
+
+        return label
 
     def _weights(self, expert: int) -> Tensor:
         """All weights (P,) an expert ends with; the backbone of a classifier expert is its last representation epoch."""

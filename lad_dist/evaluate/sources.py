@@ -9,6 +9,7 @@
     random-soft, ...        the images of random and of herding, labelled by the experts (teachers.py)
     random-plain, ...       the images of random, and of random-soft, without augmentation
     module:attribute        real images selected by user code; also with -soft, -plain and -soft-plain
+    ...-teacher             images of a source; the experts label each augmented batch (teachers.py)
     full                    the whole long-tailed set
     full-balanced           the same, with class-balanced sampling
     full-logit-adjusted     the same, with the logit-adjusted loss
@@ -24,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ from lad_dist.trajectories.reader import Buffer
 
 def of_distilled(source: Source) -> bool:
     """Return whether the source is in the distilled set's folder: the distilled images, or their initialisation."""
-    return source in results.DISTILLED or source == "initial"
+    return results.base_source(source) in ("distilled", "initial")
 
 
 def of_everything(source: Source) -> bool:
@@ -60,7 +61,7 @@ def drawn_as(source: Source) -> str:
     """Return the source whose initialisation, order and augmentation draws (real: also images) this one shares."""
     if of_distilled(source):
         return "distilled"
-    return "full" if of_everything(source) else source.removesuffix("-plain").removesuffix("-soft")
+    return "full" if of_everything(source) else results.base_source(source)
 
 
 def _chosen(source: Source) -> bool:
@@ -121,6 +122,8 @@ def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
         row["settings"]["chosen_by"] = baselines.feature_space(recipe, run).name
     if results.labelled_by_experts(source):
         row["settings"]["labelled_by"] = Teachers.named(recipe)
+    elif results.labelled_online(source):
+        row["settings"]["labelled_by"] = Teachers.named(recipe, recipe.evaluate.teachers)
     return row
 
 
@@ -132,6 +135,9 @@ def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
         RunDirError, TrajectoryError: see ``baselines.chosen_real``.
         TrajectoryError: a labelling expert is missing in the run's buffer, or damaged.
     """
+    if results.labelled_online(source):
+        images = training_set(recipe, data, run, results.base_source(source), seed)
+        return replace(images, label_views=_teachers(recipe, data, run).labeller(recipe.evaluate.teachers))
     if source == "initial":
         return _starting_set(load_distilled(recipe, data, run), data, run)
     if of_distilled(source):
@@ -151,10 +157,13 @@ def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
         picked = baselines.chosen_real(recipe, data, run, of, _network_for_features(recipe, data, run))
     chosen = torch.from_numpy(picked)
     if results.labelled_by_experts(source):
-        buffer = Buffer(run.trajectories, recipe.experts_hash())
-        p_SK = Teachers(recipe, data, buffer).soft_labels(picked).to(data.device)
+        p_SK = _teachers(recipe, data, run).soft_labels(picked).to(data.device)
         return TrainingSet(lambda rows: (data.train.batch(chosen[rows])[0], p_SK[rows.to(p_SK.device)]), len(chosen))
     return TrainingSet(lambda rows: _with_hard_labels(data, chosen[rows]), len(chosen))
+
+
+def _teachers(recipe: Recipe, data: PreparedData, run: RunDir) -> Teachers:
+    return Teachers(recipe, data, Buffer(run.trajectories, recipe.experts_hash()))
 
 
 def _starting_set(distilled: DistilledSet, data: PreparedData, run: RunDir) -> TrainingSet:
@@ -207,6 +216,8 @@ def _lr_rule(recipe: Recipe, source: Source) -> str:
 
 
 def _labels(source: Source) -> str:
+    if results.labelled_online(source):
+        return "teacher"
     if source == "distilled-adsa":
         return "soft, adjusted by ADSA"
     return (
@@ -218,7 +229,7 @@ def _labels(source: Source) -> str:
 
 def _set_id(recipe: Recipe, run: RunDir, source: Source) -> str:
     """Return the training set's id: a distilled or starting set's checksum, or the name of the real set."""
-    if source == "initial":
+    if results.base_source(source) == "initial":
         distilled = DistilledSet.load(run.distilled)
         if distilled.initial_label_logits is None:
             raise DistilledError(_no_start(distilled, run))

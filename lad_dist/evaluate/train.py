@@ -39,12 +39,14 @@ def rows_of(images_SCHH: Tensor, p_SK: Tensor) -> BatchOf:
 class TrainingSet:
     """Training set of one network: ``count`` images, served by ``batch_of``.
 
-    ``labels_S`` are their classes, needed by class-balanced sampling and logit adjustment.
+    ``labels_S`` are their classes, needed by class-balanced sampling and logit adjustment. ``label_views`` returns the
+    label probabilities (B, K) of augmented images (B, C, H, H), in place of those that ``batch_of`` serves.
     """
 
     batch_of: BatchOf
     count: int
     labels_S: np.ndarray | None = None
+    label_views: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,12 @@ def _train(
                 if shift_RK is None:
                     shift_RK = [_log_priors(s, logits_RBK.shape[2]).to(logits_RBK) for s in sets]
                 logits_RBK = logits_RBK + settings.logit_adjustment * torch.stack(shift_RK).unsqueeze(1)
-            p_RBK = torch.stack([p for _, p in batches])
+            p_RBK = torch.stack(
+                [
+                    p if s.label_views is None else s.label_views(x)
+                    for s, x, (_, p) in zip(sets, views, batches, strict=True)
+                ]
+            )
             terms_RBK = p_RBK * logits_RBK.log_softmax(dim=2)
             # Network by network: the summation order over all of them depends on their number.
             losses = torch.cat([-terms.sum(dim=(1, 2)) for terms in terms_RBK.split(1)]) / len(rows[0])

@@ -190,7 +190,7 @@ def _whitened(incoming: Incoming, recipe: Recipe, data: PreparedData, preprocess
 def _forget(run: RunDir) -> None:
     """Drop the results of the set that was replaced."""
     rows = results.read(run.results)
-    stale = [row for row in rows if row["source"] in (*results.DISTILLED, "initial")]
+    stale = [row for row in rows if results.base_source(row["source"]) in ("distilled", "initial")]
     for row in stale:
         results.row_file(run.results, row).unlink(missing_ok=True)
     if stale:

@@ -29,7 +29,7 @@ from lad_dist.plan.scaling import (
 )
 from lad_dist.plan.shapes import Shapes
 from lad_dist.recipe import Recipe
-from lad_dist.results import DISTILLED, WHOLE
+from lad_dist.results import WHOLE, base_source
 
 if TYPE_CHECKING:
     import torch
@@ -402,7 +402,7 @@ class _Times:
     def _tuning(self, source: str, epoch: float, whole: bool) -> list[tuple[str, float, str]]:
         """Choosing learning rate and epochs for a source, an ``epoch`` of which takes so many seconds."""
         e = self.recipe.evaluate
-        alpha = bool(e.tune_lr) and source in (*DISTILLED, "initial")
+        alpha = bool(e.tune_lr) and base_source(source) in ("distilled", "initial")
         rates = len(e.tune_lr or (None,)) + alpha
         epochs = (e.full_epochs,) if whole else e.tune_epochs or (e.epochs,)
         if rates * len(epochs) == 1:

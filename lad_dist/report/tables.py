@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lad_dist import methods
-from lad_dist.results import DISTILLED, WHOLE, by_way, labelled_by_experts, of_one_way
+from lad_dist.results import DISTILLED, WHOLE, base_source, by_way, labelled_by_experts, labelled_online, of_one_way
 from lad_dist.results.paired import gains, points
 
 if TYPE_CHECKING:
@@ -24,20 +24,33 @@ SOURCES = {
     "distilled-adsa": "Distilled, labels adjusted (ADSA)",
     "distilled-hard": "Distilled, hard labels",
     "distilled-plain": "Distilled, no augmentation",
+    "distilled-teacher": "Distilled, teacher labels",
     "initial": "Starting set",
+    "initial-teacher": "Starting set, teacher labels",
     "random-soft": "Random real, soft labels",
     "random-soft-plain": "Random real, soft labels, no augmentation",
+    "random-teacher": "Random real, teacher labels",
     "random": "Random real",
     "random-plain": "Random real, no augmentation",
     "k-center": "Real, k-center greedy",
     "herding-soft": "Real, herding, soft labels",
+    "herding-teacher": "Real, herding, teacher labels",
     "herding": "Real, herding",
     "graph-cut": "Real, graph-cut",
     "full": "Whole long-tailed set",
     "full-balanced": "Whole set, class-balanced sampling",
     "full-logit-adjusted": "Whole set, logit-adjusted loss",
 }
-MAIN_SOURCES = ("distilled", "initial", "random-soft", "random", "full")  # sources in the page's first tables
+MAIN_SOURCES = (  # sources in the page's first tables
+    "distilled",
+    "initial",
+    "random-soft",
+    "random",
+    "distilled-teacher",
+    "initial-teacher",
+    "random-teacher",
+    "full",
+)
 CHARTED = ("distilled", "initial", "random", "full")
 CALIBRATION = ("balanced", "ECE", "standard error")
 DATASETS = {
@@ -275,8 +288,8 @@ def source_name(source: str) -> str:
     """Return a source's display name; ``birds:pick, soft labels`` for user-defined ones."""
     if source in SOURCES:
         return SOURCES[source]
-    own = source.removesuffix("-plain").removesuffix("-soft")
-    soft = ", soft labels" * labelled_by_experts(source)
+    own = base_source(source)
+    soft = ", soft labels" * labelled_by_experts(source) + ", teacher labels" * labelled_online(source)
     return f"{own}{soft}{', no augmentation' * source.endswith('-plain')}"
 
 

@@ -73,13 +73,17 @@ SOURCES = (
     "distilled-adsa",
     "distilled-hard",
     "distilled-plain",
+    "distilled-teacher",
     "initial",
+    "initial-teacher",
     "random-soft",
     "random-soft-plain",
+    "random-teacher",
     "random",
     "random-plain",
     "k-center",
     "herding-soft",
+    "herding-teacher",
     "herding",
     "graph-cut",
     "full",
@@ -90,7 +94,8 @@ SOURCES = (
 
 ``distilled-adsa`` and ``distilled-hard`` are the distilled images with adjusted and with hard labels, ``initial`` is
 the set that distillation started from, ``...-soft`` are real images with the experts' mean logits as labels,
-``...-plain`` is a set without augmentation; ``full-...`` are other ways to train on the whole long-tailed set.
+``...-teacher`` are images whose augmented batches the experts label anew, ``...-plain`` is a set without augmentation;
+``full-...`` are other ways to train on the whole long-tailed set.
 """
 
 DISTILLED = tuple(source for source in SOURCES if source.startswith("distilled"))
@@ -108,12 +113,29 @@ def wanted(recipe: Recipe, run: RunDir) -> list[str]:
     sources = ["distilled", *(["distilled-adsa"] if e.label_adjustment == "adsa" else []), *e.baselines]
     imported = _imported(run.distilled / "meta.json")  # no known initialisation, and no expert to label images
     left_out = ("initial",) if imported or _without_start(run.distilled / "tensors.safetensors") else ()
-    return [s for s in dict.fromkeys(sources) if s not in left_out and not (imported and labelled_by_experts(s))]
+    return [s for s in dict.fromkeys(sources) if s not in left_out and not (imported and uses_experts(s))]
 
 
 def labelled_by_experts(source: Source) -> bool:
-    """Return whether a source is real images with the experts' labels."""
+    """Return whether a source is real images with one soft label each, by the experts."""
     return source.removesuffix("-plain").endswith("-soft")
+
+
+def labelled_online(source: Source) -> bool:
+    """Return whether the experts label every augmented batch of a source."""
+    return source.endswith("-teacher")
+
+
+def uses_experts(source: Source) -> bool:
+    """Return whether training on a source needs the experts."""
+    return labelled_by_experts(source) or labelled_online(source)
+
+
+def base_source(source: Source) -> str:
+    """Return the source without its endings for labels and augmentation: ``random`` of ``random-soft-plain``."""
+    for ending in ("-plain", "-soft", "-teacher", "-hard", "-adsa"):
+        source = source.removesuffix(ending)
+    return source
 
 
 def check_source(source: str) -> Source:

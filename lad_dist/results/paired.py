@@ -16,8 +16,14 @@ BOOTSTRAPS = 10_000
 LEVEL = 0.95
 
 STARTING_SET = "initial"
-REFERENCES = (STARTING_SET, "random-soft")
-"""References for the distilled set within a run: its starting set, and random real images with such soft labels."""
+REFERENCES = {
+    STARTING_SET: "distilled",
+    "random-soft": "distilled",
+    "initial-teacher": "distilled-teacher",
+    "random-teacher": "distilled-teacher",
+}
+"""References for the distilled set within a run, each with the source of the same kind of labels: its starting set, and
+random real images."""
 
 Row = Mapping[str, Any]
 
@@ -71,7 +77,7 @@ def paired(
 
 @dataclass(frozen=True)
 class Gain:
-    """Gain of the distilled set over ``reference`` on one architecture, by figure (overall, tail)."""
+    """Gain of the distilled set over ``reference``, with labels of one kind, on one architecture, by figure (overall, tail)."""
 
     reference: str
     architecture: str
@@ -83,11 +89,11 @@ def gains(rows: Sequence[Row]) -> list[Gain]:
     same = of_one_way(rows)  # type: ignore[arg-type]
     found = []
     for architecture in dict.fromkeys(row["architecture"] for row in same):
-        for reference in REFERENCES:
-            pair = [r for r in same if r["source"] in ("distilled", reference) and r["architecture"] == architecture]
+        for reference, source in REFERENCES.items():
+            pair = [r for r in same if r["source"] in (source, reference) and r["architecture"] == architecture]
             if len({(r.get("split"), images_of(r)) for r in pair}) > 1:  # different splits or images cannot be paired
                 continue
-            of = {f: paired(pair, pair, f, "distilled", architecture, reference) for f in ("overall", "tail")}
+            of = {f: paired(pair, pair, f, source, architecture, reference) for f in ("overall", "tail")}
             figures = {name: one for name, one in of.items() if one is not None}
             if "overall" in figures:
                 found.append(Gain(reference, architecture, figures))
