@@ -1,8 +1,8 @@
-"""Memory that a process keeps for itself while it computes on a CPU, where the C library is glibc.
+"""glibc's allocator settings for computing on a CPU: keep freed memory in the process.
 
-glibc's malloc asks the system for every block above 32 MiB and gives it back when it is freed; the kernel then fills each of
-its pages with zeros again at its next use. A student step makes and frees gigabytes in such blocks, and spends half of its time
-there (benchmarks/notes.md). Told to keep what was freed (mallopt(3)), the same step takes the same memory again.
+glibc's malloc requests every block above 32 MiB from the system and returns it when freed; the kernel then zeroes each
+of its pages again at the next use. A student step allocates and frees gigabytes in such blocks, and spends half of its
+time on this (benchmarks/notes.md). Configured to keep freed memory (mallopt(3)), it reuses the same memory.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", 
 
 
 def keep_freed_memory() -> bool:
-    """Keep memory that is freed for this process's next use of it, until ``give_back``; True where that can be had.
+    """Keep freed memory in this process until ``give_back``; return whether that is possible.
 
-    Does nothing where the C library is another, or where the environment sets its allocator already (``MALLOC_MMAP_MAX_`` and
-    its like).
+    Does nothing with another C library, or if the environment already configures the allocator (``MALLOC_MMAP_MAX_``
+    and similar).
     """
     libc = _glibc()
     if libc is None or any(name in os.environ for name in _OWN):
@@ -28,14 +28,14 @@ def keep_freed_memory() -> bool:
 
 
 def give_back() -> None:
-    """Return to the system what was freed and kept."""
+    """Return kept free memory to the system."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library of this process, if it is glibc."""
+    """Return the C library of this process if it is glibc, else None."""
     try:
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018 - whether it is there is the question

@@ -6,8 +6,8 @@
 
     Run.open("runs/x", recipe, callbacks=[Losses()]).distill()
 
-``events.jsonl`` is the record that lasts; a callback sees the same events, one at a time. An error that a callback raises
-ends the stage as any other error does: what is finished is kept, and the same call continues.
+``events.jsonl`` is the permanent record; a callback receives the same events, one at a time. An error raised by a
+callback ends the stage like any other error: finished work is kept, and the same call continues.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Listener = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class ExpertEpoch:
-    """An expert has trained one more epoch. ``stage``: representation or classifier; ``epoch`` counts from 1 in each."""
+    """An expert has trained one more epoch. ``stage``: representation or classifier; ``epoch`` starts at 1 in both."""
 
     stage: str
     expert: int
@@ -34,7 +34,7 @@ class ExpertEpoch:
 
 @dataclass(frozen=True)
 class Iteration:
-    """Distillation has done one more iteration: ``number`` of them so far.
+    """Distillation has completed iteration ``number``, counted from 1.
 
     ``losses``: by phase (representation, classifier, regression). ``alpha``: the student's learning rate.
     """
@@ -47,7 +47,7 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One network was trained on ``source`` and measured. Accuracies are top-1, in [0, 1]."""
+    """One network was trained on ``source`` and evaluated. Accuracies are top-1, in [0, 1]."""
 
     source: str
     architecture: str
@@ -60,7 +60,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class StageEnd:
-    """A stage has ended. ``error``: with what, where it stopped before it was done; None: it is done."""
+    """A stage has ended. ``error``: the error that stopped it; None if it completed."""
 
     stage: str
     seconds: float
@@ -68,25 +68,25 @@ class StageEnd:
 
 
 class Callback:
-    """Override what is of interest; each method does nothing by itself."""
+    """Base class: override the methods of interest; by default each does nothing."""
 
     def on_stage_start(self, stage: str) -> None:
-        """``experts``, ``distill``, ``evaluate SOURCE`` or ``report`` begins, or goes on after a stop."""
+        """``experts``, ``distill``, ``evaluate SOURCE`` or ``report`` starts, or continues after a stop."""
 
     def on_epoch(self, epoch: ExpertEpoch) -> None:
-        """An expert has trained one more epoch, whichever process it is trained by."""
+        """An expert has trained one more epoch, in any process."""
 
     def on_iteration(self, iteration: Iteration) -> None:
-        """One more iteration of distillation is done."""
+        """One more iteration of distillation is complete."""
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
-        """One more network was measured."""
+        """One more network was evaluated."""
 
     def on_stage_end(self, end: StageEnd) -> None:
-        """A stage is done, or stopped."""
+        """A stage has completed or stopped."""
 
     def close(self) -> None:
-        """The process has ended its work on the run; called of loggers by name (``loggers.py``)."""
+        """The process has finished its work on the run; called only for named loggers (``loggers.py``)."""
 
     def on_event(self, event: Event) -> None:
         """Any event of ``events.jsonl``: its ``time`` (Unix seconds), its ``kind`` and the fields of that kind."""

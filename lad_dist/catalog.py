@@ -1,6 +1,6 @@
-"""Finds what a user names: shipped recipes and cluster profiles, files of their own, and run folders.
+"""Find recipes, cluster profiles and run folders by name or path.
 
-A wheel carries ``jobs/`` and ``cluster/`` inside the package; a checkout has them beside it.
+A wheel contains ``jobs/`` and ``cluster/`` inside the package; a checkout has them beside it.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ _SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class JobFile:
-    """A recipe file, and the run folder it came from where the user named one."""
+    """A recipe file, and its run folder if the user named one."""
 
     recipe: Path
     run: Path | None = None
 
 
 def folder(kind: Literal["jobs", "cluster"]) -> Path:
-    """The folder of what ships with lad-dist: in the installed package, else in the checkout around it."""
+    """Return the folder of shipped files: in the installed package, else in the checkout around it."""
     installed = _PACKAGE / f"_{kind}"
     return installed if installed.is_dir() else _PACKAGE.parent / kind
 
 
 def jobs() -> dict[str, Path]:
-    """The shipped recipes by name (their file's), sorted."""
+    """Return the shipped recipes by file name, sorted."""
     return {file.stem: file for file in sorted(folder("jobs").rglob("*.yaml"), key=lambda file: _natural(file.stem))}
 
 
 def profiles() -> dict[str, Path]:
-    """The shipped cluster profiles by name; deployment files lie in folders below and are none."""
+    """Return the shipped cluster profiles by name, without the deployment files in subfolders."""
     return {file.stem: file for file in sorted(folder("cluster").glob("*.yaml"))}
 
 
 def find_job(text: str) -> JobFile:
-    """What JOB means on the command line: a shipped recipe's name, else a recipe file, else a run folder.
+    """Resolve JOB of the command line: a shipped recipe's name, else a recipe file, else a run folder.
 
-    A shipped name wins over a folder of that name; ``./name`` is the folder. Raises RecipeError with the nearest names.
+    A shipped name takes precedence over a folder of that name; ``./name`` is the folder. Raises RecipeError with the
+    nearest names.
     """
     shipped, path = jobs(), Path(text).expanduser()
     if text in shipped:
@@ -64,7 +65,7 @@ def find_job(text: str) -> JobFile:
 
 
 def find_profile(text: str) -> Path:
-    """The file of a shipped profile's name, or of a path. Raises RecipeError with the nearest names."""
+    """Return the file of a shipped profile's name, or of a path. Raises RecipeError with the nearest names."""
     shipped, path = profiles(), Path(text).expanduser()
     if text in shipped:
         return shipped[text]
@@ -74,13 +75,13 @@ def find_profile(text: str) -> Path:
 
 
 def purpose(file: Path) -> str:
-    """The ``# Purpose:`` line of a recipe's or profile's header; empty where there is none."""
+    """Return the ``# Purpose:`` line of a recipe's or profile's header; empty where there is none."""
     found = _PURPOSE.search(file.read_text(encoding="utf-8"))
     return found[1] if found else ""
 
 
 def family(name: str) -> str:
-    """A recipe's name with its factor and IPC left open: ``cifar10-lt-f*-ipc*``."""
+    """Return a recipe's name with wildcards for factor and IPC: ``cifar10-lt-f*-ipc*``."""
     return re.sub(r"-(f|ipc)\d+(?=-|$)", r"-\1*", name)
 
 
@@ -93,5 +94,5 @@ def _unknown(kind: str, text: str, shipped: Mapping[str, Path], command: str) ->
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts ipc2 before ipc10."""
+    """Return a natural sort key: ipc2 before ipc10."""
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]

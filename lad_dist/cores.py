@@ -1,4 +1,4 @@
-"""CPU cores: how threads wait for each other, and how much of the cores this process is given."""
+"""CPU cores: how threads wait for each other, and how many cores are available to this process."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import time
 from pathlib import Path
 
 _BLOCK = bytes(2**22)  # large enough for hashlib to release the interpreter's lock
-FREE_ABOVE = 0.85  # share of the asked cores above which a machine counts as idle
+FREE_ABOVE = 0.85  # fraction of the requested cores above which a machine counts as idle
 
 
 def wait_asleep() -> None:
-    """Have OpenMP's threads sleep, not spin, while they wait for each other. Call before torch or numba are imported.
+    """Make OpenMP's threads sleep, not spin, while they wait for each other. Call before importing torch or numba.
 
-    A spinning thread keeps the core that the thread it waits for needs, once other processes run: two threads on two cores
-    beside a busy process are then tens of times slower than one (benchmarks/threads.py). OMP_WAIT_POLICY, where it is set
-    already, stays.
+    A spinning thread occupies the core that the thread it waits for needs if other processes run: two threads on two
+    cores beside a busy process are then tens of times slower than one (benchmarks/threads.py). An existing
+    OMP_WAIT_POLICY is kept.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def available() -> int:
-    """CPU cores that this process may run on."""
+    """Return the number of CPU cores that this process may use."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
@@ -36,22 +36,24 @@ def available() -> int:
 
 
 def of_each_rank(asked: int | None, ranks: int) -> tuple[int, str | None]:
-    """Threads of each of ``ranks`` processes on this machine, which together have no more than there are cores; also, where
-    that is fewer than ``asked``, a line that says so.
+    """Return (threads of each of ``ranks`` processes on this machine, warning or None).
 
+    Together the ranks have no more threads than there are cores; the warning states that this is fewer than ``asked``.
     With more threads than cores a rank's threads wait for a core while the other ranks wait for that rank in every sum.
     """
     cores = available()
     most = max(1, cores // ranks)
-    if asked is None or asked <= most or ranks == 1:  # by itself, a process does as it is told
+    if asked is None or asked <= most or ranks == 1:  # a single process uses what was requested
         return asked or most, None
     what = f"{ranks} ranks x {asked} threads are more than the {cores} cores here"
     return most, f"threads: {what}; each rank works with {most} (threads are per rank)"
 
 
 def obtained(threads: int, seconds: float = 0.3) -> float:
-    """Cores that ``threads`` busy threads are given by the system: ``threads`` where the cores are free, fewer where other
-    processes run or a container's share is smaller."""
+    """Measure the cores that the system gives ``threads`` busy threads.
+
+    That is ``threads`` if the cores are free, fewer if other processes run or a container's share is smaller.
+    """
     shares = [0.0] * threads
 
     def spin(i: int) -> None:

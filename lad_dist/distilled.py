@@ -1,10 +1,11 @@
-"""The distilled set as an artefact: one folder with tensors in safetensors and their meaning in JSON.
+"""The distilled set as an artefact: a folder with tensors in safetensors and metadata in JSON.
 
-tensors.safetensors     images (S, C, H, H) float32, whitened; label_logits (S, K); labels (S,) the class of each image;
-                        initial_images (S, C, H, H) and initial_label_logits (S, K), where images and labels started (an
-                        imported set has no initial_label_logits)
-whitening.safetensors   see data/whitening.py
-meta.json               class names, learning rate, training counts, how it was made, versions, checksums
+tensors.safetensors     images (S, C, H, H) float32, whitened; label_logits (S, K); labels (S,) the class of each
+image;|
+                        initial_images (S, C, H, H) and initial_label_logits (S, K), the initial values (an imported set
+                        has no initial_label_logits)
+whitening.safetensors   see data/whitening.py| meta.json               class names, learning rate, training counts,
+provenance, versions, checksums|
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ _TENSORS, _WHITENING, _META = "tensors.safetensors", "whitening.safetensors", "m
 
 @dataclass(frozen=True)
 class DistilledMeta:
-    """What a distilled set means. ``lr`` is the learned student learning rate; ``counts`` are training images per class;
-    ``selection`` says how its iteration was chosen."""
+    """Metadata of a distilled set.
+
+    ``lr`` is the learned student learning rate; ``counts`` are training images per class; ``selection`` tells how its
+    iteration was chosen.
+    """
 
     method: str
     dataset: str
@@ -56,12 +60,12 @@ class DistilledMeta:
 
     @property
     def iterations(self) -> int | None:
-        """The iterations of the distillation that made it, of which ``iteration`` was chosen; None of an imported set."""
+        """Total iterations of its distillation, of which ``iteration`` was chosen; None for an imported set."""
         found = (self.recipe.get("distill") or {}).get("iterations")
         return found if isinstance(found, int) else None
 
     def grows_into(self, recipe: Recipe) -> bool:
-        """Whether ``recipe``, which may share the run folder, asks for more iterations of the same distillation."""
+        """Return whether ``recipe``, which may share the run folder, adds iterations to the same distillation."""
         return (
             self.method == recipe.method and self.iterations is not None and self.iterations < recipe.distill.iterations
         )
@@ -108,15 +112,15 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         return iter((self.images, self.soft_labels, self.lr))
 
     def pictures(self) -> Tensor:
-        """The images with whitening undone, in [0, 1], shape (S, C, H, H)."""
+        """Return the images with whitening undone, in [0, 1], shape (S, C, H, H)."""
         return self.whitening.invert(self.images).clamp(0, 1)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """uint8 images (N, C, H, H) as the networks trained on this set expect them."""
+        """Whiten uint8 images (N, C, H, H) as input of networks trained on this set."""
         return self.whitening.apply(images)
 
     def write(self, folder: Path) -> None:
-        """Write the files into an empty folder (publishing it is the caller's)."""
+        """Write the files into an empty folder; the caller publishes it."""
         tensors = {
             "images": self.images,
             "label_logits": self.label_logits,
@@ -134,10 +138,10 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
 
     @classmethod
     def load(cls, path: str | Path) -> DistilledSet:
-        """Read a folder that ``write`` made.
+        """Read a folder written by ``write``.
 
         Raises:
-            DistilledError: a file is missing or damaged, or the parts do not fit together; names the file.
+            DistilledError: a file is missing or damaged, or the parts are inconsistent; names the file.
         """
         folder = Path(path)
         if not (folder / _META).is_file() and (folder / "distilled" / _META).is_file():
@@ -170,7 +174,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         return whole
 
     def validate(self, where: str) -> None:
-        """Raises DistilledError where shapes contradict each other or a value is not finite."""
+        """Raise DistilledError if shapes are inconsistent or a value is not finite."""
         count, classes = len(self.images), len(self.meta.class_names)
         expected = {"label_logits": (count, classes), "labels": (count,)}
         if self.initial_label_logits is not None:
@@ -184,7 +188,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
 
 
 def _read_meta(path: Path) -> tuple[DistilledMeta, dict[str, str]]:
-    """What the file says, and the checksums of the others."""
+    """Return the metadata and the checksums of the other files."""
     try:
         doc = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
@@ -214,7 +218,7 @@ def _read_meta(path: Path) -> tuple[DistilledMeta, dict[str, str]]:
 
 
 def _sha256_of_meta(doc: dict[str, Any]) -> str:
-    """The checksum of what the file says, whatever its layout."""
+    """Return the checksum of the metadata's contents, independent of its formatting."""
     return hashlib.sha256(json.dumps(doc, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Environment variables for a block of code, and for the processes that it starts."""
+"""Environment variables of a block of code and of the processes that it starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
-    """Set variables in the block, and put back what was there; None: absent."""
+    """Set variables in the block and restore the previous values afterwards; None: unset."""
     before = {name: os.environ.get(name) for name in variables}
     _set(variables)
     try:

@@ -1,4 +1,4 @@
-"""Every error a user can meet, in one hierarchy.
+"""Hierarchy of all errors shown to users.
 
     LadDistError                 exit code 1; ``cli/`` prints it as one message, without a traceback
     |-- RecipeError              2   a recipe or profile field is unknown, mistyped or out of bounds
@@ -9,12 +9,12 @@
     |-- NumericalError           7   training or matching produced NaN or infinity
     |-- StorageError             8   the disk is full, or a file could not be published
     |-- ExpertError              9   an expert kept failing, or the Ray cluster that trains experts is gone
-    |-- RankError               10   a rank of a distributed distillation is gone, or never came
+    |-- RankError               10   a rank of a distributed distillation is gone, or never joined
     |-- ClusterError            11   SLURM refused a job, cannot be reached, or a job of the chain did not finish
     |-- DoctorError             12   a check of `lad-dist doctor` failed
-    `-- Interrupted            130   Ctrl-C or SIGTERM; what was finished is kept
+    `-- Interrupted            130   Ctrl-C or SIGTERM; finished work is kept
 
-Messages follow one pattern: *where* (file or field), *what* was wrong, *what* is valid or what to do.
+Messages follow one pattern: *where* (file or field), *what* is wrong, *what* is valid or what to do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 
 class LadDistError(Exception):
-    """Base of all errors that are the user's to see. ``exit_code`` is what the command line returns."""
+    """Base of all errors shown to users. ``exit_code`` is the exit status of the command line."""
 
     exit_code = 1
 
@@ -75,13 +75,13 @@ class StorageError(LadDistError):
 
 
 class ExpertError(LadDistError):
-    """Experts could not be trained to their end, for a reason that is not one of the above."""
+    """Training of the experts failed for a reason not covered above."""
 
     exit_code = 9
 
 
 class RankError(LadDistError):
-    """The ranks of a distributed job could not meet, or lost one of them."""
+    """The ranks of a distributed job could not connect, or lost one of them."""
 
     exit_code = 10
 
@@ -93,7 +93,7 @@ class ClusterError(LadDistError):
 
 
 class DoctorError(LadDistError):
-    """A check of the environment failed; names them."""
+    """Checks of the environment failed; the message names them."""
 
     exit_code = 12
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as one exception or as a flag, and short stretches that must not be torn apart by them."""
+"""Ctrl-C and SIGTERM as an exception or as a flag, and short sections that they must not interrupt."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def in_main_thread() -> bool:
-    """Whether signals are delivered to this thread, and may be handled by it."""
+    """Return whether this is the main thread, which alone receives and handles signals."""
     return threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
 def as_exceptions() -> Iterator[None]:
-    """Inside the block Ctrl-C and SIGTERM raise ``Interrupted`` in the main thread, so that ``finally`` blocks run.
+    """Raise ``Interrupted`` in the main thread on Ctrl-C and SIGTERM inside the block, so that ``finally`` blocks run.
 
-    Where the signal arrives while a library's C code calls Python, the library may report an error of its own instead
-    (torch, reading the length of a sequence: ``ValueError``). Any such error after a signal is ``Interrupted`` to the caller;
-    what we raise ourselves, and what the system refuses (``OSError``), is raised unchanged. In another thread than the main
-    one, which gets no signals, nothing is changed.
+    If the signal arrives while a library's C code calls Python, the library may report its own error instead (torch,
+    reading the length of a sequence: ``ValueError``). Any such error after a signal becomes ``Interrupted``; our own
+    errors and those of the system (``OSError``) are raised unchanged. Has no effect in other threads, which receive no
+    signals.
     """
     if not in_main_thread():
         yield
@@ -39,11 +39,11 @@ def as_exceptions() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         if _starts_a_thread(frame):
             postponed.add(number)
-            # Not threading.Thread, whose lock this very frame may hold.
+            # Not threading.Thread: this frame may hold its lock.
             _thread.start_new_thread(_send_again, (number, postponed))
             return
-        for s in _SIGNALS:  # a second Ctrl-C must not tear apart what the first one saves
-            # Not SIG_IGN: one that has already arrived would be reported as "ignored due to race condition", with a traceback.
+        for s in _SIGNALS:  # a second Ctrl-C must not interrupt the saving that the first one started
+            # Not SIG_IGN: a signal already received would print "ignored due to race condition", with a traceback.
             signal.signal(s, lambda number, frame: None)
         arrived.append(
             Interrupted(
@@ -70,7 +70,7 @@ def as_exceptions() -> Iterator[None]:
 
 
 def _starts_a_thread(frame: FrameType | None) -> bool:
-    """Whether the main thread is inside ``Thread.start``: an exception there breaks the thread, with a traceback."""
+    """Return whether the main thread is in ``Thread.start``: an exception there breaks the thread, with a traceback."""
     while frame is not None:
         if frame.f_code is threading.Thread.start.__code__:
             return True
@@ -79,23 +79,23 @@ def _starts_a_thread(frame: FrameType | None) -> bool:
 
 
 def _send_again(number: int, postponed: set[int]) -> None:
-    """Send this process the signal a moment later, if it is still waited for."""
+    """Send this process the signal again a moment later, if it is still pending."""
     time.sleep(0.02)
     if number in postponed:
         os.kill(os.getpid(), number)
 
 
 class StopFlag:
-    """Remembers that a signal asked to stop. ``name`` is the signal's, or None."""
+    """Records a request to stop by a signal. ``name`` is the signal's, or None."""
 
     name: str | None = None
 
 
 @contextmanager
 def as_flag() -> Iterator[StopFlag]:
-    """Inside the block Ctrl-C and SIGTERM are only noted: for processes that must stop together, at a point they agree on.
+    """Only record Ctrl-C and SIGTERM inside the block: for processes that must stop together, at a point they agree on.
 
-    In another thread than the main one none ever arrives.
+    In other threads than the main one no signal is ever recorded.
     """
     flag = StopFlag()
     if not in_main_thread():
@@ -115,7 +115,7 @@ def as_flag() -> Iterator[StopFlag]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the block ends: for updates in place that must be whole or not at all."""
+    """Hold Ctrl-C and SIGTERM back until the block ends: for in-place updates that must be complete or not occur."""
     if not in_main_thread():
         yield  # signals are only ever delivered to the main thread
         return

@@ -1,6 +1,6 @@
-"""Where a trajectory buffer lies, as text: a local folder, or the URI of an object store (``s3://bucket/prefix``).
+"""Location of a trajectory buffer as text: a local folder, or the URI of an object store (``s3://bucket/prefix``).
 
-How a URI is opened is said in ``trajectories/files.py``; here it is only taken apart, joined, and made fit to be shown.
+URIs are parsed, joined and redacted here; ``trajectories/files.py`` opens them.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from lad_dist.errors import TrajectoryError
 
-# ``KEY:SECRET@`` up to the last @: a secret whose slashes were not percent-encoded must not show either.
+# ``KEY:SECRET@`` up to the last @, to also hide a secret whose slashes were not percent-encoded.
 _USER = re.compile(r"(?<=://)(?:[^/?#]*:.*@|[^/?#]*@)", re.DOTALL)
 _SECRET_FIELD = re.compile("key|secret|token|sig|pass|cred", re.IGNORECASE)
-_ANONYMOUS = "anonymous@"  # Arrow's way to say in a gs:// URI that no credentials are wanted
+_ANONYMOUS = "anonymous@"  # Arrow's marker in a gs:// URI for access without credentials
 
 
 def is_uri(location: Path | str) -> bool:
@@ -23,12 +23,12 @@ def is_uri(location: Path | str) -> bool:
 
 
 def is_remote(location: Path | str) -> bool:
-    """Whether a location is a URI of anything but a local folder (``file:///folder`` is one)."""
+    """Whether a location is a URI that is not local (``file:///folder`` is local)."""
     return is_uri(location) and not str(location).lower().startswith("file://")
 
 
 def local_folder(location: Path | str) -> Path:
-    """The folder that a local location names. Raises ``TrajectoryError`` for a file URI with a host in it."""
+    """Return the folder of a local location. Raises ``TrajectoryError`` for a file URI with a host."""
     if not is_uri(location):
         return Path(location)
     parts = urlsplit(str(location))
@@ -38,7 +38,7 @@ def local_folder(location: Path | str) -> Path:
 
 
 def joined(location: Path | str, name: str) -> Path | str:
-    """The location called ``name`` inside ``location``, which keeps its query."""
+    """Append ``name`` to the path of ``location``, keeping its query."""
     if not is_uri(location):
         return Path(location) / name
     base, mark, query = str(location).partition("?")
@@ -46,7 +46,7 @@ def joined(location: Path | str, name: str) -> Path | str:
 
 
 def has_credentials(location: Path | str) -> bool:
-    """Whether a URI carries what must not be shown or stored: ``s3://KEY:SECRET@...``, or a query field like ``token``."""
+    """Whether a URI has secrets not to be shown or stored: ``s3://KEY:SECRET@...``, or a query field like ``token``."""
     if not is_uri(location):
         return False
     user = _USER.search(str(location))
@@ -54,7 +54,7 @@ def has_credentials(location: Path | str) -> bool:
 
 
 def shown(location: Path | str) -> str:
-    """A location for messages: without credentials, and without its query if that holds some."""
+    """Return a location for messages: without credentials, and without a query that has some."""
     text = str(location)
     if not has_credentials(location):
         return text

@@ -1,8 +1,8 @@
-"""Loggers by name (``--log``, or ``log`` in a profile): what makes the callback that passes a run's events to a tracking service.
+"""Loggers by name (``--log``, or ``log`` in a profile): factories of callbacks that send events to a tracking service.
 
-A name is a built-in one, an entry point of the group ``lad_dist.loggers`` or ``module:attribute``; each is called with the run's
-folder and recipe, and returns a ``Callback``. Every process that works on a run makes its own: the one on this machine, each
-job on SLURM.
+A name is a built-in one, an entry point of the group ``lad_dist.loggers`` or ``module:attribute``; each is called with
+the run's folder and recipe, and returns a ``Callback``. Every process that works on a run creates its own: the one on
+this machine, or each job on SLURM.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Logger = Callable[[Path, Recipe], Callback]
 class Wandb(Callback):
     """Weights & Biases: a run of project ``lad-dist`` (or WANDB_PROJECT), grouped by the run folder's name.
 
-    A process that continues a run makes a new one in the same group. Files lie in ``wandb/`` of the run folder, and with
-    WANDB_MODE=offline stay there.
+    A process that continues a run creates a new one in the same group. Files are in ``wandb/`` of the run folder, and
+    with WANDB_MODE=offline stay there.
     """
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
-        """Raises RecipeError where wandb is not installed or refuses, for want of a login for example."""
+        """Raise RecipeError if wandb is not installed or refuses, for example without a login."""
         try:
             import wandb
         except ImportError as error:
@@ -76,7 +76,7 @@ KNOWN: dict[str, Logger] = {"wandb": Wandb}
 
 
 def find(name: str) -> Logger:
-    """What makes the logger of a name. Raises RecipeError where nobody offers the name."""
+    """Return the logger factory of a name. Raises RecipeError if the name is unknown."""
     return KNOWN.get(name) or load_callable(
         name, GROUP, "log", f"{', '.join(KNOWN)}, or a function of (folder, recipe)"
     )
@@ -84,9 +84,9 @@ def find(name: str) -> Logger:
 
 @contextmanager
 def attached(names: Sequence[str], folder: Path, recipe: Recipe, events: Events) -> Iterator[None]:
-    """Inside the block, pass the run's events to these loggers, each closed at the end.
+    """Inside the block, pass the run's events to these loggers; close each at the end.
 
-    Raises RecipeError for a name that nobody offers, or a logger that refuses.
+    Raises RecipeError for an unknown name, or a logger that cannot start.
     """
     with ExitStack() as stack:
         for name in names:

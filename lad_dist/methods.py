@@ -1,6 +1,7 @@
-"""Methods of trajectory matching: which phases, losses, windows and labels each means, as fields of a recipe's ``distill``.
+"""Trajectory-matching methods: the phases, losses, windows and labels of each, as fields of a recipe's ``distill``.
 
-A recipe may set any of these fields itself, and ``lad_dist.methods`` is the group of entry points where packages offer more.
+A recipe may override any of these fields, and packages may offer more methods as entry points of the group
+``lad_dist.methods``.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ GROUP = "lad_dist.methods"
 
 
 class MatchingLoss(Protocol):
-    """How far a student is from its expert: a scalar that is differentiable by ``student_p``.
+    """Distance of a student from its expert: a scalar differentiable by ``student_p``.
 
-    Both are displacements since the window's start, over the p weights that a phase compares: the student's after its last
-    step, and the expert's at the window's end. The same on every rank, so it must depend on nothing else.
+    Both arguments are displacements since the window's start, over the p weights that a phase compares: the student's
+    after its last step, and the expert's at the window's end. They are equal on every rank, so the loss must depend on
+    nothing else.
     """
 
     def __call__(self, student_p: Tensor, expert_p: Tensor, /) -> Tensor: ...
@@ -30,7 +32,7 @@ class MatchingLoss(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """One method: its ``title`` in tables, the fields of ``distill`` that it sets, and whom to ``cite``.
+    """A method: its ``title`` in tables, the fields of ``distill`` that it sets, and the publications to ``cite``.
 
     ``loss``: the matching loss of its phases; None: the squared distance, relative to the expert's (MTT, LAD).
     """
@@ -89,7 +91,7 @@ METHODS: dict[str, Method] = {
 
 
 def find(name: str) -> Method:
-    """The method that a recipe's ``method`` names. Raises RecipeError where there is none."""
+    """Return the method that a recipe's ``method`` names. Raises RecipeError if there is none."""
     if name in METHODS:
         return METHODS[name]
     found = plugins.load(name, GROUP, "method")
@@ -99,13 +101,13 @@ def find(name: str) -> Method:
 
 
 def preset(name: object) -> Mapping[str, Any]:
-    """The fields of ``distill`` that a method sets; none for what is no method's name. Raises as ``find``."""
+    """Return the fields of ``distill`` that a method sets; none for an unknown name. Raises as ``find``."""
     known = isinstance(name, str) and (name in METHODS or ":" in name or name in plugins.offered(GROUP))
     return find(str(name)).distill if known else {}
 
 
 def title(name: str) -> str:
-    """A method for people; one whose module is not here, or that is none (``imported``), by its name."""
+    """Return a method's display title; its name if it cannot be loaded here or is no method (``imported``)."""
     try:
         return find(name).title
     except RecipeError:
@@ -113,7 +115,7 @@ def title(name: str) -> str:
 
 
 def cited(name: str) -> tuple[str, ...]:
-    """Whom a publication with a set of this method should cite; nobody where the method is not known here."""
+    """Return the publications to cite for a set made by this method; none if the method is unknown here."""
     try:
         return find(name).cite
     except RecipeError:

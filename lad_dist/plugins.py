@@ -1,7 +1,7 @@
-"""Names in a recipe that stand for code outside the package: ``module:attribute``, or an entry point of a group.
+"""Names in a recipe that refer to code outside the package: ``module:attribute``, or an entry point of a group.
 
-A package offers names through entry points; a module need only be importable (installed, or its folder in PYTHONPATH) by every
-process of the run. docs/extending.md has an example of each group.
+Packages offer names through entry points; a module must only be importable (installed, or its folder in PYTHONPATH) by
+every process of the run. docs/extending.md has an example of each group.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from lad_dist.errors import LadDistError, RecipeError
 
 @dataclass(frozen=True)
 class Name:
-    """The names that a field takes: ``known`` ones, entry points of ``group``, ``module:attribute``.
+    """Validator of a field's names: ``known`` ones, entry points of ``group``, ``module:attribute``.
 
-    The last two may have ``endings``, one after the other. Called by pydantic: a name that nobody offers is a fault of the
-    recipe. What a module holds shows when it is used.
+    The last two may have ``endings``, one after the other. Called by pydantic: an unknown name is a fault of the
+    recipe. A module's content is checked only when it is used.
     """
 
     known: tuple[str, ...]
@@ -34,7 +34,7 @@ class Name:
         return name
 
     def takes(self, name: str) -> bool:
-        """Whether somebody offers the name."""
+        """Whether the name is known, an entry point, or of the form ``module:attribute``."""
         if name in self.known:
             return True
         for ending in reversed(self.endings):
@@ -43,13 +43,13 @@ class Name:
 
     @property
     def valid(self) -> str:
-        """All names, in words."""
+        """List of all valid names as text."""
         names = [repr(name) for name in (*self.known, *sorted(offered(self.group)))]
         return f"{', '.join(names)} or module:attribute"
 
 
 def load(name: str, group: str, field: str, error: type[LadDistError] = RecipeError) -> Any:
-    """The object that ``module:attribute`` or an entry point names. ``field`` of the recipe is named in errors."""
+    """Import the object of a ``module:attribute`` or entry point. Errors name the recipe's ``field``."""
     module, colon, attribute = name.partition(":")
     try:
         if not colon:
@@ -68,12 +68,12 @@ def load(name: str, group: str, field: str, error: type[LadDistError] = RecipeEr
         raise error(
             f"{field}: {name}: {cause}; valid: a module that Python finds (installed, or its folder in PYTHONPATH)"
         ) from cause
-    except Exception as cause:  # an attribute that is not there, and whatever importing their code raises
+    except Exception as cause:  # a missing attribute, or any error of the imported code
         raise error(f"{field}: {name}: {type(cause).__name__}: {cause}; valid: module:attribute") from cause
 
 
 def load_callable(name: str, group: str, field: str, what: str) -> Any:
-    """``load``; a RecipeError where it cannot be called. ``what`` says what is valid."""
+    """``load`` a callable. Raises RecipeError otherwise; ``what`` describes the valid objects."""
     found = load(name, group, field)
     if not callable(found):
         raise RecipeError(f"{field}: {name}: is a {type(found).__name__}; valid: {what}")
@@ -81,5 +81,5 @@ def load_callable(name: str, group: str, field: str, what: str) -> Any:
 
 
 def offered(group: str) -> dict[str, EntryPoint]:
-    """The entry points of a group by name."""
+    """Return the entry points of a group by name."""
     return {point.name: point for point in entry_points(group=group)}

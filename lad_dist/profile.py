@@ -1,4 +1,4 @@
-"""The typed cluster profile: *where* a job runs. Read with the same care as a recipe (see ``recipe_file.py``)."""
+"""The typed cluster profile: *where* a job runs. Validated like a recipe (see ``recipe_file.py``)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lad_dist.recipe import Bool, Float, Int, Text
 
-MOST_THREADS = 1024  # of CPU threads: more than any machine gains by
+MOST_THREADS = 1024  # upper bound on CPU threads; no machine gains from more
 Option = bool | int | float | str | dict[str, bool | int | float | str]
-OWN_OPTIONS: dict[str, str | None] = {  # what lad-dist sets itself, with the field that says it; None: no field does
+OWN_OPTIONS: dict[str, str | None] = {  # options that lad-dist sets, with the profile field that controls each, or None
     "slurm_partition": "slurm.partition",
     "slurm_account": "slurm.account",
     "slurm_qos": "slurm.qos",
@@ -43,7 +43,7 @@ OWN_OPTIONS: dict[str, str | None] = {  # what lad-dist sets itself, with the fi
 
 
 class RayConfig(BaseModel):
-    """The Ray cluster that the fleet of experts runs on."""
+    """Ray cluster that trains the experts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -82,7 +82,7 @@ def _check_not_own(option: str, shown: str) -> None:
 
 
 class StageOnSlurm(BaseModel):
-    """What one stage asks of SLURM instead of what the profile asks for all; nothing: the same."""
+    """SLURM settings of one stage; each unset field keeps the profile's value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -108,7 +108,7 @@ class StageOnSlurm(BaseModel):
 
 
 class ExpertsOnSlurm(StageOnSlurm):
-    """The experts' stage, which has two ways to use several nodes."""
+    """SLURM settings of the experts' stage, which has two ways to use several nodes."""
 
     mode: Literal["array", "fleet"] = Field(
         "array",
@@ -118,13 +118,13 @@ class ExpertsOnSlurm(StageOnSlurm):
 
 
 class EvaluateOnSlurm(StageOnSlurm):
-    """The evaluation, an array of single-node jobs over architectures and seeds."""
+    """SLURM settings of the evaluation, an array of single-node jobs over architectures and seeds."""
 
     jobs: Annotated[Int, Field(ge=1)] = Field(8, description="jobs of the array, at most; never more than networks")
 
 
 class StagesOnSlurm(BaseModel):
-    """What single stages ask for instead."""
+    """SLURM settings of single stages, which override the profile's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -135,7 +135,7 @@ class StagesOnSlurm(BaseModel):
 
 
 class SlurmConfig(BaseModel):
-    """What is asked of SLURM for every stage; ``nodes`` and ``gpus_per_node`` are fields of the profile itself."""
+    """SLURM settings of every stage; ``nodes`` and ``gpus_per_node`` are fields of the profile itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -193,7 +193,7 @@ class SlurmConfig(BaseModel):
 
 
 class Profile(BaseModel):
-    """One place to run on. Nothing here changes what is computed, only where and with how much of the machine."""
+    """Execution environment of a job: machines and resources. No field changes what is computed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -244,5 +244,5 @@ class Profile(BaseModel):
 
     @property
     def world(self) -> int:
-        """How many ranks share a distillation or an evaluation."""
+        """Number of ranks that share a distillation or an evaluation."""
         return self.ranks if self.ranks is not None else max(1, self.nodes * self.gpus_per_node)

@@ -1,4 +1,4 @@
-"""What happens, recorded and shown: events as JSON lines for machines, a live view or plain lines for people."""
+"""Progress of a run: an event log as JSON lines, and a live view or plain lines for users."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from rich.text import Text
 from lad_dist.callbacks import Event, Listener
 from lad_dist.errors import RunDirError
 
-PLAIN_SECONDS = 10.0  # between two plain lines of one task
-MOST_ROWS = 20  # lines of workers that are shown at a time
-_SPARE_LINES = 3  # of a terminal's height: the bar, and where the prompt or a last line stands
-_LOOKED_AT_AGAIN = 256  # bytes
-_FOLLOW_SECONDS = 0.2  # between two looks at what other processes append
+PLAIN_SECONDS = 10.0  # interval between plain lines of one task
+MOST_ROWS = 20  # most worker lines shown at a time
+_SPARE_LINES = 3  # of a terminal's height: the bar, and the prompt or a last line
+_LOOKED_AT_AGAIN = 256  # bytes read again to detect a replaced file
+_FOLLOW_SECONDS = 0.2  # interval between reads of other processes' events
 
 T = TypeVar("T")
 
 
 class Events:
-    """Appends to ``events.jsonl``: one object a line with ``time`` (Unix seconds), ``kind`` and the fields given.
+    """Event log ``events.jsonl``: one object per line with ``time`` (Unix seconds), ``kind`` and the given fields.
 
-    A line cut short by a kill is closed before the next one, so at most that line is lost; ``read_events`` skips it.
-    Lines of several processes of a host never mix: each is appended by one unbuffered write, however long it is.
+    A line truncated by a kill is terminated before the next one, so at most that line is lost; ``read_events`` skips
+    it. Lines of several processes of a host never mix: each is appended by one unbuffered write, whatever its length.
     """
 
     def __init__(self, path: Path, listener: Listener | None = None) -> None:
-        """``listener`` is told every event once it is written (see ``callbacks``)."""
+        """Call ``listener`` with every event after it is written (see ``callbacks``)."""
         self.path, self._listener = path, listener
         self._file = path.open("a+b", buffering=0)
         if self._file.seek(0, os.SEEK_END):
@@ -49,20 +49,20 @@ class Events:
 
     @classmethod
     def nowhere(cls) -> Events:
-        """Events that are dropped: a rank's that does not speak for all."""
+        """Return a log that discards events, for ranks that do not report."""
         return cls(Path(os.devnull))
 
     def emit(self, kind: str, **fields: Any) -> None:
-        """Record one event. Numbers that JSON cannot hold (NaN, infinity) become null."""
+        """Record one event. Numbers that JSON lacks (NaN, infinity) become null."""
         record = {"time": round(time.time(), 3), "kind": kind, **{k: _plain(v) for k, v in fields.items()}}
         left = memoryview(json.dumps(record, separators=(",", ":")).encode() + b"\n")
-        while left:  # a signal or a full disk may cut a write short; the next one raises what is wrong
+        while left:  # a signal or a full disk may cut a write short; the next write raises the error
             left = left[self._file.write(left) :]
         if self._listener is not None:
             self._listener(record)
 
     def tell(self, listener: Listener) -> None:
-        """Tell one more listener from now on."""
+        """Add a listener."""
         before = self._listener
 
         def both(event: Event) -> None:
@@ -74,9 +74,9 @@ class Events:
 
     @contextmanager
     def from_others(self) -> Iterator[None]:
-        """Inside the block, tell the listener what other processes append, from a thread of its own.
+        """Inside the block, call the listener from a separate thread with events appended by other processes.
 
-        Raises at the end whatever the listener raised, after which it was told no more.
+        After an error, the listener is not called again; the error is raised at the end of the block.
         """
         if self._listener is None:
             yield
@@ -92,7 +92,7 @@ class Events:
                 try:
                     for event in tail.read()[1]:
                         listener(event)
-                except Exception as error:  # the listener's own, which may be anything
+                except Exception as error:  # any error of the listener
                     raised.append(error)
                     return
 
@@ -111,7 +111,7 @@ class Events:
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """The events of a run, oldest first; a line that a kill cut short is skipped. Raises RunDirError for a file that is none."""
+    """Yield the events of a run, oldest first, skipping truncated lines. Raises RunDirError where it is not a file."""
     with _events_read(path):
         try:
             lines = _opened(path)
@@ -135,7 +135,7 @@ def _events_read(path: Path) -> Iterator[None]:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """``events.jsonl``; a FIFO in its place is not waited for. Raises OSError."""
+    """Open ``events.jsonl`` without blocking on a FIFO in its place. Raises OSError."""
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 - the caller's
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -144,21 +144,20 @@ def _opened(path: Path) -> BinaryIO:
 
 
 class EventTail:
-    """Reads what was appended to ``events.jsonl`` since the last time, at the cost of what was appended.
+    """Incremental reader of ``events.jsonl``; each call reads only what was appended since the last.
 
-    A last line that is still being written is left for the next time. A file that was truncated, replaced or removed
-    is read from its beginning: what was read last is looked at again before going on, so that one of equal or greater
-    length is noticed too.
+    An incomplete last line is left for the next call. A file that was truncated, replaced or removed is read from its
+    start: the last bytes read are compared first, which also detects a replacement of equal or greater length.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._offset, self._before = 0, b""  # bytes read so far, and the last of them
+        self._offset, self._before = 0, b""  # number of bytes read, and the last ones
 
     def read(self) -> tuple[bool, Iterator[Event]]:
-        """(whether the file is another one than last time, its new events). Take all events before the next call.
+        """Return (whether the file was replaced, its new events) since the last call. Exhaust them before the next.
 
-        Raises RunDirError where it is no file, or cannot be read.
+        Raises RunDirError where it is not a file, or cannot be read.
         """
         with _events_read(self.path):
             try:
@@ -185,7 +184,8 @@ class EventTail:
                     yield record
 
 
-# What readers of events rely on. A field of another type counts as absent, an event without what identifies it as none.
+# Fields that readers rely on. A field of another type counts as absent; an event without its identifying fields is
+# ignored.
 _WHOLE = frozenset({"iteration", "epoch", "expert", "seed"})
 _TEXT = frozenset({"stage", "source", "architecture", "name", "fingerprint", "gradient", "why"})
 _NUMBERS = frozenset({"time", "loss", "accuracy", "images_per_second", "alpha", "seconds",
@@ -196,7 +196,7 @@ _IDENTITY = {
     "expert-epoch": ("stage", "expert", "epoch"), "evaluated": ("source", "architecture", "seed"),
     "stage-started": ("stage",), "stage-finished": ("stage",), "stage-stopped": ("stage",),
 }  # fmt: skip
-_LATEST = 2.0**33  # Unix seconds; calendars end somewhere
+_LATEST = 2.0**33  # Unix seconds; later times exceed calendar limits
 
 
 def _event(line: bytes) -> Event | None:
@@ -231,7 +231,7 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a number that a float can hold."""
+    """Whether a value is a number in the range of floats."""
     return type(value) in (int, float) and abs(value) < 1e300  # not NaN either
 
 
@@ -247,37 +247,37 @@ class Task(Protocol):
     """A piece of work with a known length."""
 
     def advance(self, steps: int = 1, **shown: Any) -> None:
-        """``steps`` more are done; ``shown`` are the figures to show beside (loss, accuracy, ...)."""
+        """Add ``steps`` finished steps; ``shown`` are values to display (loss, accuracy, ...)."""
 
 
 class Board(Protocol):
-    """A piece of work with a known length that several workers do at a time, each with a line of its own."""
+    """A piece of work with a known length shared by several workers, each with its own line."""
 
     def advance(self, steps: int = 1) -> None:
-        """``steps`` more are done."""
+        """Add ``steps`` finished steps."""
 
     def row(self, key: str, text: str | None) -> None:
-        """What the worker ``key`` is doing; None removes its line. A new line goes below the others."""
+        """Set the line of the worker ``key``; None removes it. A new line goes below the others."""
 
 
 class Screen:
-    """Shows progress: a rich live view when a person watches, else plain lines with rate and time left."""
+    """Progress display: a rich live view on a terminal or in a notebook, else plain lines with rate and time left."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=False, highlight=False)
 
     @classmethod
     def silent(cls) -> Screen:
-        """A screen that shows nothing."""
+        """Return a screen that shows nothing."""
         return cls(Console(quiet=True))
 
     def say(self, text: str) -> None:
-        """One line for the reader, above any progress bars."""
+        """Print one line, above any progress bars."""
         self.console.print(text, soft_wrap=True, markup=False, emoji=False)
 
     @contextmanager
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
-        """A task of ``total`` steps (``done`` of them before this process) shown until the block ends."""
+        """Show a task of ``total`` steps (``done`` of them before this process) until the block ends."""
         if _is_watched(self.console):
             with _live(self.console, unit) as live:
                 yield _RichTask(live, title, total, done)
@@ -288,9 +288,9 @@ class Screen:
 
     @contextmanager
     def board(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Board]:
-        """As ``task``, with a line per worker beneath; a plain log shows them after each line of the whole.
+        """Show a ``task`` with a line per worker below; a plain log prints them after each line of the task.
 
-        One thread advances a board; what others ``say`` meanwhile appears above it.
+        One thread advances a board; lines that others ``say`` meanwhile appear above it.
         """
         if _is_watched(self.console):
             with _live(self.console, unit) as live:
@@ -302,7 +302,7 @@ class Screen:
 
 
 def _is_watched(console: Console) -> bool:
-    """Whether a person sees a live view: in a terminal or a notebook."""
+    """Whether a live view is possible: in a terminal or a notebook."""
     return console.is_terminal or console.is_jupyter
 
 
@@ -312,7 +312,7 @@ def _live(console: Console, unit: str) -> _Live:
 
 
 class _RateColumn(ProgressColumn):
-    """Rate and time left, as a plain log would say them."""
+    """Column with rate and time left, formatted as in a plain log."""
 
     def render(self, task: rich.progress.Task) -> Text:
         rate: _Rate = task.fields["rate"]
@@ -320,7 +320,7 @@ class _RateColumn(ProgressColumn):
 
 
 class _Live(Progress):
-    """Progress bars with each task's ``lines`` below, where a narrow terminal cuts them and nothing else."""
+    """Progress bars with each task's ``lines`` below; a narrow terminal truncates only these lines."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         for task in self.tasks:
@@ -350,7 +350,7 @@ class _RichBoard:
 
     def row(self, key: str, text: str | None) -> None:
         self._rows.put(key, text)
-        self._live.update(self._task, lines=self._rows.lines())  # a tuple: the thread that draws never sees it change
+        self._live.update(self._task, lines=self._rows.lines())  # a tuple, immutable for the drawing thread
 
 
 class _PlainTask:
@@ -364,7 +364,7 @@ class _PlainTask:
         self._tell()
 
     def _tell(self) -> bool:
-        """Say how far it is, if it is time to; whether it was."""
+        """Print the progress if the interval has passed; return whether it was printed."""
         if time.monotonic() - self._last < PLAIN_SECONDS or self._rate.done >= self._total:
             return False
         self._last = time.monotonic()
@@ -396,7 +396,7 @@ class _PlainBoard(_PlainTask):
 
 
 class _Rows:
-    """The lines of a board's workers, in the order in which they came."""
+    """Lines of a board's workers, in order of arrival."""
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
@@ -405,14 +405,14 @@ class _Rows:
         if text is None:
             self._texts.pop(key, None)
         else:
-            self._texts[key] = " ".join(text.split())  # an error's text may have several lines
+            self._texts[key] = " ".join(text.split())  # an error message may have several lines
 
     def lines(self) -> tuple[str, ...]:
         return tuple(f"{key}  {text}".rstrip() for key, text in self._texts.items())
 
 
 def shortened(lines: Sequence[T], most: int = MOST_ROWS) -> list[T | str]:
-    """At most ``most`` (and never more than MOST_ROWS) lines; the last says how many more there are."""
+    """Return at most ``most`` lines (never above MOST_ROWS); if truncated, the last gives the number omitted."""
     most = min(most, MOST_ROWS)
     if len(lines) <= most:
         return list(lines)
@@ -420,7 +420,7 @@ def shortened(lines: Sequence[T], most: int = MOST_ROWS) -> list[T | str]:
 
 
 class _Rate:
-    """Steps per second of this process, up to the last step: the time left then counts down until the next."""
+    """Steps per second of this process, measured up to the last step, so that the time left counts down in between."""
 
     def __init__(self, done: int) -> None:
         self.done, self._here = done, 0
@@ -435,7 +435,7 @@ class _Rate:
         return time.monotonic() - self._start
 
     def words(self, total: int) -> list[str]:
-        """Rate and time left; nothing before the first step."""
+        """Return rate and time left; empty before the first step."""
         if not self._here:
             return []
         each = max(self._last - self._start, 1e-9) / self._here
@@ -451,20 +451,20 @@ def _figures(shown: dict[str, Any]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """``0:05``, ``12:34``, ``1:02:03``."""
+    """Format a duration: ``0:05``, ``12:34``, ``1:02:03``."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """The most memory this process has held so far: resident on the host, and allocated on the GPU where there is one."""
+    """Return the peak memory of this process so far: resident on the host, and allocated on the GPU if there is one."""
     import resource
     import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     status = Path("/proc/self/status")
-    if status.exists():  # on Linux, ru_maxrss begins with what the parent had when it started this process
+    if status.exists():  # on Linux, ru_maxrss starts at the parent's memory when it started this process
         lines = (line.split() for line in status.read_text().splitlines())
         peak = next((int(line[1]) * 1024 for line in lines if line and line[0] == "VmHWM:"), peak)
     torch = sys.modules.get("torch")

@@ -1,14 +1,14 @@
-"""Ranks: the processes that share one distillation. The only file that touches torch.distributed.
+"""Ranks: the processes that share one distillation. The only file that uses torch.distributed.
 
-A rank is one process with one device. Who calls which collective, and when:
+A rank is one process with one device. Callers of each collective:
 
     total       distill/student.py: the gradient of one student step, once per step and phase. Nothing else in the loop.
     replicate   distill/student.py: the same sum, by DistributedDataParallel's reducer, where no graph is kept.
     total       distill/loop.py: once per iteration, a few numbers on which all ranks must agree (finite? stop? losses).
-    share       distill/loop.py: once, what rank 0 alone has read (images' facts, the initial set).
+    share       distill/loop.py: once, data that only rank 0 has read (images' facts, the initial set).
     gather      distill/state.py and loop.py: once per checkpoint, and once at the start, small Python values.
 
-``ALONE`` is a process by itself: every collective returns what it was given.
+``ALONE`` is a single process: every collective returns its argument.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 
 _Value = TypeVar("_Value")
 TIMEOUT = 600.0  # seconds that a collective waits for the other ranks
-_GRACE = 30.0  # seconds that ranks have to save and end when they are asked to stop
-_ROLL_CALL = 5.0  # seconds that survivors wait to hear from each other when a rank is gone
+_GRACE = 30.0  # seconds for ranks to save and end when asked to stop
+_ROLL_CALL = 5.0  # seconds that the remaining ranks wait for each other's reports when a rank is gone
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among ``world`` processes. ``calls`` counts the collectives, by name."""
+    """This process among ``world`` processes. ``calls`` counts the collectives by name."""
 
     rank: int = 0
     world: int = 1
@@ -52,11 +52,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes and speaks for all."""
+        """Whether this rank writes and reports for all."""
         return self.rank == 0
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum of the ranks' tensors, in place; the same bits on every rank. Raises RankError if a rank is gone."""
+        """Sum a tensor over the ranks, in place; bitwise equal on every rank. Raises RankError if a rank is gone."""
         if self.world > 1:
             import torch.distributed as dist
 
@@ -65,7 +65,7 @@ class Ranks:
         return tensor
 
     def replicate(self, module: nn.Module) -> nn.Module:
-        """``module`` under DistributedDataParallel: its backward pass averages the gradients over the ranks."""
+        """Wrap ``module`` in DistributedDataParallel: its backward pass averages the gradients over the ranks."""
         from torch.nn.parallel import DistributedDataParallel
 
         def counted(bucket: Any) -> Any:
@@ -80,7 +80,7 @@ class Ranks:
         return wrapped
 
     def share(self, value: _Value) -> _Value:
-        """Rank 0's value on every rank (pickled: between processes of one run only)."""
+        """Return rank 0's value on every rank (pickled: between processes of one run only)."""
         if self.world == 1:
             return value
         import torch.distributed as dist
@@ -91,7 +91,7 @@ class Ranks:
         return box[0]
 
     def gather(self, value: _Value) -> list[_Value]:
-        """Every rank's value, by rank, on every rank. Also where all must have arrived before any goes on."""
+        """Return every rank's value, ordered by rank, on every rank. Also serves as a barrier."""
         if self.world == 1:
             return [value]
         import torch.distributed as dist
@@ -106,7 +106,7 @@ class Ranks:
         self.calls[name] += 1
         try:
             yield
-        except RuntimeError as error:  # what both backends raise when a peer is gone or too late
+        except RuntimeError as error:  # raised by both backends when a peer is gone or too late
             missing = self._missing()
             who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {self.world} gone or stuck"
             raise RankError(
@@ -115,7 +115,7 @@ class Ranks:
             ) from error
 
     def _missing(self) -> list[int]:
-        """The ranks that do not report at the store within a few seconds; none if the store itself is gone."""
+        """Return the ranks that do not report to the store within a few seconds; none if the store itself is gone."""
         import torch.distributed as dist
 
         try:
@@ -136,7 +136,7 @@ ALONE = Ranks()
 
 @dataclass(frozen=True)
 class ProcessRank:
-    """Where a launcher has put this process: its rank, how many there are, and its number on this host."""
+    """The launcher's placement of this process: its rank, the number of ranks, and its index on this host."""
 
     rank: int
     world: int
@@ -144,7 +144,7 @@ class ProcessRank:
 
 
 def place(environment: Mapping[str, str] = os.environ) -> ProcessRank | None:
-    """What torchrun's or, inside a job step, SLURM's environment says; None where this process is by itself.
+    """Read the placement from torchrun's or, inside a job step, SLURM's environment; None for a single process.
 
     Raises:
         RankError: the variables contradict each other.
@@ -165,17 +165,19 @@ def place(environment: Mapping[str, str] = os.environ) -> ProcessRank | None:
 
 
 def on_this_host(environment: Mapping[str, str] = os.environ) -> int:
-    """How many ranks torchrun has started on this host, which share its cores; 1 where it has not, or where SLURM has given
-    each of them cores of its own."""
+    """Return how many ranks torchrun has started on this host, which share its cores.
+
+    1 without torchrun, or if SLURM has given each rank its own cores.
+    """
     said = environment.get("LOCAL_WORLD_SIZE", "") if "RANK" in environment else ""
     return int(said) if said.isdecimal() and int(said) > 0 else 1
 
 
 @contextmanager
 def joined(where: ProcessRank, device: torch.device, timeout: float = TIMEOUT) -> Iterator[Ranks]:
-    """The ranks, met and connected: NCCL between GPUs, gloo between CPUs. Parted again when the block ends.
+    """Connect the ranks, by NCCL between GPUs or gloo between CPUs, until the block ends.
 
-    Every rank of ``where.world`` must come, within ``timeout`` seconds. Raises RankError if they do not.
+    All ``where.world`` ranks must connect within ``timeout`` seconds. Raises RankError if they do not.
     """
     import torch.distributed as dist
 
@@ -203,7 +205,7 @@ def joined(where: ProcessRank, device: torch.device, timeout: float = TIMEOUT) -
 
 
 def _rendezvous_from_slurm(environment: Any) -> None:
-    """MASTER_ADDR and MASTER_PORT where SLURM started the ranks: the step's first node, a port of the job's own."""
+    """Set MASTER_ADDR and MASTER_PORT if SLURM started the ranks: the step's first node, a port from the job's id."""
     if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
         return
     if "SLURM_STEP_ID" not in environment:
@@ -214,7 +216,7 @@ def _rendezvous_from_slurm(environment: Any) -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a SLURM node list: ``gpu[03-04,7],login`` -> ``gpu03``; 127.0.0.1 where its name leads nowhere."""
+    """Return the first host of a SLURM node list, ``gpu[03-04,7],login`` -> ``gpu03``; 127.0.0.1 if unresolvable."""
     prefix, bracket, rest = nodes.partition("[")
     name = nodes.split(",")[0]
     if bracket and "," not in prefix:
@@ -235,13 +237,13 @@ def launch(
 ) -> None:
     """Run ``function(*args)`` in ``world`` processes of this machine, as torchrun would, until all have returned.
 
-    ``function`` must be importable by name, ``args`` picklable. When a process dies (a signal, an error that is not
-    one of errors.py), the others are stopped and all are started again, up to ``restarts`` times; ``say`` is told.
+    ``function`` must be importable by name, ``args`` picklable. When a process dies (a signal, an error that is not one
+    of errors.py), the others are stopped and all are restarted, up to ``restarts`` times; ``say`` reports it.
 
     Raises:
-        LadDistError: whatever a process raised; the first that does not merely complain of another's absence.
-        RankError: processes kept dying, or this is not the main thread, from which alone they can be stopped.
-        Interrupted: this process was asked to stop; the others have been, too.
+        LadDistError: the first error of a process that is not merely about another's absence.
+        RankError: processes kept dying, or this is not the main thread, which alone can stop them.
+        Interrupted: this process was asked to stop; the others have been stopped too.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -292,7 +294,7 @@ def _launch_config(world: int, logs: str) -> Any:
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
-        max_restarts=0,  # launch() counts them itself, to say which rank it was
+        max_restarts=0,  # launch() counts them itself, to report which rank died
         monitor_interval=0.1,
         start_method="spawn",
         logs_specs=DefaultLogsSpecs(log_dir=logs),
@@ -301,12 +303,12 @@ def _launch_config(world: int, logs: str) -> Any:
 
 
 def _outcome(function: Callable[..., None], *args: Any) -> tuple[str, str] | None:
-    """What one process came to: None, or the name and text of an error of errors.py."""
+    """Return the outcome of one process: None, or the name and text of an error of errors.py."""
     try:
         function(*args)
     except LadDistError as error:
         return type(error).__name__, str(error)
-    except Exception:  # a bug: shown by the process that met it, since the launcher only learns that it ended
+    except Exception:  # a bug: printed here, since the launcher only learns that the process ended
         traceback.print_exc()
         raise
     return None
@@ -323,7 +325,7 @@ def _raise_first(outcomes: Sequence[tuple[str, str] | None]) -> None:
 
 @contextmanager
 def _quiet_elastic() -> Iterator[None]:
-    """The launcher's own log lines say again, at length, what ``launch`` says."""
+    """Silence the launcher's own log, which repeats at length what ``launch`` reports."""
     quiet = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(quiet)]
     before = [logger.level for logger in loggers]
@@ -338,7 +340,7 @@ def _quiet_elastic() -> Iterator[None]:
 
 @contextmanager
 def _signals_restored() -> Iterator[None]:
-    """The launcher installs handlers of its own and leaves them there."""
+    """Restore the signal handlers, which the launcher replaces."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
     try:
@@ -350,7 +352,7 @@ def _signals_restored() -> Iterator[None]:
 
 @contextmanager
 def _loopback_only() -> Iterator[None]:
-    """gloo's connections stay on this machine unless the user has named an interface."""
+    """Restrict gloo's connections to this machine, unless the user has set an interface."""
     name = "GLOO_SOCKET_IFNAME"
     ours = name not in os.environ and sys.platform == "linux"
     if ours:

@@ -1,7 +1,8 @@
-"""The typed recipe: every field of an experiment, with its default, unit and bounds. Defaults live here and nowhere else.
+"""The typed recipe: all fields of an experiment with default, unit and bounds; the only place for defaults.
 
-A recipe says *what* to compute; a cluster profile (``profile.py``) says *where*. ``load`` reads YAML, applies ``--set``
-overrides and reports every fault at once. ``Recipe.experts_hash`` names the trajectory buffer that a recipe needs.
+A recipe defines *what* to compute; a cluster profile (``profile.py``) defines *where*. ``recipe_file.load`` reads YAML,
+applies ``--set`` overrides and reports all faults at once. ``Recipe.experts_hash`` identifies a recipe's trajectory
+buffer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Bool = Annotated[bool, Field(strict=True)]
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 _REGRESSION_EPOCHS = 11
-MOST = 1_000_000  # of epochs, images, steps, ...: beyond what any experiment does, and below what would never end
+MOST = 1_000_000  # upper bound on epochs, images, steps, ...: above any real experiment, below an endless one
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 Operation = Annotated[Text, AfterValidator(Name(OPERATIONS, "lad_dist.augmentations"))]
 NETWORKS = ("convnet", "vgg11", "resnet18", "alexnet", "mlp", "vit")
@@ -56,21 +57,19 @@ PhaseName = Literal["representation", "classifier", "regression"]
 
 
 Affects = Literal["experts", "distill", "evaluate", "nothing"]
-_NOTHING: dict[str, Any] = {
-    "affects": "nothing"
-}  # of a field: where things lie, how often to save, what memory to take
+_NOTHING: dict[str, Any] = {"affects": "nothing"}  # for fields of paths, save intervals, memory limits
 _DISTILL: dict[str, Any] = {"affects": "distill"}
 
 
 class _Section(BaseModel):
-    """``AFFECTS``: the first stage whose result depends on the section's fields; a field may say another one itself."""
+    """Base of recipe sections. ``AFFECTS``: first stage whose result depends on the fields; fields can override it."""
 
     AFFECTS: ClassVar[Affects] = "experts"
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class DataConfig(_Section):
-    """Which images, how long their tail is, and how they are whitened."""
+    """Images, long-tail imbalance and whitening."""
 
     dataset: Literal[
         "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "list", "parquet", "custom"
@@ -125,7 +124,7 @@ class DataConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """The network of experts and students: by default ``depth`` blocks of convolution, instance norm, ReLU, average pooling."""
+    """Expert and student network; default: ``depth`` blocks of convolution, instance norm, ReLU, average pooling."""
 
     network: Architecture = Field(
         "convnet", description="one with instance norm, or module:attribute; see extending.md for what it must be"
@@ -200,7 +199,7 @@ class BufferConfig(_Section):
 
 
 class DistillConfig(_Section):
-    """The synthetic set and how it is matched to the experts."""
+    """The synthetic set and its matching to the experts."""
 
     AFFECTS: ClassVar[Affects] = "distill"
 
@@ -329,7 +328,7 @@ class DistillConfig(_Section):
 
 
 class EvaluateConfig(_Section):
-    """How a network is trained on a set to measure what the set is worth."""
+    """Training of networks on a set to evaluate it."""
 
     AFFECTS: ClassVar[Affects] = "evaluate"
 
@@ -458,7 +457,7 @@ class Recipe(_Section):
 
     @property
     def phases(self) -> tuple[PhaseName, ...]:
-        """The phases of an iteration, in their order: those whose weight is above 0."""
+        """The phases of an iteration with weight above 0, in order."""
         d = self.distill
         found: list[PhaseName] = ["representation"] if d.lambda_representation > 0 else []
         if self.uses_classifier_experts and d.lambda_classifier > 0:
@@ -467,17 +466,17 @@ class Recipe(_Section):
 
     @property
     def can_grow(self) -> bool:
-        """Whether the first iterations do not depend on how many there are: with a cosine, every step depends on the last one."""
+        """Whether iterations are independent of their total number; with a cosine, every step depends on it."""
         return self.distill.schedule == "constant"
 
     @property
     def regression_epochs(self) -> int:
-        """Features of the regression phase are those of representation experts at epochs below this."""
+        """Bound on epochs: the regression phase uses features of representation experts at epochs below this."""
         given = self.distill.regression_epoch_max
         return min(_REGRESSION_EPOCHS, self.experts.epochs + 1) if given is None else given
 
     def experts_document(self) -> dict[str, Any]:
-        """The part of the recipe that determines the experts' rows, apart from the data's own fingerprint."""
+        """Return the part of the recipe that, with the data's own fingerprint, determines the experts' rows."""
         doc = self.model_dump(mode="json")
         return {
             name: without_later_defaults(name, fields_that_affect("experts", name, doc[name]))
@@ -485,11 +484,11 @@ class Recipe(_Section):
         }
 
     def experts_hash(self) -> str:
-        """SHA-256 (hex) of ``experts_document``: equal hashes mean interchangeable experts."""
+        """Return the SHA-256 (hex) of ``experts_document``: equal hashes mean interchangeable experts."""
         return _digest(self.experts_document())
 
     def recipe_hash(self) -> str:
-        """SHA-256 (hex) of the whole recipe except where the data lies."""
+        """Return the SHA-256 (hex) of the whole recipe except ``data.root`` and ``data.download``."""
         doc = self.model_dump(mode="json")
         doc["data"] = {k: v for k, v in doc["data"].items() if k not in ("root", "download")}
         for section in _LATER:
@@ -497,7 +496,8 @@ class Recipe(_Section):
         return _digest(doc)
 
 
-# Fields that came after the first buffers and runs: at their defaults they leave every hash as it was.
+# Fields added after the first buffers and runs: at their defaults they are left out of hashes, which thus stay the
+# same.
 _LATER = {
     "data": ("normalize_before_zca", "test_fraction", "source"),
     "model": ("network",),
@@ -516,20 +516,20 @@ _LATER = {
 
 
 def without_later_defaults(section: str, doc: dict[str, Any]) -> dict[str, Any]:
-    """A section's fields without the later ones that are at their defaults."""
+    """Return a section's fields without later-added ones (``_LATER``) at their defaults."""
     fields = section_of(section).model_fields
     return {k: v for k, v in doc.items() if k not in _LATER.get(section, ()) or v != fields[k].default}
 
 
 def section_of(name: str) -> type[_Section]:
-    """The model of a recipe's section."""
+    """Return the model of a recipe's section."""
     found = Recipe.model_fields[name].annotation
     assert isinstance(found, type) and issubclass(found, _Section)
     return found
 
 
 def affects(field: str) -> Affects:
-    """The first stage whose result depends on a field: ``affects("distill.iterations")`` is ``distill``."""
+    """Return the first stage whose result depends on a field: ``affects("distill.iterations")`` is ``distill``."""
     section, dot, name = field.rpartition(".")
     model = section_of(section) if dot else Recipe
     extra = model.model_fields[name].json_schema_extra
@@ -537,13 +537,13 @@ def affects(field: str) -> Affects:
 
 
 def fields_that_affect(stage: Affects, section: str, doc: dict[str, Any]) -> dict[str, Any]:
-    """Those fields of a section (dumped) that affect ``stage`` first."""
+    """Return the fields of a dumped section that affect ``stage`` first."""
     return {name: value for name, value in doc.items() if affects(f"{section}.{name}") == stage}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A field that two recipes do not agree on. ``there``: its value in the first of them, ``here``: in the second."""
+    """A field that differs between two recipes. ``there``: its value in the first, ``here``: in the second."""
 
     field: str
     there: Any
@@ -554,13 +554,13 @@ class Difference:
 
 
 def differences(there: Recipe, here: Recipe) -> list[Difference]:
-    """All fields in which two recipes differ, in their order."""
+    """Return all fields in which two recipes differ, in field order."""
     first, second = (dict(_flat(r.model_dump(mode="json"))) for r in (there, here))
     return [Difference(field, first[field], value) for field, value in second.items() if value != first[field]]
 
 
 def _flat(doc: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every field of a dumped recipe; the sections are its only mappings."""
+    """Yield (dotted name, value) of every field of a dumped recipe, whose only mappings are its sections."""
     for name, value in doc.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
@@ -577,7 +577,7 @@ def _digest(doc: dict[str, Any]) -> str:
 
 
 def _cross_faults(recipe: Recipe) -> list[str]:
-    """Faults that concern several fields, each as ``field: what is wrong; what is valid``."""
+    """Return faults that concern several fields, each as ``field: what is wrong; what is valid``."""
     d, e, faults = recipe.distill, recipe.experts, []
     if recipe.buffer.start_after is not None and recipe.buffer.start_after > e.count:
         faults.append(
@@ -644,7 +644,7 @@ def _cross_faults(recipe: Recipe) -> list[str]:
 
 
 def _network_faults(recipe: Recipe) -> list[str]:
-    """What only ConvNet has."""
+    """Return faults of settings that only ConvNet supports."""
     m, faults = recipe.model, list[str]()
     if m.network == "convnet":
         return faults

@@ -1,4 +1,4 @@
-"""Recipes as YAML: reading with overrides, one report of all faults, and writing the resolved recipe."""
+"""Read recipes from YAML with overrides, reporting all faults at once; write the resolved recipe."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from lad_dist.recipe import Recipe
 M = TypeVar("M", bound=BaseModel)
 
 
-_MOST_BYTES = 2**20  # of a recipe or profile
+_MOST_BYTES = 2**20  # limit on the size of a recipe or profile
 _LONGEST_SHOWN = 100  # characters of a value in a message
-_DEEPEST, _MOST_ALIASES = 32, 32  # a few hundred bytes of nested aliases stand for more than any memory holds
+_DEEPEST, _MOST_ALIASES = 32, 32  # a few hundred bytes of nested aliases can expand beyond any memory
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, deep nesting and many aliases, and reads numbers as people do.
+    """Safe YAML loader that refuses duplicate keys, deep nesting and many aliases, and reads numbers as users expect.
 
-    YAML 1.1 takes 1e-5 for text, 010 for 8 and 1:30 for 90: here the first is a number, the others are text.
+    YAML 1.1 reads 1e-5 as text, 010 as 8 and 1:30 as 90: here the first is a number, the others are text.
     """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._depth = self._aliases = 0
-        self._open: list[str | None] = []  # anchors of the nodes that are being read
+        self._open: list[str | None] = []  # anchors of the nodes being read
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """As the base class does, within limits. Raises MarkedYAMLError beyond them."""
+        """Compose a node within limits. Raises MarkedYAMLError beyond them."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         mark: Any = event.start_mark
         if isinstance(event, yaml.AliasEvent):
@@ -60,7 +60,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _loaded(text: str) -> Any:
-    """What YAML says. Raises YAMLError, whatever is wrong with it."""
+    """Parse YAML. Raises YAMLError for any fault."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
     except (ValueError, OverflowError, RecursionError) as error:  # a number or a date that Python cannot hold
@@ -94,7 +94,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts text in quotes where this loader or one of YAML 1.1 would take it for a number."""
+    """Dumper that quotes text which this loader or a YAML 1.1 loader would read as a number."""
 
 
 for _of in (_Loader, _Dumper):
@@ -103,7 +103,7 @@ for _of in (_Loader, _Dumper):
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
-    """The mapping in ``text``. Raises RecipeError that names ``source``, the line and the fault."""
+    """Parse the mapping in ``text``. Raises RecipeError with ``source``, the line and the fault."""
     try:
         doc = _loaded(text)
     except yaml.MarkedYAMLError as error:
@@ -119,9 +119,9 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises RecipeError where it cannot be read."""
+    """Read the mapping in a YAML file. Raises RecipeError where it cannot be read."""
     try:
-        with path.open("rb") as file:  # which may be a pipe, but no device without an end
+        with path.open("rb") as file:  # may be a pipe, but not an endless device
             raw = file.read(_MOST_BYTES + 1)
         if len(raw) > _MOST_BYTES:
             raise RecipeError(f"{path}: has more than {_MOST_BYTES:,} bytes; valid: a recipe or profile")
@@ -130,18 +130,18 @@ def read_document(path: Path) -> dict[str, Any]:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "is not UTF-8 text"
         raise RecipeError(f"{path}: cannot be read: {reason}") from None
     document = parse_yaml(text, str(path))
-    if not document:  # what a full disk or a crash has left of a file, rather than the wish for every default
+    if not document:  # more likely left by a full disk or a crash than meant as all defaults
         raise RecipeError(f"{path}: is empty; valid: at least one field, for example name: {path.stem}")
     return document
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in ``path`` with ``--set`` overrides (``"a.b=c"``). Raises RecipeError with every fault at once."""
+    """Load the recipe in ``path`` with ``--set`` overrides (``"a.b=c"``). Raises RecipeError with all faults."""
     return from_document(read_document(path), overrides, str(path))
 
 
 def from_document(doc: dict[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
-    """A recipe from a plain mapping; ``source`` names it in messages."""
+    """Make a recipe from a plain mapping; ``source`` names it in messages."""
     before = doc.get("method")
     doc, sources, faults = apply_overrides(doc, overrides)
     if "method" in sources:
@@ -150,9 +150,9 @@ def from_document(doc: dict[str, Any], overrides: Sequence[str] = (), source: st
 
 
 def _forget_presets(doc: dict[str, Any], sources: dict[str, str], methods: Iterable[object]) -> None:
-    """A resolved recipe spells its method's fields out; another method must not inherit them.
+    """Delete the preset fields of ``methods`` (lad for an unknown method), except explicitly overridden ones.
 
-    Forgets the fields of the presets of ``methods`` (lad for what is no method), but for those that were set beside.
+    A resolved recipe spells its method's fields out; another method must not inherit them.
     """
     section = doc.get("distill")
     if isinstance(section, dict):
@@ -163,7 +163,7 @@ def _forget_presets(doc: dict[str, Any], sources: dict[str, str], methods: Itera
 
 
 def apply_overrides(doc: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """A copy of ``doc`` with ``a.b=c`` set; which fields came from which option; and the faults of the options."""
+    """Return a copy of ``doc`` with each ``a.b=c`` set, the option that set each field, and the options' faults."""
     doc = _copied(doc)
     sources: dict[str, str] = {}
     faults: list[str] = []
@@ -196,7 +196,7 @@ def _copied(doc: dict[str, Any]) -> dict[str, Any]:
 def validated(
     model: type[M], doc: dict[str, Any], source: str, sources: dict[str, str] | None = None, faults: Sequence[str] = ()
 ) -> M:
-    """``model`` filled from ``doc``. Raises RecipeError with one line per fault: source, field, what is wrong, what is valid."""
+    """Validate ``doc`` as ``model``. Raises RecipeError with one line per fault: source, field, fault, valid values."""
     lines = list(faults)
     built: M | None = None
     try:
@@ -230,7 +230,7 @@ def _brief(value: Any) -> str:
 
 
 def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted field of a typed document with its pydantic field, depth first."""
+    """Yield every dotted field name of a typed document with its pydantic field, depth first."""
     for name, info in model.model_fields.items():
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -265,7 +265,7 @@ def _shown(value: Any) -> str:
 
 
 def dump(recipe: BaseModel, header: str = "") -> str:
-    """The resolved recipe as YAML, every field spelled out; ``header`` becomes comment lines."""
+    """Format the resolved recipe as YAML with all fields; ``header`` becomes comment lines."""
     doc = recipe.model_dump(mode="json")
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     return comment + yaml.dump(doc, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,19 +1,19 @@
-"""The run folder: the only place where a path inside a run is composed, and where files are published by rename.
+"""The run folder: composes all paths inside a run and publishes files by rename.
 
 recipe.yaml                the resolved recipe
-events.jsonl               what happened, one JSON object a line
-trajectories/              the experts' buffer (a link when several runs share one), and the whitening they saw
-trajectories.uri           instead: where the buffer lies in an object store; whitening.safetensors is then beside it
-candidates/                sets to choose from, where distill.select is not last
+events.jsonl               event log, one JSON object per line
+trajectories/              the trajectory buffer (a link when several runs share one), and the experts' whitening
+trajectories.uri           instead: the buffer's URI in an object store; whitening.safetensors is then beside this file
+candidates/                candidate sets, where distill.select is not last
 checkpoints/distill/iteration-N/   one shard per rank, to resume from
-distilled/                 the artefact (see distilled.py)
+distilled/                 the distilled set (see distilled.py)
 evaluation/rows/           one file per (source, architecture, seed); see results.py
 evaluation/results.json    the table merged from them
-evaluation/tuning/         the candidates of evaluate.tune_lr and tune_epochs, as rows and a table like these
-evaluation/chosen/         the real images that baselines chose
+evaluation/tuning/         the candidates of evaluate.tune_lr and tune_epochs, also as rows and a table
+evaluation/chosen/         the real images selected by baselines
 report/                    index.html, synthetic.png
-claims/                    who runs or distils here, while it does (trajectories/claims.py)
-slurm/jobs.json            what was submitted to SLURM; logs/SUBMISSION/ beside it
+claims/                    processes running or distilling here now (trajectories/claims.py)
+slurm/jobs.json            jobs submitted to SLURM; logs/SUBMISSION/ beside it
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from lad_dist.errors import LadDistError, RunDirError, StorageError
 from lad_dist.recipe import Recipe, affects, differences
 
 STAGES = ("experts", "distill", "evaluate", "report")
-_SUM, _NO_SUM = "sha256", "0" * 64  # a file's checksum is that of the file with zeros in its place
-ABANDONED_AFTER = 6 * 3600.0  # seconds after which another host's temporary file counts as left behind
+_SUM, _NO_SUM = "sha256", "0" * 64  # a file's checksum is computed with zeros in its place
+ABANDONED_AFTER = 6 * 3600.0  # age in seconds after which another host's temporary file counts as abandoned
 
 
 class RunDir:
-    """One run's folder. ``open`` creates it or checks that it belongs to the same recipe."""
+    """Folder of one run. ``open`` creates it or checks that it belongs to the same recipe."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -57,7 +57,7 @@ class RunDir:
 
     @property
     def trajectories(self) -> Path | str:
-        """Where the experts' buffer lies: a folder of the run (or a link to one), or the URI of an object store's.
+        """Location of the trajectory buffer: a folder of the run (or a link to one), or a URI in an object store.
 
         Raises RunDirError where trajectories.uri is damaged.
         """
@@ -83,7 +83,7 @@ class RunDir:
 
     @property
     def threads(self) -> Path:
-        """How many CPU threads the run works with, and why."""
+        """File with the run's number of CPU threads and the reason for it."""
         return self.root / "threads.json"
 
     @property
@@ -108,7 +108,7 @@ class RunDir:
 
     @property
     def tuning(self) -> Path:
-        """The table of the candidates that learning rates and epochs are chosen from."""
+        """Table of candidates for tuning learning rates and epochs."""
         return self.root / "evaluation" / "tuning" / "results.json"
 
     @property
@@ -129,13 +129,13 @@ class RunDir:
 
     @classmethod
     def open(cls, root: Path, recipe: Recipe, buffers: Path | str | None = None, keep_recipe: bool = False) -> RunDir:
-        """The folder of ``recipe``'s run, made if need be.
+        """Open the folder of ``recipe``'s run, creating it if needed.
 
-        Raises RunDirError where the folder cannot be written, or holds another recipe's run (naming the fields that
-        differ). With ``buffers``, the run uses that store's buffer for this recipe's experts, or that of a run folder:
-        ``trajectories`` becomes a link to it, or its URI where it has one. Without, a run keeps the buffer that it has.
-        Fields that may differ are written into the run's recipe, unless ``keep_recipe``: measuring a run in another way does
-        not change what the run is.
+        With ``buffers``, a store or a run folder, the run uses its buffer for this recipe's experts: ``trajectories``
+        becomes a link to it, or its URI is recorded. Without, a run keeps its buffer. Changed fields that may differ
+        are written into the run's recipe, unless ``keep_recipe``: evaluating a run differently does not change the run.
+        Raises RunDirError where the folder cannot be written, or holds another recipe's run (naming the differing
+        fields).
         """
         from lad_dist import recipe_file
 
@@ -145,7 +145,8 @@ class RunDir:
             for leftover in (*root.glob(".tmp-*"), *root.glob("[a-z]*/.tmp-*"), *root.glob("[a-z]*/[a-z]*/.tmp-*")):
                 if _abandoned(leftover):
                     remove(leftover)
-            # Looked at before the recipe is: what another process of the same run makes meanwhile is no stranger's.
+            # Checked before the recipe, so that files another process of this run creates meanwhile do not count as
+            # foreign.
             strange = _holds_strange_files(root)
             if run.recipe.exists():
                 run.check_recipe(recipe)
@@ -160,7 +161,7 @@ class RunDir:
 
     @classmethod
     def existing(cls, root: Path) -> RunDir:
-        """The run folder at ``root``. Raises RunDirError where there is none."""
+        """Return the run folder at ``root``. Raises RunDirError where there is none."""
         if not (root / "recipe.yaml").is_file():
             raise RunDirError(
                 f"{root}: is not a run folder (no recipe.yaml in it); `lad-dist run JOB --out {root}` makes one"
@@ -169,16 +170,17 @@ class RunDir:
 
     @classmethod
     def check_free(cls, root: Path) -> None:
-        """Raise RunDirError where ``open`` would for a folder without a recipe.yaml: it cannot be looked at, or is in use."""
+        """Raise RunDirError where ``open`` would for a folder without recipe.yaml: it is unreadable or in use."""
         with _storage(root, RunDirError, "choose another folder with --out"):
             if root.exists() and _holds_strange_files(root) and not (root / "recipe.yaml").exists():
                 raise _not_a_run(root)
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Raise RunDirError where ``recipe`` contradicts what this run has done, naming the fields.
+        """Raise RunDirError where ``recipe`` contradicts this run's results, naming the fields.
 
-        Evaluation may always change. Before anything is distilled or measured so may all of distillation, and the number of
-        experts; after it ``distill.iterations``, where the iterations that are done do not depend on it (``Recipe.can_grow``).
+        Evaluation may always change. Distillation and the number of experts may change until something is distilled or
+        evaluated; after that only ``distill.iterations``, if the finished iterations do not depend on it
+        (``Recipe.can_grow``).
         """
         from lad_dist import recipe_file
 
@@ -200,7 +202,7 @@ class RunDir:
             )
 
     def _check_iterations(self, saved: Recipe, recipe: Recipe) -> None:
-        """Raise RunDirError where the iterations that are done are not the first ones of ``recipe``."""
+        """Raise RunDirError where the finished iterations are not the first ones of ``recipe``."""
         there, here = saved.distill.iterations, recipe.distill.iterations
         if not recipe.can_grow:
             raise RunDirError(
@@ -216,25 +218,25 @@ class RunDir:
             )
 
     def _has_results(self) -> bool:
-        """Whether anything was distilled, imported or measured here."""
+        """Whether anything was distilled, imported or evaluated here."""
         folders = (self.distill_checkpoint, self.candidate(0).parent, self.results.parent)
         return self.distilled.exists() or any(f.is_dir() and next(f.iterdir(), None) is not None for f in folders)
 
     def iterations_done(self) -> int:
-        """Iterations up to the newest checkpoint; 0 without one."""
+        """Return the iterations up to the newest checkpoint; 0 without one."""
         folder = self.distill_checkpoint
         found = [int(p.name[len("iteration-") :]) for p in folder.glob("iteration-*")] if folder.is_dir() else []
         return max(found, default=0)
 
     @classmethod
     def buffer_to_come(cls, root: Path, recipe: Recipe, buffers: Path | str | None) -> Path | str:
-        """Where the trajectory buffer of a run that is still to be opened will lie."""
+        """Return the future location of the trajectory buffer of a run not yet opened."""
         shared = root / "trajectories" if buffers is None else _buffer_in(buffers, recipe)
         return shared if location.is_remote(shared) else location.local_folder(shared)
 
     @classmethod
     def whitening_to_come(cls, root: Path, recipe: Recipe, buffers: Path | str | None) -> Path:
-        """Where the whitening of a run that is still to be opened will lie."""
+        """Return the future path of the whitening of a run not yet opened."""
         buffer = cls.buffer_to_come(root, recipe, buffers)
         return (root if isinstance(buffer, str) else buffer) / "whitening.safetensors"
 
@@ -256,7 +258,7 @@ class RunDir:
             self._link_to(location.local_folder(shared).resolve(), present)
 
     def _point_to(self, shared: str, present: Path | str) -> None:
-        """Write the URI ``shared`` down as this run's buffer."""
+        """Record the URI ``shared`` as this run's buffer."""
         if present == shared:
             return
         self._make_way(shared, present)
@@ -270,7 +272,7 @@ class RunDir:
         if present == folder and folder.is_symlink() and folder.resolve() == shared:
             return
         self._make_way(shared, present)
-        relative = os.path.relpath(shared, self.root.resolve())  # a folder of runs and buffers may be moved as a whole
+        relative = os.path.relpath(shared, self.root.resolve())  # a folder of runs and buffers can be moved as a whole
         folder.symlink_to(relative, target_is_directory=True)
 
     def _make_way(self, shared: Path | str, present: Path | str) -> None:
@@ -287,17 +289,17 @@ class RunDir:
 
     @contextmanager
     def publish(self, final: Path) -> Iterator[Path]:
-        """``with run.publish(path) as temporary``: write there; on success it is synced and renamed to ``path``.
+        """Publish a file: ``with run.publish(path) as temporary``; on success it is synced and renamed to ``path``.
 
-        Nothing appears under the final name unless the block ended normally. Raises StorageError where the file
-        system refuses (disk full, no permission), and removes the temporary file.
+        Nothing appears under the final name unless the block ends normally. Raises StorageError where the file system
+        refuses (disk full, no permission), and removes the temporary file.
         """
         with published(final) as temporary:
             yield temporary
 
     @contextmanager
     def publish_folder(self, final: Path) -> Iterator[Path]:
-        """As ``publish``, for a whole folder; an older folder of that name is replaced."""
+        """``publish`` for a whole folder; replaces an older folder of that name."""
         with _storage(final, StorageError):
             temporary = _temporary_in(self.root)
             temporary.mkdir()
@@ -322,7 +324,7 @@ class RunDir:
 
 @contextmanager
 def published(final: Path) -> Iterator[Path]:
-    """The publish-by-rename used by every stage; see ``RunDir.publish``."""
+    """Publish a file by rename, as every stage does; see ``RunDir.publish``."""
     with _storage(final, StorageError):
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary_in(final.parent, final.suffix)
@@ -343,11 +345,11 @@ def publish_shared_folder(
     share: Callable[[Any], Any],
     gather: Callable[[Any], list[Any]],
 ) -> None:
-    """Publish a folder that several ranks write into: rank 0 makes and renames it, ``write(temporary)`` adds a
-    rank's files and returns them.
+    """Publish a folder that several ranks write into.
 
-    ``share`` gives all ranks rank 0's value, ``gather`` every rank's (``ranks.Ranks``). Nothing appears under the final
-    name unless every rank has written and synced its files. Raises StorageError on every rank if one of them could not.
+    Rank 0 creates and renames it; ``write(temporary)`` adds a rank's files and returns them. ``share`` broadcasts rank
+    0's value, ``gather`` collects every rank's (``ranks.Ranks``). Nothing appears under the final name unless every
+    rank has written and synced its files. Raises StorageError on every rank if one of them failed.
     """
     temporary: Path | None = None
 
@@ -390,9 +392,9 @@ def publish_shared_folder(
 
 
 def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file: the same bytes for the same content, and with ``metadata`` its own checksum among them.
+    """Write a safetensors file with deterministic bytes; ``metadata``, if given, gets the file's own checksum.
 
-    Failures are OSErrors, so that a full disk is reported as one. safetensors writes metadata in an order of chance.
+    safetensors itself writes metadata in random order. Failures are OSErrors, so that a full disk is reported as one.
     """
     from safetensors.torch import save
 
@@ -413,7 +415,7 @@ def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str] |
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file; the metadata hold ``sha256`` where the file has a checksum, which was right.
+    """Load (tensors, metadata) of a safetensors file; ``sha256`` in the metadata, if present, was verified.
 
     Raises OSError, and ValueError where the file is damaged.
     """
@@ -425,7 +427,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         tensors = load(raw)  # checks the header
         length = int.from_bytes(raw[:8], "little")
         metadata: dict[str, str] = json.loads(raw[8 : 8 + length]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # KeyError: a type that torch has not
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # KeyError: a type unknown to torch
         raise ValueError(f"it is not a whole safetensors file ({error})") from error
     if _SUM in metadata:
         digest = hashlib.sha256(raw[: 8 + length].replace(metadata[_SUM].encode(), _NO_SUM.encode(), 1))
@@ -452,23 +454,23 @@ def _storage(
 
 
 def host_name() -> str:
-    """This host, in letters that a file name may hold."""
+    """Return this host's name in characters allowed in file names."""
     return re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname()) or "unknown"
 
 
 def process_lives(pid: int) -> bool:
-    """Whether a process of this number exists on this host."""
+    """Whether a process with this PID exists on this host."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it exists and belongs to someone else
+    except OSError:  # it exists and belongs to another user
         return True
     return True
 
 
 def _temporary_in(folder: Path, suffix: str = "") -> Path:
-    """A new name in ``folder``. What is made there by ordinary calls has the mode that the umask says, unlike tempfile's."""
+    """Return a new name in ``folder``. Files created there by ordinary calls follow the umask, unlike tempfile's."""
     return folder / f".tmp-{host_name()}-{os.getpid()}-{secrets.token_hex(4)}{suffix}"
 
 
@@ -477,7 +479,7 @@ def _holds_strange_files(root: Path) -> bool:
 
 
 def _buffer_in(buffers: Path | str, recipe: Recipe) -> Path | str:
-    """The buffer for ``recipe``'s experts in a store, or of a run folder. Raises RunDirError where the run has other experts."""
+    """Return the buffer for ``recipe``'s experts in a store or run folder. Raises RunDirError if the run has others."""
     from lad_dist import recipe_file
 
     if not location.is_remote(buffers) and (location.local_folder(buffers) / "recipe.yaml").is_file():
@@ -498,7 +500,7 @@ def _not_a_run(root: Path) -> RunDirError:
 
 
 def _abandoned(temporary: Path) -> bool:
-    """Whether nobody is writing a temporary any more: its process on this host is gone, or it is hours old."""
+    """Whether a temporary file's writer is gone: its process on this host has ended, or the file is hours old."""
     match = re.match(r"\.tmp-(\w+)-(\d+)-", temporary.name)
     if match and match[1] == host_name():
         return not process_lives(int(match[2]))
@@ -517,7 +519,7 @@ def _sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there."""
+    """Remove a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,7 +1,7 @@
-"""A recipe for a folder of images, with a comment beside each choice: what ``lad-dist init`` writes.
+"""Starter recipe of ``lad-dist init`` for a folder of images, with a comment on each choice.
 
-Sizes follow from the data; the numbers of the method are those of jobs/digits-lt.yaml and jobs/fashion-mnist-lt.yaml, which were
-chosen on held-out images of those two data sets.
+Sizes follow from the data; the method's hyperparameters are those of jobs/digits-lt.yaml and
+jobs/fashion-mnist-lt.yaml, which were tuned on held-out images of those two data sets.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _SIDES = (
     16,
     24,
     32,
-)  # pixels that images are resized to; larger ones cost four times as much for twice the side
-_MOST_RESIZED = 64  # images all of one side up to this stay as they are
-_EXPERT_STEPS = 300  # of the representation stage, about
+)  # sides in pixels that images are resized to; twice the side costs four times as much
+_MOST_RESIZED = 64  # images of one common side up to this are not resized
+_EXPERT_STEPS = 300  # approximate, of the representation stage
 TEST_FRACTION = 0.2
 
 
 def name_of(folder: Path) -> str:
-    """The folder's name in letters that a recipe's name may have."""
+    """Return the folder's name in characters allowed in a recipe's name."""
     plain = unicodedata.normalize("NFKD", folder.absolute().name).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._").lower() or "my-data"
 
 
 def recipe_text(found: Survey, name: str) -> str:
-    """The whole file."""
+    """Return the text of the recipe file."""
     train, side = _training_counts(found), _side(found)
     total, largest = sum(train), max(train)
     ipc = 10 if sorted(train)[len(train) // 2] >= 50 else (5 if sorted(train)[len(train) // 2] >= 15 else 2)
@@ -91,7 +91,7 @@ def recipe_text(found: Survey, name: str) -> str:
 
 
 def said(found: Survey) -> list[str]:
-    """What was found, in a few lines."""
+    """Summarize the survey in a few lines."""
     train = _training_counts(found)
     sides = (
         f"{min(found.sides)} to {max(found.sides)} pixels" if len(set(found.sides)) > 1 else f"{found.sides[0]} pixels"
@@ -106,7 +106,7 @@ def said(found: Survey) -> list[str]:
 
 
 def _training_counts(found: Survey) -> tuple[int, ...]:
-    """Images per class that are left to train on."""
+    """Return the training images per class."""
     if found.test is not None:
         return found.counts
     return tuple(n - min(max(1, round(n * TEST_FRACTION)), n - 1) for n in found.counts)

@@ -1,6 +1,7 @@
-"""Experts as teachers: outputs of their checkpoints on training images, and soft labels made of them.
+"""Experts as teachers: outputs of their checkpoints on training images, and soft labels derived from them.
 
-Distillation and evaluation both import it: the first for the labels of the initial set, the second for soft labels of real images.
+Used by distillation for the labels of the initial set, and by evaluation for soft labels of real images.
+
 Shapes: N training images, S of them, K classes, P weights.
 """
 
@@ -31,14 +32,14 @@ Output = Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor]
 def outputs(
     function: Output, network: nn.Module, weights_P: Tensor, data: PreparedData, indices: np.ndarray | None = None
 ) -> Tensor:
-    """The output of ``network`` with the weights ``weights_P`` on training images (default: all of them), on the host."""
+    """Return the output of ``network`` with ``weights_P`` on training images (default: all of them), on the CPU."""
     views = Layout.of(network).views(weights_P)
     rows = torch.arange(len(data.train)) if indices is None else torch.from_numpy(indices)
     return torch.cat([function(network, views, data.train.batch(r)[0]) for r in rows.split(_BATCH)]).cpu()
 
 
 def check_network(buffer: Buffer, layout: Layout) -> None:
-    """Raises TrajectoryError where a buffer's trajectories are of a network that its name does not stand for any more."""
+    """Raise TrajectoryError if a buffer's trajectories belong to a network that its name no longer refers to."""
     if buffer.meta.parameters != tuple(zip(layout.names, layout.shapes, strict=True)):
         raise TrajectoryError(
             f"{buffer.folder}: these trajectories are of another network (its parameters differ); give the changed network another "
@@ -47,8 +48,11 @@ def check_network(buffer: Buffer, layout: Layout) -> None:
 
 
 class Teachers:
-    """The last checkpoints of all experts of a recipe: of the classifier stage, or for a method without one (DATM, MTT) of the
-    representation stage. ``name`` is what a row's settings say."""
+    """The last checkpoints of all experts of a recipe.
+
+    They are of the classifier stage, or for a method without one (DATM, MTT) of the representation stage. ``named``
+    returns their description for a row's settings.
+    """
 
     def __init__(self, recipe: Recipe, data: PreparedData, buffer: Buffer) -> None:
         images = data.splits.train
@@ -61,7 +65,7 @@ class Teachers:
 
     @staticmethod
     def named(recipe: Recipe, count: int | None = None) -> str:
-        """``mean logits of 10 classifier experts, epoch 10, temperature 1``; ``count``: of the first experts."""
+        """Return ``mean logits of 10 classifier experts, epoch 10, temperature 1``; ``count``: of the first experts."""
         e, classifier = recipe.experts, recipe.uses_classifier_experts
         stage, last = ("classifier", e.classifier_epochs) if classifier else ("representation", e.epochs)
         used = min(count or e.count, e.count)
@@ -69,7 +73,9 @@ class Teachers:
         return f"mean logits of {experts}, epoch {last}, temperature {recipe.distill.label_temperature:g}"
 
     def soft_labels(self, indices: np.ndarray) -> Tensor:
-        """Probabilities (S, K) for training images: softmax of the mean logits over all experts, right or wrong, divided by
+        """Return probabilities (S, K) for training images.
+
+        They are the softmax of the mean logits over all experts, correct or not, divided by
         ``distill.label_temperature``.
 
         Raises:
@@ -99,7 +105,7 @@ class Teachers:
         return label
 
     def _weights(self, expert: int) -> Tensor:
-        """All weights (P,) an expert ends with; the backbone of a classifier expert is its last representation epoch."""
+        """Return an expert's final weights (P,); a classifier expert's backbone is its last representation epoch."""
         e = self._recipe.experts
         weights_P = torch.tensor(self._buffer.read("representation", expert, e.epochs))
         if self.stage == "classifier":

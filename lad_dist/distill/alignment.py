@@ -1,8 +1,9 @@
-"""Gradient alignment: which classes' part of the expert's movement a student follows, phase by phase.
+"""Gradient alignment: how closely the student follows the expert, per phase and class group.
 
-An expert's weights are biased by the long tail that it is trained on, and a student on a balanced synthetic set cannot follow
-them for every class alike (LAD: Zhao et al., arXiv 2408.14506). Row c of the last linear layer (and its bias c) belongs to class
-c, so the rows of head, medium and tail classes show whose movement the student's gradients reproduce, and whose they do not.
+An expert's weights are biased by its long-tailed training set, and a student on a balanced synthetic set cannot follow
+them equally well for every class (LAD: Zhao et al., arXiv 2408.14506). Row c of the last linear layer (and its bias c)
+belongs to class c, so the rows of head, medium and tail classes show which classes' movement the student's gradients
+reproduce.
 
 Shapes: P parameters of the whole network, K classes, F features of the last layer's input.
 """
@@ -25,14 +26,15 @@ BACKBONE = "backbone"
 def alignment(
     start_P: Tensor, target_P: Tensor, gradient_sum_P: Tensor, alpha: Tensor, layout: Layout, counts: Sequence[int]
 ) -> dict[str, float]:
-    """Cosine and norm ratio of the student's displacement -alpha G to the expert's theta* - theta_t, part by part.
+    """Return cosine and norm ratio of the student's displacement -alpha G to the expert's theta* - theta_t, per part.
 
-    Keys are ``cosine_PART`` and ``norm_ratio_PART``. PART is ``backbone`` (all weights before the last layer), or ``head``,
-    ``medium`` or ``tail``: the last layer's rows (weights and bias) of these classes, which are thirds of the classes by
-    ``counts`` (K,), training images per class. The sums are in double precision, the figures have four digits.
+    Keys are ``cosine_PART`` and ``norm_ratio_PART``. PART is ``backbone`` (all weights before the last layer), or
+    ``head``, ``medium`` or ``tail``: the last layer's rows (weights and bias) of these classes, which are thirds of the
+    classes by ``counts`` (K,), training images per class. Sums are in double precision, values have four significant
+    digits.
 
-    What is not defined is left out: a cosine where student or expert did not move (the backbone in the classifier phase), a
-    norm ratio where the expert did not, and a group that holds no class. Changes nothing, and waits for the device once.
+    Undefined values are omitted: a cosine where student or expert did not move (the backbone in the classifier phase),
+    a norm ratio where the expert did not, and a group without classes. Has no side effects; waits for the device once.
     """
     classes = len(counts)
     spans = [layout.span(name) for name in layout.classifier]
@@ -52,11 +54,11 @@ def alignment(
 
 
 def _displacements(start_P: Tensor, target_P: Tensor, gradient_sum_P: Tensor, span: slice) -> Tensor:
-    """(2, length of the span): G, and the expert's displacement."""
+    """Return (2, length of the span): G and the expert's displacement."""
     return torch.stack([gradient_sum_P[span], target_P[span] - start_P[span]]).detach().double()
 
 
 def _products(pairs: Tensor) -> Tensor:
-    """(2, ..., F) as (3, ...): G . expert, G . G and expert . expert."""
+    """Reduce (2, ..., F) to (3, ...): G . expert, G . G and expert . expert."""
     summed, expert = pairs
     return torch.stack([(summed * expert).sum(-1), summed.square().sum(-1), expert.square().sum(-1)])

@@ -1,8 +1,9 @@
-"""Functions of tensors as CUDA graphs: captured at their first call, replayed afterwards.
+"""Functions of tensors as CUDA graphs, captured at their first call and replayed afterwards.
 
-A student step is some hundred small kernels, and a GPU that is faster than its host waits between them. A graph is launched as
-one. It computes on tensors of its own, so arguments are copied in and results out. A graph is trusted only after its results
-were those of the function itself; where it is not, or cannot be captured, the function is called as it is.
+A student step launches about a hundred small kernels, and a GPU that is faster than its host idles between them; a
+graph is one launch. A graph computes on its own tensors, so arguments are copied in and results out. It is used only
+after its results have matched the function's; otherwise, or where it cannot be captured, the function is called
+directly.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ import torch
 from torch import Tensor
 
 Function = Callable[..., tuple[Tensor, ...]]
-MOST = 16  # graphs at a time: sizes of batches times kinds of steps
+MOST = 16  # graphs held at a time: batch sizes times kinds of steps
 _WARM_UPS = 3
-_TOLERANCE = 1e-3  # of the largest value
+_TOLERANCE = 1e-3  # relative to the largest value
 _log = logging.getLogger(__name__)
 
 
 class Captured:
-    """Calls hashable functions; on a GPU through a graph for each function and set of shapes.
+    """Call hashable functions; on a GPU through one graph per function and set of shapes.
 
-    Everything that a function computes must follow from its arguments and from what its equality compares.
+    A function's results must depend only on its arguments and on what its equality compares.
     """
 
     def __init__(self) -> None:
@@ -44,22 +45,22 @@ class Captured:
 
     @staticmethod
     def applies(device: torch.device) -> bool:
-        """Whether there are graphs for this device."""
+        """Return whether graphs are used on this device."""
         return device.type == "cuda"
 
     def clear(self) -> None:
-        """Give back the graphs' memory."""
+        """Free the graphs' memory."""
         self._known.clear()
         self._pool = None
 
     def _trusted(self, function: Function, tensors: tuple[Tensor, ...]) -> Function:
         try:
             replay = self._replay(function, tensors)
-            for _ in range(2):  # the second replay shows whether the first left something behind
+            for _ in range(2):  # the second replay shows whether the first left state behind
                 far = max(_far(ours, theirs) for ours, theirs in zip(replay(*tensors), function(*tensors), strict=True))
                 if not far <= _TOLERANCE:
                     raise RuntimeError(f"replayed results are {far:.1e} from the others")
-        except Exception as error:  # CUDA's errors in a capture are of many kinds; the function itself still works
+        except Exception as error:  # capture errors have many types; the function itself still works
             if not self._warned:
                 self._warned = True
                 _log.warning(
@@ -81,19 +82,19 @@ class Captured:
         return replay
 
     def _capture(self, function: Function, held: list[Tensor]) -> tuple[tuple[Tensor, ...], Callable[[], object]]:
-        """(the results' tensors, what computes them anew from ``held``)."""
+        """Return (result tensors, function that recomputes them from ``held``)."""
         device = held[0].device
         with torch.cuda.device(device):
             here, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(here)
-            with torch.cuda.stream(side):  # libraries choose algorithms and compile kernels outside of the capture
+            with torch.cuda.stream(side):  # libraries choose algorithms and compile kernels before the capture
                 for _ in range(_WARM_UPS):
                     function(*held)
             here.wait_stream(side)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # thread_local: what other threads ask of CUDA meanwhile, NCCL's for one, does not end the capture
+            # thread_local: CUDA calls of other threads, such as NCCL's, do not abort the capture
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 results = function(*held)
         return results, graph.replay

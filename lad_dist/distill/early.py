@@ -1,9 +1,9 @@
-"""When the set is measured while it is being distilled: as often as a share of the time allows.
+"""Early evaluation: measure the synthetic set during distillation, within a share of the running time.
 
-The first time, the set that the distillation started from is measured too, as that of iteration 0: what has been gained since
-is said with every later look. It trains the same network with the same draws, so that the difference comes from the set.
+The first measurement also covers the initial set, as iteration 0; later ones report the gain over it. Both train the
+same network with the same draws, so a difference comes from the set.
 
-The measurement itself belongs to another stage and is handed in (``Measure``).
+The measurement itself belongs to another stage and is passed in (``Measure``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lad_dist.recipe import Recipe
 
 
 class Figures(Protocol):
-    """Accuracies in [0, 1]; a group without classes has None."""
+    """Accuracies in [0, 1]; None for a group without classes."""
 
     @property
     def overall(self) -> float: ...
@@ -36,7 +36,7 @@ class Figures(Protocol):
 
 
 class Measure(Protocol):
-    """Trains a network on (images (S, C, H, H), label probabilities (S, K), alpha) and measures it on ``split``."""
+    """Train a network on (images (S, C, H, H), label probabilities (S, K), alpha) and measure it on ``split``."""
 
     @property
     def split(self) -> str: ...
@@ -48,9 +48,9 @@ class Measure(Protocol):
 
 
 class Budget:
-    """Lets work take at most ``share`` of the time since this was made, and no piece of it longer than ``longest`` seconds.
+    """Limit work to ``share`` of the time since construction, and each piece of work to ``longest`` seconds.
 
-    Before the first piece of work its length is not known: ``guess`` seconds are taken for it.
+    The duration of the first piece is unknown; ``guess`` seconds are assumed for it.
     """
 
     def __init__(self, share: float, longest: float = math.inf, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -58,19 +58,19 @@ class Budget:
         self._last: float | None = None
 
     def allows(self, guess: float) -> bool:
-        """Whether one more piece of work, as long as the last, keeps within the share."""
+        """Return whether another piece of work, as long as the last, stays within the limits."""
         expected = guess if self._last is None else self._last
         in_time = self.spent + expected <= self.share * (self._clock() - self._began)
         return self.share > 0 and expected <= self.longest and in_time
 
     def spend(self, seconds: float) -> None:
-        """``seconds`` went into a piece of work."""
+        """Record a piece of work that took ``seconds``."""
         self._last = seconds
         self.spent += seconds
 
 
 class Early:
-    """Measures the set where the budget allows it. On rank 0 only: the others wait, so ``longest`` seconds at most."""
+    """Measure the set when the budget allows it. On rank 0 only: other ranks wait, at most ``longest`` seconds."""
 
     def __init__(
         self, recipe: Recipe, measure: Measure, events: Events, screen: Screen, longest: float = math.inf
@@ -81,9 +81,10 @@ class Early:
         self._start_tried = False
 
     def wanted(self, seconds_per_iteration: float) -> bool:
-        """Whether there is time for it, where an iteration takes so long on one rank.
+        """Return whether there is time for a measurement, given the seconds per iteration on one rank.
 
-        A batch of the measurement takes no longer than a mean student step, which has second derivatives to compute.
+        Assumes that a batch of the measurement takes no longer than a mean student step, which computes second
+        derivatives.
         """
         d, phases = self._recipe.distill, self._recipe.phases
         of = {"representation": d.student_steps, "classifier": d.student_steps_classifier, "regression": 1}
@@ -92,9 +93,9 @@ class Early:
         return self.budget.allows(sets * seconds_per_iteration * self._measure.batches / steps)
 
     def look(self, state: State) -> None:
-        """Measure a whole set and record what was found; before, if this is the first time, the set it started from.
+        """Measure a whole set and record the result; the first call measures the initial set first.
 
-        A set that cannot be trained on is recorded, too.
+        A set that cannot be trained on is recorded as well.
         """
         o = state.optimizers
         if not self._start_tried and state.initial_logits_SK is not None:
@@ -103,7 +104,7 @@ class Early:
         self._look(state.iteration, o.images_SCHH, o.logits_SK, float(o.alpha))
 
     def _look(self, iteration: int, images_SCHH: Tensor, logits_SK: Tensor, alpha: float) -> float | None:
-        """Overall accuracy; None where the set cannot be trained on."""
+        """Return the overall accuracy; None if the set cannot be trained on."""
         began, overall = time.perf_counter(), None
         figures: dict[str, float | str | None]
         try:

@@ -18,15 +18,16 @@ from lad_dist.recipe import AugmentConfig
 from lad_dist.seeds import rng
 
 HARD_LABEL_LOGIT = 200.0  # softmax of one such logit among zeros is one-hot in float32
-_ATTEMPTS = 8  # draws for a copy that is to differ
+_ATTEMPTS = 8  # augmentation draws per copy until it differs
 
 
 @dataclass(frozen=True)
 class InitialSet:
-    """Class-major: ``indices_S`` into the training set, ``logits_SK`` of the labels, and how they came about.
+    """The initial set, class-major: ``indices_S`` into the training set, ``logits_SK`` of the labels, and statistics.
 
-    ``without_expert`` counts the images that no expert classified correctly, whose label is their class's mean logits;
-    ``repeated`` the images taken more than once because too few of their class were classified correctly (``vary_repeats``).
+    ``without_expert`` counts the images that no expert classified correctly, labelled with their class's mean logits;
+    ``repeated`` the images used more than once because too few of their class were classified correctly
+    (``vary_repeats``).
     """
 
     indices_S: np.ndarray
@@ -36,9 +37,9 @@ class InitialSet:
 
 
 def label_logits(expert_logits_ESK: Tensor, true_S: Tensor) -> tuple[Tensor, Tensor]:
-    """(logits (S, K), number of correct experts (S,)): the mean over the experts that classify an image correctly.
+    """Return (logits (S, K), number of correct experts (S,)).
 
-    Where none does the logits are zero, a uniform label.
+    The logits are the mean over the experts that classify an image correctly; zeros, a uniform label, if none does.
     """
     correct_ES = expert_logits_ESK.argmax(dim=2) == true_S
     weights_ES1 = correct_ES.to(expert_logits_ESK.dtype).unsqueeze(2)
@@ -55,10 +56,11 @@ def choose_images(
     seed: int,
     features_ND: Tensor | None = None,
 ) -> tuple[np.ndarray, int]:
-    """(indices (classes * ipc,) class-major, how many are repeats).
+    """Return (indices (classes * ipc,) class-major, number of repeats).
 
-    Per class a random choice of the images that the chooser classifies correctly, or with ``features_ND`` the choice among
-    them by herding; fewer than ``ipc`` of them are repeated in turn; none at all (or no chooser): random images of the class.
+    Chooses per class among the images that the chooser classifies correctly, at random or, with ``features_ND``, by
+    herding. Fewer than ``ipc`` of them are repeated in turn. If there are none (or no chooser), takes random images of
+    the class.
     """
     correct_N = np.ones(len(labels_N), dtype=bool)
     if chooser_logits_NK is not None:
@@ -89,12 +91,14 @@ def build(
     one_expert: bool = False,
     features_of: Callable[[int], Tensor] | None = None,
 ) -> InitialSet:
-    """The initial set. ``logits_of(expert, indices)`` gives the logits of an expert's last checkpoint on training images.
+    """Build the initial set.
 
-    ``features_of(expert)``, if given, gives that expert's features (N, D) of all training images, to choose by herding.
-    One of ``experts``, drawn at random, chooses the images; all of them label them. A label that no expert supports becomes the
-    mean logits of its class over these experts and training images of the class. With ``one_expert`` the drawn one alone labels
-    them, by its logits as they are.
+    ``logits_of(expert, indices)`` returns logits of an expert's last checkpoint on training images.
+    ``features_of(expert)``, if given, returns that expert's features (N, D) of all training images, for herding.
+
+    One of ``experts``, drawn at random, chooses the images; all of them label them. An image that no expert classifies
+    correctly is labelled with the mean logits of its class over these experts and the class's training images. With
+    ``one_expert`` only the drawn expert labels, with its unmodified logits.
     """
     everything = np.arange(len(labels_N))
     drawn = experts[int(rng(seed, "initial", "chooser").integers(len(experts)))]
@@ -126,9 +130,9 @@ def build(
 
 
 def vary_repeats(images_SCHH: Tensor, indices_S: np.ndarray, seed: int, config: AugmentConfig) -> Tensor:
-    """The images, every second and later copy of one training image augmented, so that copies need not stay alike.
+    """Return the images with the second and later copies of a training image augmented, so that copies can diverge.
 
-    Draws belong to (seed, position). One that changes nothing, as a flip does half of the time, is drawn again a few times.
+    Draws depend on (seed, position). A draw without effect, such as half of all flips, is repeated a few times.
     """
     seen: set[int] = set()
     varied_SCHH = images_SCHH.clone()

@@ -1,4 +1,4 @@
-"""The experts that are complete, while others are still in training (``buffer.start_after``)."""
+"""The experts complete so far, while others are still being trained (``buffer.start_after``)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lad_dist.trajectories.schema import Stage
 
 REFRESH_SECONDS = 2.0  # between two listings of the buffer
 _WAIT_SECONDS = 1.0
-_VISIBLE_SECONDS = 60.0  # that a network file system may take to show on one host what another has seen
+_VISIBLE_SECONDS = 60.0  # allowed delay of a network file system between two hosts' views
 
 
 def complete(buffer: Buffer, last_epochs: Mapping[Stage, int], count: int) -> tuple[int, ...]:
-    """Which of the experts 0 to ``count`` - 1 have all their epochs, from 0 to the last of each stage, ascending.
+    """Return which of the experts 0 to ``count`` - 1 have all epochs of each stage in the buffer, in ascending order.
 
     As of the buffer's last ``refresh``.
     """
@@ -33,20 +33,21 @@ def complete(buffer: Buffer, last_epochs: Mapping[Stage, int], count: int) -> tu
 
 
 def all_stages(recipe: Recipe) -> dict[Stage, int]:
-    """The last epoch of both stages of an expert."""
+    """Return the last epoch of both expert stages."""
     return {"representation": recipe.experts.epochs, "classifier": recipe.experts.classifier_epochs}
 
 
 def needed_stages(recipe: Recipe) -> dict[Stage, int]:
-    """The last epoch of every stage that the method distills from."""
+    """Return the last epoch of each stage that the method distills from."""
     stages = all_stages(recipe)
     return stages if recipe.uses_classifier_experts else {"representation": stages["representation"]}
 
 
 class LiveExperts:
-    """The complete experts of a buffer that is still being filled; what rank 0 sees counts for all ranks.
+    """The complete experts of a buffer that is still being filled. All ranks use rank 0's view.
 
-    Rank 0 lists the buffer in a thread, every ``REFRESH_SECONDS`` until all experts are complete or ``close`` is called.
+    Rank 0 lists the buffer in a thread, every ``REFRESH_SECONDS`` until all experts are complete or ``close`` is
+    called.
     """
 
     def __init__(self, buffer: Buffer, recipe: Recipe, ranks: Ranks = ALONE, flag: StopFlag | None = None) -> None:
@@ -59,11 +60,11 @@ class LiveExperts:
         self._thread: threading.Thread | None = None
 
     def wait(self, screen: Screen, events: Events) -> None:
-        """Until as many experts are complete as the recipe wants before it begins. All ranks call it.
+        """Wait until ``buffer.start_after`` experts are complete. All ranks call it.
 
         Raises:
             TrajectoryError: the buffer cannot be listed.
-            Interrupted: asked to stop.
+            Interrupted: a stop was requested.
         """
         wanted, told = self._recipe.buffer.start_after, None
         assert wanted is not None
@@ -87,7 +88,7 @@ class LiveExperts:
             time.sleep(_WAIT_SECONDS)
 
     def now(self) -> tuple[int, ...]:
-        """The experts to draw from, ascending; the same on every rank. All ranks call it; it lists nothing itself.
+        """Return the experts to draw from, ascending and equal on every rank. All ranks call it; it does not list.
 
         Raises TrajectoryError if the buffer can no longer be listed, or this host does not see what rank 0 sees.
         """
@@ -99,13 +100,13 @@ class LiveExperts:
         return self._agreed
 
     def close(self) -> None:
-        """End the thread. A listing in progress is waited for, a few seconds at most."""
+        """Stop the thread; wait up to 5 s for a listing in progress."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(5.0)
 
     def _first_view(self) -> tuple[int, ...]:
-        """What rank 0's thread saw last; of no meaning on the others."""
+        """Return the last view of rank 0's thread; meaningless on other ranks."""
         if self._fault is not None:
             raise self._fault
         return self._seen
@@ -118,7 +119,7 @@ class LiveExperts:
             while len(self._seen) < self._recipe.experts.count and not self._stop.wait(REFRESH_SECONDS):
                 self._buffer.refresh()
                 self._seen = self._look()
-        except BaseException as fault:  # raised by whoever asks next
+        except BaseException as fault:  # re-raised at the next call of ``_first_view``
             self._fault = fault
 
     def _await(self, agreed: tuple[int, ...]) -> None:

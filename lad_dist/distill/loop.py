@@ -1,7 +1,7 @@
-"""Distillation: the loop of verbs, from the experts' buffer to the distilled set, on one rank or many.
+"""The distillation loop, from the experts' buffer to the distilled set, on one rank or many.
 
-Every rank runs this loop on its own share of the synthetic set (``shards.py``). What must be decided together is decided by
-``_agree``, once per iteration; rank 0 speaks for all.
+Every rank runs this loop on its own share of the synthetic set (``shards.py``). Decisions that all ranks must share are
+made by ``_agree``, once per iteration; rank 0 reports for all.
 
 Shapes: S synthetic images of the whole set, s of this rank's share, K classes, P parameters.
 """
@@ -47,13 +47,13 @@ from lad_dist.teachers import check_network
 from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import Stage
 
-CHECKPOINT_SECONDS = 60.0  # between checkpoints, beside those of distill.checkpoint_every
-_FIRST_SECONDS = 1.0  # of a process, until its first checkpoint
+CHECKPOINT_SECONDS = 60.0  # between checkpoints, in addition to those of distill.checkpoint_every
+_FIRST_SECONDS = 1.0  # until a process's first checkpoint
 
 
 @dataclass(frozen=True)
 class NamedPhase:
-    """One phase of an iteration: its expert stage, its weight lambda in the total gradient, and where it starts."""
+    """One phase of an iteration: its expert stage, its weight lambda in the total gradient, and its window."""
 
     stage: Stage
     weight: float
@@ -63,9 +63,9 @@ class NamedPhase:
 
 @dataclass(frozen=True)
 class Context:
-    """What a distillation works with, on one rank. ``flag`` tells a rank among several to stop: all do, after an iteration.
+    """Context of a distillation on one rank. ``flag`` requests a stop on one rank; all ranks stop after the iteration.
 
-    ``record``: replay this one, instead of drawing windows.
+    ``record``: replay this record instead of drawing windows.
     """
 
     recipe: Recipe
@@ -81,15 +81,15 @@ class Context:
 def distill(context: Context, data: PreparedData | None, early: Early | None = None) -> None:
     """Distill from the last checkpoint on, and publish the distilled set. All ranks call it.
 
-    Only rank 0 needs ``data``. ``early``, on rank 0: measure the set on its way.
+    Only rank 0 needs ``data``. ``early``, on rank 0: measures the set during distillation.
 
     Raises:
-        RunDirError: what is there already was not distilled by ``record``, or by another one.
+        RunDirError: the existing state was not distilled by ``record``, or was by another one.
         NumericalError: a loss or gradient is no longer finite; names the iteration. The last good state is kept.
-        TrajectoryError: the buffer lacks what the recipe needs, or is damaged.
+        TrajectoryError: the buffer is damaged or lacks what the recipe needs.
         StorageError: a checkpoint cannot be written.
         RankError: another rank is gone; the last checkpoint is kept.
-        Interrupted: asked to stop; the state of the last whole iteration is kept.
+        Interrupted: a stop was requested; the state of the last whole iteration is kept.
     """
     c = context
     facts = c.ranks.share(None if data is None else DataFacts.of(data))
@@ -138,10 +138,11 @@ def _distill(work: Distillation, data: PreparedData | None, early: Early | None)
 
 
 class SaveClock:
-    """When the next checkpoint is due by time, whatever the iterations take.
+    """Schedule of checkpoints by time, independent of the duration of iterations.
 
-    After one second, then after as long again as the process has worked, so that a run that is killed every few seconds gets
-    on, and at last every CHECKPOINT_SECONDS. Saving takes a twentieth of the time at most.
+    The first is due after one second, the next after as long again as the process has worked, so that a run that is
+    killed every few seconds still advances, and finally every CHECKPOINT_SECONDS. Saving takes at most a twentieth of
+    the time.
     """
 
     def __init__(self) -> None:
@@ -149,17 +150,17 @@ class SaveClock:
         self._cost = 0.0
 
     def due(self) -> bool:
-        """Whether it is time to save."""
+        """Return whether a checkpoint is due."""
         between = min(CHECKPOINT_SECONDS, max(_FIRST_SECONDS, self._last - self._start))
         return time.monotonic() - self._last >= max(between, 20 * self._cost)
 
     def saved(self, seconds: float) -> None:
-        """A checkpoint has been written just now, in so many seconds."""
+        """Record that a checkpoint has just been written, in ``seconds``."""
         self._last, self._cost = time.monotonic(), seconds
 
 
 class Distillation:
-    """What stays the same over the iterations of one recipe, on one rank."""
+    """Objects shared by all iterations of one recipe, on one rank."""
 
     def __init__(self, context: Context, facts: DataFacts, buffer: Buffer, live: LiveExperts | None = None) -> None:
         recipe, ranks, device, record = context.recipe, context.ranks, context.device, context.record
@@ -190,13 +191,13 @@ class Distillation:
         self._real: RealBatches | None = None
 
     def close(self) -> None:
-        """End the reading ahead."""
+        """Stop reading ahead."""
         self.windows.close()
 
-    # --- where it begins and ends -----------------------------------------------------------------------------------
+    # --- start and end ----------------------------------------------------------------------------------------------
 
     def resume(self) -> State | None:
-        """This rank's share of the run's newest checkpoint, if it has one."""
+        """Load this rank's share of the run's newest checkpoint; None without one."""
         state = State.load(self.run.distill_checkpoint, self.recipe, self.device, self.ranks)
         if state is not None:
             if self.ranks.first and self.record is not None:
@@ -207,7 +208,7 @@ class Distillation:
         return state
 
     def start(self, data: PreparedData | None) -> State:
-        """This rank's share of the initial synthetic set, which rank 0 makes."""
+        """Return this rank's share of the initial synthetic set, which rank 0 builds."""
         made = None
         self._look_for_experts()
         if data is not None:
@@ -225,7 +226,7 @@ class Distillation:
         )
 
     def prepare_regression(self, data: PreparedData | None) -> None:
-        """On rank 0, which alone has ``data``: what the regression phase needs of the real images."""
+        """Prepare the regression phase's real batches, on rank 0, which alone has ``data``."""
         if data is None or "regression" not in self.recipe.phases:
             return
         teacher = None
@@ -234,13 +235,13 @@ class Distillation:
         self._real = RealBatches(self.recipe, data, teacher)
 
     def recorded_path(self, iteration: int) -> GradientPath | None:
-        """The gradient path that a replayed run took, where the recipe names none itself."""
+        """Return the gradient path of the replayed run, if the recipe does not set one."""
         if self.record is None or self.recipe.distill.gradient != "auto" or iteration >= len(self.record.paths):
             return None
         return self.record.paths[iteration]
 
     def choose_path(self, state: State) -> tuple[GradientPath, str]:
-        """The gradient path that fits every rank's memory, and why."""
+        """Return (gradient path that fits every rank's memory, reason)."""
         recorded = self.recorded_path(state.iteration)
         if recorded is not None:
             return recorded, "the replayed run took it"
@@ -261,7 +262,7 @@ class Distillation:
         return path, f"{measured}; {why}"
 
     def _phases_by(self, state: State, path: GradientPath) -> None:
-        """The next iteration's gradients, to the end."""
+        """Compute the next iteration's gradients by ``path`` and wait for the device."""
         synthetic = state.optimizers.synthetic_set()
         for named in self.phases(state.iteration):
             self.student.run(synthetic, named.phase, path)
@@ -269,7 +270,7 @@ class Distillation:
             torch.cuda.synchronize(self.device)
 
     def publish(self, state: State, folder: Path, data: PreparedData | None) -> None:
-        """Publish the whole set as it is; it passes through a checkpoint, from which rank 0 reads the other shares."""
+        """Publish the whole current set; rank 0 reads the other ranks' shares from a checkpoint that this saves."""
         state.save(self.run.distill_checkpoint, self.recipe, self.ranks)
         if data is not None:
             publish(self.recipe, data, self.whole(state), self.run, folder)
@@ -281,7 +282,7 @@ class Distillation:
         self._clock.saved(time.monotonic() - began)
 
     def whole(self, state: State) -> State:
-        """Every rank's share of ``state``, which has just been saved."""
+        """Return ``state``, which has just been saved, with the shares of all ranks."""
         if self.ranks.world == 1:
             return state
         loaded = State.load(self.run.distill_checkpoint, self.recipe, torch.device("cpu"))
@@ -289,7 +290,7 @@ class Distillation:
         return loaded
 
     def compare_precision(self, state: State, path: GradientPath) -> None:
-        """Say how far bfloat16 turns the next iteration's gradients."""
+        """Report the cosine between bfloat16 and float32 gradients of the next iteration."""
         named = self.phases(state.iteration)
         if not named:
             return
@@ -305,7 +306,7 @@ class Distillation:
     # --- one iteration ----------------------------------------------------------------------------------------------
 
     def iterate(self, state: State, path: GradientPath) -> dict[str, Any]:
-        """One whole iteration; returns the figures to show. Where it raises, ``state`` is as it was before."""
+        """Run one iteration and return the values to display. If it raises, ``state`` is unchanged."""
         began, synthetic = time.perf_counter(), state.optimizers.synthetic_set()
         phases = self.phases(state.iteration)
         self.windows.read_ahead(self.recipe.phases, state.iteration + 1)
@@ -324,7 +325,7 @@ class Distillation:
         kept, figures, aligned = self._copy(state), self._figures(results, agreed), self._alignment(state, results)
         if regression is not None:
             figures |= {"loss_regression": float(regression.loss), "accuracy_regression": float(regression.accuracy)}
-        with deferred():  # the record too: an iteration that was done and not recorded could not be replayed
+        with deferred():  # includes the event: an iteration without its record could not be replayed
             state.optimizers.step(gradients, state.iteration)
             if float(self.ranks.total(torch.tensor(0.0 if state.finite() else 1.0, device=self.device))) == 0:
                 state.iteration += 1
@@ -355,7 +356,7 @@ class Distillation:
         return {**shown, "alpha": float(state.alpha)}
 
     def _regress(self, synthetic: SyntheticSet, theta_P: Tensor, iteration: int) -> RegressionResult:
-        """The regression phase of an iteration. All ranks call it."""
+        """Run the regression phase of an iteration. All ranks call it."""
         real = self.ranks.share(None if self._real is None else self._real.features(self.student, theta_P, iteration))
         assert real is not None, "rank 0 has the data"
         (batch,), (places,) = self._batches("regression", iteration, 1)
@@ -366,7 +367,7 @@ class Distillation:
     def _agree(
         self, results: list[tuple[NamedPhase, PhaseResult]], gradients: list[tuple[float, Gradients]]
     ) -> _Agreed:
-        """What needs every rank's word, or rank 0's clock: one sum of 2 + 2 x phases + K numbers."""
+        """Combine what depends on every rank, or on rank 0's clock: one sum of 2 + 2 x phases + K numbers."""
         squares_s = torch.stack([weight * g.image_grad_SCHH for weight, g in gradients]).sum(0).flatten(1).double()
         squares_s = squares_s.square().sum(1)
         squares_K = squares_s.new_zeros(self.classes).index_add_(0, self._class_of_s, squares_s)
@@ -385,9 +386,9 @@ class Distillation:
         return _Agreed(bool(stop > 0), bool(save > 0), rest[0].tolist(), rest[1].tolist(), rest[2].cpu())
 
     def phases(self, iteration: int) -> list[NamedPhase]:
-        """The matching phases of an iteration: representation and classifier, or the joint one.
+        """Return the matching phases of an iteration: representation and classifier, or the joint one.
 
-        A function of (seed, iteration), and of the experts that are complete or the windows that are replayed.
+        A function of (seed, iteration), and of the complete experts or the replayed windows.
         """
         self._look_for_experts()
         d, layout = self.recipe.distill, self.student.layout
@@ -406,14 +407,14 @@ class Distillation:
         return phases
 
     def _look_for_experts(self) -> None:
-        """All ranks call it, where experts are still in training: these are the ones to draw from."""
+        """Update the experts to draw from while others are still being trained. All ranks call it."""
         if self._live is not None:
             self.windows.experts = self._live.now()
 
     def _batches(self, phase: PhaseName, iteration: int, steps: int) -> tuple[list[Batch], list[Tensor]]:
-        """Fresh permutations of the set, split into batches and refilled when used up, each with its augmentation.
+        """Return this rank's part of each batch, and the positions of its images in the whole batch.
 
-        This rank's part of each, and the places of its images in the whole batch.
+        Batches split fresh permutations of the set, drawn again when used up; each batch has its own augmentation.
         """
         count, seed = self.classes * self.recipe.ipc, self.recipe.seed
         size = min(self.recipe.distill.batch, count)
@@ -455,11 +456,11 @@ class Distillation:
             tensor.copy_(before)
         o.load_momentum(kept[3], state.iteration)
 
-    # --- what is worth knowing --------------------------------------------------------------------------------------
+    # --- reported values --------------------------------------------------------------------------------------------
 
     @staticmethod
     def _figures(results: list[tuple[NamedPhase, PhaseResult]], agreed: _Agreed) -> dict[str, float]:
-        """Per phase: matching loss, cosine and norm ratio of the student's displacement to the expert's, student's loss."""
+        """Return per phase the matching loss, cosine and norm ratio of the displacements, and the student's loss."""
         figures: dict[str, float] = {}
         for (p, r), student_loss in zip(results, agreed.student_losses, strict=True):
             figures[f"loss_{p.stage}"] = float(r.match.loss)
@@ -469,7 +470,7 @@ class Distillation:
         return figures
 
     def _alignment(self, state: State, results: list[tuple[NamedPhase, PhaseResult]]) -> dict[str, dict[str, float]]:
-        """Per phase: how far the student follows the expert, by class group. The same on every rank, before the step."""
+        """Return ``alignment`` per phase, for the state before the step. Equal on every rank."""
         alpha, layout, counts = state.alpha, self.student.layout, self.facts.counts
         return {
             p.stage: alignment(p.phase.start_P, p.phase.target_P, r.gradient_sum_P, alpha, layout, counts)
@@ -479,8 +480,11 @@ class Distillation:
 
 @dataclass(frozen=True)
 class _Agreed:
-    """Summed over the ranks: whether one was asked to stop, and whether a checkpoint is due by time; per phase, which is not
-    finite and the student's mean loss; the squared norm of the total pixel gradient of each class."""
+    """Values summed over the ranks.
+
+    ``stop``: a rank was asked to stop. ``save``: a checkpoint is due by time. Per phase: ``broken``, non-zero if not
+    finite, and the student's mean loss. ``class_squares_K``: squared norm of each class's total pixel gradient.
+    """
 
     stop: bool
     save: bool
@@ -494,7 +498,7 @@ def _never() -> Any:
 
 
 def class_weights(counts: tuple[int, ...], kind: str, offset: float) -> Tensor:
-    """w_c = (n_c + f) / (sum n + f), shape (K,); ``mean-one`` scales them to mean 1 (LAD, weight mismatch avoidance)."""
+    """w_c = (n_c + f) / (sum n + f), shape (K,); ``mean-one`` scales the mean to 1 (LAD, weight mismatch avoidance)."""
     n_K = torch.tensor(counts, dtype=torch.float64)
     weights_K = (n_K + offset) / (n_K.sum() + offset)
     if kind == "mean-one":

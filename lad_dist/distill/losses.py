@@ -1,4 +1,4 @@
-"""The student's loss, and its gradient by a linear classifier in closed form.
+"""The student's loss, and its closed-form gradient for a linear classifier.
 
 Shapes: B images of a batch, D features, K classes, P weights of the classifier.
 """
@@ -15,9 +15,9 @@ from torch import Tensor
 def soft_cross_entropy(
     logits_BK: Tensor, label_logits_BK: Tensor, class_weights_K: Tensor | None, whole: int | None = None
 ) -> Tensor:
-    """l = -(1/B) sum_b sum_c w_c p_bc log q_bc, p = softmax(label logits), q = softmax(student's logits); LAD, section 4.1.
+    """l = -(1/B) sum_b sum_c w_c p_bc log q_bc with p = softmax(label logits), q = softmax(logits); LAD, section 4.1.
 
-    ``class_weights_K`` None means 1 for every class. ``whole`` is B where the images given are only a part of a batch.
+    ``class_weights_K`` None means 1 for every class. ``whole`` is B if the images are only part of a batch.
     """
     p_BK = F.softmax(label_logits_BK, dim=1)
     if class_weights_K is not None:
@@ -33,10 +33,10 @@ def linear_gradient(
     shapes: Sequence[tuple[int, ...]],
     whole: int,
 ) -> tuple[Tensor, Tensor]:
-    """(g, loss): the classifier's gradient in closed form, so that differentiating it again costs one small graph.
+    """Return (g, loss): the classifier's closed-form gradient, whose derivative needs only one small graph.
 
-    With r_bc = w_c p_bc, dl/dlogits_b = (sum_c r_bc) q_b - r_b, over the ``whole`` batch's B; the linear layer then gives
-    dW = dlogits^T F. ``shapes`` are the weight's and the bias's.
+    With r_bc = w_c p_bc, dl/dlogits_b = (sum_c r_bc) q_b - r_b, over B = ``whole``, and dW = dlogits^T F. ``shapes``
+    are those of weight and bias.
     """
     weight_shape, bias_shape = shapes
     count = weight_shape[0] * weight_shape[1]

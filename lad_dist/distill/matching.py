@@ -1,6 +1,6 @@
-"""The matching loss of one phase and its gradients with respect to what the student was fed.
+"""The matching loss of one phase and its gradients with respect to the student's inputs.
 
-Shapes: P parameters of the whole network; a phase compares the ``span`` of them that it is about.
+Shapes: P parameters of the whole network; a phase compares those in its ``span``.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from lad_dist.methods import MatchingLoss
 
 @dataclass(frozen=True)
 class Match:
-    """How far a student came towards its expert (0-dim tensors unless said otherwise).
+    """Result of matching a student to its expert (0-dim tensors unless stated otherwise).
 
-    ``loss`` is L = ||theta_t - alpha G - theta*||^2 / ||theta_t - theta*||^2, ``direction_P`` the vector v whose product
-    with the gradient g_i of step i has dL/d(pixels, labels of batch i) as its gradient, ``alpha_gradient`` dL/dalpha.
-    ``cosine`` and ``norm_ratio`` compare the student's displacement with the expert's.
+    ``loss`` is L = ||theta_t - alpha G - theta*||^2 / ||theta_t - theta*||^2, ``direction_P`` the vector v whose
+    product with the gradient g_i of step i has dL/d(pixels, labels of batch i) as its gradient, ``alpha_gradient``
+    dL/dalpha. ``cosine`` and ``norm_ratio`` compare the student's displacement with the expert's.
     """
 
     loss: Tensor
@@ -40,15 +40,17 @@ def match(
 ) -> Match:
     """Compare a student's displacement -alpha G with the expert's theta* - theta_t over ``span``.
 
-    The gradient is TESLA's (Cui et al., ICML 2023, arXiv 2211.10586): every g_i is differentiated at fixed theta_i, which is
-    why it needs no graph through the whole unroll, and differs from the fully unrolled gradient by 5 to 10%:
-    v = 2 (alpha (theta* - theta_t) + alpha^2 G) / ||theta_t - theta*||^2,
-    dL/dalpha = -2 (theta_t - alpha G - theta*) . G / ||.||^2.
-    With a ``loss`` of its own, a function of the displacement d = -alpha G, v = -alpha dL/dd and dL/dalpha = -dL/dd . G.
+    The gradient is TESLA's (Cui et al., ICML 2023, arXiv 2211.10586): every g_i is differentiated at fixed theta_i, so
+    it needs no graph through the whole unroll, and differs from the fully unrolled gradient by 5 to 10%:
+
+        v = 2 (alpha (theta* - theta_t) + alpha^2 G) / ||theta_t - theta*||^2
+        dL/dalpha = -2 (theta_t - alpha G - theta*) . G / ||.||^2
+
+    With a custom ``loss``, a function of the displacement d = -alpha G, v = -alpha dL/dd and dL/dalpha = -dL/dd . G.
 
     Raises:
-        NumericalError: start and target are equal over the span, so that the loss is not defined.
-        RecipeError: ``loss`` gives no scalar that depends on the displacement.
+        NumericalError: start and target are equal over the span, so the loss is undefined.
+        RecipeError: ``loss`` does not return a scalar that depends on the displacement.
     """
     expert = target_P[span] - start_P[span]
     summed = gradient_sum_P[span]
@@ -78,7 +80,7 @@ def match(
 
 
 def _by_autograd(loss: MatchingLoss, student_p: Tensor, expert_p: Tensor) -> tuple[Tensor, Tensor]:
-    """(L, dL/d student_p) of a method's own loss."""
+    """Return (L, dL/d student_p) of a custom matching loss."""
     with torch.enable_grad():
         moved_p = student_p.detach().requires_grad_()
         value: object = loss(moved_p, expert_p.detach())

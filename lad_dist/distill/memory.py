@@ -1,4 +1,4 @@
-"""How much the graphs of the student's steps will hold, measured on one step before the run, and the path to take."""
+"""Choice of the gradient path, from the memory of the student steps' graphs, measured on one step before the run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lad_dist.distill.student import Batch, GradientPath, Phase, Student, Synthe
 from lad_dist.ranks import Ranks
 from lad_dist.recipe import Recipe
 
-FREE_FRACTION = 0.6  # of the memory that is free, unless distill.memory_gb says otherwise
+FREE_FRACTION = 0.6  # of the free memory, unless distill.memory_gb is set
 
 
 def step_bytes(student: Student, synthetic: SyntheticSet, phase: Phase, batch: Batch) -> int:
-    """Bytes that the graph of one student step keeps alive: distinct storages saved for the backward passes."""
+    """Return the bytes that the graph of one student step keeps alive: distinct storages saved for backward."""
     storages: dict[int, int] = {}
 
     def note(saved: Tensor) -> Tensor:
@@ -39,9 +39,9 @@ def step_bytes(student: Student, synthetic: SyntheticSet, phase: Phase, batch: B
 def choose_path(
     recipe: Recipe, student: Student, synthetic: SyntheticSet, phase: Phase, sharing: int = 1
 ) -> tuple[GradientPath, str]:
-    """(path, why): the recipe's own choice, or for ``auto`` keep where all steps' graphs fit the memory there is.
+    """Return (path, reason): the recipe's choice, or for ``auto`` keep if the graphs of all steps fit into memory.
 
-    ``sharing`` ranks of this host share its memory; a GPU is a rank's own.
+    ``sharing`` ranks of this host share its memory; a GPU belongs to one rank.
     """
     if recipe.distill.gradient != "auto":
         return recipe.distill.gradient, f"distill.gradient is {recipe.distill.gradient}"
@@ -61,7 +61,7 @@ def choose_path(
 def faster(
     paths: Sequence[GradientPath], run: Callable[[GradientPath], object], ranks: Ranks, device: torch.device
 ) -> tuple[GradientPath, str]:
-    """(path, why): the one by which ``run`` takes least, after it has run once; the same on all ranks, which all call it."""
+    """Return (path, reason): the path with the shortest second ``run``, equal on all ranks. All ranks call it."""
     seconds: dict[GradientPath, float] = {}
     for path in paths:
         run(path)
@@ -74,7 +74,7 @@ def faster(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device: the GPU's own, or what the host (and its control group) still has."""
+    """Return the free memory of the device: of the GPU, or of the host (and its control group)."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     host = (

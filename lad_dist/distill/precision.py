@@ -1,4 +1,4 @@
-"""The student's convolutions in bfloat16, and what that does to the gradient of the images."""
+"""bfloat16 convolutions of the student, and their effect on the gradient of the images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lad_dist.ranks import Ranks
 
 
 def set_precision(module: nn.Module, name: str) -> None:
-    """Let the convolutions of ``module`` compute in "float32" or "bfloat16"."""
+    """Set the precision of the convolutions of ``module``: "float32" or "bfloat16"."""
     for each in module.modules():
         if isinstance(each, Convolution):
             each.rounded = name == "bfloat16"
@@ -32,9 +32,9 @@ def _computing_in(module: nn.Module, name: str, afterwards: str) -> Iterator[Non
 def cosines_to_float32(
     student: Student, synthetic: SyntheticSet, phases: Sequence[Phase], path: GradientPath, ranks: Ranks
 ) -> list[float]:
-    """For each phase, the cosine between the pixels' gradients in bfloat16 and in float32, over all ranks' images.
+    """Return, per phase, the cosine between the pixel gradients in bfloat16 and in float32, over all ranks' images.
 
-    All ranks must call it. Afterwards the student computes in bfloat16.
+    All ranks must call it. Leaves the student in bfloat16.
     """
     found = []
     for phase in phases:

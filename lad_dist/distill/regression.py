@@ -1,23 +1,24 @@
 """The regression phase: a linear classifier fitted in closed form to the set's features must predict real images.
 
 Source: Zhou et al., "Dataset Distillation using Neural Feature Regression" (FRePo), NeurIPS 2022, arXiv 2206.00719,
-equation 5. What differs here: the feature networks are checkpoints of the representation experts instead of a pool that is
-trained on the synthetic set; the real batch holds every class equally often, so that the tail counts as much as the head
-without class weights; the targets may be the classifier experts' soft labels.
+equation 5. Differences: the feature networks are checkpoints of the representation experts instead of a pool trained on
+the synthetic set; the real batch is class-balanced, so the tail counts as much as the head without class weights; the
+targets may be the classifier experts' soft labels.
 
 With the backbone of a checkpoint fixed, F the features of a batch of the set and p its soft labels, ridge regression
 predicts real features R by
 
     q = 1/K + R F^T (F F^T + ridge * mean(diag F F^T) I)^-1 (p - 1/K)
 
-and the loss is the mean over real images of ||q - target||^2. It is what training a last layer *to the end* on the set
-would do, where a matching phase follows a student for a few steps (benchmarks/notes-convergence.md has what that is worth).
-Each iteration may see a random part of the features (``distill.regression_dropout``): so a few checkpoints serve as many
-networks, and the set does not fit itself to any one of their features.
+and the loss is the mean over real images of ||q - target||^2. This corresponds to training a last layer *to
+convergence* on the set, whereas a matching phase follows a student for a few steps (measured in
+benchmarks/notes-convergence.md). Each iteration may use a random subset of the features
+(``distill.regression_dropout``), so that a few checkpoints serve as many networks and the set does not overfit the
+features of any one of them.
 
-Over ranks, rank 0 computes the real features, which all receive. Every rank computes the features of its own images; their
-sum over ranks, each in its own rows, is the whole batch's. The small regression is then the same everywhere, and each rank
-takes its own rows of the gradient back to its pixels.
+With several ranks, rank 0 computes the real features and broadcasts them. Each rank computes the features of its own
+images and writes them to its own rows; the sum over ranks is the whole batch's. The small regression is then computed
+identically on every rank, and each rank backpropagates its own rows of the gradient to its pixels.
 
 Shapes: B images of a synthetic batch, b of them on this rank, R real images, K classes, D features and a constant one.
 """
@@ -41,7 +42,7 @@ from lad_dist.seeds import rng
 
 @dataclass(frozen=True)
 class RealFeatures:
-    """Features (R, D) of real images under one checkpoint, what to predict for them (R, K), and their classes (R,)."""
+    """Features (R, D) of real images under one checkpoint, their targets (R, K), and their classes (R,)."""
 
     features_RD: Tensor
     targets_RK: Tensor
@@ -50,7 +51,7 @@ class RealFeatures:
 
 @dataclass(frozen=True)
 class RegressionResult:
-    """The loss, the accuracy on the real batch (0-dim tensors, the same on every rank) and the gradients of this rank's images."""
+    """Loss, accuracy on the real batch (0-dim, equal on every rank) and the gradients of this rank's images."""
 
     loss: Tensor
     accuracy: Tensor
@@ -59,14 +60,14 @@ class RegressionResult:
 
     @property
     def alpha_gradient(self) -> Tensor:
-        """The student's learning rate takes no part."""
+        """Zero: the loss does not depend on the student's learning rate."""
         return torch.zeros_like(self.loss)
 
 
 class RealBatches:
-    """The real images of every iteration, on rank 0. ``teacher(rows)`` gives the logits of training images for soft targets.
+    """The real images of each iteration, on rank 0. ``teacher(rows)`` returns training images' logits for soft targets.
 
-    A batch holds as many images of every class, within a class without repeats as far as they go.
+    A batch is class-balanced; a class's images repeat only when it has too few.
     """
 
     def __init__(self, recipe: Recipe, data: PreparedData, teacher: Callable[[np.ndarray], Tensor] | None) -> None:
@@ -79,7 +80,7 @@ class RealBatches:
 
     @torch.no_grad()
     def features(self, student: Student, theta_P: Tensor, iteration: int) -> RealFeatures:
-        """The real batch of an iteration as the backbone of ``theta_P`` sees it: a function of (seed, iteration)."""
+        """Return features of an iteration's real batch under ``theta_P``: a function of (seed, iteration)."""
         recipe, counters = self._recipe, ("distill", iteration, "regression")
         draws = rng(recipe.seed, *counters, "real")
         each = -(-recipe.distill.regression_batch // len(self._members))
@@ -94,13 +95,16 @@ class RealBatches:
 
 
 def _some(draws: np.random.Generator, members: np.ndarray, count: int) -> np.ndarray:
-    """``count`` members, all of them once before one comes again."""
+    """Draw ``count`` members; each is drawn once before any repeats."""
     turns = [draws.permutation(members) for _ in range(-(-count // len(members)))]
     return np.concatenate(turns)[:count]
 
 
 def kept_features(recipe: Recipe, features: int, iteration: int) -> Tensor | None:
-    """Which of the features an iteration's regression uses (D,), 1 or 0; None for all of them. The same on every rank."""
+    """Return the mask (D,), 1 or 0, of features that an iteration's regression uses; None for all.
+
+    It is equal on every rank.
+    """
     dropout = recipe.distill.regression_dropout
     if dropout == 0:
         return None
@@ -120,10 +124,10 @@ def regress(
     ridge: float,
     kept_D: Tensor | None = None,
 ) -> RegressionResult:
-    """The regression's loss and its gradients by this rank's images and labels. All ranks call it.
+    """Return the regression's loss and its gradients for this rank's images and labels. All ranks call it.
 
-    ``batch`` are this rank's images of a synthetic batch, and ``rows_in_batch_b`` their places in it. ``kept_D``: see
-    ``kept_features``; a feature that is left out is one that is 0 everywhere.
+    ``batch`` holds this rank's images of a synthetic batch, and ``rows_in_batch_b`` their positions in it. ``kept_D``:
+    see ``kept_features``; a dropped feature is 0 for every image.
     """
     device, classes = theta_P.device, synthetic.logits_SK.shape[1]
     kept_D = real.features_RD.new_ones(real.features_RD.shape[1]) if kept_D is None else kept_D

@@ -1,13 +1,13 @@
-"""The record of a distillation in its run's ``events.jsonl``, from which it can be done again bit for bit.
+"""The record of a distillation in its run's ``events.jsonl``, from which it can be repeated bit for bit.
 
-What a distillation draws from the experts that happened to be complete is not a function of its recipe
-(``buffer.start_after``), so it is recorded: ``initial-set`` names the experts that made the initial set, every
-``iteration`` its windows as [stage, expert, start epoch] and its gradient path, which depends on the memory there was.
-Everything else is drawn from counters. Bit for bit holds on a CPU with the same number of threads and ranks.
+Which experts are complete when a window is drawn does not follow from the recipe (``buffer.start_after``), so it is
+recorded: ``initial-set`` lists the experts that made the initial set, each ``iteration`` its windows as [stage, expert,
+start epoch] and its gradient path, which depends on the available memory. All other draws are counter-based. Bit for
+bit holds on a CPU with the same number of threads and ranks.
 
-A run that was killed goes on from its last checkpoint and does the iterations after it again, with experts that may be
-others by then. So what an iteration's last record says is what shaped the set, and a record of an iteration beyond the
-checkpoint that a run was continued from belongs to a course that came to nothing.
+A killed run continues from its last checkpoint and repeats the iterations after it, possibly with other experts. So the
+last record of an iteration is the valid one, and records of iterations beyond the checkpoint that a run continued from
+are discarded.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ from lad_dist.rundir import RunDir
 from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import Stage
 
-Chosen = tuple[tuple[PhaseName, int, int], ...]  # what the phases of one iteration drew: phase, expert, start epoch
+Chosen = tuple[tuple[PhaseName, int, int], ...]  # draws of one iteration's phases: phase, expert, start epoch
 
-# Fields of the experts and the distillation in which a replay's recipe may differ from the recorded run's: they only decide
-# which experts are drawn, which the record knows, and how many iterations there are.
+# Expert and distillation fields in which a replay's recipe may differ from the recorded run's: they only affect which
+# experts are drawn, which is recorded, and the number of iterations.
 _FREE = ("experts.count", "buffer.start_after", "distill.iterations")
 
 
 @dataclass
 class _Course:
-    """What the events say of the distillation's course so far."""
+    """The course of the distillation according to the events read so far."""
 
     experts: tuple[int, ...] | None = None
-    windows: dict[int, Chosen] = field(default_factory=dict)  # by iterations done before
+    windows: dict[int, Chosen] = field(default_factory=dict)  # by number of previous iterations
     paths: dict[int, GradientPath] = field(default_factory=dict)
     replayed_from: str | None = None
 
 
 @dataclass(frozen=True)
 class ReplayRecord:
-    """What a run's distillation drew, from its first iteration on. Plain values: it travels to other processes."""
+    """Draws of a run's distillation from its first iteration on. Plain values, which can be sent to other processes."""
 
     run: str
-    experts: tuple[int, ...]  # that made the initial set
+    experts: tuple[int, ...]  # of the initial set
     windows: tuple[Chosen, ...]
     paths: tuple[GradientPath, ...]
 
     @classmethod
     def read(cls, folder: Path, recipe: Recipe, into: RunDir) -> ReplayRecord:
-        """The record of the run in ``folder``, to distill ``recipe`` by in the run folder ``into``.
+        """Read the record of the run in ``folder``, to distill ``recipe`` with it in the run folder ``into``.
 
         Raises:
-            RunDirError: it is not a run folder, or ``into`` itself; its recipe differs in a field that matters; the record
-                of an iteration is missing.
+            RunDirError: ``folder`` is not a run folder, or is ``into`` itself; its recipe differs in a relevant field;
+                the record of an iteration is missing.
         """
         run = RunDir.existing(folder)
         if folder.resolve() == into.root.resolve():
@@ -85,11 +85,11 @@ class ReplayRecord:
         )
 
     def window(self, phase: PhaseName, iteration: int) -> tuple[int, int]:
-        """(expert, start epoch) that the run drew for a phase of iteration ``iteration`` + 1."""
+        """Return the (expert, start epoch) that the run drew for a phase of iteration ``iteration`` + 1."""
         return next((expert, epoch) for at, expert, epoch in self.windows[iteration] if at == phase)
 
     def check(self, buffer: Buffer, recipe: Recipe) -> None:
-        """Raises TrajectoryError if a checkpoint is not in ``buffer``; names it and the first iteration that needs it."""
+        """Raise TrajectoryError if ``buffer`` lacks a checkpoint; names it and the first iteration that needs it."""
         e, length = recipe.experts, recipe.distill.window_epochs
         last: tuple[Stage, int] = (
             ("classifier", e.classifier_epochs) if recipe.uses_classifier_experts else ("representation", e.epochs)
@@ -115,7 +115,7 @@ class ReplayRecord:
                 )
 
     def check_continues(self, into: RunDir, done: int) -> None:
-        """Raises RunDirError if what is in ``into``, ``done`` iterations, was not distilled as this record says."""
+        """Raise RunDirError if the ``done`` iterations in ``into`` were not distilled according to this record."""
         own = _course(read_events(into.events))
         same = [own.experts == self.experts, *(own.windows.get(i) == self.windows[i] for i in range(done))]
         if not all(same):
@@ -128,7 +128,7 @@ class ReplayRecord:
 
 
 def check_not_replayed(into: RunDir) -> None:
-    """Raises RunDirError if the distillation to be continued in ``into`` is a replay, which must go on as one."""
+    """Raise RunDirError if the distillation to continue in ``into`` is a replay, which must continue as one."""
     other = _course(read_events(into.events)).replayed_from
     if other is not None:
         raise RunDirError(
@@ -148,7 +148,7 @@ def _course(events: Iterable[Event]) -> _Course:
     course = _Course()
     for event in events:
         kind, at = event["kind"], event.get("iteration")
-        if kind == "initial-set":  # from the start, whatever was there before
+        if kind == "initial-set":  # a new start: discard everything before
             course = _Course(experts=_experts(event.get("experts")))
         elif kind == "distill-started" and isinstance(at, int):
             course.windows = {i: w for i, w in course.windows.items() if i < at}
@@ -178,8 +178,8 @@ def _windows(value: Any) -> Chosen | None:
 
 
 def _changes(recorded: Recipe, asked: Recipe) -> list[str]:
-    """``field is X there, Y here`` for the fields that matter."""
+    """Return ``field is X there, Y here`` for each relevant field."""
     stages = ["experts", "distill"]
-    if asked.distill.select != "last":  # then how networks are measured decides which set is kept
+    if asked.distill.select != "last":  # then the evaluation settings affect which set is kept
         stages.append("evaluate")
     return [str(d) for d in differences(recorded, asked) if affects(d.field) in stages and d.field not in _FREE]

@@ -1,4 +1,4 @@
-"""Which rank holds which synthetic images: contiguous shares of the class-major set, as even as they can be.
+"""Assignment of synthetic images to ranks: contiguous shares of the class-major set, of nearly equal size.
 
 Shapes: S synthetic images, B of one batch, K classes.
 """
@@ -17,7 +17,8 @@ from lad_dist.ranks import Ranks
 class Share:
     """Rows ``first`` to ``end`` (exclusive) of the ``total`` rows of the whole set.
 
-    A boundary may fall inside a class, a share may be smaller than a class, and with more ranks than images it is empty.
+    A boundary may fall inside a class, a share may be smaller than a class, and with more ranks than images it may be
+    empty.
     """
 
     first: int
@@ -26,7 +27,7 @@ class Share:
 
     @classmethod
     def of(cls, total: int, ranks: Ranks) -> Share:
-        """The share of a rank: sizes differ by one at most."""
+        """Return a rank's share; sizes differ by at most one."""
         bounds = [total * r // ranks.world for r in (ranks.rank, ranks.rank + 1)]
         return cls(bounds[0], bounds[1], total)
 
@@ -35,15 +36,14 @@ class Share:
         return slice(self.first, self.end)
 
     def part(self, rows_B: np.ndarray, drawn: augment.Draw) -> tuple[np.ndarray, augment.Draw, np.ndarray]:
-        """The part of a batch that lies in this share: its rows counted from the share's first, their augmentation, and their
-        places in the batch.
+        """Return the part of a batch in this share: (rows relative to its first, augmentation, positions in the batch).
 
-        ``rows_B`` are rows of the whole set and ``drawn`` the parameters of all of them, so a row is augmented alike on
-        whichever rank it lies.
+        ``rows_B`` are rows of the whole set and ``drawn`` the parameters of all of them, so a row's augmentation does
+        not depend on the rank that holds it.
         """
         places = np.flatnonzero((rows_B >= self.first) & (rows_B < self.end))
         return rows_B[places] - self.first, drawn.rows(places), places
 
     def classes(self, ipc: int) -> np.ndarray:
-        """The class of each row of the share, where every class has ``ipc`` rows."""
+        """Return the class of each row of the share, given ``ipc`` rows per class."""
         return np.arange(self.first, self.end) // ipc

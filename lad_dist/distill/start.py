@@ -1,6 +1,7 @@
-"""Where a distillation begins and ends: the initial synthetic set made of real images, and the set that is published.
+"""Start and end of a distillation: building the initial synthetic set from real images, and publishing the result.
 
 Rank 0 does both; the other ranks never hold a training image.
+
 Shapes: S synthetic images, N training images, K classes.
 """
 
@@ -31,7 +32,7 @@ from lad_dist.trajectories.schema import Stage
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a rank needs to know of the training images without having them. ``size`` is a side in pixels."""
+    """Properties of the training images for ranks that do not hold them. ``size`` is the side in pixels."""
 
     channels: int
     size: int
@@ -47,9 +48,9 @@ class DataFacts:
 def first_set(
     recipe: Recipe, data: PreparedData, student: Student, windows: Windows, screen: Screen, events: Events
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """(images (S, C, H, H), label logits (S, K), how the labels came about): real images with the experts' logits as labels.
+    """Return (images (S, C, H, H), label logits (S, K), label statistics), on the CPU.
 
-    On the host.
+    The images are real ones, labelled with the experts' logits.
     """
     stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
     d, cache = recipe.distill, dict[int, Tensor]()
@@ -92,7 +93,10 @@ def first_set(
 def mean_logits(
     recipe: Recipe, data: PreparedData, student: Student, windows: Windows
 ) -> Callable[[np.ndarray], Tensor]:
-    """Logits (N, K) of training images by number: the mean over the last checkpoints of the experts that label images."""
+    """Return a function from indices of training images to logits (N, K).
+
+    The logits are the mean over the last checkpoints of the experts that label images.
+    """
     stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
 
     def of(indices: np.ndarray) -> Tensor:

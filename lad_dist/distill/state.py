@@ -1,9 +1,9 @@
-"""The state of a distillation between iterations: what a checkpoint holds, and all that a resumed run needs.
+"""The state of a distillation between iterations, as checkpoints store it; sufficient to resume a run.
 
     checkpoints/distill/iteration-000100/shard-000-of-002.safetensors
 
-Every rank writes its own share of the synthetic set; the folder appears whole, by one rename. Any number of ranks reads
-it, each its own share, so a run may go on with more or fewer ranks than it began with.
+Every rank writes its own share of the synthetic set; the folder is published atomically, by one rename. Any number of
+ranks can read it, each its own share, so a run may continue with more or fewer ranks than before.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from lad_dist.rundir import load_tensors, publish_shared_folder, remove, save_te
 
 _SHARD = re.compile(r"shard-(\d{3,})-of-(\d{3,})\.safetensors")
 _FOLDER = re.compile(r"iteration-(\d{6,})")
-_SHARED = ("alpha", "momentum_alpha")  # the same on every rank; all others are rows of the set
+_SHARED = ("alpha", "momentum_alpha")  # equal on every rank; all others are rows of the set
 
 
 class State:
-    """A rank's share of the synthetic set, its optimizers and the number of iterations done.
+    """A rank's share of the synthetic set, its optimizers and the number of completed iterations.
 
-    ``initial_SCHH`` are the images it started from and ``initial_logits_SK`` their label logits (None: resumed from a checkpoint
-    of an older version, which did not keep them); ``label_source`` counts how the labels came about.
+    ``initial_SCHH`` are the initial images and ``initial_logits_SK`` their label logits (None: resumed from a
+    checkpoint of an older version, which lacks them); ``label_source`` holds statistics of the initial labels.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class State:
         return self.optimizers.alpha
 
     def finite(self) -> bool:
-        """Whether every number of the share is finite, and the learning rate positive."""
+        """Return whether all values of the share are finite and the learning rate is positive."""
         o = self.optimizers
         return bool(o.images_SCHH.isfinite().all() & o.logits_SK.isfinite().all() & o.alpha.isfinite() & (o.alpha > 0))
 
@@ -65,7 +65,7 @@ class State:
         """Publish the checkpoint in ``folder`` and remove older ones. All ranks call it, at the same iteration.
 
         Raises:
-            StorageError: on every rank, where one of them cannot write (the previous checkpoint stays).
+            StorageError: on every rank, if any rank cannot write (the previous checkpoint stays).
         """
         final = folder / f"iteration-{self.iteration:06d}"
         o = self.optimizers
@@ -89,7 +89,7 @@ class State:
             save_tensors({k: t.clone() for k, t in tensors.items()}, path, metadata)
             return [path]
 
-        if ranks.share(final.exists()):  # a run that stopped right after a checkpoint
+        if ranks.share(final.exists()):  # the run stopped right after a checkpoint
             return
         publish_shared_folder(final, write, ranks.rank, ranks.share, ranks.gather)
         if ranks.first:
@@ -98,7 +98,7 @@ class State:
 
     @classmethod
     def load(cls, folder: Path, recipe: Recipe, device: torch.device, ranks: Ranks = ALONE) -> State | None:
-        """This rank's share of the newest checkpoint in ``folder``; None where there is none.
+        """Load this rank's share of the newest checkpoint in ``folder``; None if there is none.
 
         Raises:
             DistilledError: it is damaged, incomplete, or of another recipe.
@@ -114,7 +114,7 @@ class State:
                 for name, tensor in shards[0][0].items()
             }
             rows = Share.of(len(whole["images"]), ranks).rows
-            # clones: tensors parsed in place lie where the file put them, and alignment changes the last bits of some sums
+            # clone: parsed tensors keep the file's memory alignment, which changes the last bits of some sums
             tensors = {k: (t if k in _SHARED else t[rows]).to(device).clone() for k, t in whole.items()}
             state = cls(
                 recipe,
@@ -139,13 +139,13 @@ class State:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, oldest first."""
+    """Return the checkpoints in ``folder``, oldest first."""
     found = [p for p in folder.iterdir() if _FOLDER.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files of one checkpoint in the order of their ranks. Raises ValueError where they are not all there."""
+    """Return the files of one checkpoint in rank order. Raises ValueError if any is missing."""
     found = {int(m[1]): (int(m[2]), p) for p in folder.iterdir() if (m := _SHARD.fullmatch(p.name))}
     worlds = {world for world, _ in found.values()}
     if len(worlds) != 1 or set(found) != set(range(worlds.pop())):
@@ -155,7 +155,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A shard whose checksum is right. Those of versions that wrote none have exactly the other entries. Raises ValueError."""
+    """Read a shard and verify its checksum, which older versions did not write, and its entries. Raises ValueError."""
     tensors, metadata = load_tensors(path)
     known = {"iteration", "recipe_hash", "sha256"}
     strange = [name for name in metadata if name not in known and not name.startswith("label_source.")]
@@ -165,7 +165,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _trajectory_hash(recipe: Recipe) -> str:
-    """The hash of what determines the course of a distillation: how it is evaluated or saved does not."""
+    """Hash the fields that determine the course of a distillation, excluding how it is evaluated or saved."""
     doc = recipe.model_dump(mode="json", include={"method", "ipc", "seed", "distill"})
     doc["distill"] = without_later_defaults("distill", fields_that_affect("distill", "distill", doc["distill"]))
     if recipe.can_grow:

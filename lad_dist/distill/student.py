@@ -1,19 +1,20 @@
-"""The student: N steps of SGD on synthetic batches from an expert's checkpoint, and the way back to pixels and labels.
+"""The student: N steps of SGD on synthetic batches from an expert's checkpoint, and its gradients by pixels and labels.
 
 Shapes: S synthetic images, B of one batch, C channels, H side, K classes, P parameters, D features.
 
-Three ways back give the same numbers. *keep* holds every step's graph until the direction v is known: one forward and one
-backward per step, then one backward through that backward. *recompute* holds nothing: it walks the N steps once for the
-sum G, then again with graphs, one step at a time, so its memory does not grow with N. *captured* does the same with each
-step as one CUDA graph (``captured.py``), for GPUs that would wait for the host between small kernels.
+Three gradient paths give the same numbers. *keep* holds every step's graph until the direction v is known: one forward
+and one backward per step, then one backward through that backward. *recompute* holds no graphs: it runs the N steps
+once for the sum G, then again with graphs, one step at a time, so its memory does not grow with N. *captured* does the
+same with each step as one CUDA graph (``captured.py``), for GPUs that would wait for the host between small kernels.
 
-The classifier phase needs neither: the backbone is frozen at the expert's, so all augmented views go through it once, the
-inner steps touch a linear layer only, and one backward pass per view returns to the pixels.
+The classifier phase is simpler: the backbone is frozen at the expert's, so all augmented views pass through it once,
+the inner steps update only a linear layer, and one backward pass per view reaches the pixels.
 
-Over ranks (``ranks.py``) every rank holds the same student and its own share of the synthetic set. A step's loss is a sum
-over images divided by the size of the *whole* batch, so the sum of the ranks' gradients is the gradient of one process,
-however the batch falls on them; that sum is the only thing they exchange. Each rank then differentiates v . g of its own
-images, which is v . g of all of them as far as its own pixels and labels are concerned.
+With several ranks (``ranks.py``) every rank holds the same student and its own share of the synthetic set. A step's
+loss is a sum over images divided by the size of the *whole* batch, so the sum of the ranks' gradients equals the
+gradient of a single process, however the batch is distributed; that sum is all they exchange. Each rank then
+differentiates v . g of its own images, which with respect to its own pixels and labels has the same gradient as v . g
+of all images.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ GradientPath = Literal["keep", "recompute", "captured"]
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of one synthetic batch: rows of its share of the set, and how they are augmented (None: not at all).
+    """This rank's part of one synthetic batch: rows of its share of the set, and their augmentation (None: none).
 
-    ``whole`` is the size of the batch over all ranks, by default that of this part.
+    ``whole`` is the size of the batch over all ranks; by default that of this part.
     """
 
     rows_B: Tensor
@@ -52,11 +53,11 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Images in the whole batch."""
+        """Number of images in the whole batch."""
         return len(self.rows_B) if self.whole is None else self.whole
 
     def views(self, synthetic: SyntheticSet, with_graph: bool) -> tuple[Tensor, Tensor]:
-        """(images (B, C, H, H), their augmented views), the second with a graph to the first on demand."""
+        """Return (images (B, C, H, H), their augmented views); optionally with a graph from images to views."""
         images_BCHH = synthetic.images_SCHH[self.rows_B].requires_grad_(with_graph)
         with torch.set_grad_enabled(with_graph):
             views_BCHH = (
@@ -67,7 +68,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class SyntheticSet:
-    """What is distilled: ``images_SCHH`` (whitened), ``logits_SK`` of the soft labels, and the student's learning rate."""
+    """The distilled tensors: ``images_SCHH`` (whitened), ``logits_SK`` of soft labels, the student's learning rate."""
 
     images_SCHH: Tensor
     logits_SK: Tensor
@@ -76,10 +77,10 @@ class SyntheticSet:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of one iteration: the window (flat vectors, P) and how the student trains on it.
+    """One phase of one iteration: the window (flat vectors, P) and the student's training on it.
 
-    ``class_weights_K`` weights the student's loss (weight mismatch avoidance) or is None; ``span`` is the part of the
-    parameters that is compared; ``classifier_only`` freezes the backbone.
+    ``class_weights_K`` weights the student's loss (weight mismatch avoidance) or is None; ``span`` is the compared part
+    of the parameters; ``classifier_only`` freezes the backbone.
     """
 
     start_P: Tensor
@@ -92,10 +93,10 @@ class Phase:
 
 @dataclass
 class PhaseResult:
-    """The gradients of one phase's matching loss (before lambda) and what is worth knowing about its student.
+    """The gradients of one phase's matching loss (before lambda) and statistics of its student.
 
-    ``match``, ``gradient_sum_P`` and ``final_P`` are the same on every rank; the gradients are of this rank's images, and
-    ``inner_losses`` what this rank's images contribute to the loss of each student step.
+    ``match``, ``gradient_sum_P`` and ``final_P`` are equal on every rank; the gradients are those of this rank's
+    images, and ``inner_losses`` the contribution of this rank's images to the loss of each student step.
     """
 
     match: Match
@@ -117,9 +118,9 @@ class PhaseResult:
 
 
 class Student:
-    """Unrolls phases for one network architecture. Its module supplies the computation, never the weights.
+    """Unroll phases for one network architecture. The module supplies the computation, never the weights.
 
-    ``loss`` is what phases match by; see ``methods.Method``.
+    ``loss`` is the matching loss of the phases; see ``methods.Method``.
 
     All ranks must run the same phases in the same order, each with its own part of the batches.
     """
@@ -131,7 +132,7 @@ class Student:
         self.captured = Captured()
 
     def run(self, synthetic: SyntheticSet, phase: Phase, path: GradientPath) -> PhaseResult:
-        """The matching loss of one phase and its gradients.
+        """Return the matching loss of one phase and its gradients.
 
         Raises:
             NumericalError: the window's two checkpoints are equal.
@@ -170,9 +171,9 @@ class Student:
         create_graph: bool,
         whole: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(g, loss) of one student step: the flat gradient (P,) of the loss at theta, with its own graph on demand.
+        """Return (g, loss) of one student step: the flat gradient (P,) of the loss at theta, optionally with its graph.
 
-        Of the images given, as part of a batch of ``whole`` images.
+        For the given images, as part of a batch of ``whole`` images.
         """
         logits_BK = functional.logits(self.module, self.layout.views(theta_P), images_BCHH)
         loss = soft_cross_entropy(logits_BK, label_logits_BK, class_weights_K, whole)
@@ -180,18 +181,18 @@ class Student:
         return gradient_P, loss.detach()
 
     def classifier_shapes(self) -> list[tuple[int, ...]]:
-        """Of the classifier's parameters, in the layout's order."""
+        """Return the shapes of the classifier's parameters, in the layout's order."""
         return [self.layout.shapes[self.layout.names.index(n)] for n in self.layout.classifier]
 
     def step_function(self, phase: Phase, whole: int, back: bool) -> StepFunction:
-        """A step of ``phase`` on a batch of ``whole`` images, or its way back, as a function of tensors."""
+        """Return a step of ``phase`` on a batch of ``whole`` images, or its backward, as a function of tensors."""
         rounded = any(getattr(m, "rounded", False) for m in self.module.modules())
         return StepFunction(self, phase.classifier_only, phase.class_weights_K is not None, whole, back, rounded)
 
     def replicated_gradient(
         self, theta_P: Tensor, synthetic: SyntheticSet, phase: Phase, batch: Batch
     ) -> tuple[Tensor, Tensor]:
-        """(g of the whole batch, this rank's loss) of a step without a graph, through DistributedDataParallel."""
+        """Return (g of the whole batch, this rank's loss) of a step without graph, through DistributedDataParallel."""
         if self._replica is None:
             self._replica = Replica(self.module, theta_P, self.ranks)
         _, views_BCHH = batch.views(synthetic, with_graph=False)
@@ -200,13 +201,13 @@ class Student:
 
 
 Back = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""The way back through one step, once: from v to the gradients of v . g by the batch's images and label logits."""
+"""Backward through one step, callable once: from v to the gradients of v . g by the batch's images and label logits."""
 
 
 class _Steps:
-    """How one phase takes its steps and comes back through them; here with every step's graph kept (*keep*).
+    """Forward steps and backward passes of one phase; this class keeps every step's graph (*keep*).
 
-    ``span``: the weights w that train.
+    ``span``: the trained weights w.
     """
 
     def __init__(self, student: Student, synthetic: SyntheticSet, phase: Phase) -> None:
@@ -215,18 +216,18 @@ class _Steps:
         self._ways = deque[Back | None]()
 
     def take(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor]:
-        """(g of the whole batch at ``w``, this rank's loss)."""
+        """Return (g of the whole batch at ``w``, this rank's loss)."""
         gradient_w, loss, back = self.step(batch, w)
         self._ways.append(back)
         return self.student.ranks.total(gradient_w), loss
 
     def ways_back(self) -> Iterator[Back | None]:
-        """Through every step, in order, each let go of when the next is asked for; None where this rank has no images."""
+        """Yield each step's backward in order, releasing it at the next; None if this rank has no images in it."""
         while self._ways:
             yield self._ways.popleft()
 
     def step(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor, Back | None]:
-        """(this rank's part of g, its loss, the way back)."""
+        """Return (this rank's part of g, its loss, its backward)."""
         if not len(batch.rows_B):
             return torch.zeros_like(w), w.new_zeros(()), None
         return self._step(batch, w)
@@ -244,12 +245,12 @@ class _Steps:
         return gradient_w.detach(), loss, back
 
     def labels(self, batch: Batch) -> Tensor:
-        """The label logits (B, K) of a batch."""
+        """Return the label logits (B, K) of a batch."""
         return self.synthetic.logits_SK[batch.rows_B]
 
 
 class _RecomputedSteps(_Steps):
-    """*recompute*: a first walk without graphs, through the reducer where there are ranks; the way back walks again."""
+    """*recompute*: a first pass without graphs, through the reducer with several ranks; backward repeats the steps."""
 
     def take(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor]:
         if self.student.ranks.world > 1:
@@ -269,8 +270,10 @@ class _RecomputedSteps(_Steps):
 
 
 class _ClassifierSteps(_Steps):
-    """The classifier alone trains: views go through the frozen backbone once, or again on the way back where ``keep`` is
-    off; the steps touch a linear layer."""
+    """Steps of the classifier alone: they update a linear layer on features of the frozen backbone.
+
+    Without ``keep`` the backward computes the features again.
+    """
 
     def __init__(self, student: Student, synthetic: SyntheticSet, phase: Phase, keep: bool) -> None:
         super().__init__(student, synthetic, phase)
@@ -292,7 +295,7 @@ class _ClassifierSteps(_Steps):
         return gradient_w, loss, back
 
     def _features(self, batch: Batch, with_graph: bool) -> tuple[Tensor, Tensor]:
-        """(images (B, C, H, H), features (B, D) of their views under the frozen backbone)."""
+        """Return (images (B, C, H, H), features (B, D) of their views under the frozen backbone)."""
         images_BCHH, views_BCHH = batch.views(self.synthetic, with_graph)
         backbone = self.student.layout.views(self.phase.start_P.detach())
         with torch.set_grad_enabled(with_graph):
@@ -303,7 +306,7 @@ class _ClassifierSteps(_Steps):
 
 
 class _CapturedSteps(_Steps):
-    """*captured*: steps and their ways back are functions of tensors, without graphs of autograd between them."""
+    """*captured*: steps and their backwards are functions of tensors, with no autograd graph between them."""
 
     def _step(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor, Back]:
         captured, function = self.student.captured, self.student.step_function
@@ -325,11 +328,11 @@ class _CapturedSteps(_Steps):
 
 @dataclass(frozen=True)
 class StepFunction:
-    """One student step as a function of tensors alone: equal ones compute the same.
+    """One student step as a function of tensors only; equal instances compute the same.
 
-    Of w (all weights, or the classifier's), the views (B, C, H, H), the label logits (B, K), on the way back the direction
-    v (as w), then the class weights where there are any, and where only the classifier trains all weights (P,). Gives
-    (g, loss), or on the way back the gradients of v . g by the views and the label logits.
+    Arguments: w (all weights, or the classifier's), the views (B, C, H, H), the label logits (B, K); for the backward
+    the direction v (shaped like w); the class weights, if any; all weights (P,), if only the classifier is trained.
+    Returns (g, loss), or for the backward the gradients of v . g by the views and the label logits.
     """
 
     student: Student = field(repr=False)
@@ -361,9 +364,9 @@ class StepFunction:
 
 
 class Replica:
-    """A copy of the student's module under DistributedDataParallel, whose reducer sums gradients while it computes them.
+    """A copy of the student's module under DistributedDataParallel, whose reducer sums gradients during backward.
 
-    It serves steps that need no graph of their gradient; the reducer cannot serve the others.
+    Usable only for steps that need no graph of their gradient.
     """
 
     def __init__(self, module: nn.Module, theta_P: Tensor, ranks: Ranks) -> None:
@@ -380,7 +383,10 @@ class Replica:
         class_weights_K: Tensor | None,
         whole: int,
     ) -> tuple[Tensor, Tensor]:
-        """(g (P,) of the whole batch at ``theta_P``, loss of the images given). Every rank must call it, with images or not."""
+        """Return (g (P,) of the whole batch at ``theta_P``, loss of the given images).
+
+        Every rank must call it, even without images.
+        """
         with torch.no_grad():
             pieces = theta_P.split([p.numel() for p in self._parameters])
             for parameter, piece in zip(self._parameters, pieces, strict=True):
@@ -389,9 +395,9 @@ class Replica:
         if len(images_BCHH):
             logits_BK = self._network(images_BCHH)
             loss = soft_cross_entropy(logits_BK, label_logits_BK, class_weights_K, whole)
-        else:  # the reducer waits for every rank: a picture of nothing takes part without weight
+        else:  # the reducer waits for every rank: contribute a blank image with weight 0
             loss = 0 * self._network(images_BCHH.new_zeros(1, *images_BCHH.shape[1:])).sum()
-        (loss * self._world).backward()  # the reducer averages over the ranks; wanted is the sum
+        (loss * self._world).backward()  # the reducer averages over the ranks; the sum is needed
         gradients = [p.grad for p in self._parameters]
         return torch.cat([g.reshape(-1) for g in gradients if g is not None]), loss.detach()
 

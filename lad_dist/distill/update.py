@@ -1,4 +1,4 @@
-"""The outer optimizers: one step each for pixels, labels and the student's learning rate."""
+"""The outer optimizers of pixels, labels and the student's learning rate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAMES = ("images", "labels", "alpha")
 
 
 class Gradients(Protocol):
-    """What a phase's loss says about the set."""
+    """The gradients of one phase's loss with respect to the synthetic set."""
 
     @property
     def loss(self) -> Tensor: ...
@@ -32,8 +32,8 @@ class Gradients(Protocol):
 class Optimizers:
     """The optimizers of a synthetic set, which is updated in place.
 
-    alpha takes SGD with momentum. Pixels and label logits take that too, or Adam (Kingma and Ba, arXiv 1412.6980) with
-    their momentum as beta_1 and 0.99 as beta_2. Hard labels stay as they are.
+    alpha uses SGD with momentum. Pixels and label logits use the same, or Adam (Kingma and Ba, arXiv 1412.6980) with
+    their momentum as beta_1 and 0.99 as beta_2. Hard labels are not updated.
     """
 
     def __init__(self, images_SCHH: Tensor, logits_SK: Tensor, alpha: Tensor, config: DistillConfig) -> None:
@@ -50,11 +50,11 @@ class Optimizers:
             )
 
     def synthetic_set(self) -> SyntheticSet:
-        """The set as it is now (shares the tensors)."""
+        """Return the current set (shares the tensors)."""
         return SyntheticSet(self.images_SCHH, self.logits_SK, self.alpha)
 
     def step(self, phases: Sequence[tuple[float, Gradients]], iteration: int = 0) -> None:
-        """One step along the sum of lambda times each phase's gradient, at the learning rates of ``iteration``."""
+        """Step along the sum of lambda times each phase's gradient, with the learning rates of ``iteration``."""
         self.images_SCHH.grad = torch.stack([lam * r.image_grad_SCHH for lam, r in phases]).sum(0)
         self.alpha.grad = torch.stack([lam * r.alpha_gradient for lam, r in phases]).sum(0).to(self.alpha.dtype)
         if self._config.labels == "soft":
@@ -69,7 +69,7 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def momentum_tensors(self) -> dict[str, Tensor]:
-        """The optimizers' state by name; a tensor that was never stepped has none."""
+        """Return the optimizers' state by name; a tensor that was never stepped has none."""
         found = {}
         for name, optimizer in self._optimizers.items():
             state = optimizer.state.get(self._tensor(name), {})
@@ -79,7 +79,7 @@ class Optimizers:
         return found
 
     def load_momentum(self, tensors: dict[str, Tensor], iteration: int) -> None:
-        """Put back what ``momentum_tensors`` gave after ``iteration`` iterations, and nothing else."""
+        """Restore the state that ``momentum_tensors`` returned after ``iteration`` iterations, replacing any other."""
         for name, optimizer in self._optimizers.items():
             optimizer.state.clear()
             momentum, square = tensors.get(f"momentum_{name}"), tensors.get(f"square_{name}")
@@ -99,7 +99,7 @@ class Optimizers:
 
 
 def schedule(config: DistillConfig, iteration: int) -> float:
-    """The factor on the learning rates of pixels and labels in iteration ``iteration`` + 1."""
+    """Return the factor on the learning rates of pixels and labels in iteration ``iteration`` + 1."""
     if config.schedule == "constant":
         return 1.0
     return (1 + math.cos(math.pi * iteration / config.iterations)) / 2

@@ -1,4 +1,4 @@
-"""Which piece of which expert's trajectory an iteration matches, and the weights at its two ends."""
+"""Windows: the segment of an expert trajectory that an iteration matches, and the weights at its two ends."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Window:
 
 
 class Windows:
-    """Draws windows and reads them from the buffer, or takes those that ``record`` names.
+    """Draw windows and read them from the buffer, or use those of ``record``.
 
-    ``experts`` are the ones to draw from: all of the recipe's, unless whoever knows better sets others.
+    ``experts`` are the experts to draw from: all of the recipe's, unless the caller sets others.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Windows:
         self.experts: Sequence[int] = range(recipe.experts.count)
 
     def start_bound(self, iteration: int) -> int:
-        """Start epochs of representation windows lie below this: DATM's schedule, linear from first to last value."""
+        """Return the exclusive bound of representation start epochs: DATM's schedule, linear from first to last."""
         d = self._recipe.distill
         if d.start_epoch_max_first is None or d.start_epoch_growth == 0:
             return d.start_epoch_max
@@ -50,7 +50,7 @@ class Windows:
         return d.start_epoch_max_first + int(grown)
 
     def choose(self, phase: PhaseName, iteration: int) -> tuple[int, int]:
-        """(expert, start epoch) of one phase of one iteration: recorded, or both uniform.
+        """Return (expert, start epoch) of one phase of one iteration: recorded, or both drawn uniformly.
 
         A function of (seed, iteration) and of the experts to draw from.
         """
@@ -66,19 +66,19 @@ class Windows:
         return expert, int(generator.integers(low, high))
 
     def checkpoint(self, iteration: int) -> Window:
-        """The checkpoint whose features the regression phase of an iteration uses; a window of no length."""
+        """Return the checkpoint whose features an iteration's regression phase uses, as a window of length 0."""
         expert, epoch = self.choose("regression", iteration)
         theta_P = self.weights("representation", expert, epoch)
         return Window("representation", expert, epoch, theta_P, theta_P)
 
     def draw(self, stage: Stage, iteration: int) -> Window:
-        """The window of one phase of one iteration, read from the buffer. Raises as ``weights`` does."""
+        """Draw the window of one phase of one iteration and read it from the buffer. Raises as ``weights``."""
         expert, epoch = self.choose(stage, iteration)
         target = epoch + self._recipe.distill.window_epochs
         return Window(stage, expert, epoch, self.weights(stage, expert, epoch), self.weights(stage, expert, target))
 
     def read_ahead(self, phases: Sequence[PhaseName], iteration: int) -> None:
-        """Begin to read what an iteration will need. New experts until then make this vain, and nothing else."""
+        """Start reading an iteration's checkpoints. If new experts complete first, the read is wasted, nothing else."""
         if iteration >= self._recipe.distill.iterations:
             return
         length, rows = self._recipe.distill.window_epochs, list[Row]()
@@ -91,29 +91,30 @@ class Windows:
         self.checkpoints.prefetch(rows)
 
     def weights(self, stage: Stage, expert: int, epoch: int) -> Tensor:
-        """All weights (P,) of a checkpoint on the device; a classifier expert's backbone is its last representation epoch.
+        """Return all weights (P,) of a checkpoint on the device.
 
-        The caller's to change. Raises TrajectoryError: a checkpoint is missing or damaged; names it and its file.
+        A classifier expert's backbone is its last representation epoch. The caller may modify the result. Raises
+        TrajectoryError if a checkpoint is missing or damaged; names it and its file.
         """
         whole, *classifier = (self.checkpoints.read(*row) for row in self._rows(stage, expert, epoch))
         whole_P = torch.tensor(whole)
         if classifier:
             whole_P[self._layout.span("classifier")] = torch.tensor(classifier[0])
-        if self._device.type == "cuda":  # from pinned memory, without waiting for the steps under way
+        if self._device.type == "cuda":  # from pinned memory, without waiting for running kernels
             return whole_P.pin_memory().to(self._device, non_blocking=True)
         return whole_P.to(self._device)
 
     def last(self, stage: Stage, expert: int) -> Tensor:
-        """The weights (P,) an expert ends with."""
+        """Return an expert's final weights (P,)."""
         e = self._recipe.experts
         return self.weights(stage, expert, e.epochs if stage == "representation" else e.classifier_epochs)
 
     def close(self) -> None:
-        """End the reading ahead."""
+        """Stop reading ahead."""
         self.checkpoints.close()
 
     def _rows(self, stage: Stage, expert: int, epoch: int) -> list[Row]:
-        """The rows of the buffer that make up a checkpoint's weights: the whole network, then what replaces a part of it."""
+        """Return the buffer rows of a checkpoint's weights: the whole network, then those that replace a part of it."""
         if stage == "representation":
             return [(stage, expert, epoch)]
         return [("representation", expert, self._recipe.experts.epochs), (stage, expert, epoch)]

@@ -1,4 +1,4 @@
-"""What every exported folder says of itself: where the set comes from, what its numbers mean. Written as lad_dist.json."""
+"""Metadata of an exported folder, lad_dist.json: the set's origin and the meaning of its numbers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lad_dist import methods
 from lad_dist.distilled import DistilledSet
 
 Form = Literal["pt", "png", "folder", "parquet", "hf"]
-ABOUT = "lad_dist.json"  # its presence says that a folder is an export, which --force may replace
+ABOUT = "lad_dist.json"  # marks a folder as an export, which --force may replace
 WHITENING = "whitening.safetensors"
 FORMAT = "lad-dist distilled set 1"
-IMPORTED = "imported"  # as ``DistilledMeta.method``, and as ``selection`` where nothing is known of it
+IMPORTED = "imported"  # value of ``DistilledMeta.method``, and of an unknown ``selection``
 _LONGEST_NAME = 60
 
 _OF_DATASET = {
@@ -30,16 +30,16 @@ _OF_DATASET = {
 
 
 def is_hard(distilled: DistilledSet) -> bool:
-    """Whether every label says its class and nothing else, as MTT's do."""
+    """Whether every label is one-hot, as in MTT."""
     one_hot_SK = F.one_hot(distilled.labels.long(), len(distilled.meta.class_names)).float()
     return torch.equal(distilled.soft_labels, one_hot_SK)
 
 
 def about(distilled: DistilledSet, form: Form) -> dict[str, Any]:
-    """The document of lad_dist.json: counts, shapes, learning rate, whitening, how the set was made, whom to cite."""
+    """Return the content of lad_dist.json: counts, shapes, learning rate, whitening, provenance, citations."""
     meta, whitening = distilled.meta, distilled.whitening
     recipe = {**meta.recipe}
-    if isinstance(recipe.get("data"), dict):  # where the data lay is nobody else's business
+    if isinstance(recipe.get("data"), dict):  # the local data path is private
         recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in ("root", "download")}
     how: dict[str, Any] = {"kind": whitening.kind, "eps": whitening.eps}
     if whitening.kind == "standardize":
@@ -71,24 +71,24 @@ def about(distilled: DistilledSet, form: Form) -> dict[str, Any]:
 
 
 def imbalance_factor(distilled: DistilledSet) -> float | None:
-    """Training images of the largest class over those of the smallest; None where a class has none."""
+    """Return the ratio of the largest to the smallest class's training images; None where a class has none."""
     counts = distilled.meta.counts
     return max(counts) / min(counts) if min(counts, default=0) else None
 
 
 def citations(distilled: DistilledSet) -> list[str]:
-    """Whom a publication that uses the set should cite: method, then data set. Empty where neither is known."""
+    """Return the citations for publications that use the set: method, then data set. Empty where neither is known."""
     method, dataset = distilled.meta.method, distilled.meta.dataset.split("/")[0]
     return [*methods.cited(method), *([_OF_DATASET[dataset]] if dataset in _OF_DATASET else [])]
 
 
 def as_json(document: dict[str, Any]) -> str:
-    """One text for files and for the schema of Parquet."""
+    """Format a document as JSON, for files and for the Parquet schema."""
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
 def class_folders(class_names: tuple[str, ...]) -> list[str]:
-    """A name for each class that every file system takes, in whose order sorting by name leaves them: ``003-Angora_cat``."""
+    """Return a portable folder name per class, like ``003-Angora_cat``; sorting them by name keeps the class order."""
     width = max(3, len(str(len(class_names) - 1)))
     plain = (unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode() for name in class_names)
     clean = (re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:_LONGEST_NAME] for name in plain)

@@ -1,6 +1,6 @@
-"""README.md of a Hugging Face data set: its YAML head, which the hub and ``datasets`` read, and its text.
+"""README.md of a Hugging Face data set: YAML front matter, which the hub and ``datasets`` read, and text.
 
-The head is written as JSON values, which YAML contains, so that no class name needs quoting of its own.
+The front matter's values are written as JSON, a subset of YAML, so that class names need no special quoting.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from lad_dist.distilled import DistilledSet
 from lad_dist.exchange.about import citations, imbalance_factor, is_hard
 from lad_dist.exchange.tables import HF_FILE, hf_features
 
-_MOST_CLASSES = 100  # listed with their training images
+_MOST_CLASSES = 100  # up to this many classes are listed with their training images
 
 _TEXT = """
 # {title}
@@ -52,7 +52,7 @@ Not chosen here: add `license:` to the head of this file. The images were made f
 
 
 def card(distilled: DistilledSet) -> str:
-    """The text of README.md."""
+    """Return the text of README.md."""
     return (
         "---\n"
         + "".join(f"{key}: {_json(value)}\n" for key, value in _head(distilled).items())
@@ -62,7 +62,7 @@ def card(distilled: DistilledSet) -> str:
 
 
 def _head(distilled: DistilledSet) -> dict[str, Any]:
-    """What ``datasets`` and the hub read. ``license`` is left to whoever publishes the set."""
+    """Return the front matter for ``datasets`` and the hub. ``license`` is left to the set's publisher."""
     features = [_yaml_feature(name, feature) for name, feature in hf_features(distilled).items()]
     return {
         "pretty_name": _title(distilled),
@@ -74,7 +74,7 @@ def _head(distilled: DistilledSet) -> dict[str, Any]:
 
 
 def _yaml_feature(name: str, feature: dict[str, Any]) -> dict[str, Any]:
-    """A column as the head has it."""
+    """Return a column's entry in the front matter."""
     if feature["_type"] == "Image":
         return {"name": name, "dtype": "image"}
     if feature["_type"] == "ClassLabel":

@@ -1,4 +1,4 @@
-"""One distilled set, published in one of the forms."""
+"""Export a distilled set in one of the forms."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from lad_dist.exchange.publishing import published_export
 def export(
     distilled: DistilledSet, form: Form, out: Path, force: bool = False, on_images: Progress = lambda _: None
 ) -> list[Path]:
-    """Publish the set as the folder ``out``; returns its files, sorted. ``on_images`` hears how many more are encoded.
+    """Publish the set as the folder ``out``; return its files, sorted.
 
-    ``force`` replaces an older export, and nothing else. The images that the distillation started from are not exported.
+    ``on_images`` is called with the number of newly encoded images. ``force`` replaces an older export, and nothing
+    else. The initial images of the distillation are not exported.
 
     Raises:
-        DistilledError: ``out`` is there and may not be replaced, or the images are neither grey nor colour.
+        DistilledError: ``out`` exists and may not be replaced, or the images are neither grey nor colour.
         StorageError: it cannot be written; nothing is left behind, and an older export is kept.
     """
     if len(distilled) == 0 or (form != "pt" and distilled.images.shape[1] not in (1, 3)):

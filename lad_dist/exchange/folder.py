@@ -1,10 +1,10 @@
-"""Pictures in folders: torchvision's ImageFolder with soft labels beside it; and grids alone.
+"""PNG folders in torchvision's ImageFolder layout with soft labels; grids alone.
 
-images/000-airplane/00000.png    one folder per class, in the order of the labels; whitening undone
+images/000-airplane/00000.png    one folder per class, in label order; whitening undone
 labels.csv                       file, class index, and a column per class with the probability
-lad_dist.json                    learning rate, whitening, how the set was made
-whitening.safetensors            the whitening itself, as data/whitening.py reads it
-README.md                        what the files are, and what PNG loses
+lad_dist.json                    learning rate, whitening, provenance
+whitening.safetensors            the whitening, as read by data/whitening.py
+README.md                        the files, and the loss of precision in PNG
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _README = """# {title}
 
 
 def write_folder(distilled: DistilledSet, folder: Path, on_images: Progress) -> None:
-    """Write all but lad_dist.json into ``folder``."""
+    """Write all files except lad_dist.json into ``folder``."""
     meta, names = distilled.meta, class_folders(distilled.meta.class_names)
     pictures_SHHC, labels = pixels(distilled, on_images), distilled.labels.tolist()
     width = max(5, len(str(len(labels) - 1)))
     files = [f"images/{names[c]}/{i:0{width}d}.png" for i, c in enumerate(labels)]
-    for name in names:  # a class without images is still a class
+    for name in names:  # classes without images get a folder too
         (folder / "images" / name).mkdir(parents=True)
     for file, picture in zip(files, pictures_SHHC, strict=True):
         (folder / file).write_bytes(png(picture))
@@ -63,7 +63,7 @@ def write_folder(distilled: DistilledSet, folder: Path, on_images: Progress) -> 
 
 
 def write_grids(distilled: DistilledSet, folder: Path, on_images: Progress) -> None:
-    """Write grid.png, a row per class, and classes/CLASS.png, that row alone; all but lad_dist.json."""
+    """Write all files except lad_dist.json: grid.png, one row per class, and classes/CLASS.png, each row alone."""
     pictures_SHHC, names = pixels(distilled, on_images), class_folders(distilled.meta.class_names)
     rows = [pictures_SHHC[distilled.labels == c] for c in range(len(names))]
     (folder / "grid.png").write_bytes(png_grid(rows))

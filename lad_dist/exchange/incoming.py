@@ -1,4 +1,4 @@
-"""A distilled set that was read from elsewhere, and what its labels mean.
+"""A distilled set read for import, and the interpretation of its labels.
 
 S images, K classes, C channels, H side.
 """
@@ -17,14 +17,14 @@ from lad_dist.errors import DistilledError
 
 Labels = Literal["logits", "probabilities", "indices"]
 LABELS: tuple[Labels, ...] = ("logits", "probabilities", "indices")
-_HARD_LABEL_LOGIT = 200.0  # as distillation with hard labels has it: softmax of it among zeros is one-hot in float32
-_SMALLEST = 1e-30  # probabilities below have no logarithm that float32's softmax gives back
-_SUM_WITHIN = 1e-3  # of 1: what rows of probabilities in half precision keep
+_HARD_LABEL_LOGIT = 200.0  # as in distillation with hard labels: its softmax among zeros is one-hot in float32
+_SMALLEST = 1e-30  # smaller probabilities are not recovered from their logarithm by a float32 softmax
+_SUM_WITHIN = 1e-3  # tolerance on the sum 1 of a row of probabilities; half precision satisfies it
 
 
 @dataclass(frozen=True)
 class Incoming:
-    """What was read. ``labels``: logits or probabilities float32 (S, K), or class indices int64 (S,), as ``kind`` says."""
+    """An imported set. ``labels``: by ``kind``, logits or probabilities float32 (S, K), or class indices int64 (S,)."""
 
     where: Path
     images_SCHH: Tensor
@@ -33,11 +33,11 @@ class Incoming:
     labels_from: str  # the file or column, for messages
     lr: float
     source: str  # name and checksum, kept in the imported set
-    classes_S: Tensor | None = None  # the class of each image, where the file says it
-    about: dict[str, Any] | None = None  # what our own exports say of themselves
+    classes_S: Tensor | None = None  # class of each image, if the file has it
+    about: dict[str, Any] | None = None  # metadata of our own exports
 
     def logits(self, classes: int) -> Tensor:
-        """Label logits float32 (S, K), whose softmax is the label."""
+        """Return label logits, float32 (S, K), whose softmax is the label."""
         if self.kind == "logits":
             return self.labels
         if self.kind == "probabilities":
@@ -46,9 +46,9 @@ class Incoming:
 
 
 def kind_of(labels: Tensor, asked: Labels | None, where: str) -> Labels:
-    """What a label tensor holds: what was ``asked`` for, if it can be that; else what it can only be.
+    """Return the kind of a label tensor: ``asked`` if given and possible, else the only possible kind.
 
-    Raises DistilledError where it cannot be that, or where it could be more than one thing.
+    Raises DistilledError where ``asked`` is not possible, or the kind is ambiguous.
     """
     shape = f"{labels.dtype} of shape {tuple(labels.shape)}".removeprefix("torch.")
     whole = not labels.is_floating_point() or bool((labels == labels.round()).all())
@@ -82,7 +82,7 @@ def kind_of(labels: Tensor, asked: Labels | None, where: str) -> Labels:
 
 
 def _not_probabilities(labels_SK: Tensor) -> str:
-    """Why these are no probabilities; empty where they may be."""
+    """Return why these are not probabilities; empty where they may be."""
     values = labels_SK.double()
     if bool((values < 0).any()):
         return f"the smallest value is {float(values.min()):.4g}"

@@ -1,4 +1,4 @@
-"""An imported set in the run folder of a job, where ``lad-dist evaluate`` finds it as if it had been distilled there.
+"""Install an imported set in a job's run folder, where ``lad-dist evaluate`` treats it like one distilled there.
 
 S images, K classes, C channels, H side.
 """
@@ -25,11 +25,11 @@ from lad_dist.rundir import RunDir
 
 @dataclass(frozen=True)
 class Installed:
-    """What was found in passing, for people."""
+    """Statistics of an imported set, for display."""
 
     distilled: DistilledSet
-    largest_is_class: int  # images whose largest label is that of their class
-    inside: float  # fraction of values that are pixels in [0, 1] once the whitening is undone
+    largest_is_class: int  # images whose largest label value is at their class
+    inside: float  # fraction of values in [0, 1] after undoing the whitening
 
 
 def install(
@@ -42,12 +42,12 @@ def install(
 ) -> Installed:
     """Check a set against the recipe's data, and publish it as the run's distilled set.
 
-    Real images will be whitened as the recipe says, so the set's must be of the same space: they are taken to be whitened
-    in the recipe's way, or, with ``preprocessing`` none, to be pixels in [0, 1], and are whitened here.
-    ``force`` replaces a distilled set that is there, and drops what was measured of it.
+    Real images get the recipe's whitening, so the set's images must be in the same space: they are assumed to be
+    whitened that way or, with ``preprocessing`` none, to be pixels in [0, 1], which are whitened here. ``force``
+    replaces an existing distilled set and deletes its results.
 
     Raises:
-        DistilledError: the set does not fit the recipe's data, or the run has one.
+        DistilledError: the set does not fit the recipe's data, or the run already has one.
         StorageError: it cannot be written.
     """
     refuse_second(run, force)
@@ -68,7 +68,7 @@ def install(
         iteration=int(said.get("iteration", 0)),
         selection=said.get("selection", IMPORTED),
         recipe_hash=recipe.recipe_hash(),
-        experts_hash=IMPORTED,  # whatever experts it was matched to, this run does not have them
+        experts_hash=IMPORTED,  # the run does not have the experts it was matched to
         data_fingerprint=images.fingerprint(),
         recipe=recipe.model_dump(mode="json"),
         versions={
@@ -91,7 +91,7 @@ def install(
 
 
 def refuse_second(run: RunDir, force: bool) -> None:
-    """Raise DistilledError where the run has a distilled set, and ``force`` does not say to replace it."""
+    """Raise DistilledError where the run has a distilled set, unless ``force`` is given."""
     if run.distilled.exists() and not force:
         raise DistilledError(
             f"{run.distilled}: is there already and is not replaced; choose another run folder with --out, or --force"
@@ -120,7 +120,7 @@ def _check_images(incoming: Incoming, images: ImageSet) -> None:
 
 
 def _check_origin(incoming: Incoming, recipe: Recipe, images: ImageSet) -> None:
-    """What our own exports let us see. Raises DistilledError."""
+    """Check the metadata of our own exports against the recipe. Raises DistilledError."""
     said = incoming.about
     if said is None:
         return
@@ -137,9 +137,9 @@ def _check_origin(incoming: Incoming, recipe: Recipe, images: ImageSet) -> None:
 
 
 def _classes(incoming: Incoming, recipe: Recipe, classes: int) -> Tensor:
-    """The class of each image, int64 (S,): what the file says, else class after class, as all of this family is ordered.
+    """Return each image's class, int64 (S,): from the file, else class after class, as MTT, DATM and LAD order them.
 
-    Raises DistilledError where there are not ``ipc`` of each.
+    Raises DistilledError where a class does not have ``ipc`` images.
     """
     count = len(incoming.images_SCHH)
     if count != classes * recipe.ipc:
@@ -164,7 +164,7 @@ def _classes(incoming: Incoming, recipe: Recipe, classes: int) -> Tensor:
 
 
 def _whitened(incoming: Incoming, recipe: Recipe, data: PreparedData, preprocessing: Kind | None) -> Tensor:
-    """The images in the space of the recipe's whitening, (S, C, H, H). Raises DistilledError."""
+    """Return the images in the recipe's whitened space, (S, C, H, H). Raises DistilledError."""
     kind, images_SCHH = recipe.data.whitening, incoming.images_SCHH
     low, high = float(images_SCHH.min()), float(images_SCHH.max())
     if preprocessing not in (None, "none", kind):
@@ -188,7 +188,7 @@ def _whitened(incoming: Incoming, recipe: Recipe, data: PreparedData, preprocess
 
 
 def _forget(run: RunDir) -> None:
-    """Drop the results of the set that was replaced."""
+    """Delete the results of the replaced set."""
     rows = results.read(run.results)
     stale = [row for row in rows if results.base_source(row["source"]) in ("distilled", "initial")]
     for row in stale:

@@ -1,4 +1,4 @@
-"""Pictures of a distilled set: whitening undone, as PNG.
+"""Images of a distilled set as PNG, with the whitening undone.
 
 S images, C channels (1 grey, 3 colour), H side.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lad_dist.distilled import DistilledSet
 
-CELL = 64  # pixels a side that an image in a grid has at least
+CELL = 64  # minimum side of an image in a grid, pixels
 GAP = 2  # white pixels around every image of a grid
 _AT_ONCE = 128  # images un-whitened at a time: ZCA costs C^2 H^4 each
 _OTHER_MODES = "pictures are grey or colour"
@@ -23,7 +23,10 @@ Progress = Callable[[int], None]
 
 
 def pixels(distilled: DistilledSet, on_images: Progress = lambda _: None) -> Tensor:
-    """All images as uint8 (S, H, H, C), whitening undone, clipped to [0, 1], rounded. ``on_images`` hears how many more."""
+    """Return all images as uint8 (S, H, H, C): whitening undone, clipped to [0, 1], rounded.
+
+    ``on_images`` is called with the number of newly converted images.
+    """
     parts = []
     for images_BCHH in distilled.images.cpu().split(_AT_ONCE):
         flat = distilled.whitening.to("cpu").invert(images_BCHH).clamp(0, 1)
@@ -33,14 +36,15 @@ def pixels(distilled: DistilledSet, on_images: Progress = lambda _: None) -> Ten
 
 
 def png(pixels_HHC: Tensor) -> bytes:
-    """One image as PNG, which keeps every pixel."""
+    """Encode one image as PNG, which is lossless."""
     return _encoded(_image(pixels_HHC))
 
 
 def png_grid(rows: Sequence[Tensor]) -> bytes:
-    """A PNG with a row of images for each of ``rows``, uint8 (images, H, H, C), enlarged by a whole factor without smoothing.
+    """Encode a grid as PNG, with one row per entry of ``rows``, uint8 (images, H, H, C).
 
-    Image i of row r begins at (GAP + i * (cell + GAP), GAP + r * (cell + GAP)), where cell is its enlarged side.
+    Images are enlarged by an integer factor without smoothing. With cell the enlarged side, image i of row r starts at
+    (GAP + i * (cell + GAP), GAP + r * (cell + GAP)).
     """
     size, channels = int(rows[0].shape[1]), int(rows[0].shape[3])
     assert channels in (1, 3), _OTHER_MODES
@@ -55,7 +59,7 @@ def png_grid(rows: Sequence[Tensor]) -> bytes:
 
 
 def enlargement(size: int) -> int:
-    """By which whole factor a grid enlarges images of this side."""
+    """Return the integer factor by which a grid enlarges images of this side."""
     return max(-(-CELL // size), 1)
 
 

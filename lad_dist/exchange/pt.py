@@ -1,7 +1,7 @@
-"""images_best.pt, labels_best.pt, lr_best.pt: what the code of MTT, DATM and LAD saves of its best iteration.
+"""images_best.pt, labels_best.pt, lr_best.pt: the best iteration as saved by the MTT, DATM and LAD code.
 
     images_best.pt   float32 (S, C, H, H), whitened, class after class
-    labels_best.pt   float32 (S, K), logits, of which the loss takes the softmax (DATM, LAD); int64 (S,), classes (MTT)
+    labels_best.pt   float32 (S, K), logits; the loss applies the softmax (DATM, LAD); int64 (S,), classes (MTT)
     lr_best.pt       float32 (), the learned learning rate; a Python float in some versions; MTT saves none
 
 Sources: ``distill.py`` of GeorgeCazenavette/mtt-distillation; ``distill/DATM.py`` and ``distill/evaluation.py`` of
@@ -31,28 +31,26 @@ IMAGES, LABELS, LR = "images_best.pt", "labels_best.pt", "lr_best.pt"
 
 
 def write(distilled: DistilledSet, folder: Path) -> None:
-    """Write the three files. Labels that only say the class are written as MTT has them, others as logits."""
+    """Write the three files: hard labels in MTT's form, others as logits."""
     labels = distilled.labels.long() if is_hard(distilled) else distilled.label_logits.float()
     tensors = {IMAGES: distilled.images.float(), LABELS: labels, LR: torch.tensor(distilled.lr, dtype=torch.float32)}
     for name, tensor in tensors.items():
         with (folder / name).open("wb") as file:
             try:
                 torch.save(tensor.detach().cpu().contiguous().clone(), file)
-            except (
-                RuntimeError
-            ) as error:  # where the disk is full, torch says that it is at a wrong position of the file
+            except RuntimeError as error:  # on a full disk, torch reports a wrong file position
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
 
 
 def read(folder: Path, lr: float | None = None, labels: Labels | None = None) -> Incoming:
-    """The files of a folder, which are not trusted: nothing but tensors and numbers is made of them.
+    """Read the untrusted files of a folder; only tensors and numbers are unpickled.
 
-    ``lr`` is used instead of lr_best.pt; ``labels`` says what labels_best.pt holds where that cannot be seen.
+    ``lr`` replaces lr_best.pt; ``labels`` gives the kind of labels_best.pt where it is ambiguous.
 
     Raises:
-        DistilledError: a file is missing, damaged, holds code or something else, or the three do not fit together.
+        DistilledError: a file is missing, damaged, holds code or other content, or the three are inconsistent.
     """
     if not folder.is_dir():
         raise DistilledError(f"{folder}: is not a folder; valid: one with {IMAGES}, {LABELS} and {LR}")
@@ -87,7 +85,7 @@ def read(folder: Path, lr: float | None = None, labels: Labels | None = None) ->
 
 
 def check_rate(lr: float, where: str) -> float:
-    """``lr`` if networks can be trained with it. Raises DistilledError."""
+    """Return ``lr`` if it is finite and above 0. Raises DistilledError."""
     if not (math.isfinite(lr) and lr > 0):
         raise DistilledError(f"{where}: the learning rate is {lr:g}; valid: a finite number above 0")
     return lr
@@ -107,7 +105,7 @@ def _rate(path: Path) -> float:
 
 
 def _tensor(path: Path) -> Tensor:
-    """A dense tensor of real numbers, on the CPU and detached. Raises DistilledError."""
+    """Load a dense real tensor, on the CPU and detached. Raises DistilledError."""
     if not path.exists():
         raise DistilledError(f"{path}: is missing; valid: a folder with {IMAGES}, {LABELS} and {LR}")
     content = _load(path)
@@ -122,10 +120,10 @@ def _tensor(path: Path) -> Tensor:
 
 
 def _load(path: Path) -> Any:
-    """What a file of torch.save holds, if that is tensors and plain values. Raises DistilledError."""
+    """Load a torch.save file that holds only tensors and plain values. Raises DistilledError."""
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+            with zipfile.ZipFile(path) as archive:  # torch ignores the checksums
                 wrong = archive.testzip()
             if wrong is not None:
                 raise ValueError(f"its record {wrong} does not match its checksum")
@@ -133,14 +131,14 @@ def _load(path: Path) -> Any:
         if isinstance(content, Tensor) and content.is_meta:
             raise ValueError("its tensor is of torch's device meta and has no values")
         return content
-    except LadDistError:  # an interruption, which says nothing about the file
+    except LadDistError:  # an interruption, not a fault of the file
         raise
     except OSError as cause:
-        if cause.errno in (None, errno.EINVAL):  # a place in the file that the file itself names, and has not
+        if cause.errno in (None, errno.EINVAL):  # EINVAL: the file refers to an offset that it does not have
             raise _damaged(path, cause) from cause
         raise DistilledError(f"{path}: cannot be read: {cause.strerror}; valid: a readable file") from cause
-    except Exception as cause:  # the bytes decide what zipfile, the unpickler and torch stumble over
-        code = re.search(r"GLOBAL ([^\s]+)", str(cause))  # what the pickle names, and torch refuses to import
+    except Exception as cause:  # a damaged file can raise any error in zipfile, the unpickler or torch
+        code = re.search(r"GLOBAL ([^\s]+)", str(cause))  # a name in the pickle that torch refuses to import
         if code:
             raise DistilledError(
                 f"{path}: was not loaded: it asks for {code[1]}, and a distilled set needs nothing but tensors; "
@@ -151,7 +149,7 @@ def _load(path: Path) -> Any:
 
 def _damaged(path: Path, cause: Exception) -> DistilledError:
     reason = (str(cause).splitlines() or [""])[0].removesuffix(".") or repr(cause)
-    if "weights only" in reason.lower() or "weights_only" in reason:  # torch then advises to load without protection
+    if "weights only" in reason.lower() or "weights_only" in reason:  # torch's message advises unsafe loading
         reason = "its pickle cannot be understood"
     return DistilledError(
         f"{path}: is damaged, or not a file of torch.save: {reason}; valid: a tensor as torch.save writes it"

@@ -1,4 +1,4 @@
-"""An exported folder appears whole or not at all, and replaces nothing but another export."""
+"""Atomic publishing of an export folder, which replaces nothing but another export."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _TEMPORARY = re.compile(r"\.tmp-(\w+)-([0-9]+)-.*")
 
 @contextmanager
 def published_export(out: Path, force: bool) -> Iterator[Path]:
-    """``with published_export(out, force) as temporary``: write there; on success the folder is renamed to ``out``.
+    """Publish a folder: ``with published_export(out, force) as temporary``; on success it is renamed to ``out``.
 
     Raises:
-        DistilledError: ``out`` is there and not empty, and ``force`` is not given, or ``out`` is not an export.
+        DistilledError: ``out`` is not empty, and ``force`` is not given or ``out`` is not an export.
         StorageError: it cannot be written.
     """
     refuse_what_is_there(out, force)
@@ -39,7 +39,10 @@ def published_export(out: Path, force: bool) -> Iterator[Path]:
 
 
 def refuse_what_is_there(out: Path, force: bool) -> None:
-    """Raise DistilledError where ``out`` must not be replaced: without ``force`` all that is there, with it all but exports."""
+    """Raise DistilledError unless ``out`` is missing, empty, or an export and ``force`` is given.
+
+    Raises StorageError where ``out`` cannot be read.
+    """
     try:
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return
@@ -56,7 +59,7 @@ def refuse_what_is_there(out: Path, force: bool) -> None:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether an export made the folder."""
+    """Whether the folder is an export."""
     try:
         said = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,10 +1,10 @@
-"""Parquet with a row per image, alone or as a Hugging Face data set: pictures to look at, and the exact numbers beside them.
+"""Parquet with a row per image, alone or as a Hugging Face data set: PNG images for viewing, and the exact values.
 
     image          PNG, whitening undone (binary; in the Hugging Face form a struct of bytes and path)
     label          int64, the class
     class_name     string (not in the Hugging Face form, whose label is a ClassLabel)
-    soft_label     float32 [K], probabilities
-    label_logits   float32 [K], whose softmax they are
+    soft_label     float32 [K], probabilities: the softmax of label_logits
+    label_logits   float32 [K]
     whitened       float32 [C * H * H], the learned image, flattened from (C, H, H)
 
 S images, K classes, C channels, H side.
@@ -30,12 +30,12 @@ from lad_dist.exchange.pt import check_rate
 
 FILE = "distilled.parquet"
 HF_FILE = "data/train-00000-of-00001.parquet"
-_KEY = "lad_dist"  # of the schema's metadata
+_KEY = "lad_dist"  # key in the schema's metadata
 _NUMBERS = ("label", "label_logits", "whitened")
 
 
 def write(distilled: DistilledSet, folder: Path, said: dict[str, Any], on_images: Progress) -> None:
-    """Write distilled.parquet and whitening.safetensors; ``said`` goes into the schema."""
+    """Write distilled.parquet and whitening.safetensors; ``said``, the export's metadata, goes into the schema."""
     names = distilled.meta.class_names
     columns: dict[str, Any] = {"image": _pictures(distilled, on_images), "label": distilled.labels.long().numpy()}
     columns["class_name"] = [names[c] for c in distilled.labels.tolist()]
@@ -44,7 +44,7 @@ def write(distilled: DistilledSet, folder: Path, said: dict[str, Any], on_images
 
 
 def write_hf(distilled: DistilledSet, folder: Path, said: dict[str, Any], on_images: Progress) -> None:
-    """Write the split ``train`` of a Hugging Face data set, and whitening.safetensors; the card is ``card.py``'s."""
+    """Write the split ``train`` of a Hugging Face data set, and whitening.safetensors; ``card.py`` makes the card."""
     structs = [{"bytes": data, "path": f"{i:05d}.png"} for i, data in enumerate(_pictures(distilled, on_images))]
     columns: dict[str, Any] = {"image": structs, "label": distilled.labels.long().numpy(), **_floats(distilled)}
     (folder / HF_FILE).parent.mkdir()
@@ -57,7 +57,10 @@ def write_hf(distilled: DistilledSet, folder: Path, said: dict[str, Any], on_ima
 
 
 def hf_features(distilled: DistilledSet) -> dict[str, Any]:
-    """The columns as ``datasets.Features`` writes them. ``Sequence``, which its versions 2 to 5 read; 4 and 5 write ``List``."""
+    """Return the columns as ``datasets.Features`` serializes them.
+
+    Uses ``Sequence``, which versions 2 to 5 of ``datasets`` read; 4 and 5 write ``List``.
+    """
     classes, values = len(distilled.meta.class_names), distilled.images[0].numel()
 
     def floats(length: int) -> dict[str, Any]:
@@ -73,9 +76,9 @@ def hf_features(distilled: DistilledSet) -> dict[str, Any]:
 
 
 def read(path: Path, lr: float | None = None) -> Incoming:
-    """What ``write`` or ``write_hf`` wrote, bit for bit: a folder, or the Parquet file in it.
+    """Read a folder of ``write`` or ``write_hf``, or its Parquet file, bit for bit.
 
-    ``lr`` is used instead of the set's. Raises DistilledError where the file is missing, damaged, or of other code.
+    ``lr`` replaces the set's. Raises DistilledError where the file is missing, damaged, or not exported by lad-dist.
     """
     file = path if path.is_file() else next((path / name for name in (FILE, HF_FILE) if (path / name).is_file()), None)
     if file is None:

@@ -1,4 +1,4 @@
-"""What a fleet's process does: train one expert with the images that it was handed. No Ray here; ``fleet.py`` wraps it."""
+"""The actor of a fleet: trains one expert on the images passed to it. Does not import Ray; ``fleet.py`` wraps it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lad_dist.trajectories.files import is_lasting
 
 @dataclass(frozen=True)
 class SharedData:
-    """The training images and their whitening as arrays, which all processes of a host may share without a copy."""
+    """The training images and their whitening as arrays, which all processes of a host can share without copying."""
 
     images_NCHW: npt.NDArray[np.uint8]
     labels_N: npt.NDArray[np.int64]
@@ -44,7 +44,7 @@ class SharedData:
 
     @classmethod
     def of(cls, data: PreparedData) -> SharedData:
-        """The part of ``data`` that an expert sees."""
+        """Return the part of ``data`` that experts use."""
         train, w = data.splits.train, data.whitening
         return cls(
             train.images_NCHW.contiguous().numpy(),
@@ -62,7 +62,7 @@ class SharedData:
         return self.images_NCHW.nbytes + self.labels_N.nbytes + sum(array.nbytes for array in self.whitening)
 
     def prepared(self, device: torch.device) -> PreparedData:
-        """To train on ``device``: whitened there as in any other process. There is no test image in it."""
+        """Return training data on ``device``, whitened there as in any other process. It contains no test images."""
         images_NCHW, labels_N = _tensor(self.images_NCHW), _tensor(self.labels_N)
         train = ImageSet(images_NCHW, labels_N, self.class_names, self.name)
         nothing = ImageSet(images_NCHW[:0], labels_N[:0], self.class_names, f"{self.name} (none)")
@@ -74,7 +74,7 @@ class SharedData:
 
 
 def _tensor(array: npt.NDArray[np.generic]) -> Tensor:
-    """A tensor over the array's own memory, which may be read-only: nobody writes to it."""
+    """Return a tensor that shares the array's memory, which may be read-only: nothing writes to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
@@ -82,7 +82,7 @@ def _tensor(array: npt.NDArray[np.generic]) -> Tensor:
 
 @dataclass(frozen=True)
 class Orders:
-    """What every process of a fleet is told: what to compute, where to write it, and on whose behalf."""
+    """Instructions to every actor of a fleet: what to compute, where to write it, and the owner of its claims."""
 
     recipe: Recipe
     location: Path | str
@@ -93,7 +93,7 @@ class Orders:
 
 @dataclass(frozen=True)
 class Started:
-    """The process that trains."""
+    """Training has started in this process."""
 
     process: Process
 
@@ -112,10 +112,10 @@ Report = Started | Epoch | Claimed | Failure | Finished
 
 
 class ExpertActor:
-    """Trains ``expert`` and reports what happens. It needs the buffer's location, and no file of the data set.
+    """Train ``expert`` and report progress. Needs the buffer's location, but no file of the data set.
 
-    ``trained``: the epochs that it had when the actor was started, for its name on Ray's dashboard. Ray asks for the name once,
-    after this constructor; how far the expert is, the actor says in its log, a line per epoch.
+    ``trained``: the expert's epochs when the actor starts, for its name on Ray's dashboard. Ray reads the name once,
+    after the constructor; the actor logs its progress, one line per epoch.
     """
 
     def __init__(self, orders: Orders, data: SharedData, expert: int, trained: int = 0) -> None:
@@ -128,9 +128,9 @@ class ExpertActor:
         return f"expert {self._expert}, from epoch {self._trained} of {e.epochs + e.classifier_epochs}"
 
     def train(self) -> Iterator[Report]:
-        """``Started``, an ``Epoch`` for each that is trained, ``Finished``; or a ``Failure`` instead; or nothing but ``Claimed``.
+        """Yield ``Started``, an ``Epoch`` per epoch, and ``Finished`` or a ``Failure``; or only ``Claimed``.
 
-        Errors are reported as text, so that no type of them has to survive the way to another process.
+        Errors are reported as text, so that their types need not be pickled.
         """
         for report in self._reports():
             _log(self._orders.recipe.experts, self._expert, report)
@@ -153,7 +153,7 @@ class ExpertActor:
 
 
 def _log(experts: ExpertsConfig, expert: int, report: Report) -> None:
-    """A line on stdout, which Ray keeps in the actor's log."""
+    """Print a line to stdout, which Ray keeps in the actor's log."""
     match report:
         case Started(process):
             text = f"begins: {process}"
@@ -169,7 +169,7 @@ def _log(experts: ExpertsConfig, expert: int, report: Report) -> None:
 
 
 def failure_of(expert: int, error: Exception) -> Failure:
-    """An error as text, with its own traceback."""
+    """Convert an error to text, with its traceback."""
     trace = "".join(traceback.format_exception(error))
     if isinstance(error, LadDistError):
         known = next(t.__name__ for t in type(error).__mro__ if getattr(errors, t.__name__, None) is t)

@@ -1,7 +1,7 @@
-"""The experts stage as a process of its own, beside a distillation that begins before it ends (``buffer.start_after``).
+"""The experts stage as a separate process, beside a distillation that starts before it ends (``buffer.start_after``).
 
-The process is ``lad-dist experts RUN`` with this one's profile: it has its own interpreter, its own GPU context and, where
-there is one, its own fleet. The two meet in the buffer, as they would on two machines.
+The process is ``lad-dist experts RUN`` with this process's profile: it has its own interpreter, GPU context and, if
+configured, fleet. The two communicate only through the buffer, as on two machines.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lad_dist.errors import ExpertError, Interrupted, LadDistError
 from lad_dist.interrupts import as_exceptions, in_main_thread
 from lad_dist.profile import Profile
 
-_STOP_SECONDS = 8.0  # that the process, and its fleet, have to publish and end when this one ends
-_GROUP_SECONDS = 2.0  # within which a Ctrl-C that the whole group was sent has reached this process too
-_READ_SECONDS = 2.0  # that the end of its output is waited for, which a process of its own may hold open
+_STOP_SECONDS = 8.0  # for the process and its fleet to publish and end when this process ends
+_GROUP_SECONDS = 2.0  # within which a Ctrl-C sent to the whole process group has reached this process too
+_READ_SECONDS = 2.0  # wait for the end of its output, which one of its children may hold open
 _INTERRUPTED = (Interrupted.exit_code, -signal.SIGINT, -signal.SIGTERM)
 
 
 class ExpertsProcess:
-    """``lad-dist experts`` at work. Made by ``in_background``."""
+    """A running ``lad-dist experts``. Created by ``in_background``."""
 
     def __init__(self, run: Path, profile_file: Path, say: Callable[[str], None]) -> None:
         command = [sys.executable, "-m", "lad_dist.cli", "experts", str(run.resolve()), "--on", str(profile_file)]
@@ -44,7 +44,7 @@ class ExpertsProcess:
             encoding="utf-8",
             errors="replace",
         )
-        self._message: list[str] = []  # from its ``error: ...`` on
+        self._message: list[str] = []  # its lines from ``error: ...`` on
         self._asked_to_end, self._awaited = threading.Event(), threading.Event()
         self.ended = threading.Event()
         assert self._process.stdout is not None and self._process.stderr is not None
@@ -56,11 +56,11 @@ class ExpertsProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         return self._process.pid
 
     def error(self) -> LadDistError | None:
-        """How it failed, with its own message and of its own type where it said one; None if it did not, or is at work."""
+        """Return the process's error, with its printed message and type, if any; None on success or while it runs."""
         code = self._process.returncode
         if not self.ended.is_set() or code == 0:
             return None
@@ -74,18 +74,18 @@ class ExpertsProcess:
         )
 
     def ask_to_end(self) -> None:
-        """End it as Ctrl-C would, without waiting; it may have had that Ctrl-C already, and does not mind."""
+        """Request termination like Ctrl-C, without waiting. Harmless if the process has already received a Ctrl-C."""
         if not self._asked_to_end.is_set() and self._process.poll() is None:
             self._process.terminate()
         self._asked_to_end.set()
 
     def wait(self) -> None:
-        """Until it has ended; how, ``error`` knows. Failing does not interrupt the main thread any more."""
+        """Wait for its end; ``error`` returns the outcome. From now on a failure does not interrupt the main thread."""
         self._awaited.set()
         self._watcher.join()
 
     def stop(self) -> None:
-        """End it, by force if it does not end in time."""
+        """Terminate the process, by force if it does not end in time."""
         self.ask_to_end()
         if self._process.poll() is None:
             try:
@@ -100,7 +100,7 @@ class ExpertsProcess:
                 self._say(line.rstrip())
 
     def _listen(self, output: IO[str]) -> None:
-        """Keep the error that it ends with, to be shown once; whatever else it complains of is shown at once."""
+        """Keep the final error message, which is shown once; pass on all other lines immediately."""
         with output:
             for line in output:
                 if self._message or line.startswith("error: "):
@@ -109,7 +109,7 @@ class ExpertsProcess:
                     self._say(line.rstrip())
 
     def _watch(self) -> None:
-        """When it fails, interrupt the main thread, wherever it is: in the loop, or waiting for ranks or for experts."""
+        """On failure, interrupt the main thread, whether in the loop or waiting for ranks or experts."""
         code = self._process.wait()
         for reader in self._readers:
             reader.join(_READ_SECONDS)
@@ -122,18 +122,18 @@ class ExpertsProcess:
 
 @contextmanager
 def in_background(run: Path, profile: Profile, say: Callable[[str], None]) -> Iterator[ExpertsProcess]:
-    """Train the experts of the run folder ``run`` while the block runs, and wait for the rest of them at its end.
+    """Train the experts of the run folder ``run`` while the block runs, and wait for the remaining ones at its end.
 
-    ``say`` is given every line that the process prints, from a thread. However the block ends, the process has ended too,
-    within 10 s. Main thread only: a process that fails interrupts the block.
+    ``say`` receives every line that the process prints, from a thread. However the block ends, the process ends too,
+    within 10 s. Main thread only: a failing process interrupts the block.
 
     Raises:
-        LadDistError: the process failed; in place of what the block raised when it was interrupted for that.
-        Interrupted: asked to stop.
+        LadDistError: the process failed; replaces the error that the interruption caused in the block.
+        Interrupted: a stop was requested.
     """
     with tempfile.TemporaryDirectory(prefix="lad-dist-") as folder, as_exceptions():
         file = Path(folder) / "profile.yaml"
-        here = profile.model_copy(update={"buffers": None, "log": ()})  # the run folder knows its buffer
+        here = profile.model_copy(update={"buffers": None, "log": ()})  # the run folder records its buffer
         file.write_text(recipe_file.dump(here), encoding="utf-8")
         process = ExpertsProcess(run, file, say)
         _forward_interruptions(process)
@@ -155,10 +155,10 @@ def in_background(run: Path, profile: Profile, say: Callable[[str], None]) -> It
 
 
 def _forward_interruptions(process: ExpertsProcess) -> None:
-    """Until the handlers are replaced: a signal that stops this process stops ``process`` at once, so that both save at a time.
+    """Forward a signal that stops this process to ``process`` at once, so that both save concurrently.
 
-    Where ranks distill, their launcher has handlers of its own, and ``process`` is told when they have ended. No signal
-    reaches another thread than the main one.
+    Holds until the handlers are replaced: when ranks distill, their launcher installs its own, and ``process`` is
+    stopped after they have ended. Only the main thread receives signals.
     """
     if not in_main_thread():
         return
@@ -167,7 +167,7 @@ def _forward_interruptions(process: ExpertsProcess) -> None:
         assert callable(stop), "as_exceptions has just set it"
 
         def both(number: int, frame: FrameType | None, stop: Callable[..., Any] = stop) -> None:
-            if not process.ended.is_set():  # else it has failed, and this is how the main thread is told
+            if not process.ended.is_set():  # else it has failed, and this signal tells the main thread
                 process.ask_to_end()
             stop(number, frame)
 

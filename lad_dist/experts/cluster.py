@@ -1,4 +1,4 @@
-"""The surroundings of a Ray cluster: where it is, how a process speaks to it undisturbed. No Ray here (see ``fleet.py``)."""
+"""Connection to a Ray cluster: addresses, environment and signal handling. Does not import Ray (see ``fleet.py``)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster that this process is connected to. ``address`` and ``dashboard`` are host:port; ``token`` is the file
-    that holds the token of one's own."""
+    """A Ray cluster that this process is connected to. ``address`` and ``dashboard`` are host:port.
+
+    ``token`` is the token file of a private cluster.
+    """
 
     address: str
     dashboard: str | None
@@ -37,7 +39,7 @@ class Cluster:
     token: Path | None = None
 
     def directions(self) -> list[str]:
-        """How to watch it, for people."""
+        """Return instructions for users on how to open the dashboard."""
         where = "started on this machine" if self.own else f"joined the cluster at {self.address}"
         if not self.dashboard:
             return [f"ray: {where}, without a dashboard"]
@@ -49,12 +51,12 @@ class Cluster:
         ]
 
     def answers(self) -> bool:
-        """Whether its head is there; Ray itself would wait for it a minute, and then end this process."""
+        """Return whether the cluster's head responds; Ray itself would wait a minute, then terminate this process."""
         return listens(self.address)
 
 
 def listens(address: str) -> bool:
-    """Whether anything accepts connections at host:port."""
+    """Return whether anything accepts connections at host:port."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
@@ -64,12 +66,13 @@ def listens(address: str) -> bool:
 
 
 def own_arguments(profile: Profile, data_bytes: int, folder: Path) -> dict[str, Any]:
-    """Of ``ray.init``, for a cluster of this process alone that holds ``data_bytes`` of images.
+    """Return the arguments of ``ray.init`` for a private cluster that holds ``data_bytes`` of images.
 
-    ``folder`` is private; Ray's own, which it opens to everybody, is made inside."""
+    ``folder`` is private; Ray's own folder, which it makes accessible to everybody, is created inside.
+    """
     r = profile.ray
     return {
-        "address": "local",  # never a stranger's cluster on the same machine
+        "address": "local",  # never another user's cluster on the same machine
         "num_cpus": max(cores_to_use(profile), profile.threads_per_expert),
         "num_gpus": gpu_count(),
         "include_dashboard": r.dashboard,
@@ -83,11 +86,11 @@ def own_arguments(profile: Profile, data_bytes: int, folder: Path) -> dict[str, 
 
 
 def own_environment(profile: Profile, token: Path) -> dict[str, str | None]:
-    """Environment variables for the processes of a cluster of this process alone, which demand the token in a file."""
+    """Return environment variables for the processes of a private cluster, which require the token in a file."""
     unless_set = {
-        "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent home unasked
-        "RAY_worker_niceness": "0",  # Ray's 15 yields to everything else on the machine
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default, which it otherwise warns about
+        "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry unless asked for
+        "RAY_worker_niceness": "0",  # Ray's default of 15 yields to all other processes
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; it warns if unset
     }
     chosen = {name: os.environ.get(name, value) for name, value in unless_set.items()}
     return chosen | {"OMP_NUM_THREADS": str(profile.threads_per_expert)} | private.access(token)
@@ -95,9 +98,9 @@ def own_environment(profile: Profile, token: Path) -> dict[str, str | None]:
 
 @contextmanager
 def signals_heeded() -> Iterator[None]:
-    """Ctrl-C and SIGTERM act at once, and none is lost.
+    """Make Ctrl-C and SIGTERM act at once, and lose none.
 
-    ``ray.init`` puts a handler of its own in place of ours, and Ray's compiled code drops exceptions that handlers raise.
+    ``ray.init`` replaces our handler by its own, and Ray's compiled code drops exceptions raised by handlers.
     """
     noted: list[tuple[int, FrameType | None]] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -115,7 +118,7 @@ def signals_heeded() -> Iterator[None]:
     try:
         for number in numbers:
             signal.signal(number, note)
-    except ValueError:  # not the main thread, which alone gets signals, and for which alone Ray sets a handler
+    except ValueError:  # not the main thread: it receives no signals, and Ray sets no handler for it
         yield
         return
     try:
@@ -133,8 +136,8 @@ def signals_heeded() -> Iterator[None]:
 
 @contextmanager
 def nothing_left_on_error() -> Iterator[None]:
-    """End the processes that an interrupted or failed ``ray.init`` has started: Ray only ends those of a finished one."""
-    psutil: Any = import_module("psutil")  # Ray's own copy, there since ray was imported
+    """Kill the processes started by an interrupted or failed ``ray.init``: Ray only ends those of a completed one."""
+    psutil: Any = import_module("psutil")  # Ray's own copy, importable after ray was imported
     this = psutil.Process()
     before = {child.pid for child in this.children(recursive=True)}
     try:
@@ -145,7 +148,7 @@ def nothing_left_on_error() -> Iterator[None]:
             for child in new:
                 stopped[child.pid] = child
                 with suppress(psutil.NoSuchProcess):
-                    child.suspend()  # so that it starts no others while they are counted
+                    child.suspend()  # so that it starts no others while they are collected
         for child in stopped.values():
             with suppress(psutil.NoSuchProcess):
                 child.kill()
@@ -154,9 +157,10 @@ def nothing_left_on_error() -> Iterator[None]:
 
 
 def end_processes_of(folder: Path) -> None:
-    """Kill this user's processes whose command line names a cluster's private folder.
+    """Kill this user's processes whose command line contains a cluster's private folder.
 
-    A Ctrl-C goes to the raylet as well; where it ends before this process looks, its children are nobody's children."""
+    A Ctrl-C also reaches the raylet; if it ends before this process looks, its children are orphans.
+    """
     psutil: Any = import_module("psutil")
     left = []
     for process in psutil.process_iter(["pid", "uids", "cmdline"]):
@@ -170,11 +174,11 @@ def end_processes_of(folder: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What it says first; Ray's errors go on for pages."""
+    """Return the first line of an error's message; Ray's errors can be pages long."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def undisturbed(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call into Ray with signals held back until it returns: its compiled code drops exceptions that handlers raise."""
+    """Call into Ray with signals held back until it returns: its compiled code drops exceptions raised by handlers."""
     with deferred():
         return function(*args, **kwargs)

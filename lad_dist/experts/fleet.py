@@ -1,13 +1,13 @@
-"""Many experts at once: one Ray actor per expert, as many as fit. The only file that imports ray.
+"""Train many experts at once: one Ray actor per expert, as many as fit. The only file that imports ray.
 
-This process (the driver) prepares the data once, puts them into Ray's object store, starts actors, and records what they
-report; the actors write their parts straight to the buffer. A failed actor is replaced by a new one that continues from the
-last published part: the driver counts the attempts, Ray restarts nothing by itself. An expert is the same whoever trains it,
-so an actor that was lost and turns out to be alive does no harm.
+This process (the driver) prepares the data once, puts them into Ray's object store, starts actors, and records their
+reports; the actors write their parts directly to the buffer. A failed actor is replaced by a new one that continues
+from the last published part: the driver counts the attempts, Ray restarts nothing. An expert does not depend on who
+trains it, so an actor that was lost and turns out to be alive does no harm.
 
-    connected   the cluster: the one that is named, else one of its own on the loopback address
-    Fleet       actors, and what they report
-    _Metrics    what Prometheus sees
+    connected   the cluster: the named one, else a private one on the loopback address
+    Fleet       actors and their reports
+    _Metrics    Prometheus metrics
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ try:
 except ImportError as error:
     raise missing("ray", "ray", "a fleet of experts", ExpertError, ", or --fleet off") from error
 
-WAIT_SECONDS = 0.5  # for reports, before looking at anything else
-LOOK_SECONDS = 5.0  # between two looks at the cluster, and at the size of the buffer
-SEEN_SECONDS = 5.0  # until parts that an actor has published must be seen here
-END_SECONDS = 3.0  # that actors which have finished are waited for
+WAIT_SECONDS = 0.5  # for reports, before checking anything else
+LOOK_SECONDS = 5.0  # between two checks of the cluster, and of the buffer's size
+SEEN_SECONDS = 5.0  # until parts that an actor has published must be visible here
+END_SECONDS = 3.0  # wait for finished actors to exit
 TOKEN = "token"  # noqa: S105 - the name of the file in the private folder of a cluster of its own
-GONE_SECONDS = 3.0  # without an answer from the cluster's head, after which it is given up
+GONE_SECONDS = 3.0  # without an answer from the cluster's head, after which it counts as lost
 
 
 def train(
@@ -71,13 +71,13 @@ def train(
     events: Events,
     screen: Screen,
 ) -> None:
-    """Train what is left, many experts at a time. ``run`` names the run on Ray's dashboard.
+    """Train the remaining experts, many at a time. ``run`` names the run on Ray's dashboard.
 
-    Experts that failed in the end are in ``record``. Interrupted, and on any error, the actors are ended, and so is a
-    cluster of its own.
+    Experts that failed for good are in ``record``. On an interruption or error, the actors are ended, and so is a
+    private cluster.
 
     Raises:
-        ExpertError: no cluster could be had, or it is gone.
+        ExpertError: no cluster could be started or joined, or it is gone.
         RecipeError: the profile's ray.address cannot be used.
         TrajectoryError, StorageError: the buffer cannot be used.
     """
@@ -95,10 +95,10 @@ def train(
 
 @contextmanager
 def connected(profile: Profile, data_bytes: int) -> Iterator[Cluster]:
-    """The cluster that the profile or RAY_ADDRESS names, else one of its own, which ends with the block.
+    """Connect to the cluster named by the profile or RAY_ADDRESS, else start a private one, which ends with the block.
 
-    A process that is connected already stays connected, to the same cluster.
-    Raises ExpertError where there is none or others can read its token, RecipeError where the address cannot be used.
+    A process that is already connected keeps its connection. Raises ExpertError if there is no cluster or others can
+    read its token, RecipeError if the address cannot be used.
     """
     if ray.is_initialized():
         context = ray.get_runtime_context()
@@ -117,7 +117,7 @@ def connected(profile: Profile, data_bytes: int) -> Iterator[Cluster]:
 
 @contextmanager
 def _own_surroundings(profile: Profile) -> Iterator[Path]:
-    """A private folder with a new token, which processes that are started in the block demand."""
+    """Create a private folder with a new token, which processes started in the block require."""
     with private_folder() as folder:
         write_token(folder / TOKEN)
         try:
@@ -130,7 +130,7 @@ def _own_surroundings(profile: Profile) -> Iterator[Path]:
 
 
 def _read_token_settings() -> None:
-    """Make Ray's compiled code read RAY_AUTH_* again, which it has done once when ray was imported."""
+    """Make Ray's compiled code reread RAY_AUTH_*, which it reads once when ray is imported."""
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
@@ -138,8 +138,10 @@ def _read_token_settings() -> None:
 
 
 def _started(profile: Profile, data_bytes: int, folder: Path) -> Cluster:
-    """A cluster of this process alone: everything listens on the loopback address, demands the token in ``folder``, and
-    ends with this process."""
+    """Start a private cluster, which ends with this process.
+
+    It listens only on the loopback address and requires the token in ``folder``.
+    """
     with _loopback():
         try:
             context: Any = ray.init(**own_arguments(profile, data_bytes, folder))
@@ -152,7 +154,7 @@ def _started(profile: Profile, data_bytes: int, folder: Path) -> Cluster:
 
 
 def _joined(address: str) -> Cluster:
-    """The running cluster at ``address``, which is left as it is."""
+    """Join the running cluster at ``address`` without changing it."""
     if address.startswith("ray://"):
         raise RecipeError(
             f"profile: ray.address: {address}: Ray's client protocol cannot pass on reports; valid: host:port of the "
@@ -165,7 +167,7 @@ def _joined(address: str) -> Cluster:
         raise ExpertError(missing)
     if address == "auto" or os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
         check_token(os.environ)
-    # Ray shows a token to a named address only if RAY_AUTH_MODE says so, and so do we: the address may be wrong.
+    # Send a token to a named address only if RAY_AUTH_MODE asks for it, as Ray does: the address may be wrong.
     with _loopback(host in LOOPBACK):
         try:
             context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -177,11 +179,11 @@ def _joined(address: str) -> Cluster:
 
 @contextmanager
 def _without_state_dumps() -> Iterator[None]:
-    """Leave out what Ray prints into its drivers' output when a node ends: "Raylet is terminated. Termination is unexpected",
-    and the last lines of the raylet's log, also where a job's scheduler has ended the node as planned.
+    """Suppress what Ray prints to its drivers' output when a node ends.
 
-    ``log_to_driver`` does not cover it. What else Ray has to say (memory, for one) is printed as before, and actors that are
-    gone with a node are told by ``Record``.
+    That is "Raylet is terminated. Termination is unexpected" and the last lines of the raylet's log, even if a job's
+    scheduler ended the node as planned. ``log_to_driver`` does not cover it. Ray's other messages (memory, for one) are
+    printed as before, and ``ExpertLog`` reports actors that are lost with a node.
     """
     from ray._private import worker
 
@@ -200,10 +202,10 @@ def _without_state_dumps() -> Iterator[None]:
 
 @contextmanager
 def _loopback(wanted: bool = True) -> Iterator[None]:
-    """Make Ray take 127.0.0.1 for what it says, in place of this host's address in the network.
+    """Make Ray use 127.0.0.1 instead of this host's network address.
 
-    That is what it does on macOS and Windows, where it forms no clusters of several hosts; the switch is read when ray is
-    imported, which may have happened already. With it no process of the cluster listens to other hosts.
+    Ray does so on macOS and Windows, where it forms no multi-host clusters; the switch is read when ray is imported,
+    which may have happened already. With it no process of the cluster listens to other hosts.
     """
     from ray._private import ray_constants
 
@@ -224,7 +226,7 @@ def _loopback(wanted: bool = True) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Staff:
-    """What it takes to make an actor."""
+    """The inputs for creating actors."""
 
     trainer: ExpertTrainer
     shared: SharedData
@@ -233,7 +235,7 @@ class Staff:
 
 @dataclass
 class _Member:
-    """One actor at work: the handle, the reports to come, and the process as far as it is known."""
+    """A running actor: its handle, its pending reports, and its process once known."""
 
     expert: int
     handle: Any
@@ -242,7 +244,7 @@ class _Member:
 
 
 class Fleet:
-    """Starts actors while there is room, takes their reports, and replaces those that fail."""
+    """Start actors while there is room, collect their reports, and replace those that fail."""
 
     def __init__(
         self, cluster: Cluster, profile: Profile, staff: Staff, queue: ExpertQueue, record: ExpertLog, screen: Screen
@@ -250,16 +252,16 @@ class Fleet:
         self.cluster, self.profile, self.staff = cluster, profile, staff
         self.queue, self.record, self.screen = queue, record, screen
         self._members: list[_Member] = []
-        self._ending: list[Any] = []  # of each actor that was told to end: ready when it has
+        self._ending: list[Any] = []  # termination of each stopped actor: ready when it has ended
         self._attempts, self._started = Counter[int](), Counter[int]()
         self._room, self._looked_at = 0, -LOOK_SECONDS
         self._metrics = _Metrics(staff.trainer.folder, record)
 
     def run(self) -> None:
-        """Until nothing is left. Raises ExpertError, TrajectoryError, StorageError, Interrupted."""
+        """Train until no expert is left. Raises ExpertError, TrajectoryError, StorageError, Interrupted."""
         self._device = self._choose_device()
         trainer, threads = self.staff.trainer, self.profile.threads_per_expert
-        # An actor's working folder is its node's.
+        # Absolute, because an actor has its node's working folder.
         location = trainer.folder if is_uri(trainer.folder) else Path(trainer.folder).absolute()
         self._orders = Orders(trainer.recipe, location, self.queue.owner, self._device, threads)
         self._data = undisturbed(ray.put, self.staff.shared)
@@ -272,7 +274,7 @@ class Fleet:
                 elif not self._take_reports():
                     self._look()
                 self._metrics.update(len(self._members))
-            if self._ending:  # before this process leaves, which would end them as orphans
+            if self._ending:  # before this process exits, which would kill them as orphans
                 undisturbed(ray.wait, self._ending, num_returns=len(self._ending), timeout=END_SECONDS)
         finally:
             if self.cluster.answers():
@@ -280,14 +282,14 @@ class Fleet:
                     self._kill(member)
 
     def _choose_device(self) -> str:
-        """As this process; where a cluster was joined and any device will do, GPUs if the cluster has some."""
+        """Return this process's device; on a joined cluster with device ``auto``, GPUs if the cluster has any."""
         here = self.staff.trainer.data.device.type
         if self.cluster.own or self.profile.device != "auto":
             return here
         return "cuda" if undisturbed(ray.cluster_resources).get("GPU", 0) >= 1 else "cpu"
 
     def _fill(self) -> None:
-        """Start actors for the experts that are next, if there is room."""
+        """Start actors for the next experts while there is room."""
         while len(self._members) < self._fits():
             expert = self.queue.take(self.record)
             if expert is None:
@@ -295,7 +297,7 @@ class Fleet:
             self._start(expert)
 
     def _fits(self) -> int:
-        """How many actors the cluster has room for, as of the last look: at least one, which then waits for a node."""
+        """Return the number of actors that fit, as of the last look: at least one, which then waits for a node."""
         if time.monotonic() - self._looked_at >= LOOK_SECONDS:
             p, gpu = self.profile, self._device == "cuda"
             nodes = [node["Resources"] for node in undisturbed(ray.nodes) if node["Alive"]]
@@ -314,7 +316,7 @@ class Fleet:
         p, self._started[expert] = self.profile, self._started[expert] + 1
         times = self._started[expert]
         options: dict[str, Any] = {
-            # A name is free again only when the cluster has noticed that the actor is gone.
+            # A name is released only after the cluster has noticed that the actor is gone.
             "name": name_of(expert) + (f"-start-{times}" if times > 1 else ""),
             "namespace": self.staff.namespace,
             "max_restarts": 0,
@@ -334,7 +336,7 @@ class Fleet:
         self.record.starting(expert)
 
     def _take_reports(self) -> bool:
-        """Wait a moment for reports, and take one from each actor that has any; whether there were some."""
+        """Wait briefly for reports and take one from each actor that has any; return whether there were some."""
         waiting = {member.reports: member for member in self._members}
         ready, _ = undisturbed(ray.wait, list(waiting), num_returns=1, timeout=WAIT_SECONDS)
         if ready:
@@ -350,7 +352,7 @@ class Fleet:
             report = Failure(member.expert, "its process stopped without a word")
         except RayError as error:
             report = self._lost(member, error)
-            self._kill(member)  # it may be out of reach only
+            self._kill(member)  # it may only be unreachable
         if isinstance(report, Started):
             member.process = report.process
             self.record.started(member.expert, member.process)
@@ -359,9 +361,7 @@ class Fleet:
             self._metrics.epoch()
         else:
             self._members.remove(member)
-            self._ending.append(
-                member.handle.__ray_terminate__.remote()
-            )  # it has nothing left to do, and ends by itself
+            self._ending.append(member.handle.__ray_terminate__.remote())  # it has no work left, and exits by itself
             if isinstance(report, Failure):
                 self._failed(report)
             elif isinstance(report, Finished):
@@ -371,7 +371,7 @@ class Fleet:
                 self.queue.put_back(member.expert)
 
     def _finished(self, expert: int) -> None:
-        """Believe it when its parts are seen here, which a network file system may delay."""
+        """Accept an expert as finished once its parts are visible here, which a network file system may delay."""
         until = time.monotonic() + SEEN_SECONDS
         while self.staff.trainer.left([expert])[expert]:
             if time.monotonic() > until:
@@ -383,7 +383,7 @@ class Fleet:
         self.record.finished(expert)
 
     def _lost(self, member: _Member, error: RayError) -> Failure:
-        """An actor's process is gone or out of reach. Raises ExpertError if the whole cluster is."""
+        """Describe an actor whose process is gone or unreachable. Raises ExpertError if the whole cluster is."""
         self._looked_at = -LOOK_SECONDS
         if not self.cluster.answers():
             raise self._gone() from error
@@ -392,7 +392,7 @@ class Fleet:
         )
 
     def _failed(self, failure: Failure) -> None:
-        """Try the expert again, or give it up. Raises StorageError where every other actor would meet the same refusal."""
+        """Retry the expert or give it up. Raises StorageError if every other actor would fail the same way."""
         expert = failure.expert
         self._attempts[expert] += 1
         attempts, retries = self._attempts[expert], self.profile.expert_retries
@@ -406,12 +406,12 @@ class Fleet:
             self.queue.again(expert)
 
     def _kill(self, member: _Member) -> None:
-        """End an actor's process, whatever it does. One that is gone already is no error."""
+        """Kill an actor's process, whatever it is doing. It is no error if it is already gone."""
         with deferred():
             ray.kill(member.handle)
 
     def _look(self) -> None:
-        """Notice a cluster that is gone while nothing is reported."""
+        """Detect a lost cluster while nothing is reported."""
         silent_since: float | None = None
         while not self.cluster.answers():
             silent_since = silent_since or time.monotonic()
@@ -425,7 +425,7 @@ class Fleet:
 
 
 class _Metrics:
-    """Gauges and counters on every node's Prometheus port; Ray puts ``ray_`` before their names."""
+    """Gauges and counters on every node's Prometheus port; Ray prefixes their names with ``ray_``."""
 
     def __init__(self, location: Path | str, record: ExpertLog) -> None:
         self._location, self._record = location, record
@@ -441,11 +441,11 @@ class _Metrics:
         self._bytes = self._buffer_bytes()
 
     def epoch(self) -> None:
-        """One more epoch was trained."""
+        """Count one trained epoch."""
         self._epochs.inc()
 
     def update(self, active: int) -> None:
-        """Show what the record says."""
+        """Update the metrics from the record."""
         r = self._record
         self._done.set(r.experts_done)
         self._total.set(r.experts_total)
@@ -466,7 +466,5 @@ class _Metrics:
         try:
             buffer = Buffer(self._location)
             return int(buffer.inspect(digest=False)["bytes"]) if buffer.parts else 0
-        except (
-            TrajectoryError
-        ):  # a figure to watch is no reason to stop: whoever needs the buffer will say what is wrong
+        except TrajectoryError:  # a metric is no reason to stop: readers of the buffer report the error
             return self._bytes

@@ -27,11 +27,11 @@ class GsamStep:
 
 
 def gsam_gradient(loss_of: LossOf, weights_P: Tensor, rho: float, alpha: float) -> GsamStep:
-    """The GSAM gradient at ``weights_P``, before weight decay.
+    """Return the GSAM gradient at ``weights_P``, before weight decay.
 
-    g0 is the gradient at w; the perturbation is e = rho * w^2 * g0 / (|| |w| g0 || + 1e-12); g1 is the gradient at w + e on
-    the same batch; the result is g1 - alpha * (the part of g0 orthogonal to g1). With ``rho`` 0 the result is g0, from one
-    pass instead of two.
+    g0 is the gradient at w; the perturbation is e = rho * w^2 * g0 / (|| |w| g0 || + 1e-12); g1 is the gradient at w +
+    e on the same batch; the result is g1 - alpha * (the part of g0 orthogonal to g1). With ``rho`` 0 the result is g0,
+    from one pass instead of two.
     """
     clean_P, loss, logits_BK = _gradient(loss_of, weights_P)
     if rho == 0:
@@ -44,7 +44,7 @@ def gsam_gradient(loss_of: LossOf, weights_P: Tensor, rho: float, alpha: float) 
 
 
 def orthogonal_part(g0_P: Tensor, g1_P: Tensor) -> Tensor:
-    """The component of g0 orthogonal to g1 (GSAM, equation 11), with the official code's 1e-12 under the norms."""
+    """Return the component of g0 orthogonal to g1 (GSAM, equation 11), norms + 1e-12 as in the official code."""
     n0, n1 = torch.linalg.vector_norm(g0_P) + 1e-12, torch.linalg.vector_norm(g1_P) + 1e-12
     cosine = torch.dot(g0_P, g1_P) / (n0 * n1)
     return g0_P - cosine * n0 * (g1_P / n1)
@@ -59,5 +59,5 @@ def _gradient(loss_of: LossOf, weights_P: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def sgd_step(weights_P: Tensor, gradient_P: Tensor, lr: float, weight_decay: float) -> Tensor:
-    """w - lr * (g + weight_decay * w): plain SGD, no momentum, so that a checkpoint is the whole state of an expert."""
+    """w - lr * (g + weight_decay * w): plain SGD without momentum, so a checkpoint is an expert's complete state."""
     return weights_P - lr * (gradient_P + weight_decay * weights_P)

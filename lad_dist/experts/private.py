@@ -1,7 +1,7 @@
-"""What keeps a Ray cluster to the user who started it: a folder and a token that nobody else can read. No Ray here.
+"""Access control of a private Ray cluster: a folder and a token that only the user can read. Does not import Ray.
 
-Ray runs whatever the holder of its token asks for, as the user who started it. Its own token file and its temporary folder
-are open to every user of the machine, so a cluster of one process gets both from here.
+Ray executes any code for the holder of its token, as the user who started it. Its own token file and temporary folder
+are open to every user of the machine, so a private cluster gets both from here.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pathlib import Path
 from lad_dist.errors import ExpertError
 
 _PREFIX, _LOCK = "ladist-ray-", "lock"
-_LOCK_SECONDS, _NO_LOCK_SECONDS = 2.0, 60.0  # within which a new folder's lock is taken, and is there
-_LONGEST = 40  # bytes of a folder for sockets: a socket's path may have 107, and Ray appends about 65
+_LOCK_SECONDS, _NO_LOCK_SECONDS = 2.0, 60.0  # within which a new folder's lock is taken, and its file exists
+_LONGEST = 40  # bytes of a socket folder's path: a socket's path may have 107, and Ray appends about 65
 
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """A new temporary folder with mode 0700, removed at the end; so are those that killed processes have left.
+    """Create a temporary folder with mode 0700, removed at the end; also remove those left by killed processes.
 
-    A lock on a file inside says that its process lives. Ray opens its own temporary folder to everybody (mode 0777), which
-    must therefore be a folder within this one.
+    A lock on a file inside marks its process as alive. Ray makes its own temporary folder accessible to everybody (mode
+    0777), so that folder must be inside this one.
     """
     base = Path(tempfile.gettempdir())
     if len(os.fsencode(base)) + len(_PREFIX) + 8 > _LONGEST:
@@ -46,7 +46,7 @@ def private_folder() -> Iterator[Path]:
 
 
 def _remove_if_left(folder: Path) -> None:
-    """Remove ``folder`` if it is this user's and its process is gone: nobody holds its lock, or there is none any more."""
+    """Remove ``folder`` if it is this user's and its process is gone: its lock is free, or no longer exists."""
     age = 0.0
     try:
         there = folder.lstat()
@@ -56,7 +56,7 @@ def _remove_if_left(folder: Path) -> None:
         with (folder / _LOCK).open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-    except FileNotFoundError:  # a process of Ray's has written there while it was being removed; or it is being made
+    except FileNotFoundError:  # a Ray process wrote to it while it was being removed, or it is being created
         if age > _NO_LOCK_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError:  # in use, or not ours
@@ -64,19 +64,22 @@ def _remove_if_left(folder: Path) -> None:
 
 
 def write_token(file: Path) -> None:
-    """A new random token in ``file``, which only its owner can read from the moment it exists (mode 0600)."""
+    """Write a new random token to ``file``, which is readable only by its owner from its creation on (mode 0600)."""
     file.unlink(missing_ok=True)
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as token:
         token.write(secrets.token_hex(32))
 
 
 def access(token: Path) -> dict[str, str | None]:
-    """The environment of processes that demand and show the token in a file, and no other."""
+    """Return the environment of processes that require and present the token in a file, and no other."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_TOKEN": None}
 
 
 def token_file(environment: Mapping[str, str]) -> Path | None:
-    """The file that Ray takes a running cluster's token from; None where there is none, or the environment holds it."""
+    """Return the file from which Ray reads a running cluster's token.
+
+    None if there is no file, or the environment holds the token.
+    """
     if environment.get("RAY_AUTH_TOKEN"):
         return None
     named = environment.get("RAY_AUTH_TOKEN_PATH")
@@ -85,7 +88,7 @@ def token_file(environment: Mapping[str, str]) -> Path | None:
 
 
 def exposure(file: Path) -> str | None:
-    """How far others may read a token file: ``mode 0644, others can read it``; None where only its owner can."""
+    """Return how others can read a token file: ``mode 0644, others can read it``; None if only its owner can."""
     mode = stat.S_IMODE(file.stat().st_mode)
     if not mode & 0o077:
         return None
@@ -93,7 +96,7 @@ def exposure(file: Path) -> str | None:
 
 
 def renewed(file: Path) -> str:
-    """What to do about an exposed token."""
+    """Return instructions for replacing an exposed token."""
     return (
         f"whoever has read it can run code as you: make a new one (rm {file}; (umask 077; ray get-auth-token --generate)) "
         f"and restart the cluster, or, if nobody can have read it, chmod 600 {file}"
@@ -101,7 +104,7 @@ def renewed(file: Path) -> str:
 
 
 def check_token(environment: Mapping[str, str]) -> None:
-    """Raises ExpertError where the token for a running cluster lies in a file that others can read."""
+    """Raise ExpertError if others can read the file with the token of a running cluster."""
     file = token_file(environment)
     if file is not None and (how := exposure(file)):
         raise ExpertError(f"{file}: a Ray cluster's token, {how}; {renewed(file)}")

@@ -1,4 +1,4 @@
-"""Which images an expert sees, in which order: a pure function of (seed, expert, stage, epoch)."""
+"""Image order of an expert: a pure function of (seed, expert, stage, epoch)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import numpy as np
 
 
 def shuffled_order(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Representation stage: every one of ``count`` images once, shuffled."""
+    """Representation stage: each of ``count`` images once, shuffled."""
     return rng.permutation(count)
 
 
 def class_aware_order(rng: np.random.Generator, labels_N: np.ndarray, draws_per_class: int) -> np.ndarray:
     """Classifier stage: class-aware sampling (Kang et al., ICLR 2020, arXiv 1910.09217).
 
-    Classes come in shuffled cycles; each turn of a class takes ``draws_per_class`` consecutive draws from that class's own
-    shuffled cycles. The length is (size of the largest class) * K draws; the last turn may be cut short.
+    Classes come in shuffled cycles; each turn of a class takes ``draws_per_class`` consecutive draws from that class's
+    own shuffled cycles. The length is (size of the largest class) * K draws; the last turn may be truncated.
     """
     members = [np.flatnonzero(labels_N == c) for c in range(int(labels_N.max()) + 1)]
     classes = len(members)
@@ -30,6 +30,6 @@ def class_aware_order(rng: np.random.Generator, labels_N: np.ndarray, draws_per_
 
 
 def _cycles(rng: np.random.Generator, items: np.ndarray, length: int) -> np.ndarray:
-    """``items`` shuffled anew for every pass over them, cut to ``length``."""
+    """Repeat ``items``, reshuffled for every pass, and truncate to ``length``."""
     passes = -(-length // len(items))
     return np.concatenate([rng.permutation(items) for _ in range(passes)])[:length] if passes else items[:0]

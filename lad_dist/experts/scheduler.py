@@ -1,8 +1,7 @@
-"""Which experts are left, whether a fleet or this process trains them, and what is told about it. No Ray here.
+"""Scheduling of experts: which are left, whether a fleet or this process trains them, and reports. Does not import Ray.
 
-choose       fleet or this process, and why
-ExpertQueue  the experts that are left; those that another driver is training come last
-ExpertLog    events for machines, a board for people, and the experts that failed
+choose       fleet or this process, and why| ExpertQueue  the remaining experts; those that another driver is training
+come last| ExpertLog    events, progress board, and failed experts|
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from lad_dist.trajectories import claims
 if TYPE_CHECKING:
     from lad_dist.experts.train import Epoch, ExpertTrainer
 
-LOOK_AGAIN_SECONDS = 2.0  # between two looks at the experts that other drivers are training
+LOOK_AGAIN_SECONDS = 2.0  # between two checks of the experts that other drivers are training
 
 
 def name_of(expert: int) -> str:
-    """``expert-0007``: what an expert is called in claims, on the board, and on Ray's dashboard."""
+    """Return ``expert-0007``: an expert's name in claims, on the board, and on Ray's dashboard."""
     return f"expert-{expert:04d}"
 
 
-# Fleet or not
+# Choice of a fleet
 
 
 class Choice(NamedTuple):
@@ -44,7 +43,7 @@ class Choice(NamedTuple):
 
 
 def choose(profile: Profile, on_gpu: bool, left: int) -> Choice:
-    """Who trains ``left`` experts: a fleet of actors, or this process. Looks at nothing but this machine."""
+    """Choose who trains ``left`` experts: a fleet of actors, or this process. Inspects only this machine."""
     if profile.fleet != "auto":
         return Choice(profile.fleet == "on", f"fleet is {profile.fleet}")
     if left < 2:
@@ -69,17 +68,17 @@ def choose(profile: Profile, on_gpu: bool, left: int) -> Choice:
 
 
 def cluster_address(profile: Profile) -> str | None:
-    """The running Ray cluster that the profile or RAY_ADDRESS names; None: one of its own."""
+    """Return the address of the running Ray cluster that the profile or RAY_ADDRESS names; None: a private cluster."""
     return profile.ray.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def cores_to_use(profile: Profile) -> int:
-    """CPU cores that may be used: ``threads`` of the profile, else what this process may run on."""
+    """Return the usable CPU cores: ``threads`` of the profile, else those available to this process."""
     return cores.available() if profile.threads is None else profile.threads
 
 
 def gpu_count() -> int:
-    """CUDA GPUs of this machine."""
+    """Return the number of CUDA GPUs of this machine."""
     import torch
 
     return torch.cuda.device_count()
@@ -89,11 +88,11 @@ def _many(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-# What is left
+# Remaining experts
 
 
 class ExpertQueue:
-    """The experts that are left, in order. ``owner`` is this driver's name in claims."""
+    """The remaining experts, in order. ``owner`` is this driver's name in claims."""
 
     def __init__(self, trainer: ExpertTrainer, experts: Iterable[int]) -> None:
         self.owner = claims.owner_id()
@@ -106,10 +105,10 @@ class ExpertQueue:
         return len(self._waiting)
 
     def take(self, record: ExpertLog) -> int | None:
-        """The next expert that is neither finished nor claimed by another driver; None if there is none at the moment.
+        """Return the next expert that is neither finished nor claimed by another driver; None if there is none yet.
 
-        Whatever another driver finished meanwhile is crossed off, in ``record`` too. Experts that others are training
-        are looked at every couple of seconds. Raises TrajectoryError and StorageError.
+        Experts that other drivers have finished are dropped, and recorded in ``record``. Experts that others are
+        training are checked every ``LOOK_AGAIN_SECONDS``. Raises TrajectoryError and StorageError.
         """
         if not self._waiting or time.monotonic() < self._look_at:
             return None
@@ -129,22 +128,22 @@ class ExpertQueue:
         return None
 
     def put_back(self, expert: int) -> None:
-        """Another driver was quicker to claim it: to the end of the queue."""
+        """Append an expert that another driver claimed first to the end of the queue."""
         self._waiting.append(expert)
 
     def again(self, expert: int) -> None:
-        """It failed and is tried again: next."""
+        """Put a failed expert at the front of the queue, to be retried next."""
         self._waiting.appendleft(expert)
 
     def say_waiting(self, screen: Screen) -> None:
-        """Say whom the rest waits for, once for the same experts."""
+        """Report which claimed experts the queue is waiting for, once per set of experts."""
         who = "; ".join(f"expert {expert} by {other}" for expert, other in sorted(self._claimed.items()))
         if who and who != self._said:
             self._said = who
             screen.say(f"experts: waiting for those that another driver is training ({who})")
 
 
-# What is told
+# Reports
 
 
 class Process(NamedTuple):
@@ -159,10 +158,10 @@ class Process(NamedTuple):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt at an expert ended: ``kind`` is the name of its type in ``errors.py``, None for any other.
+    """A failed attempt at an expert: ``kind`` is the name of its type in ``errors.py``, None for any other.
 
-    ``message`` is one line or paragraph for people; ``trace`` says where it came from. ``lasting``: the buffer refuses every
-    write until somebody acts, so that no expert can go on.
+    ``message`` is one line or paragraph for users; ``trace`` the traceback. ``lasting``: the buffer rejects all writes
+    until somebody intervenes, so no expert can continue.
     """
 
     expert: int
@@ -172,16 +171,16 @@ class Failure:
     lasting: bool = False
 
     def error(self) -> LadDistError:
-        """As an error of its kind."""
+        """Return an error of its kind."""
         error: LadDistError = getattr(errors, self.kind or "", ExpertError)(self.message)
         return error
 
 
 class ExpertLog:
-    """Tells what happens to the experts; also knows how much is done.
+    """Report what happens to the experts, and track their progress.
 
     Args:
-        left: epochs that are still to be trained, for every expert of the recipe.
+        left: epochs still to be trained, for every expert of the recipe.
     """
 
     def __init__(self, experts: ExpertsConfig, left: Mapping[int, int], events: Events, screen: Screen) -> None:
@@ -194,21 +193,21 @@ class ExpertLog:
 
     @property
     def total_epochs(self) -> int:
-        """Of all experts, both stages."""
+        """Epochs of all experts, both stages."""
         return self._each * len(self._trained)
 
     @property
     def epochs_trained(self) -> int:
-        """Epochs that are done, whoever trained them."""
+        """Completed epochs, whoever trained them."""
         return sum(self._trained.values())
 
     def trained(self, expert: int) -> int:
-        """Epochs of an expert that are done, as far as this driver knows."""
+        """Return the completed epochs of an expert, as known to this driver."""
         return self._trained[expert]
 
     @property
     def experts_done(self) -> int:
-        """Experts that are finished, whoever trained them."""
+        """Finished experts, whoever trained them."""
         return sum(epochs == self._each for epochs in self._trained.values())
 
     @property
@@ -216,20 +215,20 @@ class ExpertLog:
         return len(self._trained)
 
     def show_on(self, board: Board) -> None:
-        """From now on, show it there."""
+        """Show progress on ``board`` from now on."""
         self._board = board
 
     def starting(self, expert: int) -> None:
-        """Someone was told to train it."""
+        """Record that an actor for the expert is being started."""
         self._row(expert, "starting")
 
     def started(self, expert: int, by: Process | None = None) -> None:
-        """A process has begun to train it: this one, unless another is named."""
+        """Record that a process has begun to train the expert: ``by``, or this process."""
         self._events.emit("expert-started", expert=expert, **(by._asdict() if by else {}))
         self._row(expert, "begins")
 
     def epoch(self, epoch: Epoch, by: Process | None = None) -> None:
-        """It got one epoch further."""
+        """Record a trained epoch."""
         self._events.emit("expert-epoch", **vars(epoch), **(by._asdict() if by else {}))
         e, first = self._experts, epoch.stage == "representation"
         self._reached(epoch.expert, epoch.epoch if first else e.epochs + epoch.epoch)
@@ -237,20 +236,20 @@ class ExpertLog:
         self._row(epoch.expert, in_words(epoch, e))
 
     def finished(self, expert: int, elsewhere: bool = False) -> None:
-        """All its epochs are in the buffer; ``elsewhere``: another driver put them there."""
+        """Record that all epochs of the expert are in the buffer; ``elsewhere``: another driver trained them."""
         self._events.emit("expert-finished", expert=expert, **({"elsewhere": True} if elsewhere else {}))
         self._reached(expert, self._each)
         self.stopped(expert)
 
     def restarted(self, failure: Failure, attempt: int, retries: int) -> None:
-        """It is tried again from its last part, for the ``attempt``-th time."""
+        """Record the ``attempt``-th retry of an expert, from its last part."""
         expert, reason = failure.expert, failure.message
         self._events.emit("expert-restarted", expert=expert, attempt=attempt, error=reason)
         self._screen.say(f"{name_of(expert)}: {reason}; tried again from its last part ({attempt} of {retries})")
         self.stopped(expert)
 
     def failed(self, failure: Failure, attempts: int) -> None:
-        """It is given up; where it failed is shown here, and nowhere else. A lasting failure is the caller's to raise."""
+        """Record that an expert is given up, and show its trace; the caller must raise a lasting failure."""
         self._events.emit("expert-failed", expert=failure.expert, attempts=attempts, error=failure.message)
         if not failure.lasting:
             self.failures.append(failure)
@@ -259,12 +258,12 @@ class ExpertLog:
         self.stopped(failure.expert)
 
     def stopped(self, expert: int) -> None:
-        """Nobody trains it at the moment."""
+        """Record that the expert is not being trained at the moment."""
         self.images_per_second.pop(expert, None)
         self._row(expert, None)
 
     def error(self, attempts: int) -> LadDistError | None:
-        """What the stage ends with: None where all is well, else an error of the kind that all failures share."""
+        """Return the stage's error: None without failures, else of the kind that all failures share, or ExpertError."""
         if not self.failures:
             return None
         kinds = {failure.kind for failure in self.failures}
@@ -277,7 +276,7 @@ class ExpertLog:
         return error
 
     def _reached(self, expert: int, epochs: int) -> None:
-        """An expert that was restarted repeats some epochs, which count once."""
+        """Count an expert's new epochs; epochs repeated after a restart count once."""
         more = epochs - self._trained[expert]
         if more > 0:
             self._trained[expert] = epochs
@@ -302,11 +301,11 @@ def _times(attempts: int) -> str:
     return "once" if attempts == 1 else f"{attempts} times"
 
 
-# This process
+# Training in this process
 
 
 def train_here(trainer: ExpertTrainer, queue: ExpertQueue, record: ExpertLog, screen: Screen) -> None:
-    """Train what is left in this process, one expert after the other. Raises what ``ExpertTrainer.train`` raises."""
+    """Train the remaining experts one by one in this process. Raises what ``ExpertTrainer.train`` raises."""
     while len(queue):
         expert = queue.take(record)
         if expert is None:

@@ -1,8 +1,8 @@
-"""One expert, both stages: a function of (recipe, expert id) that writes its checkpoints to the buffer. No Ray here.
+"""Train one expert, both stages: a function of (recipe, expert id) that writes checkpoints to the buffer, without Ray.
 
-Whoever trains expert 7 writes the same rows: its initialisation, image order and augmentation are drawn from counters
-(``seeds.py``), and plain SGD has no state but the weights. So an expert continues from its last published checkpoint,
-bit for bit on a CPU with the same number of threads, and training it twice does no harm.
+Any process that trains expert 7 writes the same rows: its initialisation, image order and augmentation are
+counter-based (``seeds.py``), and plain SGD has no state but the weights. So an expert continues from its last published
+checkpoint, bit for bit on a CPU with the same number of threads, and training it twice does no harm.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lad_dist.trajectories.writer import PartWriter
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch of an expert came to: mean training loss, training accuracy (fraction), images per second."""
+    """Results of one epoch of an expert: mean training loss, training accuracy (fraction), images per second."""
 
     expert: int
     stage: Stage
@@ -49,7 +49,7 @@ class Epoch:
 
 
 def network_loss(module: nn.Module, layout: Layout, images_BCHH: Tensor, labels_B: Tensor) -> LossOf:
-    """Cross-entropy of the whole network on one batch, as a function of all weights (P,)."""
+    """Return the cross-entropy of the whole network on one batch, as a function of all weights (P,)."""
 
     def loss_of(weights_P: Tensor) -> tuple[Tensor, Tensor]:
         logits_BK = functional.logits(module, layout.views(weights_P), images_BCHH)
@@ -61,9 +61,10 @@ def network_loss(module: nn.Module, layout: Layout, images_BCHH: Tensor, labels_
 def classifier_loss(
     module: nn.Module, layout: Layout, weights_P: Tensor, images_BCHH: Tensor, labels_B: Tensor
 ) -> LossOf:
-    """Cross-entropy on one batch as a function of the classifier's weights alone.
+    """Return the cross-entropy on one batch as a function of the classifier's weights only.
 
-    The backbone is frozen at ``weights_P``: its features are computed once, without a graph, and shared by GSAM's passes.
+    The backbone is frozen at ``weights_P``: its features are computed once, without a graph, and shared by GSAM's
+    passes.
     """
     views = layout.views(weights_P)
     with torch.no_grad():
@@ -81,11 +82,11 @@ def classifier_loss(
 
 
 class ExpertTrainer:
-    """Trains experts of one recipe into one buffer.
+    """Train experts of one recipe into one buffer.
 
     Args:
         recipe: determines every row.
-        data: the recipe's data on the device to train on.
+        data: the recipe's data on the training device.
         folder: the buffer: a local folder, or a URI (``trajectories.files.resolve``).
     """
 
@@ -99,16 +100,16 @@ class ExpertTrainer:
         self._labels_N = images.labels_N.numpy()
 
     def remaining(self, experts: range) -> list[int]:
-        """The experts whose checkpoints are not all in the buffer."""
+        """Return the experts whose checkpoints are not all in the buffer."""
         left = self.left(experts)
         return [i for i in experts if left[i]]
 
     def epochs_left(self, experts: Iterable[int]) -> int:
-        """Epochs that are still to be trained, both stages together."""
+        """Return the number of epochs still to be trained, both stages together."""
         return sum(self.left(experts).values())
 
     def left(self, experts: Iterable[int]) -> dict[int, int]:
-        """For each expert the epochs that are still to be trained, both stages together."""
+        """Return per expert the number of epochs still to be trained, both stages together."""
         buffer, e = self._buffer(), self.recipe.experts
         wanted: tuple[tuple[Stage, int], ...] = (("representation", e.epochs), ("classifier", e.classifier_epochs))
         left = {}
@@ -118,7 +119,7 @@ class ExpertTrainer:
         return left
 
     def _buffer(self) -> Buffer:
-        """The buffer as it is now. Raises TrajectoryError where it is another recipe's, or of images that have changed."""
+        """Open the buffer. Raises TrajectoryError if it belongs to another recipe, or if the images have changed."""
         buffer = Buffer(self.folder, expected_hash=self.meta.experts_hash)
         changed = self.meta.differences(buffer.meta) if buffer.parts else []
         if changed:
@@ -129,14 +130,14 @@ class ExpertTrainer:
         return buffer
 
     def train(self, expert: int) -> Generator[Epoch, None, None]:
-        """Both stages of one expert, from its last published checkpoint on; yields each epoch when it is trained.
+        """Train both stages of one expert from its last published checkpoint on; yield each epoch once trained.
 
-        Nothing is trained unless the epochs are taken. Closing the generator publishes the epochs trained so far: a caller
-        that may stop early says ``with closing(trainer.train(expert)) as epochs``.
+        Training advances only as the epochs are consumed. Closing the generator publishes the epochs trained so far: a
+        caller that may stop early uses ``with closing(trainer.train(expert)) as epochs``.
 
         Raises:
             NumericalError: the loss or the weights are no longer finite.
-            StorageError: a part cannot be written; what was published before is kept.
+            StorageError: a part cannot be written; earlier parts are kept.
             TrajectoryError: the buffer belongs to another recipe or is damaged where it must be read.
         """
         weights_P = yield from self._train_stage("representation", expert, None)
@@ -182,7 +183,10 @@ class ExpertTrainer:
         return flat_parameters(network).to(self.data.device)
 
     def _epoch(self, stage: Stage, expert: int, epoch: int, weights_P: Tensor) -> tuple[float, float, int]:
-        """One epoch, in place on ``weights_P``: (mean loss, accuracy, images seen). No synchronisation until its end."""
+        """Train one epoch, in place on ``weights_P``, and return (mean loss, accuracy, images seen).
+
+        Synchronises only at its end.
+        """
         e, counters = self.recipe.experts, ("expert", expert, stage, epoch)
         representation = stage == "representation"
         order_rng = rng(e.seed, *counters, "order")
@@ -215,7 +219,7 @@ class ExpertTrainer:
 
 
 def buffer_meta(recipe: Recipe, data: PreparedData, layout: Layout) -> BufferMeta:
-    """What every part of the recipe's buffer says about itself."""
+    """Return the metadata stored in every part of the recipe's buffer."""
     return BufferMeta(
         experts_hash=recipe.experts_hash(),
         data_fingerprint=data.splits.train.fingerprint(),

@@ -1,11 +1,12 @@
-"""Instance norm, ReLU and 2x2 average pooling as one operation with its own first and second derivative.
+"""Instance norm, ReLU and 2x2 average pooling as one operation with hand-written first and second derivatives.
 
-Between two convolutions the network is memory-bound, and autograd's second derivative of GroupNorm decomposes into dozens of
-passes over the largest tensors. Here each derivative is written out. ``models/compiled.py`` evaluates it on a CPU and
-``models/compiled_gpu.py`` on a GPU; where they cannot, torch's operations do, on a CPU for a few images at a time so that
-intermediate results stay in the processor's cache. ``plain`` is the same operation from torch's own pieces.
+Between two convolutions the network is memory-bound, and autograd's second derivative of GroupNorm decomposes into
+dozens of passes over the largest tensors. Here each derivative is written out. ``models/compiled.py`` evaluates it on a
+CPU and ``models/compiled_gpu.py`` on a GPU. Where they are unavailable torch operations do, on a CPU for a few images
+at a time so that intermediate results stay in cache. ``plain`` is the same operation composed of torch's own.
 
-Derivation, for one image and channel with N = H*H pixels, m() the mean over them, s = (var + eps)^(-1/2), z = (x - m(x)) s:
+Derivation, for one image and channel with N = H*H pixels, m() the mean over them, s = (var + eps)^(-1/2), z = (x -
+m(x)) s:
 
     forward     y = gamma z + beta,  r = max(y, 0),  p = pool(r)
     backward    from u = dL/dp:  g = unpool(u) [y > 0]  (unpool spreads a quarter of u over each 2x2 window)
@@ -20,7 +21,8 @@ Derivation, for one image and channel with N = H*H pixels, m() the mean over the
                 by x      s (q - m(q) - z m(q z)) - k s^2 z / N
     The ReLU's own second derivative is zero wherever it exists, as in torch.
 
-Shapes: B images, C channels, H side before pooling, h = H // 2 after it; an odd last row or column is dropped by the pooling.
+Shapes: B images, C channels, H side before pooling, h = H // 2 after it; an odd last row or column is dropped by the
+pooling.
 """
 
 from __future__ import annotations
@@ -37,15 +39,16 @@ from torch.autograd.function import once_differentiable
 
 from lad_dist.models.needs_grad import needs_grad
 
-CACHE_VALUES = 2**19  # values of one tensor worked on at a time on a CPU; 2 MiB in float32
+CACHE_VALUES = 2**19  # values of one tensor processed at a time on a CPU; 2 MiB in float32
 _aten = torch.ops.aten
 _log = logging.getLogger(__name__)
 
 
 class NormReluPool(nn.Module):
-    """Instance norm with learned scale and shift, ReLU, and 2x2 average pooling: (B, C, H, H) to (B, C, H // 2, H // 2).
+    """Instance norm with learned scale and shift, ReLU, and 2x2 average pooling.
 
-    ``fused`` False computes ``plain``: the same numbers to rounding, for comparison.
+    From (B, C, H, H) to (B, C, H // 2, H // 2). ``fused`` False uses ``plain``, which is equal up to rounding, for
+    comparison.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5, fused: bool = True) -> None:
@@ -62,12 +65,12 @@ class NormReluPool(nn.Module):
 
 
 def plain(x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float = 1e-5) -> Tensor:
-    """The same from torch's own operations: what tests and benchmarks compare with."""
+    """Compute the same with torch's own operations: the reference of tests and benchmarks."""
     return F.avg_pool2d(F.relu(F.group_norm(x_BCHH, x_BCHH.shape[1], gamma_C, beta_C, eps)), 2)
 
 
 class _BlockForward(torch.autograd.Function):
-    """Takes contiguous images: a copy made in here would be saved, and no second derivative reaches a copy."""
+    """Requires contiguous images: a copy made in here would be saved, and no second derivative reaches a copy."""
 
     @staticmethod
     def forward(ctx: Any, x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float) -> Tensor:
@@ -79,7 +82,7 @@ class _BlockForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u_BChh: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = needs_grad(ctx)[1:]  # gamma and beta; no network ends before this operation
+        wanted = needs_grad(ctx)[1:]  # gamma and beta; earlier layers always need dx
         dx, dgamma, dbeta = _BlockBackward.apply(u_BChh.contiguous(), *ctx.saved_tensors, wanted)  # type: ignore[no-untyped-call]
         return dx, dgamma, dbeta, None
 
@@ -111,7 +114,7 @@ class _BlockBackward(torch.autograd.Function):
 
 
 def _kernels(x_BCHH: Tensor) -> ModuleType | None:
-    """What computes on tensors like this one, if it is not this file."""
+    """Return the compiled module for tensors like ``x_BCHH``, or None for this file's functions."""
     device = x_BCHH.device
     if device.type not in ("cpu", "cuda") or x_BCHH.dtype not in (torch.float32, torch.float64):
         return None
@@ -120,7 +123,7 @@ def _kernels(x_BCHH: Tensor) -> ModuleType | None:
 
 @functools.cache
 def _compiled() -> ModuleType | None:
-    """``models/compiled.py``, or None, and a warning, where it cannot run: this file's own functions do its work then."""
+    """Return ``models/compiled.py``; None, with a warning, if it cannot run: then this file's functions are used."""
     try:
         from lad_dist.models import compiled
 
@@ -133,7 +136,7 @@ def _compiled() -> ModuleType | None:
 
 @functools.cache
 def _compiled_gpu(device: torch.device, dtype: torch.dtype, size: tuple[int, ...]) -> ModuleType | None:
-    """``models/compiled_gpu.py``, or None, and a warning, where it cannot run or computes other numbers than this file."""
+    """Return ``models/compiled_gpu.py``; None, with a warning, if it cannot run or its results differ from these."""
     try:
         from lad_dist.models import compiled_gpu
     except ImportError as error:
@@ -150,12 +153,12 @@ def _compiled_gpu(device: torch.device, dtype: torch.dtype, size: tuple[int, ...
 
 @functools.cache
 def _warn(device: str, reason: str) -> None:
-    """Say once why torch's operations are used."""
+    """Log once why torch's operations are used."""
     _log.warning("norm, ReLU and pooling by torch's operations, slower than compiled (%s): %s", device, reason)
 
 
 def _forward(x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(pooled, mean, 1 / standard deviation), as ``compiled.forward``."""
+    """Return (pooled, mean, 1 / standard deviation), as ``compiled.forward``."""
     batch, channels, height, width = x_BCHH.shape
     pooled = x_BCHH.new_empty(batch, channels, height // 2, width // 2)
     mean = x_BCHH.new_empty(batch, channels, 1, 1)
@@ -175,7 +178,7 @@ def _backward(
     rstd: Tensor,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dgamma, dbeta), as ``compiled.backward``; zeros for those of the last two that are not wanted."""
+    """Return (dx, dgamma, dbeta), as ``compiled.backward``; zeros for dgamma or dbeta if not ``wanted``."""
     dx = torch.empty_like(x_BCHH)
     dgamma, dbeta = torch.zeros_like(gamma_C), torch.zeros_like(beta_C)
     channels, pixels = x_BCHH.shape[1], x_BCHH.shape[2] * x_BCHH.shape[3]
@@ -206,7 +209,7 @@ def _second(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the cotangents of dx, dgamma and dbeta give for (u, x, gamma), as ``compiled.second``."""
+    """Return the derivatives by (u, x, gamma) from the cotangents of dx, dgamma and dbeta, as ``compiled.second``."""
     count = x_BCHH.shape[2] * x_BCHH.shape[3]
     by_u, by_x, by_gamma = torch.empty_like(u_BChh), torch.empty_like(x_BCHH), torch.zeros_like(gamma_C)
     c, e, gamma = c_C.view(1, -1, 1, 1), e_C.view(1, -1, 1, 1), gamma_C.view(1, -1, 1, 1)
@@ -230,28 +233,28 @@ def _second(
 
 
 def _chunks(x_BCHH: Tensor) -> list[slice]:
-    """Slices of the batch: all of it on a GPU, cache-sized pieces on a CPU."""
+    """Return slices of the batch: one for all of it on a GPU, cache-sized ones on a CPU."""
     batch = len(x_BCHH)
     step = batch if x_BCHH.is_cuda else max(1, CACHE_VALUES // max(1, x_BCHH[0].numel())) if batch else 1
     return [slice(i, min(i + step, batch)) for i in range(0, batch, max(step, 1))]
 
 
 def _group_norm(x: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Instance norm of a chunk: (y, mean, 1 / standard deviation), the last two of shape (B, C, 1, 1)."""
+    """Compute the instance norm of a chunk: (y, mean, 1 / standard deviation), the last two of shape (B, C, 1, 1)."""
     batch, channels, height, width = x.shape
     y, mean, rstd = torch.native_group_norm(x, gamma_C, beta_C, batch, channels, height * width, channels, eps)
     return y, mean.view(batch, channels, 1, 1), rstd.view(batch, channels, 1, 1)
 
 
 def _pool(y_BCHW: Tensor) -> Tensor:
-    """2x2 average pooling: rows are added, columns go through a matrix product, which is vectorised where avg_pool2d is not."""
+    """2x2 average pooling: rows by addition, columns by a matrix product, which is vectorised, unlike avg_pool2d."""
     half = y_BCHW.shape[2] // 2
     rows_BChW = y_BCHW[:, :, 0 : 2 * half : 2] + y_BCHW[:, :, 1 : 2 * half : 2]
     return rows_BChW @ _columns(y_BCHW.shape[3], y_BCHW.dtype, y_BCHW.device)
 
 
 def _masked(u_BChw: Tensor, y_BCHW: Tensor) -> Tensor:
-    """g = unpool(u) [y > 0] of a chunk."""
+    """Return g = unpool(u) [y > 0] of a chunk."""
     batch, channels, height, width = y_BCHW.shape
     half = height // 2
     spread_BChW = u_BChw @ _columns(width, y_BCHW.dtype, y_BCHW.device).T
@@ -270,7 +273,7 @@ def _masked(u_BChw: Tensor, y_BCHW: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _columns(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The matrix (W, w) with a quarter where column j of W belongs to column j // 2 of w; an odd last column to none."""
+    """Return the matrix (W, w) with 0.25 where column j of W belongs to column j // 2 of w; an odd last column is 0."""
     half = width // 2
     matrix = torch.zeros(width, half, dtype=dtype, device=device)
     columns = torch.arange(2 * half, device=device)
@@ -279,7 +282,7 @@ def _columns(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The sum over pixels of a * b, keeping dimensions."""
+    """Sum a * b over pixels, keeping dimensions."""
     batch, channels = a.shape[:2]
     rows = (batch * channels, 1, -1)
     return torch.bmm(a.reshape(rows), b.reshape(rows).mT).view(batch, channels, 1, 1)

@@ -1,11 +1,12 @@
 """The block between two convolutions (``models/block.py``), compiled by numba: one pass over memory per derivative.
 
-Every plane (one channel of one image) stays in the first cache while it is worked on: its sums first, then its results. The
-derivation is in ``models/block.py``. Planes are handed out a few at a time to the threads of torch's own pool; what is computed
-for a plane does not depend on which thread does it, so any number of threads gives the same bits.
+Each plane (one channel of one image) stays in the L1 cache while it is processed: first its sums, then its results. The
+derivation is in ``models/block.py``. Planes are distributed in small groups to the threads of torch's own pool; a
+plane's results do not depend on the thread that computes them, so any number of threads gives the same bits.
 
-``data`` of a kernel is an array of 64-bit integers: a counter of the planes handed out, how many are handed out at a time, the
-numbers of images, channels, rows and columns, then the addresses of the tensors in the order that the kernel's first line names.
+``data`` of a kernel is an array of 64-bit integers: a counter of the planes handed out, the number of planes per group,
+the numbers of images, channels, rows and columns, then the addresses of the tensors in the order of the kernel's first
+line.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-_FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; what is not finite stays so
+_FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; NaN and Inf are preserved
 _OPTIONS: dict[str, Any] = {"fastmath": _FAST, "error_model": "numpy", "boundscheck": False}
-# Each kernel is one function of machine code. Where kernels call others, a process that compiles and one that finds the
-# compiled kernels on disk run differently optimised copies of what is called: other sums, other bits.
+# Each kernel is compiled as one function. If kernels called others, a process that compiles and one that loads kernels
+# from disk would run differently optimised copies of the callees, whose sums differ in the last bits.
 _INLINED: dict[str, Any] = {"inline": "always", **_OPTIONS}
 _ENTRY = types.void(types.CPointer(types.int64))
 _HEAD = 6  # integers before the addresses
-_VALUES_AT_A_TIME = 2**15  # some ten microseconds of work
+_VALUES_AT_A_TIME = 2**15  # about ten microseconds of work
 
 
 @intrinsic
 def _take(typing: Any, counter: Any, amount: Any) -> Any:
-    """Add to the first integer of an array and return what it was, as one step among threads."""
+    """Atomically add to the first integer of an array and return its previous value."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", args[0], args[1], "monotonic")
@@ -44,7 +45,7 @@ def _take(typing: Any, counter: Any, amount: Any) -> Any:
 
 @intrinsic
 def _at(typing: Any, address: Any, like: Any) -> Any:
-    """A pointer to values of the type of ``like``."""
+    """Return a pointer to values of the type of ``like``."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
@@ -83,7 +84,7 @@ def _forward(data: Any, zero: Any) -> None:
                 above, below, out = x[i, 2 * p], x[i, 2 * p + 1], pooled[i, p]
                 for j in range(width):
                     y0, y1 = above[j] * scale + shift, below[j] * scale + shift
-                    row[j] = (zero if y0 <= zero else y0) + (zero if y1 <= zero else y1)  # a NaN passes
+                    row[j] = (zero if y0 <= zero else y0) + (zero if y1 <= zero else y1)  # NaN propagates
                 for j in range(columns):
                     out[j] = quarter * (row[2 * j] + row[2 * j + 1])
         start = _take(data, amount)
@@ -91,7 +92,7 @@ def _forward(data: Any, zero: Any) -> None:
 
 @njit(**_INLINED)
 def _masked(u: Any, x: Any, scale: Any, shift: Any, row: Any, g: Any) -> None:
-    """g = unpool(u) [y > 0] of one plane; ``g`` holds zeros where nothing is pooled, as does the end of ``row``."""
+    """Compute g = unpool(u) [y > 0] of one plane; unpooled parts of ``g`` and the end of ``row`` must be zero."""
     zero, quarter = x.dtype.type(0), x.dtype.type(0.25)
     for p in range(u.shape[0]):
         for j in range(u.shape[1]):
@@ -219,11 +220,11 @@ _ENTRIES: dict[torch.dtype, dict[str, Callable[[Any], None]]] = {
 }
 DTYPES = tuple(_ENTRIES)
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_held: list[Any] = []  # what owns the machine code of the kernels in use
+_held: list[Any] = []  # owners of the machine code of the kernels in use
 
 
 def forward(x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(pooled (B, C, h, h), mean, 1 / standard deviation), the last two of shape (B, C, 1, 1)."""
+    """Return (pooled (B, C, h, h), mean, 1 / standard deviation), the last two of shape (B, C, 1, 1)."""
     batch, channels, height, width = x_BCHH.shape
     pooled = x_BCHH.new_empty(batch, channels, height // 2, width // 2)
     mean, rstd = (x_BCHH.new_empty(batch, channels, 1, 1) for _ in range(2))
@@ -234,7 +235,7 @@ def forward(x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float) -> tupl
 def backward(
     u_BChh: Tensor, x_BCHH: Tensor, gamma_C: Tensor, beta_C: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dgamma (C,), dbeta (C,))."""
+    """Return (dx, dgamma (C,), dbeta (C,))."""
     dx = torch.empty_like(x_BCHH)
     dgamma, dbeta = (x_BCHH.new_empty(x_BCHH.shape[:2]) for _ in range(2))
     _run("backward", x_BCHH, u_BChh, x_BCHH, gamma_C, beta_C, mean, rstd, dx, dgamma, dbeta)
@@ -252,7 +253,7 @@ def second(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the cotangents a of dx, c of dgamma and e of dbeta: what they give for (u, x, gamma)."""
+    """Return the derivatives by (u, x, gamma) from the cotangents a of dx, c of dgamma and e of dbeta."""
     by_u, by_x, by_gamma = torch.empty_like(u_BChh), torch.empty_like(x_BCHH), x_BCHH.new_empty(x_BCHH.shape[:2])
     tensors = (a_BCHH, c_C, e_C, u_BChh, x_BCHH, gamma_C, beta_C, mean, rstd, by_u, by_x, by_gamma)
     _run("second", x_BCHH, *tensors)
@@ -260,8 +261,8 @@ def second(
 
 
 def _run(name: str, x_BCHH: Tensor, *tensors: Tensor) -> None:
-    """Run a kernel over the planes of ``x_BCHH``; the tensors are in the processor's memory, of one type."""
-    held = [t.contiguous() for t in tensors]  # those that are written are new, so contiguous
+    """Run a kernel over the planes of ``x_BCHH``; all tensors are on the CPU, of one type."""
+    held = [t.contiguous() for t in tensors]  # outputs are newly allocated, so contiguous
     batch, channels, height, width = x_BCHH.shape
     amount = max(1, _VALUES_AT_A_TIME // max(1, height * width))
     data = (ctypes.c_int64 * (_HEAD + len(held)))(
@@ -276,11 +277,11 @@ def _run(name: str, x_BCHH: Tensor, *tensors: Tensor) -> None:
 
 @functools.cache
 def _kernel(name: str, dtype: torch.dtype) -> Any:
-    """The compiled kernel, kept on disk by numba where that is possible: compiling takes about a second."""
+    """Return the compiled kernel, cached on disk by numba if possible: compiling takes about a second."""
     entry = _ENTRIES[dtype][name]
     try:
         compiled = cfunc(_ENTRY, cache=True, **_OPTIONS)(entry)
-    except Exception:  # no folder to keep it in, or what is kept there is damaged
+    except Exception:  # no cache folder, or its contents are damaged
         compiled = cfunc(_ENTRY, **_OPTIONS)(entry)
     _held.append(compiled)
     return _FUNCTION(compiled.address)
@@ -288,16 +289,16 @@ def _kernel(name: str, dtype: torch.dtype) -> Any:
 
 @functools.cache
 def team() -> Any:
-    """Runs a kernel on each thread of the pool that torch's own operations use: ``team()(kernel, data, threads, 0)``.
+    """Return a function that runs a kernel on each thread of torch's own pool: ``team()(kernel, data, threads, 0)``.
 
-    A second pool would have the threads of the two wait for each other's processors.
+    With a second pool, the threads of the two would compete for the same cores.
 
     Raises:
         OSError: torch's OpenMP library cannot be found.
-        AttributeError: it is one that lacks the entry.
+        AttributeError: the library lacks the entry.
     """
     folder = Path(torch.__file__).parent / "lib"
-    library = ctypes.CDLL(str(folder / "libtorch_cpu.so"))  # a symbol is looked for in what it is linked with, too
+    library = ctypes.CDLL(str(folder / "libtorch_cpu.so"))  # symbols are also looked up in its dependencies
     run = library.GOMP_parallel
     run.restype, run.argtypes = None, (_FUNCTION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     return run

@@ -1,8 +1,9 @@
-"""The block between two convolutions (``models/block.py``), compiled by Triton for a GPU: as ``models/compiled.py`` is for a CPU.
+"""The block between two convolutions (``models/block.py``), compiled by Triton: ``models/compiled.py`` for GPUs.
 
-One program computes one plane (one channel of one image), which it reads once. A plane is held as the four places that a pixel
-can have in its 2x2 window of the pooling, each of (rows, columns) windows, with masks where a side is odd. The derivation is in
-``models/block.py``. A size of plane is trusted only after its numbers on this GPU were those of torch's operations.
+One program computes one plane (one channel of one image), which it reads once. A plane is held as the four positions of
+a pixel in its 2x2 pooling window, each an array of (rows, columns) windows, with masks where a side is odd. The
+derivation is in ``models/block.py``. The kernels are used for a plane size only after their results on this GPU matched
+torch's operations.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64)
 LARGEST_SIDE = 128  # four quarters of a plane are held in registers
-_TOLERANCE = 1e-3  # of the largest value; a wrong kernel is wrong by more, and rounding in float32 by far less
+_TOLERANCE = 1e-3  # relative to the largest value; a wrong kernel differs by more, float32 rounding by far less
 
 
 @triton.jit
 def _windows(height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(pixel of each window's corner, four masks of what lies inside, mask of whole windows, place of each after pooling)."""
+    """Return (pixel of each window's corner, four masks of pixels inside the plane, index of each window once pooled).
+
+    The last mask is that of whole windows.
+    """
     p, q = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     top, bottom, left, right = 2 * p < height, 2 * p + 1 < height, 2 * q < width, 2 * q + 1 < width
     corner, place = 2 * p * width + 2 * q, p * (width // 2) + q
@@ -33,7 +37,7 @@ def _windows(height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _load(pointer, width, corner, m00, m01, m10, m11):
-    """The four quarters of a plane, zero where it has no pixel."""
+    """Load the four quarters of a plane, zero outside it."""
     a = tl.load(pointer + corner, mask=m00, other=0.0)
     b = tl.load(pointer + corner + 1, mask=m01, other=0.0)
     c = tl.load(pointer + corner + width, mask=m10, other=0.0)
@@ -74,7 +78,7 @@ def _forward(
     scale = s * tl.load(gamma + channel)
     shift = tl.load(beta + channel) - m * scale
     a, b, c, d = a * scale + shift, b * scale + shift, c * scale + shift, d * scale + shift
-    a, b = tl.where(a <= 0, 0.0, a), tl.where(b <= 0, 0.0, b)  # a NaN passes, as through torch's
+    a, b = tl.where(a <= 0, 0.0, a), tl.where(b <= 0, 0.0, b)  # NaN propagates, as in torch
     c, d = tl.where(c <= 0, 0.0, c), tl.where(d <= 0, 0.0, d)
     tl.store(pooled + plane * (height // 2) * (width // 2) + place, 0.25 * (a + b + c + d), mask=m11)
     tl.store(mean + plane, m)
@@ -83,7 +87,7 @@ def _forward(
 
 @triton.jit
 def _masked(u, a, b, c, d, scale, shift, place, m11):
-    """g = unpool(u) [y > 0]: a quarter of u for each pixel of a whole window, zero elsewhere."""
+    """Return g = unpool(u) [y > 0]: a quarter of u for each pixel of a whole window, zero elsewhere."""
     quarter = 0.25 * tl.load(u + place, mask=m11, other=0.0)
     ga, gb = tl.where(a * scale + shift <= 0, 0.0, quarter), tl.where(b * scale + shift <= 0, 0.0, quarter)
     gc, gd = tl.where(c * scale + shift <= 0, 0.0, quarter), tl.where(d * scale + shift <= 0, 0.0, quarter)
@@ -101,7 +105,7 @@ def _backward(
     scale = s * tl.load(gamma + channel)
     shift = tl.load(beta + channel) - m * scale
     ga, gb, gc, gd = _masked(u + plane * (height // 2) * (width // 2), a, b, c, d, scale, shift, place, m11)
-    a, b, c, d = (a - m) * s, (b - m) * s, (c - m) * s, (d - m) * s  # z; where there is no pixel, g is zero
+    a, b, c, d = (a - m) * s, (b - m) * s, (c - m) * s, (d - m) * s  # z; outside the plane, g is zero
     sum_g, sum_gz = _total(ga, gb, gc, gd), _total(ga * a, gb * b, gc * c, gd * d)
     tl.store(dgamma + plane, sum_gz)
     tl.store(dbeta + plane, sum_g)
@@ -118,7 +122,7 @@ def _by_x(z, a, g, s, q_a, q_g, m_q, m_qz, k):
 
 @triton.jit
 def _h(z, a, scale, m_a, m_az, gamma, beta, c, e):
-    """h [y > 0]; y = gamma z + beta."""
+    """Return h [y > 0]; y = gamma z + beta."""
     return tl.where(gamma * z + beta <= 0, 0.0, scale * (a - m_a - z * m_az) + c * z + e)
 
 
@@ -145,7 +149,7 @@ def _second(
         (x1 - m) * s,
         (x2 - m) * s,
         (x3 - m) * s,
-    )  # z; where there is no pixel, a and g are zero
+    )  # z; outside the plane, a and g are zero
     m_a, m_g = _total(a0, a1, a2, a3) / count, _total(g0, g1, g2, g3) / count
     m_az, m_gz = _total(a0 * x0, a1 * x1, a2 * x2, a3 * x3) / count, _total(g0 * x0, g1 * x1, g2 * x2, g3 * x3) / count
     inner = _total(a0 * g0, a1 * g1, a2 * g2, a3 * g3) / count - m_a * m_g - m_az * m_gz  # k = N gamma inner
@@ -221,14 +225,14 @@ def _run(kernel: Any, x_BCHH: Tensor, *tensors: Tensor) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _value(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One value on the device: as an argument of a kernel it would be rounded to float32."""
+    """Return one value as a tensor on the device: as a kernel argument it would be rounded to float32."""
     return torch.tensor([value], dtype=dtype, device=device)
 
 
 def check(x_BCHH: Tensor, by_torch: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]) -> str | None:
-    """What speaks against these kernels for planes of this size, type and device: None, or why. It waits for the device.
+    """Return why these kernels cannot be used for planes of this size, type and device, or None. Waits for the device.
 
-    ``by_torch``: the same three functions from torch's operations, ``backward``'s with one more argument for what is wanted.
+    ``by_torch``: the same three functions in torch operations; its ``backward`` takes ``wanted`` as a further argument.
     """
     height, width = x_BCHH.shape[2:]
     if max(height, width) > LARGEST_SIDE:
@@ -246,6 +250,6 @@ def check(x_BCHH: Tensor, by_torch: tuple[Callable[..., Any], Callable[..., Any]
         first, back, twice = by_torch
         theirs = (*first(x, gamma, beta, 1e-5), *back(*what, (True, True)), *twice(a, c, e, *what))
         far = max(float((o - t).abs().max() / t.abs().max().clamp(min=1e-6)) for o, t in zip(ours, theirs, strict=True))
-    except Exception as error:  # Triton, its compiler and the driver each have errors of their own
+    except Exception as error:  # Triton, its compiler and the driver each raise their own types
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None if far <= _TOLERANCE else f"they are {far:.1e} from torch's operations"

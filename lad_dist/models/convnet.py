@@ -18,7 +18,7 @@ from lad_dist.seeds import torch_seeded
 
 
 def feature_side(size: int, channels: int, depth: int) -> int:
-    """Side of the last feature map. Grey images are padded by 3 in the first block, which adds 4 pixels a side."""
+    """Return the side of the last feature map. Grey images are padded by 3 in the first block: 4 more pixels a side."""
     return (size + 4 if channels == 1 else size) >> depth
 
 
@@ -26,8 +26,8 @@ class ConvNet(nn.Module):
     """``depth`` blocks of 3x3 convolution, instance norm, ReLU and 2x2 average pooling, then one linear classifier.
 
     Instance norm is GroupNorm with one group per channel, with learned scale and shift. The parameters of
-    ``classifier`` are the classifier in the sense of the method; all others are the backbone. ``fused`` False takes torch's
-    own operations instead of ``block.py``. ``norm`` "batch" takes batch norm, for evaluation only.
+    ``classifier`` are the classifier in the sense of the method; all others are the backbone. ``fused`` False uses
+    torch's operations instead of ``block.py``. ``norm`` "batch" uses batch norm, for evaluation only.
 
     Raises:
         DataError: the images are too small for ``depth`` blocks.
@@ -49,9 +49,7 @@ class ConvNet(nn.Module):
         side = feature_side(size, channels, depth)
         if side < 1:
             raise DataError(f"model.depth: {depth} blocks halve {size}x{size} images to nothing; use fewer blocks")
-        layers: dict[
-            str, nn.Module
-        ] = {}  # named as the positions of convolution, norm, ReLU, pooling in published code
+        layers: dict[str, nn.Module] = {}  # named by position in published code: convolution, norm, ReLU, pooling
         for block in range(depth):
             first = block == 0
             padding = 3 if first and channels == 1 else 1
@@ -78,11 +76,11 @@ class ConvNet(nn.Module):
 def build(
     channels: int, size: int, classes: int, width: int, depth: int, *, seed: int, purpose: tuple[int | str, ...]
 ) -> ConvNet:
-    """A ConvNet whose initialisation (torch's default) is a pure function of ``seed`` and ``purpose``."""
+    """Build a ConvNet whose initialisation (torch's default) is a pure function of ``seed`` and ``purpose``."""
     with torch_seeded(seed, "init", *purpose):
         return ConvNet(channels, size, classes, width, depth)
 
 
 def flat_parameters(module: nn.Module) -> Tensor:
-    """All parameters as one vector, shape (P,), in the order of ``Layout.of``, detached from the module."""
+    """Return all parameters as one vector, shape (P,), in the order of ``Layout.of``, detached from the module."""
     return torch.cat([module.get_parameter(name).detach().reshape(-1) for name in Layout.of(module).names])

@@ -1,17 +1,17 @@
-"""A convolution with its own first and second derivative, for gradients that are differentiated again.
+"""A convolution with hand-written first and second derivatives, for gradients that are differentiated again.
 
-torch's second derivative of a convolution takes the output's gradient as the weights of a convolution as large as the image,
-which libraries are not made for. Written out, every term is an ordinary convolution of the batch:
+torch's second derivative of a convolution uses the output's gradient as the weights of an image-sized convolution, for
+which libraries are not optimised. Written out, every term is an ordinary convolution of the batch:
 
     forward     y = x * w + b
-    backward    from g = dL/dy:  dx = g *' w (transposed),  dw = W(x, g) (correlation over images and pixels),  db = sum g
-    second      from the cotangents a of dx, c of dw, e of db, the scalar phi = <a, dx> + <c, dw> + <e, db> has the derivatives
+    backward    from g = dL/dy:  dx = g *' w (transposed), dw = W(x, g) (correlation over images and pixels), db = sum g
+    second      from the cotangents a of dx, c of dw, e of db, phi = <a, dx> + <c, dw> + <e, db> has the derivatives
                 by g      a * w + x * c + e      one convolution of (a, x) with (w, c) side by side
                 by x      g *' c
                 by w      W(a, g)
 
-Where ``rounded`` is set, the convolutions' factors are rounded to bfloat16 and their results are float32 again; sums within a
-convolution are float32 on a GPU's tensor cores and in oneDNN. Everything between convolutions stays float32.
+With ``rounded`` set, the convolutions' factors are rounded to bfloat16 and their results converted to float32; sums
+within a convolution are float32 on a GPU's tensor cores and in oneDNN. Everything between convolutions stays float32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _aten = torch.ops.aten
 
 
 class Convolution(nn.Conv2d):
-    """A convolution of stride 1, computed as above; its parameters are those of ``nn.Conv2d``."""
+    """A convolution of stride 1 with these derivatives; its parameters are those of ``nn.Conv2d``."""
 
     rounded = False
 
@@ -94,7 +94,7 @@ def _convolved(x: Tensor, w: Tensor, b: Tensor | None, padding: tuple[int, int],
 def _derivatives(
     g: Tensor, x: Tensor, w: Tensor, padding: tuple[int, int], low: bool, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
-    """(dx, dw, db) of x * w + b from g, those that are wanted."""
+    """Return (dx, dw, db) of x * w + b from g; None for those not ``wanted``."""
     if low:
         rounded = (g.bfloat16(), x.bfloat16(), w.bfloat16())
         dx, dw, _ = _derivatives(*rounded, padding, False, (*wanted[:2], False))

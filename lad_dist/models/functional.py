@@ -1,4 +1,4 @@
-"""A network's computation with weights that are passed in, so that they can be a graph's leaves or an expert's checkpoint."""
+"""Evaluate a network with weights passed as arguments, such as an autograd graph's leaves or an expert's checkpoint."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lad_dist.models.layout import classifier_name
 
 
 def logits(module: nn.Module, views: dict[str, Tensor], images_BCHH: Tensor) -> Tensor:
-    """Logits (B, K) of ``module`` with the weights ``views`` (see ``Layout.views``)."""
+    """Return the logits (B, K) of ``module`` with the weights ``views`` (see ``Layout.views``)."""
     out_BK: Tensor = torch.func.functional_call(module, views, (images_BCHH,))
     return out_BK
 
 
 def features(module: nn.Module, views: dict[str, Tensor], images_BCHH: Tensor) -> Tensor:
-    """Features (B, D): what the classifier of ``module`` is given, with the weights ``views``."""
+    """Return the features (B, D), the classifier's input, of ``module`` with the weights ``views``."""
     renamed = {f"network.{name}": view for name, view in views.items()}
     out_BD: Tensor = torch.func.functional_call(_Backbone(module), renamed, (images_BCHH,))
     return out_BD

@@ -1,4 +1,4 @@
-"""A network's parameters as one flat vector with named spans: no offset is ever written by hand."""
+"""A network's parameters as one flat vector with named spans, so that no offset is written by hand."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and shapes of a network's parameters, P values in total: in module order, but for the classifier's, which are last.
+    """Names and shapes of a network's parameters, P values in total: in module order, but with the classifier's last.
 
-    ``classifier`` names the parameters of the classifier.
+    ``classifier`` lists the names of the classifier's parameters.
     """
 
     names: tuple[str, ...]
@@ -22,7 +22,7 @@ class Layout:
 
     @classmethod
     def of(cls, module: nn.Module) -> Layout:
-        """The layout of ``module``, whose sub-module ``classifier_name(module)`` is the classifier."""
+        """Return the layout of ``module``, whose sub-module ``classifier_name(module)`` is the classifier."""
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         classifier = tuple(n for n in shapes if n.startswith(f"{classifier_name(module)}."))
         assert classifier, "the network was checked to have a classifier"
@@ -39,7 +39,7 @@ class Layout:
         return sum(self.sizes)
 
     def span(self, part: str) -> slice:
-        """Where ``"all"``, ``"backbone"``, ``"classifier"`` or one named parameter lies in the flat vector."""
+        """Return the slice of ``"all"``, ``"backbone"``, ``"classifier"`` or one named parameter in the flat vector."""
         start = sum(s for n, s in zip(self.names, self.sizes, strict=True) if n not in self.classifier)
         if part == "all":
             return slice(0, self.size)
@@ -52,17 +52,17 @@ class Layout:
         return slice(begin, begin + self.sizes[index])
 
     def views(self, flat_P: Tensor) -> dict[str, Tensor]:
-        """The flat vector as named tensors that share its memory and its graph."""
+        """Split the flat vector into named tensors that share its memory and its graph."""
         pieces = flat_P.split(list(self.sizes))
         return {n: p.view(s) for n, p, s in zip(self.names, pieces, self.shapes, strict=True)}
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors in module order as one vector."""
+        """Concatenate tensors in module order into one vector."""
         import torch
 
         return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def classifier_name(module: nn.Module) -> str:
-    """The dotted name of a network's last linear layer: what its attribute of this name says, by default ``classifier``."""
+    """Return the dotted name of the last linear layer: the attribute ``classifier_name``, by default ``classifier``."""
     return str(getattr(module, "classifier_name", "classifier"))

@@ -1,7 +1,7 @@
-"""The network of experts and students: any ``nn.Module`` that tells its classifier.
+"""The network of experts and students: any ``nn.Module`` that names its classifier.
 
-What a trajectory holds, and what a student unrolls, are the module's parameters: everything else that training would change or
-draw is refused by ``check``, in a line that says what is valid.
+Trajectories store, and students unroll, only the module's parameters. ``check`` rejects networks with any other state
+that training changes, or with random draws, in a one-line error that states what is valid.
 
 Shapes: B images of a batch, C channels, H side in pixels, D features, K classes.
 """
@@ -29,8 +29,8 @@ _NORMS = "a norm of each image, such as GroupNorm"
 class TellsItsClassifier(Protocol):
     """A module from images (B, C, H, H) to logits (B, K) whose last step is a linear layer.
 
-    ``classifier_name`` is the dotted name of that ``nn.Linear``, with a bias; a module without this attribute calls it
-    ``classifier``. All other parameters are the backbone.
+    ``classifier_name`` is the dotted name of that ``nn.Linear``, which has a bias; by default ``classifier``. All other
+    parameters are the backbone.
     """
 
     classifier_name: str
@@ -41,10 +41,10 @@ class TellsItsClassifier(Protocol):
 def build(
     model: ModelConfig, channels: int, size: int, classes: int, *, seed: int, purpose: tuple[int | str, ...]
 ) -> nn.Module:
-    """The recipe's network; its initialisation is a pure function of ``seed`` and ``purpose``.
+    """Build the recipe's network; its initialisation is a pure function of ``seed`` and ``purpose``.
 
     Raises:
-        RecipeError: there is no such network, or experts and students cannot be of it.
+        RecipeError: there is no such network, or it is unsuitable for experts and students.
         DataError: the images are too small for it.
     """
     if model.network == "convnet":
@@ -56,7 +56,7 @@ def build(
 
 @functools.cache
 def _check_once(name: str, channels: int, size: int, classes: int) -> None:
-    """Built once in a process to be checked; threads that are drawing numbers meanwhile do not notice."""
+    """Build and check the network once per process; threads that are drawing random numbers are not affected."""
     with torch_seeded(0, "check", name):
         made = zoo.make(name, channels, size, classes, field=_FIELD)
         check(made, channels, size, classes, f"{_FIELD}: {name}")
@@ -64,14 +64,17 @@ def _check_once(name: str, channels: int, size: int, classes: int) -> None:
 
 @torch.enable_grad()
 def check(module: nn.Module, channels: int, size: int, classes: int, where: str) -> None:
-    """Try ``module`` on a few images. Raises RecipeError, which ``where`` begins, where experts and students cannot be of it."""
+    """Try ``module`` on a few images.
+
+    Raises RecipeError, prefixed by ``where``, if it is unsuitable for experts and students.
+    """
     _check_parameters(module, where)
     images_BCHH = torch.randn(4, channels, size, size, generator=torch.Generator().manual_seed(0))
     try:
         _check_logits(module, images_BCHH, classes, where)
     except LadDistError:
         raise
-    except Exception as error:  # theirs, whatever it is
+    except Exception as error:  # any error of the network's code
         shape = f"{channels}x{size}x{size}"
         raise RecipeError(f"{where}: on images of {shape}: {type(error).__name__}: {error}") from error
     _check_derivatives(module, images_BCHH, where)
@@ -141,7 +144,7 @@ def _same(features_BD: Tensor, others_BD: Tensor) -> bool:
 
 
 def _check_derivatives(module: nn.Module, images_BCHH: Tensor, where: str) -> None:
-    """The gradient by every parameter, and its derivative by the images: what a student's step needs."""
+    """Check what a student step needs: the gradient by every parameter, and its derivative by the images."""
     layout = Layout.of(module)
     weights_P = convnet.flat_parameters(module).requires_grad_()
     images_BCHH = images_BCHH.clone().requires_grad_()
@@ -153,7 +156,7 @@ def _check_derivatives(module: nn.Module, images_BCHH: Tensor, where: str) -> No
         raise RecipeError(f"{where}: parameter {unused[0]} takes no part in the logits; valid: parameters that do")
     try:
         total = torch.stack([g.square().sum() for g in by_name if g is not None]).sum()
-        total.backward()  # not grad(): an operation marked once_differentiable raises only here
+        total.backward()  # not grad(): an operation marked once_differentiable raises only in backward()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(

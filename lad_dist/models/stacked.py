@@ -1,4 +1,4 @@
-"""Several ConvNets of one shape computed at once, each on images of its own: one grouped convolution instead of R small ones.
+"""Several ConvNets of one shape computed together, each on its own images, by grouped instead of R small convolutions.
 
 Shapes: R networks, B images of a batch, C channels, H side in pixels, W width, K classes.
 """
@@ -19,10 +19,11 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class StackedConvNets(nn.Module):
-    """R ConvNets with instance norm, from images (R, B, C, H, H) to logits (R, B, K); to rounding each network's own.
+    """R ConvNets with instance norm, from images (R, B, C, H, H) to logits (R, B, K).
 
-    The channels of all networks lie side by side, network by network: convolutions have R groups, instance norm knows no
-    groups anyhow. Parameters are copies, named as one network's; ``unstack`` writes them back.
+    Results equal each network's up to rounding. The channels of all networks are concatenated, network by network:
+    convolutions have R groups; instance norm needs none. Parameters are copies, named as in one network; ``unstack``
+    writes them back.
     """
 
     def __init__(self, networks: Sequence[ConvNet]) -> None:
@@ -43,7 +44,7 @@ class StackedConvNets(nn.Module):
             x = block(x)
         features_RBD = x.view(batch, networks, -1).transpose(0, 1)
         each = zip(features_RBD.contiguous(), self.weight_RKD, self.bias_RK, strict=True)
-        return torch.stack([F.linear(*network) for network in each])  # one product of all has other bits
+        return torch.stack([F.linear(*network) for network in each])  # a batched product would differ in the last bits
 
     @torch.no_grad()
     def unstack(self, networks: Sequence[ConvNet]) -> None:

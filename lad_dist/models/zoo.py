@@ -1,12 +1,13 @@
-"""Networks by name: torchvision's definitions, adapted to small images, and those that a recipe's reader has elsewhere.
+"""Networks by name: torchvision's definitions adapted to small images, and networks of plugins.
 
-A distilled set is evaluated on them beside ConvNet, and experts and students may be of them, too (``network.py``).
+A distilled set is evaluated on them in addition to ConvNet, and experts and students may use them as well
+(``network.py``).
 
-The stem is a 3x3 convolution of stride 1 without pooling (ResNet, AlexNet; VGG's is one already), whatever would shrink the
-feature map below 2x2 is left out, and the head is global average pooling and one linear layer, without dropout, as in the
-evaluation code of the dataset-distillation literature (Zhao and Bilen's DC, github.com/VICO-UoE/DatasetCondensation).
-Every convolution of VGG, AlexNet and ResNet is followed by instance norm (GroupNorm with one group per channel) or batch norm.
-Nothing is drawn while training.
+The stem is a 3x3 convolution of stride 1 without pooling (ResNet, AlexNet; VGG's already is one), layers that would
+shrink the feature map below 2x2 are omitted, and the head is global average pooling and one linear layer, without
+dropout, as in the evaluation code of the dataset-distillation literature (Zhao and Bilen's DC,
+github.com/VICO-UoE/DatasetCondensation). Every convolution of VGG, AlexNet and ResNet is followed by instance norm
+(GroupNorm with one group per channel) or batch norm. No random numbers are drawn in training.
 
 Shapes: B images of a batch, C channels, H side in pixels, K classes.
 """
@@ -37,9 +38,9 @@ _Norm = Callable[[int], nn.Module]
 
 
 class Factory(Protocol):
-    """What a network's name stands for: from channels, side in pixels and classes to a module from images to logits.
+    """A network's constructor: from channels, side in pixels and classes to a module from images to logits.
 
-    It is called under a seeded generator, from which all of the module's initial weights must come.
+    It is called under a seeded generator, from which all initial weights must come.
     """
 
     def __call__(self, channels: int, size: int, classes: int, /) -> nn.Module: ...
@@ -57,12 +58,14 @@ def network(
     seed: int,
     purpose: tuple[int | str, ...],
 ) -> nn.Module:
-    """The network ``name`` from images (B, C, H, H) to logits (B, K); its initialisation is a pure function of ``seed`` and
-    ``purpose``. ``width`` and ``depth`` are ConvNet's; ``norm`` is "instance" or "batch" (MLP and ViT have none of these).
+    """Build the network ``name`` from images (B, C, H, H) to logits (B, K).
+
+    Its initialisation is a pure function of ``seed`` and ``purpose``. ``width`` and ``depth`` are ConvNet's; ``norm``
+    is "instance" or "batch" (MLP and ViT have none of these).
 
     Raises:
         DataError: the images are too small for the network.
-        RecipeError: there is no such network, or it gives no logits of such images.
+        RecipeError: there is no such network, or it returns no logits for such images.
     """
     with torch_seeded(seed, "init", *purpose):
         if name == "convnet":
@@ -74,7 +77,7 @@ def network(
 
 
 def make(name: str, channels: int, size: int, classes: int, norm: str = "instance", field: str = _FIELD) -> nn.Module:
-    """The network ``name``, one of ``NETWORKS`` or of a ``Factory`` elsewhere, with weights from torch's generator.
+    """Build the network ``name``, of ``NETWORKS`` or a plugin's ``Factory``, with weights from torch's generator.
 
     Raises as ``network``.
     """
@@ -90,7 +93,7 @@ def make(name: str, channels: int, size: int, classes: int, norm: str = "instanc
         made: object = factory(channels, size, classes)
     except LadDistError:
         raise
-    except Exception as error:  # theirs, whatever it is
+    except Exception as error:  # any error of the factory
         raise RecipeError(f"{field}: {name} raised {type(error).__name__}: {error}; valid: {what}") from error
     if not isinstance(made, nn.Module):
         raise RecipeError(f"{field}: {name} gave a {type(made).__name__}; valid: {what}")
@@ -99,14 +102,14 @@ def make(name: str, channels: int, size: int, classes: int, norm: str = "instanc
 
 @torch.no_grad()
 def _check_logits(module: nn.Module, channels: int, size: int, classes: int, where: str) -> None:
-    """Raise RecipeError where ``module`` has no logits for an image, or draws numbers of its own."""
-    tried = copy.deepcopy(module)  # batch norm learns from every batch
+    """Raise RecipeError if ``module`` does not return logits for an image, or draws random numbers."""
+    tried = copy.deepcopy(module)  # batch norm updates its statistics on every batch
     images_BCHH = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     try:
         with torch_seeded(0, "check"):
             first, second = tried(images_BCHH), tried(images_BCHH)
             shape = tuple(tried.eval()(images_BCHH).shape)
-    except Exception as error:  # theirs, whatever it is
+    except Exception as error:  # any error of the network's code
         raise RecipeError(f"{where}: on images of {channels}x{size}x{size}: {type(error).__name__}: {error}") from error
     if shape != (2, classes):
         raise RecipeError(f"{where}: gives {shape} for 2 images; valid: logits of shape (images, {classes})")
@@ -126,7 +129,7 @@ def _torchvision() -> ModuleType:
 
 def _vgg11(channels: int, size: int, classes: int, norm: _Norm) -> nn.Module:
     models = _torchvision().models
-    with torch.device("meta"):  # only its list of layers is wanted
+    with torch.device("meta"):  # only its list of layers is needed
         layers = list(models.vgg11(weights=None, num_classes=1).features)
     made = _Plain(layers, channels, size, classes, norm)
     for module in made.modules():  # as torchvision's VGG initialises itself
@@ -148,8 +151,11 @@ def _alexnet(channels: int, size: int, classes: int, norm: _Norm) -> nn.Module:
 
 
 class _Plain(nn.Module):
-    """The convolutions, ReLUs and poolings of ``layers`` in their order, the first convolution a 3x3 stem, each convolution
-    followed by a norm, poolings as long as they leave 2x2 or more."""
+    """The convolutions, ReLUs and poolings of ``layers`` in order, then the classifier.
+
+    The first convolution is a 3x3 stem, each convolution is followed by a norm, and poolings are kept while they leave
+    2x2 or more.
+    """
 
     def __init__(self, layers: Iterable[nn.Module], channels: int, size: int, classes: int, norm: _Norm) -> None:
         super().__init__()
@@ -205,7 +211,7 @@ def _mlp(channels: int, size: int, classes: int, norm: _Norm) -> nn.Module:
 
 
 def _vit(channels: int, size: int, classes: int, norm: _Norm) -> nn.Module:
-    """A small vision transformer on 4x4 patches (8x8 above 32 pixels); sides that they do not divide are padded with zeros."""
+    """Build a small vision transformer on 4x4 patches (8x8 above 32 pixels); other sides are padded with zeros."""
     patch = 4 if size <= 32 else 8
     missing = -size % patch
     vit = _torchvision().models.VisionTransformer(

@@ -29,7 +29,7 @@ from lad_dist.plan.scaling import (
 )
 from lad_dist.plan.shapes import Shapes
 from lad_dist.recipe import Recipe
-from lad_dist.results import WHOLE, base_source
+from lad_dist.results import WHOLE, base_source, labelled_online
 
 if TYPE_CHECKING:
     import torch
@@ -394,6 +394,8 @@ class _Times:
             if whole:
                 count, images, batch = e.full_epochs, self.info.train, e.full_batch
             epoch = _epoch(step, images, batch)
+            if labelled_online(source):  # a forward pass by each teacher; a step is three
+                epoch *= 1 + min(e.teachers or self.recipe.experts.count, self.recipe.experts.count) / 3
             bound = "" if whole else most
             how = f"{e.seeds} networks, {bound}{count} epochs on {images} images, {count * epoch:.3g} s each"
             sources += [(source, turns * count * epoch, how), *self._tuning(source, epoch, whole)]

@@ -1,8 +1,8 @@
 """The trajectory buffer: a folder of Parquet parts with one row per checkpoint of an expert.
 
-``schema`` says what is on disk, ``writer`` and ``reader`` are what the rest of the package uses; ``part`` (one file)
-and ``files`` (the file system) are theirs, ``verify`` reads everything once, and ``claims`` says who is at work on which
-expert. No other room imports pyarrow for the buffer.
+``schema`` defines the on-disk format. The rest of the package uses ``writer`` and ``reader``, which build on ``part``
+(one file) and ``files`` (the file system). ``verify`` checks a whole buffer, and ``claims`` records which process works
+on which expert. No other subpackage imports pyarrow for the buffer.
 """
 
 from lad_dist.trajectories.reader import Buffer

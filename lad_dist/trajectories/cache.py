@@ -1,4 +1,4 @@
-"""Checkpoints of a buffer in bounded memory: the recently used ones stay decoded, the ones needed next are read ahead."""
+"""LRU cache of decoded checkpoints in bounded memory, with prefetching of those needed next."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lad_dist.trajectories.schema import Stage
 
 Row = tuple[Stage, int, int]  # stage, expert, epoch
 Vector = npt.NDArray[np.float32]
-_OWN_PAGES = 2**16  # bytes from which a row has memory pages of its own
-_CLOSE_SECONDS = 5.0  # that a read of the thread is waited for; a store that does not answer must not hold up the end
+_OWN_PAGES = 2**16  # bytes; rows at least this large get memory pages of their own
+_CLOSE_SECONDS = 5.0  # longest wait for the thread's read: a store that does not answer must not block the exit
 
 
 def _kept(vector: Vector) -> Vector:
-    """A copy that cannot be written to, in memory that goes back to the system with the last reference to it.
+    """Return a read-only copy whose memory returns to the system with its last reference.
 
-    Rows that come and go by turns on the heaps of two threads leave holes there: a cache of 512 MiB took 780.
+    Rows allocated and freed alternately on the heaps of two threads fragment them: a cache of 512 MiB took 780.
     """
     kept: Vector = vector
     if vector.nbytes >= _OWN_PAGES:
@@ -35,11 +35,11 @@ def _kept(vector: Vector) -> Vector:
 
 
 class CheckpointCache:
-    """Reads checkpoints of ``buffer``, each once as long as it is among the ``limit_bytes`` used last.
+    """LRU cache of ``limit_bytes`` for checkpoints of ``buffer``.
 
-    Any number of threads may read; the same row wanted by several at a time is read once. ``prefetch`` reads in a thread
-    of its own, which begins at its first call and ends with ``close``. Reading ahead never changes what a read returns or
-    raises: a row that could not be read ahead is read again by whoever needs it, who then meets the error itself.
+    Any number of threads may read; concurrent reads of one row share one file access. ``prefetch`` reads in a separate
+    thread, started at its first call and ended by ``close``. Prefetching never changes what a read returns or raises: a
+    row whose prefetch failed is read again by its caller, who gets the error.
     """
 
     def __init__(self, buffer: Buffer, limit_bytes: int) -> None:
@@ -47,23 +47,24 @@ class CheckpointCache:
         self._rows: OrderedDict[Row, Vector] = OrderedDict()
         self._bytes = 0
         self._reading: dict[Row, Future[Vector]] = {}
-        self._lock = threading.Lock()  # of the three above; never held while a file is read
+        self._lock = threading.Lock()  # guards the three above; never held while a file is read
         self._wanted: list[Row] = []
-        self._room = 0  # bytes that the thread may still read ahead
-        self._work = threading.Condition()  # of the two above and the two below
+        self._room = 0  # bytes that the thread may still prefetch
+        self._work = threading.Condition()  # guards the two above and the two below
         self._closed = False
         self._bug: BaseException | None = None
         self._thread: threading.Thread | None = None
 
     @property
     def bytes(self) -> int:
-        """Bytes of the weights that are kept at the moment; never more than ``limit_bytes``."""
+        """Bytes of the cached weights; never more than ``limit_bytes``."""
         return self._bytes
 
     def read(self, stage: Stage, expert: int, epoch: int) -> Vector:
-        """The weights of one checkpoint, as ``Buffer.read`` returns them; shared with later readers, so not writeable.
+        """Return the weights of one checkpoint as ``Buffer.read`` does, but read-only, since readers share them.
 
-        Raises ``TrajectoryError`` as ``Buffer.read`` does, and what went wrong in the thread that is not a reading error.
+        Raises ``TrajectoryError`` as ``Buffer.read`` does, and any error of the prefetch thread that is not a read
+        error.
         """
         if self._bug is not None:
             raise self._bug
@@ -79,16 +80,16 @@ class CheckpointCache:
             if reading is None:
                 return self._read_now(row, mine)
             if reading.exception() is None:  # waits; an interruption of this thread is raised from here
-                return reading.result()  # else the other reader's error: this one reads for itself
+                return reading.result()  # after another reader's error, this one reads the row itself
 
     def _read_now(self, row: Row, mine: Future[Vector]) -> Vector:
-        """Read a row that this thread has announced in ``_reading``, keep it, and give it to those who wait for it."""
+        """Read a row registered in ``_reading`` by this thread, cache it, and pass it to the waiting threads."""
         try:
             vector = self.buffer.read(*row)
         except BaseException as error:
             with self._lock:
                 del self._reading[row]
-            # Who waits must not see this thread's interruption as its own.
+            # Waiting threads must not see this thread's interruption as their own.
             mine.set_exception(error if isinstance(error, LadDistError) else LadDistError("the read was given up"))
             raise
         vector = _kept(vector)
@@ -102,13 +103,12 @@ class CheckpointCache:
         mine.set_result(vector)
         return vector
 
-    # --- reading ahead ----------------------------------------------------------------------------------------------
+    # --- prefetching ------------------------------------------------------------------------------------------------
 
     def prefetch(self, rows: Iterable[Row]) -> None:
-        """Read ``rows`` in the background, in this order, until half of the limit is used; returns at once.
+        """Read ``rows`` in the background, in this order, up to half of the limit; return at once.
 
-        What an earlier call asked for and was not begun is forgotten. Raises what went wrong in the thread before, unless
-        it was a reading error.
+        Drops pending rows of earlier calls. Raises an earlier error of the thread, unless it was a read error.
         """
         with self._work:
             if self._bug is not None:
@@ -129,19 +129,19 @@ class CheckpointCache:
                     return
                 row = self._wanted.pop(0)
             try:
-                read = self.read(*row).nbytes  # which also keeps the rows that are there from being pushed out
+                read = self.read(*row).nbytes  # also marks cached rows as recently used, so they are not evicted
                 with self._work:
                     self._room -= read
-                    if self._room <= 0:  # more would push out what was just read ahead
+                    if self._room <= 0:  # more would evict what was just prefetched
                         self._wanted = []
             except LadDistError:
-                continue  # whoever needs the row reads it again and meets the error, if it is still there
-            except BaseException as error:  # a bug: the next read or prefetch raises it
+                continue  # the caller that needs the row reads it again and gets the error, if it persists
+            except BaseException as error:  # a bug: raised by the next read or prefetch
                 self._bug = error
                 return
 
     def close(self) -> None:
-        """End the thread and forget what is kept. The thread's read in progress is waited for, a few seconds at most."""
+        """Stop the thread, waiting a few seconds at most for its current read, and clear the cache."""
         with self._work:
             self._closed, self._wanted = True, []
             self._work.notify_all()

@@ -1,16 +1,16 @@
-"""Claims: so that two drivers of one buffer do not train the same expert at the same time, nor two runs distil in one folder.
+"""Advisory claims that keep two drivers from training the same expert, and two runs from distilling in one folder.
 
-    <buffer>/claims/expert-0007.json      who is at work on it; refreshed every few seconds, removed at the end
-    <run>/claims/run.json, distill.json   the same of a whole run and of a distillation
+    <buffer>/claims/expert-0007.json      the process training it; refreshed every few seconds, removed at the end
+    <run>/claims/run.json, distill.json   the same for a whole run and for a distillation
 
-Claims are advice. A work unit gives the same rows whoever does it, so what goes wrong here costs time and nothing else, and
-nothing waits for a claim longer than ``STALE_SECONDS`` after its holder is gone.
+Work units are deterministic, so a failed claim costs time only. Nothing waits for a claim longer than ``STALE_SECONDS``
+after its holder is gone.
 
-On a local folder a claim is taken by an exclusive link and taken over by a rename, by one taker of this machine at a time (a
-lock of the folder): one of any takers wins. Of takers on several machines two may, in a gap of microseconds, both take over
-one stale claim, until the loser's next refresh. An object store offers neither through Arrow: there the last writer wins, a
-moment after writing; two who are much slower than that moment may both believe that they hold it, until the loser's next
-refresh.
+On a local folder, a claim is taken by an exclusive link and taken over by a rename, one process of this machine at a
+time (folder lock): exactly one wins. Two processes on different machines may, within microseconds, both take over a
+stale claim, until the loser's next refresh. Arrow offers neither operation on object stores: there the last writer
+wins, checked ``SETTLE_SECONDS`` after writing; two processes whose writes take much longer than that may both believe
+that they hold the claim, until the loser's next refresh.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from lad_dist.errors import StorageError
 from lad_dist.rundir import host_name, process_lives
 from lad_dist.trajectories import files
 
-STALE_SECONDS = 30.0  # without a refresh, after which a claim counts for nothing
+STALE_SECONDS = 30.0  # age without a refresh after which a claim is void
 REFRESH_SECONDS = 5.0
-SETTLE_SECONDS = 0.5  # between writing a claim to an object store and looking whether another came after it
-_LEAVE_SECONDS = 2.0  # at the end of a hold, for a refresh under way
-_LOCK_SECONDS = 1.0  # of waiting for others who take or release a claim of the same folder
+SETTLE_SECONDS = 0.5  # between writing a claim to an object store and checking that no other replaced it
+_LEAVE_SECONDS = 2.0  # longest wait for a refresh in progress at the end of a hold
+_LOCK_SECONDS = 1.0  # longest wait for other processes taking or releasing a claim in the folder
 _TRIES = 10
-_LONGEST = 2**16  # bytes of a claim file; ours are 200
-_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)  # of a file system without links
+_LONGEST = 2**16  # bytes read of a claim file; ours have 200
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)  # on file systems without links
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Who is at work on something: process ``pid`` of ``host``, since ``since`` (Unix seconds), on behalf of ``owner``."""
+    """Holder of a claim: process ``pid`` on ``host``, since ``since`` (Unix seconds), on behalf of ``owner``."""
 
     host: str
     pid: int
@@ -61,13 +61,13 @@ class Claim:
         return f"process {self.pid} on {self.host}, since {since}"
 
     def lives_here(self) -> bool:
-        """Whether its process is known to be alive: one of this host. Of others only the age of their claims tells."""
+        """Whether its process is alive on this host. For other hosts, only the age of a claim is known."""
         return self.host == host_name() and process_lives(self.pid)
 
 
 @dataclass(frozen=True)
 class _Record(Claim):
-    """What a claim file holds. ``space``: the process number's name space; ``token``: of this one hold."""
+    """Content of a claim file. ``space``: PID namespace; ``token``: identifies this one hold."""
 
     space: str
     token: str
@@ -78,7 +78,7 @@ class _Record(Claim):
 
     @classmethod
     def read(cls, content: bytes) -> _Record | None:
-        """None for a file that is damaged."""
+        """Parse a claim file; None if it is damaged."""
         try:
             document = json.loads(content)
             record = cls(**document)
@@ -92,13 +92,13 @@ class _Record(Claim):
         return json.dumps(asdict(self)).encode()
 
     def died(self) -> bool:
-        """Whether its process is known to have ended. Containers of one host may share its name, not its processes."""
+        """Whether its process is known to have ended. Containers may share the host's name but not its processes."""
         here = (self.host, self.space) == (host_name(), _process_space())
         return here and not process_lives(self.pid)
 
 
 class _Seen(NamedTuple):
-    """A claim file as it was: what it holds, and when it was last refreshed by the file system's clock."""
+    """Snapshot of a claim file: its content, and its last refresh by the file system's clock (Unix seconds)."""
 
     content: bytes
     changed: float
@@ -109,18 +109,18 @@ class _Seen(NamedTuple):
 
 
 def owner_id() -> str:
-    """A name for this driver, which its actors may use wherever they run: host, process, and a random number."""
+    """Return an owner name for this driver and its actors, wherever they run: host, process and a random number."""
     return f"{host_name()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 @contextmanager
 def hold(location: Path | str, name: str, owner: str) -> Iterator[bool]:
-    """``with claims.hold(buffer, "expert-0007", owner) as held:`` claims it while the block runs.
+    """Hold a claim while the block runs: ``with claims.hold(buffer, "expert-0007", owner) as held:``.
 
-    True: it is ours. A thread refreshes the claim, and it is removed at the end, however the block ends. False: another
-    owner's live claim is in the way, and nothing was changed. A claim of the same ``owner``, a stale or a damaged one is
-    taken over at once. ``location``: the buffer, as for ``files.resolve``.
-    Raises ``StorageError`` if the claim cannot be written, ``TrajectoryError`` if the location cannot be used.
+    Yields True if the claim is ours: a thread refreshes it, and it is removed however the block ends. Yields False if
+    another owner has a live claim; nothing is changed then. A claim of the same ``owner``, a stale or a damaged one is
+    taken over at once. ``location``: the buffer, as for ``files.resolve``. Raises ``StorageError`` if the claim cannot
+    be written, ``TrajectoryError`` if the location cannot be used.
     """
     place = _place(location, name)
     files.clean_temporary_files(place.filesystem, os.path.dirname(place.path))
@@ -137,14 +137,14 @@ def hold(location: Path | str, name: str, owner: str) -> Iterator[bool]:
     finally:
         ended.set()
         refresher.join(_LEAVE_SECONDS)
-        with suppress(OSError):  # it goes stale by itself, and must not hide how the block ended
+        with suppress(OSError):  # the claim goes stale by itself; the block's own error must not be hidden
             place.release(mine)
 
 
 def foreign(location: Path | str, name: str, owner: str) -> Claim | None:
-    """The live claim of another owner than ``owner``, if there is one. Writes nothing that lasts.
+    """Return the live claim of an owner other than ``owner``, or None. Leaves no file behind.
 
-    Raises ``StorageError`` if it cannot be looked up, ``TrajectoryError`` if the location cannot be used.
+    Raises ``StorageError`` if the claim cannot be read, ``TrajectoryError`` if the location cannot be used.
     """
     place = _place(location, name)
     with _refusals(place.label):
@@ -159,9 +159,9 @@ def _refresh(place: _Place, mine: _Record, ended: threading.Event) -> None:
     while not ended.wait(REFRESH_SECONDS):
         try:
             if not place.refresh(mine):
-                return  # we seemed dead (stopped, suspended) and another took over: let it have it
+                return  # this process was stopped or suspended and another took over; it keeps the claim
         except OSError:
-            continue  # the next round may reach the file system again; if not, others may take the claim
+            continue  # retried in the next round; if the file system stays away, others may take the claim
 
 
 def _place(location: Path | str, name: str) -> _Place:
@@ -191,15 +191,15 @@ class _Place(ABC):
 
     @abstractmethod
     def look(self) -> _Seen | None:
-        """The claim file, or None if there is none."""
+        """Read the claim file; None if there is none."""
 
     @abstractmethod
     def take(self, owner: str) -> _Record | None:
-        """Our new claim, or None where another owner's is live."""
+        """Take the claim and return it; None if another owner's claim is live."""
 
     @abstractmethod
     def refresh(self, mine: _Record) -> bool:
-        """False if the claim is not ours any more."""
+        """Refresh our claim; return False if it is no longer ours."""
 
     @abstractmethod
     def release(self, mine: _Record) -> None:
@@ -207,10 +207,10 @@ class _Place(ABC):
 
     @abstractmethod
     def now(self) -> float:
-        """Unix seconds by the clock that stamps the claim files."""
+        """Return Unix seconds of the clock that stamps the claim files."""
 
     def live(self, seen: _Seen, record: _Record) -> bool:
-        """Whether a claim is to be respected. A time far in the future is a damaged one, or a clock set back."""
+        """Whether a claim is valid. A time far in the future means damage or a clock that was set back."""
         return not record.died() and abs(self.now() - seen.changed) <= STALE_SECONDS
 
     def in_the_way(self, seen: _Seen, owner: str) -> bool:
@@ -242,17 +242,17 @@ class _Folder(_Place):
                     seen = self.look()
                     if seen is not None and (self.in_the_way(seen, owner) or not self._clear(seen)):
                         return None
-            return None  # others come and go so fast that they must be at work on it
+            return None  # the claim changes so often that others must be using it
         finally:
             with suppress(OSError):
                 os.unlink(temporary)
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
-        """Hold the folder's lock, where the file system has one, and if no holder of it was stopped in the middle."""
+        """Hold the folder's lock; go on without it if the file system has none or after ``_LOCK_SECONDS``."""
         try:
             folder = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:  # it may be listed by others only
+        except OSError:  # the folder is not readable for this process
             yield
             return
         try:
@@ -263,14 +263,14 @@ class _Folder(_Place):
                     break
                 except BlockingIOError:
                     time.sleep(0.001)
-                except OSError:  # file systems without such locks
+                except OSError:  # the file system has no such locks
                     break
             yield
         finally:
             os.close(folder)
 
     def _placed(self, temporary: str, mine: _Record) -> bool:
-        """Give the temporary file its final name, if no other has it. The file that appears is whole."""
+        """Link the complete temporary file to its final name; return False if that name is taken."""
         try:
             os.link(temporary, self.path)
         except FileExistsError:
@@ -279,12 +279,12 @@ class _Folder(_Place):
             if cause.errno not in _NO_LINKS:
                 raise
             return self._created(mine)
-        with suppress(FileNotFoundError):  # another is looking at it (see _clear)
+        with suppress(FileNotFoundError):  # another process moved it for a moment (see _clear)
             os.utime(self.path)
         return True
 
     def _created(self, mine: _Record) -> bool:
-        """As ``_placed``, where files cannot be linked; who looks before it is written takes it for a damaged one."""
+        """``_placed`` for file systems without links; readers take a file not yet written for damaged."""
         try:
             with open(self.path, "xb") as file:
                 file.write(mine.content())
@@ -293,9 +293,10 @@ class _Folder(_Place):
         return True
 
     def _clear(self, seen: _Seen) -> bool:
-        """Remove the claim that was ``seen`` and no other; False if another was there already.
+        """Remove the claim ``seen`` and no other; return False if another one is already there.
 
-        Of several who saw the same stale claim, one gets it by the rename. Who gets a fresh one instead puts it back.
+        Of several processes that saw the same stale claim, one wins the rename. A fresh claim moved by mistake is put
+        back.
         """
         aside = files.temporary_name(self.path)
         try:
@@ -303,16 +304,16 @@ class _Folder(_Place):
                 return False
             os.rename(self.path, aside)
         except FileNotFoundError:
-            return True  # another cleared it, or it was released: the link decides
+            return True  # another process cleared it, or it was released: the link decides
         try:
             with open(aside, "rb") as file:
                 if _Seen(file.read(_LONGEST), os.fstat(file.fileno()).st_mtime) == seen:
                     return True
-            with suppress(OSError):  # if it cannot be put back, its holder makes way at its next refresh
+            with suppress(OSError):  # if it cannot be put back, its holder gives up at its next refresh
                 os.link(aside, self.path)
             return False
         except FileNotFoundError:
-            return True  # it was hours old, and another taker removed it as a temporary file
+            return True  # hours old, so another process removed it as a temporary file
         finally:
             with suppress(OSError):
                 os.unlink(aside)
@@ -320,11 +321,11 @@ class _Folder(_Place):
     def refresh(self, mine: _Record) -> bool:
         seen = self.look()
         if seen is None:
-            return True  # another is looking at it (see _clear), or the folder was emptied
+            return True  # another process moved it for a moment (see _clear), or the folder was emptied
         if seen.content != mine.content():
             return False
         with suppress(FileNotFoundError):
-            os.utime(self.path)  # no times given: the file system's clock
+            os.utime(self.path)  # without times: uses the file system's clock
         return True
 
     def release(self, mine: _Record) -> None:
@@ -341,7 +342,7 @@ class _Folder(_Place):
         except OSError as cause:
             if cause.errno not in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOSPC, errno.EDQUOT):
                 raise
-            return time.time()  # one who may only look has no better clock than this host's
+            return time.time()  # without write access, this host's clock is the best available
         finally:
             with suppress(OSError):
                 os.unlink(probe)
@@ -390,19 +391,19 @@ class _Store(_Place):
         except OSError as cause:
             if not files.of_the_store(cause):
                 raise
-            return time.time()  # as in a folder that cannot be written to
+            return time.time()  # as in a read-only folder
         finally:
             with suppress(OSError):
                 self.filesystem.delete_file(probe)
 
     def _put(self, path: str, content: bytes) -> None:
-        """An interruption inside leaves an empty object at worst, which counts for nothing."""
+        """Write an object. An interruption leaves an empty object at worst, which no reader accepts as a claim."""
         with self.filesystem.open_output_stream(path) as stream:
             stream.write(content)
 
 
 def _process_space() -> str:
-    """Which processes the process numbers here are of; empty where the system does not say."""
+    """Return the PID namespace of this process; empty where the system does not report it."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

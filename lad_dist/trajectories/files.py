@@ -1,8 +1,8 @@
-"""Every access of the trajectory buffer to a file system.
+"""File-system access of the trajectory buffer.
 
-A buffer lies in a local (or network-mounted) folder or in an object store; ``resolve`` turns its location into a
-``pyarrow.fs.FileSystem`` and a path inside it, which everything else works on. Publishing is atomic on both: a file
-becomes visible by a rename, an object by a copy that the store makes of a whole, hidden one.
+A buffer is in a local (or network-mounted) folder or in an object store; ``resolve`` turns its location into a
+``pyarrow.fs.FileSystem`` and a path inside it, which everything else uses. Publishing is atomic on both: a file becomes
+visible by a rename, an object by a server-side copy of a complete, hidden one.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from lad_dist.rundir import host_name, process_lives
 
 # `.epochs-0000-0009.parquet.<host>.<process>.<random>.tmp`: hidden, and never matched by `*.parquet`.
 _TEMPORARY = re.compile(r"\..+\.(?:parquet|json)\.(?P<host>[A-Za-z0-9_-]+)\.(?P<pid>[0-9]+)\.[0-9a-f]+\.tmp")
-# The temporary file of a process that cannot be asked (it is on another host) counts as abandoned after this many
-# seconds; writing a part takes seconds.
+# Age in seconds after which the temporary file of a process on another host, whose state is unknown, counts as
+# abandoned; writing a part takes seconds.
 ABANDONED_AFTER = 3600.0
 
-# A store that accepts connections and says nothing costs one request this many seconds, times _S3_ATTEMPTS. (Arrow's
-# documentation calls the limit ignored on Linux; there, libcurl takes it as the time without a byte after which it gives
-# up. With Arrow's own settings a silent store was waited for for 99 s.)
+# A request to a store that accepts connections but does not respond fails after this many seconds, times _S3_ATTEMPTS.
+# (Arrow's documentation says that Linux ignores the limit; in fact libcurl uses it there as the longest time without a
+# received byte. With Arrow's default settings, such a request took 99 s.)
 REQUEST_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 _S3_ATTEMPTS = 3
 _GCS_RETRY_SECONDS = 30.0
 _PUBLISH_ATTEMPTS = 4
-_PUBLISH_SECONDS = 30.0  # after which an upload that failed is not tried again
+_PUBLISH_SECONDS = 30.0  # after which a failed upload is not retried
 _S3_FIELDS = ("region", "scheme", "endpoint_override", "tls_ca_file_path", "force_virtual_addressing")
 _URI_FORMS = "a folder, s3://bucket/prefix, gs://bucket/prefix, or file:///folder"
 _REMOTE_NAMES = {"s3": "s3://", "gcs": "gs://"}
-# How the clients of the stores begin or mark their own errors, as against those of Arrow about a file's content.
+# Markers in errors of the store clients, as opposed to Arrow's errors about a file's content.
 _INCOMPLETE = "incomplete upload"
 _STORE_ERROR = re.compile(r"AWS Error|google::cloud::Status|curlCode|CURL error|incomplete upload")
-# Errors of a store that do not pass by themselves.
+# Permanent errors of a store.
 _LASTING = re.compile(
     "NO_SUCH_BUCKET|ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_SIGNATURE|INVALID_CLIENT_TOKEN_ID|"
     "UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION_TOKEN|NOT_IMPLEMENTED|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|"
@@ -64,38 +64,38 @@ _ADVICE = {
     errno.EPERM: "make the folder writable for you",
     errno.EROFS: "choose a folder on a file system that is mounted for writing",
 }
-# Errors of a folder that a second attempt meets again, wherever it is made.
+# Permanent errors of a folder, from any process.
 _LASTING_ERRNO = frozenset({*_ADVICE, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 
 class Stamp(NamedTuple):
-    """Tells one version of a file from another: its size in bytes and its time of change in nanoseconds."""
+    """Version of a file: its size in bytes and modification time in nanoseconds."""
 
     size: int
     changed_ns: int
 
 
 class Entry(NamedTuple):
-    """A file in a listing; ``path`` is relative to the folder that was listed, with forward slashes."""
+    """A file in a listing; ``path`` is relative to the listed folder, with forward slashes."""
 
     path: str
     stamp: Stamp
 
 
 def local(folder: Path) -> tuple[fs.FileSystem, str]:
-    """The file system and the path inside it that stand for a local folder."""
+    """Return the file system of a local folder and the path inside it."""
     return fs.LocalFileSystem(), folder.absolute().as_posix()
 
 
 def resolve(location: Path | str) -> tuple[fs.FileSystem, str]:
-    """The file system and the path inside it that stand for a buffer's location.
+    """Return the file system of a buffer's location and the path inside it.
 
     ``location``: a ``Path``, a ``str`` without ``://`` (both a local folder), ``file:///folder``, or
-    ``s3://bucket/prefix`` and ``gs://bucket/prefix``. An S3 store other than Amazon's is named in the query, as in Arrow:
-    ``s3://bucket/prefix?endpoint_override=127.0.0.1:5000&scheme=http``; the fields are ``region``, ``scheme``,
-    ``endpoint_override``, ``tls_ca_file_path`` and ``force_virtual_addressing``. Credentials come from where the store's
-    own tools find them (``AWS_*`` variables, ``~/.aws``, ``GOOGLE_APPLICATION_CREDENTIALS``).
-    Raises ``TrajectoryError``, never showing credentials.
+    ``s3://bucket/prefix`` and ``gs://bucket/prefix``. An S3 store other than Amazon's is given in the query, as in
+    Arrow: ``s3://bucket/prefix?endpoint_override=127.0.0.1:5000&scheme=http``; the fields are ``region``, ``scheme``,
+    ``endpoint_override``, ``tls_ca_file_path`` and ``force_virtual_addressing``. Credentials come from the standard
+    sources of the store's own tools (``AWS_*`` variables, ``~/.aws``, ``GOOGLE_APPLICATION_CREDENTIALS``). Raises
+    ``TrajectoryError``, never showing credentials.
     """
     if not is_remote(location):
         return local(local_folder(location))
@@ -108,14 +108,14 @@ def resolve(location: Path | str) -> tuple[fs.FileSystem, str]:
     try:
         return opener(uri)
     except (OSError, ValueError, ImportError) as cause:  # ArrowInvalid is a ValueError
-        # Arrow quotes the URI: neither the message nor the chain of errors may show the credentials in it.
+        # Arrow quotes the URI: neither the message nor the exception chain may show its credentials.
         reason = _first_line(cause).replace(uri, name)
         error = TrajectoryError(f"{name}: cannot be opened: {reason}; valid: {_URI_FORMS}")
         raise error from (cause if name == uri else None)
 
 
 def _open_s3(uri: str) -> tuple[fs.FileSystem, str]:
-    """As ``pyarrow.fs.FileSystem.from_uri``, which knows no time limits. Raises OSError, ValueError, ImportError."""
+    """``pyarrow.fs.FileSystem.from_uri`` with timeouts, which it lacks. Raises OSError, ValueError, ImportError."""
     parts = urlsplit(uri)
     user, _, bucket = parts.netloc.rpartition("@")
     key, _, secret = user.partition(":")
@@ -141,7 +141,7 @@ def _open_s3(uri: str) -> tuple[fs.FileSystem, str]:
 
 @cache
 def _region_of(bucket: str) -> str:
-    """Asks Amazon, once in a process. Raises OSError."""
+    """Ask Amazon for a bucket's region, once per process. Raises OSError."""
     region: str = fs.resolve_s3_region(bucket)
     return region
 
@@ -151,7 +151,7 @@ def _set(*variables: str) -> bool:
 
 
 def _open_gcs(uri: str) -> tuple[fs.FileSystem, str]:
-    """Raises OSError, ValueError, ImportError."""
+    """Open a ``gs://`` URI with a retry limit. Raises OSError, ValueError, ImportError."""
     if "retry_limit_seconds=" not in uri:  # the client's own limit is 15 minutes
         uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={_GCS_RETRY_SECONDS:g}"
     filesystem, path = fs.FileSystem.from_uri(uri)
@@ -159,17 +159,17 @@ def _open_gcs(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def name_of(filesystem: fs.FileSystem, path: str) -> str:
-    """A path for messages: with the kind of store before it, where it is not a local one."""
+    """Return a path for messages, with the store's scheme as a prefix unless it is local."""
     return _REMOTE_NAMES.get(filesystem.type_name, "") + path
 
 
 def is_local(filesystem: fs.FileSystem) -> bool:
-    """Whether files are published by rename, as against objects that appear when they are complete."""
+    """Whether this is a folder, where files are published by rename, and not an object store."""
     return isinstance(filesystem, fs.LocalFileSystem)
 
 
 def of_the_store(cause: BaseException) -> bool:
-    """Whether an error is an object store's, or of the way to it, rather than about a file's content."""
+    """Whether an error comes from an object store or the network, not from a file's content."""
     return isinstance(cause, OSError) and cause.errno is None and _STORE_ERROR.search(str(cause)) is not None
 
 
@@ -182,10 +182,10 @@ def _stamp(info: fs.FileInfo) -> Stamp:
 
 
 def list_files(filesystem: fs.FileSystem, folder: str) -> list[Entry]:
-    """All files below ``folder``, sorted by path; none if it does not exist.
+    """List all files below ``folder``, sorted by path; empty if it does not exist.
 
-    Raises ``TrajectoryError`` if it cannot be listed, which includes a bucket that does not exist, and where a folder has the
-    name of a part.
+    Raises ``TrajectoryError`` if it cannot be listed, if the bucket does not exist, or if a folder has the name of a
+    part.
     """
     where = name_of(filesystem, folder)
     try:
@@ -209,7 +209,7 @@ def list_files(filesystem: fs.FileSystem, folder: str) -> list[Entry]:
 
 
 def stamp(filesystem: fs.FileSystem, path: str) -> Stamp | None:
-    """Size and time of change of a file, or None if it does not exist. Raises OSError."""
+    """Return the size and modification time of a file, or None if it does not exist. Raises OSError."""
     info = filesystem.get_file_info(path)
     return _stamp(info) if info.type == fs.FileType.File else None
 
@@ -220,7 +220,7 @@ def open_for_reading(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
 
 
 def is_lasting(cause: BaseException | None) -> bool:
-    """Whether a refused write stays refused until somebody acts: a full or read-only disk, a folder without write permission."""
+    """Whether a failed write keeps failing until a user acts: full or read-only disk, no write permission."""
     return isinstance(cause, OSError) and (cause.errno in _LASTING_ERRNO or _LASTING.search(str(cause)) is not None)
 
 
@@ -239,10 +239,10 @@ def _storage_errors(path: str) -> Iterator[None]:
 
 
 def publish(filesystem: fs.FileSystem, path: str, write: Callable[[BinaryIO], None]) -> None:
-    """Create or replace ``path`` in one step by what ``write`` puts into the file that it is given.
+    """Atomically create or replace ``path`` with what ``write`` writes into the file it is passed.
 
-    Readers see the old file or the whole new one, even after a crash. Any number of processes may publish the same path:
-    the last wins. Raises ``StorageError``, after removing what is not finished, if the file system refuses.
+    Readers see the old file or the complete new one, even after a crash. Any number of processes may publish the same
+    path: the last wins. Raises ``StorageError``, after removing the incomplete file, if the file system refuses.
     """
     with _storage_errors(name_of(filesystem, path)):
         if is_local(filesystem):
@@ -252,13 +252,13 @@ def publish(filesystem: fs.FileSystem, path: str, write: Callable[[BinaryIO], No
 
 
 def temporary_name(path: str) -> str:
-    """A name beside ``path`` that no reader looks at, and that says who is writing."""
+    """Return a hidden name beside ``path`` that readers ignore and that contains the writer's host and process."""
     folder, name = os.path.split(path)
     return f"{folder}/.{name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 
 def _publish_file(path: str, write: Callable[[BinaryIO], None]) -> None:
-    """The bytes go to a temporary file of the same folder and are synced before the rename, the folder after it."""
+    """Write to a temporary file in the same folder, sync it, rename it, then sync the folder."""
     folder, temporary = os.path.dirname(path), temporary_name(path)
     os.makedirs(folder, exist_ok=True)
     try:
@@ -274,18 +274,18 @@ def _publish_file(path: str, write: Callable[[BinaryIO], None]) -> None:
 
 
 def _publish_object(filesystem: fs.FileSystem, path: str, write: Callable[[BinaryIO], None]) -> None:
-    """Made in memory (as large as the rows that wait to be published), uploaded under a hidden name, then copied.
+    """Build the object in memory (the size of the pending rows), upload it under a hidden name, then copy it.
 
-    Arrow's output streams know no way back: closing one, leaving its ``with`` block by an error, and even dropping it all
-    *finish* the upload with the bytes that it has. Only the copy, which the store makes itself and shows when it is whole,
-    bears the final name, and only after the upload's length was checked.
+    Arrow's output streams cannot be aborted: closing one, leaving its ``with`` block by an error, and even dropping it
+    all *finish* the upload with the bytes so far. Only the server-side copy, visible when complete, has the final name,
+    and it is made after the upload's length was checked.
     """
     whole, temporary = io.BytesIO(), temporary_name(path)
     write(whole)
     try:
         _retried(lambda: _upload(filesystem, temporary, path, whole.getbuffer()))
     except OSError as cause:
-        if not _UNREACHABLE.search(str(cause)):  # else the removal would only wait once more
+        if not _UNREACHABLE.search(str(cause)):  # an unreachable store would only time out again
             _remove_object(filesystem, temporary)
         raise
     except BaseException:
@@ -304,7 +304,7 @@ def _upload(filesystem: fs.FileSystem, temporary: str, path: str, content: memor
 
 
 def _retried(step: Callable[[], None]) -> None:
-    """Errors of a store that may pass are waited out, with longer and longer pauses, for half a minute at most."""
+    """Run ``step``, retrying transient store errors with exponential backoff for half a minute at most."""
     began = time.monotonic()
     for attempt in range(1, _PUBLISH_ATTEMPTS + 1):
         try:
@@ -317,17 +317,17 @@ def _retried(step: Callable[[], None]) -> None:
 
 
 def _remove_object(filesystem: fs.FileSystem, path: str) -> None:
-    """What cannot be removed is hidden, and ``clean_temporary_files`` comes past an hour later."""
+    """Remove a temporary object. On failure it stays, hidden, until ``clean_temporary_files`` runs an hour later."""
     with suppress(OSError):
         filesystem.delete_file(path)
 
 
 def _remove(path: str) -> None:
-    """Remove a temporary file on the way out of an error, which must stay the one that is reported."""
+    """Remove a temporary file after an error, without hiding that error."""
     try:
         os.unlink(path)
     except OSError:
-        return  # never created, or not ours to remove: readers ignore it and clean_temporary comes past
+        return  # never created, or not removable: readers ignore it, clean_temporary removes it later
 
 
 def _sync_folder(folder: str) -> None:
@@ -342,10 +342,10 @@ def _sync_folder(folder: str) -> None:
 
 
 def clean_temporary_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
-    """Remove what killed writers left in ``folder``; return the paths removed.
+    """Remove temporary files of killed writers in ``folder``; return the removed paths.
 
-    A temporary file is left alone while its writer may be at work: its process lives on this host, or it belongs to
-    another host and is younger than an hour. Raises ``StorageError`` if the file system refuses.
+    A file is kept while its writer may be running: its process is alive on this host, or it belongs to another host and
+    is younger than an hour. Raises ``StorageError`` if the file system refuses.
     """
     removed = []
     for entry in list_files(filesystem, folder):
@@ -359,6 +359,6 @@ def clean_temporary_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
                 try:
                     filesystem.delete_file(path)
                 except FileNotFoundError:
-                    continue  # another writer of the same expert cleaned at the same time
+                    continue  # removed at the same time by another writer of the same expert
             removed.append(path)
     return removed

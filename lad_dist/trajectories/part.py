@@ -1,12 +1,12 @@
-"""One part file: how it is written, sealed, opened and read.
+"""Write, seal, open and read one part file.
 
-A part carries two SHA-256 sums in its Parquet footer: one of all bytes before the footer, one of the footer itself
-(with the digits of that sum set to zero). The footer's is checked whenever a part is opened, so damaged sizes and
-offsets never reach the Parquet decoder; the data's is checked by ``verify``, so that no flipped byte anywhere in the
-file goes unnoticed. In between, page checksums guard every single read.
+A part has two SHA-256 checksums in its Parquet footer: one of all bytes before the footer, one of the footer itself
+(with that checksum's digits set to zero). The footer's is checked whenever a part is opened, so damaged sizes and
+offsets never reach the Parquet decoder; the data's is checked by ``verify``, which thus detects any changed byte. Page
+checksums protect every single read.
 
-The footer also carries the part's name and one SHA-256 of each row's weights, so that a buffer's digest needs no weights
-(``read_row_sums``). Parts of earlier versions lack these sums; their rows are read instead.
+The footer also holds the part's name and one SHA-256 of each row's weights, so that a buffer's digest needs no weights
+(``read_row_sums``). Parts of earlier versions lack these checksums; their rows are read instead.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from lad_dist.trajectories.schema import (
 )
 
 _DATA_SUM, _FOOTER_SUM = b"lad_dist_data_sha256", b"lad_dist_footer_sha256"
-_ROW_SUMS = b"lad_dist_row_sha256"  # the part's name, a line break, 64 digits a row
+_ROW_SUMS = b"lad_dist_row_sha256"  # the part's name, a line break, 64 digits per row
 _NO_SUM = b"0" * 64
-# In Thrift's compact protocol a key and the 64-character value that follows it are joined by 0x18 (next field, binary)
+# In Thrift's compact protocol a key and the 64-character value after it are separated by 0x18 (next field, binary)
 # and 0x40 (length 64). JSON escapes control characters, so the metadata cannot contain this by chance.
 _SUMS = {key: re.compile(re.escape(key) + b"\x18\x40([0-9a-f]{64})") for key in (_DATA_SUM, _FOOTER_SUM)}
 
-# The same for values of any length, which precedes them as a number in base 128: bytes from 0x80 on, then one below.
+# The same for values of any length, preceded by it as a base-128 varint: bytes from 0x80 on, then one below.
 _VALUES = {
     key: re.compile(re.escape(b"\x18" + bytes([len(key)]) + key) + rb"\x18([\x80-\xff]{0,4}[\x00-\x7f])")
     for key in (META_KEY, _ROW_SUMS)
@@ -61,7 +61,7 @@ _CHUNK = 2**20
 
 @dataclass(frozen=True, eq=False)
 class Footer:
-    """A part's footer after all checks that need no data. Immutable, so threads may share it."""
+    """A part's footer after all checks that need no data. Immutable, so threads can share it."""
 
     name: PartName
     path: str
@@ -78,14 +78,14 @@ class Footer:
 
 
 class RowSums(NamedTuple):
-    """What a part says about its weights: its metadata as JSON, and one sum a row (None in parts of earlier versions)."""
+    """A part's metadata as JSON and one checksum per row of weights (None in parts of earlier versions)."""
 
     meta: bytes
     sums: tuple[bytes, ...] | None
 
 
 def damaged(path: str, what: str) -> TrajectoryError:
-    """The error for a part whose content cannot be trusted."""
+    """Return the error for a part whose content is damaged."""
     return TrajectoryError(
         f"{path}: the part is damaged: {what}; delete it and run `lad-dist experts` again, which redoes its epochs"
     )
@@ -93,7 +93,7 @@ def damaged(path: str, what: str) -> TrajectoryError:
 
 @contextmanager
 def damage_named(path: str) -> Iterator[None]:
-    """Turn whatever a file system or the Parquet decoder raises into a ``TrajectoryError`` that names the part."""
+    """Convert errors of the file system or the Parquet decoder into a ``TrajectoryError`` that names the part."""
     try:
         yield
     except FileNotFoundError as cause:
@@ -131,7 +131,7 @@ def write_part(file: BinaryIO, meta: BufferMeta, rows: Sequence[Checkpoint]) -> 
                 for field in schema
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=1)
-        # Without an embedded Arrow schema the writer drops the schema's metadata: it goes into the footer by itself.
+        # Without an embedded Arrow schema the writer drops the schema's metadata, so it is added to the footer here.
         name = PartName(rows[0].stage, rows[0].expert, rows[0].epoch, rows[-1].epoch)
         sums = f"{name}\n" + "".join(weights_sum(row.weights).hex() for row in rows)
         writer.add_key_value_metadata(
@@ -141,12 +141,12 @@ def write_part(file: BinaryIO, meta: BufferMeta, rows: Sequence[Checkpoint]) -> 
 
 
 def weights_sum(weights: npt.NDArray[np.float32]) -> bytes:
-    """SHA-256 of one row's weights as little-endian float32."""
+    """Return the SHA-256 of one row's weights as little-endian float32."""
     return hashlib.sha256(weights.astype("<f4", copy=False).tobytes()).digest()
 
 
 def _seal(file: BinaryIO) -> None:
-    """Put the two sums where ``write_part`` left zeros."""
+    """Replace the zeros left by ``write_part`` with the two checksums."""
     file.flush()
     size = file.seek(0, 2)
     file.seek(size - _TAIL)
@@ -179,16 +179,15 @@ def _with_sum(footer: bytes, key: bytes, digits: bytes) -> bytes:
 def load_footer(filesystem: fs.FileSystem, path: str, name: PartName) -> Footer:
     """Read and check the footer of the part at ``path``, which should hold ``name``.
 
-    Checks the footer's sum, the format version, the columns, that the rows are the ones ``name`` says, and that every
-    size and offset fits into the file, so that no read can allocate more than a checkpoint needs. Raises
-    ``TrajectoryError``.
+    Checks the footer's checksum, the format version, the columns, the rows against ``name``, and that every size and
+    offset fits into the file, so that no read can allocate more than a checkpoint needs. Raises ``TrajectoryError``.
     """
     with damage_named(path):
         stamp = files.stamp(filesystem, path)
         if stamp is None:
             raise FileNotFoundError(path)
         footer, data_end, data_sum = _read_footer(filesystem, path)
-        limit = len(footer)  # no string or list in it can be longer than the whole
+        limit = len(footer)  # no string or list in the footer can be longer than the footer
         parquet = pq.ParquetFile(
             pa.BufferReader(_MAGIC + footer), thrift_string_size_limit=limit, thrift_container_size_limit=limit
         ).metadata
@@ -199,9 +198,9 @@ def load_footer(filesystem: fs.FileSystem, path: str, name: PartName) -> Footer:
 
 
 def read_row_sums(filesystem: fs.FileSystem, path: str, name: PartName) -> RowSums:
-    """The sums of the rows of the part at ``path``, which should hold ``name``, from its footer alone.
+    """Read the row checksums of the part at ``path``, which should hold ``name``, from its footer alone.
 
-    A tenth of the time of ``load_footer``: the footer's sum is checked, and the rest of it is not decoded. Raises
+    Takes a tenth of the time of ``load_footer``: checks the footer's checksum and decodes nothing else. Raises
     ``TrajectoryError``.
     """
     with damage_named(path):
@@ -226,7 +225,7 @@ def _row_sums(text: bytes | None, path: str, name: PartName) -> tuple[bytes, ...
 
 
 def _value(footer: bytes, key: bytes) -> bytes | None:
-    """The value that a footer keeps under ``key``, without decoding the rest."""
+    """Return the value of ``key`` in a footer without decoding the rest."""
     found = _VALUES[key].search(footer)
     if found is None:
         return None
@@ -235,7 +234,7 @@ def _value(footer: bytes, key: bytes) -> bytes | None:
 
 
 def _read_footer(filesystem: fs.FileSystem, path: str) -> tuple[bytes, int, str]:
-    """The checked bytes from the start of the footer to the end of the file, where they start, the sum of the data."""
+    """Return the checked bytes from the footer to the end of the file, their offset, and the data's checksum."""
     with files.open_for_reading(filesystem, path) as source:
         size = source.size()
         if size < len(_MAGIC) + _TAIL:
@@ -258,7 +257,7 @@ def _read_footer(filesystem: fs.FileSystem, path: str) -> tuple[bytes, int, str]
 
 
 def _check_rows(footer: Footer) -> None:
-    """Hold the footer against the name of the part and the length of the file, without reading data."""
+    """Check the footer against the part's name and the file's length, without reading data."""
     parquet, name, path = footer.parquet, footer.name, footer.path
     rows = name.last - name.first + 1
     expected = arrow_schema(footer.meta).remove_metadata()
@@ -294,7 +293,7 @@ def _check_rows(footer: Footer) -> None:
 
 
 def read_row(filesystem: fs.FileSystem, footer: Footer, epoch: int, columns: Sequence[str]) -> pa.Table:
-    """Columns of one row, decoded from that row's bytes only, page checksums verified. Raises ``TrajectoryError``."""
+    """Read columns of one row from that row's bytes only, verifying page checksums. Raises ``TrajectoryError``."""
     with damage_named(footer.path), files.open_for_reading(filesystem, footer.path) as source:
         opened = pq.ParquetFile(source, metadata=footer.parquet, pre_buffer=False, page_checksum_verification=True)
         table = opened.read_row_group(footer.row_group(epoch), columns=list(columns), use_threads=False)
@@ -304,7 +303,7 @@ def read_row(filesystem: fs.FileSystem, footer: Footer, epoch: int, columns: Seq
 
 
 def vector(footer: Footer, table: pa.Table) -> npt.NDArray[np.float32]:
-    """The weights in a table of one row: float32, shape (vector_length,), a copy that may be written to."""
+    """Return the weights in a one-row table as a writable copy, float32 of shape (vector_length,)."""
     values: npt.NDArray[np.float32] = table.column(VECTOR_COLUMN).chunk(0).flatten().to_numpy()
     length = footer.meta.vector_length(footer.name.stage)
     if values.shape != (length,):
@@ -313,7 +312,7 @@ def vector(footer: Footer, table: pa.Table) -> npt.NDArray[np.float32]:
 
 
 def checkpoint(filesystem: fs.FileSystem, footer: Footer, epoch: int) -> Checkpoint:
-    """One whole row. Raises ``TrajectoryError``."""
+    """Read one whole row. Raises ``TrajectoryError``."""
     table = read_row(filesystem, footer, epoch, footer.parquet.schema.to_arrow_schema().names)
     row = {name: table.column(name)[0].as_py() for name in table.column_names if name != VECTOR_COLUMN}
     key = (row["stage"], row["expert"], row["epoch"])
@@ -325,7 +324,10 @@ def checkpoint(filesystem: fs.FileSystem, footer: Footer, epoch: int) -> Checkpo
 
 
 def data_sum(filesystem: fs.FileSystem, footer: Footer) -> str:
-    """SHA-256 of all bytes before the footer; undamaged if equal to ``footer.data_sum``. Raises ``TrajectoryError``."""
+    """Compute the SHA-256 of all bytes before the footer; equal to ``footer.data_sum`` if undamaged.
+
+    Raises ``TrajectoryError``.
+    """
     total, position = hashlib.sha256(), 0
     with damage_named(footer.path), files.open_for_reading(filesystem, footer.path) as source:
         while position < footer.data_end:

@@ -1,4 +1,4 @@
-"""Finds and reads the checkpoints of a trajectory buffer."""
+"""Find and read the checkpoints of a trajectory buffer."""
 
 from __future__ import annotations
 
@@ -30,25 +30,24 @@ from lad_dist.trajectories.schema import (
 
 _Result = TypeVar("_Result")
 
-# A footer takes about 80 KiB in memory for ten epochs and half a millisecond to read: every rank keeps at most 40 MiB
-# of them.
+# A footer of ten epochs takes about 80 KiB of memory and half a millisecond to read: a rank caches at most 40 MiB of
+# them.
 KEPT_FOOTERS = 512
-_BATCH = 256  # parts between two reports of a digest
-_READ_AT_ONCE = 16  # footers of an object store, which takes tens of milliseconds to answer; a local file takes 0.1
+_BATCH = 256  # parts per progress report of a digest
+_READ_AT_ONCE = 16  # footers read concurrently: an object store takes tens of ms per request, a local file 0.1
 
 
 class Buffer:
-    """The checkpoints in a folder or under a URI. Opening lists names only; a part's footer is read when first needed, and
-    then kept.
+    """The checkpoints in a folder or under a URI.
 
-    What exists is answered from the names of the parts as of the last ``refresh``; files whose names are not those of
-    parts are ignored. A checkpoint found in several parts is the same in all of them by design, and is read from the
-    first in order. Reads hold one checkpoint in memory, not a file.
+    Opening lists names only; a part's footer is read on first use and cached. The index comes from the parts' names at
+    the last ``refresh``; files with other names are ignored. A checkpoint in several parts is equal in all of them by
+    design, and is read from the first in order. Reads hold one checkpoint in memory, not a file.
 
-    Threads may share a buffer: every read opens its own file, footers are immutable, and ``refresh`` exchanges the
-    index in one assignment. A part that is replaced by an equal one while it is read is read again.
+    Threads may share a buffer: every read opens its own file, footers are immutable, and ``refresh`` replaces the index
+    in one assignment. A part that is replaced by an equal one during a read is read again.
 
-    ``expected_hash``: refuse parts whose ``experts_hash`` is another; without it the first part that is opened decides.
+    ``expected_hash``: refuse parts with another ``experts_hash``; by default the first opened part sets it.
     """
 
     def __init__(self, folder: Path | str, expected_hash: str | None = None) -> None:
@@ -59,11 +58,11 @@ class Buffer:
         self._index: dict[tuple[Stage, int], tuple[PartName, ...]] = {}
         self._footers: dict[PartName, part.Footer] = {}
         self._footers_lock = threading.Lock()
-        self._reference: tuple[str, BufferMeta] | None = None  # path and metadata of the first part that was opened
+        self._reference: tuple[str, BufferMeta] | None = None  # path and metadata of the first opened part
         self.refresh()
 
     def refresh(self) -> int:
-        """List the folder again; return how many parts are new. Raises ``TrajectoryError`` if it cannot be listed."""
+        """List the folder again; return the number of new parts. Raises ``TrajectoryError`` if it cannot be listed."""
         entries: dict[PartName, files.Stamp] = {}
         for entry in files.list_files(self.filesystem, self.root):
             name = parse_part_path(entry.path)
@@ -78,7 +77,7 @@ class Buffer:
 
     @property
     def parts(self) -> tuple[PartName, ...]:
-        """The parts as of the last ``refresh``, in the order in which they are preferred."""
+        """The parts at the last ``refresh``, in order of preference."""
         return tuple(sorted(self._entries))
 
     @property
@@ -90,11 +89,11 @@ class Buffer:
         return self.footer(parts[0]).meta
 
     def experts(self, stage: Stage) -> tuple[int, ...]:
-        """The experts that have at least one checkpoint of ``stage``, ascending."""
+        """Return the experts with at least one checkpoint of ``stage``, ascending."""
         return tuple(sorted(expert for each, expert in self._index if each == stage))
 
     def epochs(self, stage: Stage, expert: int) -> tuple[int, ...]:
-        """The epochs present, ascending; empty if there are none."""
+        """Return the epochs present, ascending."""
         names = self._index.get((stage, expert), ())
         return tuple(sorted({epoch for name in names for epoch in range(name.first, name.last + 1)}))
 
@@ -103,7 +102,7 @@ class Buffer:
         return self._find(stage, expert, epoch) is not None
 
     def last_contiguous_epoch(self, stage: Stage, expert: int) -> int | None:
-        """The largest E such that all of 0..E are present, which is where to resume; None if epoch 0 is missing."""
+        """Return the largest E such that epochs 0..E are present, to resume from; None if epoch 0 is missing."""
         last = -1
         for epoch in self.epochs(stage, expert):
             if epoch != last + 1:
@@ -112,25 +111,24 @@ class Buffer:
         return last if last >= 0 else None
 
     def read(self, stage: Stage, expert: int, epoch: int) -> npt.NDArray[np.float32]:
-        """The weights of one checkpoint: float32, shape (vector_length(stage),), the caller's to keep and change.
+        """Read the weights of one checkpoint: a new float32 array of shape (vector_length(stage),).
 
-        Raises ``TrajectoryError`` if the checkpoint is missing or its part damaged or made by another recipe.
+        Raises ``TrajectoryError`` if the checkpoint is missing, or its part is damaged or was made by another recipe.
         """
         name = self._require(stage, expert, epoch)
         return self._retried(name, lambda footer: part.vector(footer, self._row(footer, epoch, [VECTOR_COLUMN])))
 
     def read_checkpoint(self, stage: Stage, expert: int, epoch: int) -> Checkpoint:
-        """One checkpoint with its metrics. Raises as ``read`` does."""
+        """Read one checkpoint with its metrics. Raises as ``read`` does."""
         name = self._require(stage, expert, epoch)
         return self._retried(name, lambda footer: part.checkpoint(self.filesystem, footer, epoch))
 
     def digest(self, report: Callable[[int], None] | None = None) -> str:
-        """SHA-256 over (stage, expert, epoch, SHA-256 of the weights as little-endian float32) of all checkpoints, in key
-        order.
+        """Compute the SHA-256 over (stage, expert, epoch, SHA-256 of little-endian float32 weights) of all checkpoints.
 
-        Does not depend on how epochs are cut into parts, on duplicates, or on the metrics. Reads the parts' footers, which
-        hold the sums of their rows; the rows, too, of parts that earlier versions wrote without them. ``report`` is called
-        with the number of parts that were read since it was called last. Raises ``TrajectoryError``.
+        Checkpoints are in key order. The digest does not depend on how epochs are split into parts, on duplicates, or
+        on metrics. Reads the parts' footers, which hold row checksums, and the rows of parts of earlier versions, which
+        lack them. ``report`` is called with the number of parts read since its last call. Raises ``TrajectoryError``.
         """
         total, known = hashlib.sha256(), set[bytes]()
         shares = [share for stage in STAGES for expert in self.experts(stage) for share in self._shares(stage, expert)]
@@ -151,7 +149,7 @@ class Buffer:
         return total.hexdigest()
 
     def _shares(self, stage: Stage, expert: int) -> Iterator[tuple[PartName, range]]:
-        """The parts of one expert, in order, with the epochs that are read from each: those of no part before it."""
+        """Yield the parts of one expert in order, each with its epochs that no earlier part holds."""
         reached = -1
         for name in self._index[stage, expert]:
             yield name, range(max(name.first, reached + 1), name.last + 1)
@@ -164,8 +162,10 @@ class Buffer:
         return part.weights_sum(self.read(name.stage, name.expert, epoch))
 
     def inspect(self, digest: bool = True, report: Callable[[int], None] | None = None) -> dict[str, Any]:
-        """What the buffer holds, as plain values for JSON. ``digest=False`` skips the one figure for which all parts are
-        opened; ``report`` as for ``digest``."""
+        """Summarize the buffer as JSON values.
+
+        ``digest=False`` skips the digest, the only entry that opens all parts; ``report`` as for ``digest``.
+        """
         stages: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
         for (stage, expert), names in sorted(self._index.items()):
             stages[stage][str(expert)] = {
@@ -196,7 +196,7 @@ class Buffer:
         return verify(self, report)
 
     def footer(self, name: PartName, fresh: bool = False) -> part.Footer:
-        """A part's checked footer, from memory unless ``fresh`` or the file has changed. Raises ``TrajectoryError``."""
+        """Return a part's checked footer, cached unless ``fresh`` or the file changed. Raises ``TrajectoryError``."""
         path = f"{self.root}/{name}"
         known = self._footers.get(name)
         with part.damage_named(path):
@@ -212,7 +212,7 @@ class Buffer:
         return loaded
 
     def _check_origin(self, path: str, meta: BufferMeta) -> None:
-        """Refuse a part made by another recipe than the expected one, or than the first part that was opened."""
+        """Raise ``TrajectoryError`` for a part of another recipe than the expected one or the first opened part's."""
         if self._reference is None:
             first, reference = path, meta
         else:
@@ -254,7 +254,7 @@ class Buffer:
         return part.read_row(self.filesystem, footer, epoch, columns)
 
     def _retried(self, name: PartName, read: Callable[[part.Footer], _Result]) -> _Result:
-        """Read with the part's footer; once more with a fresh one if the part was replaced by another in between."""
+        """Read with the part's footer; retry once with a fresh one if the part was replaced meanwhile."""
         footer = self.footer(name)
         try:
             return read(footer)

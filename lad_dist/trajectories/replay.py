@@ -1,12 +1,12 @@
-"""``replay_buffer_N.pt`` in and out: the trajectory files that the code of MTT, DATM and LAD writes and reads.
+"""Import and export of ``replay_buffer_N.pt``, the trajectory files of the MTT, DATM and LAD code.
 
-    OUT/representation/replay_buffer_0.pt, ...    what LAD's ``first_stage_expert_dir`` names, and MTT's and DATM's only stage
+    OUT/representation/replay_buffer_0.pt, ...    LAD's ``first_stage_expert_dir``; the only stage of MTT and DATM
     OUT/classifier/replay_buffer_0.pt, ...        LAD's ``second_stage_expert_dir``
-    OUT/<stage>/lad_dist.json                     what the files were made from, so that an interrupted export continues
+    OUT/<stage>/lad_dist.json                     sources of the files, to continue an interrupted export
 
-Readers count N from 0 and stop at the first number that is missing. What is in a file is said in ``replay_file.py``. Our
-classifier rows hold the classifier only, so export puts the frozen backbone, that of the last representation checkpoint,
-back into every network, and import checks that it is there and leaves it out.
+Readers count N from 0 and stop at the first missing number. ``replay_file.py`` describes a file's content. Our
+classifier rows hold the classifier only, so export adds the frozen backbone of the last representation checkpoint to
+every network, and import checks that it is there and drops it.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ from lad_dist.trajectories.schema import STAGES, BufferMeta, Stage
 from lad_dist.trajectories.writer import PartWriter
 
 EXPERTS_PER_FILE = 10  # as in the published code (``save_interval``)
-IMPORTED_FROM = "imported_from"  # the entry of ``BufferMeta.versions`` that marks imported parts
+IMPORTED_FROM = "imported_from"  # key in ``BufferMeta.versions`` of imported parts
 MANIFEST = "lad_dist.json"
 _TEMPORARY = re.compile(r"\.tmp-(\w+)-([0-9]+)-\w+\.pt")
 
 
 def pt_files(folder: Path) -> list[Path]:
-    """The ``replay_buffer_N.pt`` of a folder in the order of N.
+    """Return the ``replay_buffer_N.pt`` of a folder in the order of N.
 
-    Raises ``TrajectoryError`` if there are none, or if one in between is missing, so that experts would get wrong numbers.
+    Raises ``TrajectoryError`` if there are none, or if a number is missing, which would shift the experts' numbers.
     """
     return numbered(folder)
 
 
 def complete_experts(buffer: Buffer, *stages: Stage) -> tuple[int, ...]:
-    """The experts that can be exported, ascending: those with all epochs of each of ``stages``, and for the classifier
-    stage of the representation stage too, which gives the backbone. As of the buffer's last ``refresh``.
+    """Return the experts that can be exported, ascending, at the buffer's last ``refresh``.
 
-    Raises ``TrajectoryError`` where the buffer is empty or its metadata cannot be read.
+    They have all epochs of each of ``stages``; the classifier stage also needs all of the representation stage, which
+    gives the backbone. Raises ``TrajectoryError`` where the buffer is empty or its metadata cannot be read.
     """
     meta, wanted = buffer.meta, {"representation", *stages}
     needed = {stage: _last_epoch(meta, stage) for stage in STAGES if stage in wanted}
@@ -75,7 +75,7 @@ def complete_experts(buffer: Buffer, *stages: Stage) -> tuple[int, ...]:
 
 
 def _last_epoch(meta: BufferMeta, stage: Stage) -> int:
-    """With which epoch a trajectory ends, as the recipe in the metadata says."""
+    """Return the last epoch of a trajectory according to the recipe in the metadata."""
     try:
         return int(meta.recipe["experts"][EPOCHS_FIELD[stage]])
     except (KeyError, TypeError, ValueError) as cause:
@@ -85,7 +85,7 @@ def _last_epoch(meta: BufferMeta, stage: Stage) -> int:
         ) from cause
 
 
-# --- out ------------------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------------------------
 
 
 def export_pt(
@@ -96,19 +96,17 @@ def export_pt(
     on_file: Callable[[Path], None] | None = None,
     force: bool = False,
 ) -> list[Path]:
-    """Write the buffer's complete experts (of all ``stages``) as ``out/<stage>/replay_buffer_N.pt``; the files, in order.
+    """Write the experts complete in all ``stages`` as ``out/<stage>/replay_buffer_N.pt``; return the files in order.
 
-    Experts keep their order and lose their numbers, which the format does not have. Files appear whole; an export that was
-    interrupted continues where it is called again, and keeps the files that are there. ``force``: remove the
-    ``replay_buffer_N.pt`` of another export or of other code, and nothing else, instead of refusing. ``on_file`` hears of
-    each file.
+    Experts keep their order but not their numbers, which the format lacks. Files appear whole; a repeated call
+    continues an interrupted export and keeps the files already written. ``force``: remove the ``replay_buffer_N.pt`` of
+    another export or of other code, and nothing else, instead of refusing. ``on_file`` is called with each file.
 
-    Memory: two checkpoints, however long the buffer. A file is put together in an unnamed temporary one beside it and
-    mapped from there, in pages that the system may drop, so the disk holds it twice for a moment. The code that reads it
-    needs all of it in memory.
+    Memory: two checkpoints, whatever the buffer's size. A file is assembled in an unnamed, memory-mapped temporary file
+    beside it, so the disk briefly holds it twice. Code that reads the file needs all of it in memory.
 
-    Raises ``TrajectoryError`` if nothing is complete, files of something else are in the way (nothing is written then), or
-    a checkpoint cannot be read; ``StorageError`` if a file cannot be written.
+    Raises ``TrajectoryError`` if no expert is complete, other files are in the way (nothing is written then), or a
+    checkpoint cannot be read; ``StorageError`` if a file cannot be written.
     """
     if experts_per_file < 1:
         raise TrajectoryError(f"experts per file: {experts_per_file}; valid: 1 or more")
@@ -135,7 +133,7 @@ def export_pt(
 
 
 def _plan(buffer: Buffer, stage: Stage, experts: Sequence[int], per_file: int) -> dict[str, Any]:
-    """What determines the files of a stage; ``content`` sums up the sums of the parts that they are made from."""
+    """Return everything that determines the files of a stage; ``content`` hashes the checksums of the source parts."""
     content = hashlib.sha256()
     for name in buffer.parts:
         if name.expert in experts and name.stage in ("representation", stage):
@@ -171,7 +169,7 @@ def _refuse_others(folder: Path, plan: dict[str, Any], force: bool) -> None:
 
 
 def _make_way(folder: Path, plan: dict[str, Any]) -> None:
-    """Leave nothing in the folder that a reader would take for a part of this export. Raises ``StorageError``."""
+    """Remove files that a reader would take for a part of this export. Raises ``StorageError``."""
     if not _is_ours(folder, plan):
         with published(folder / MANIFEST) as temporary:
             for file in _replay_buffers(folder):
@@ -188,7 +186,7 @@ def _write_file(path: Path, buffer: Buffer, stage: Stage, experts: Sequence[int]
     with published(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as scratch:
         for expert in experts:
             for whole_P in _whole_networks(buffer, stage, expert):
-                scratch.write(whole_P.data)  # not through the mapping: where the disk is full, that kills the process
+                scratch.write(whole_P.data)  # not through the mapping: on a full disk, that kills the process
         scratch.flush()
         size = (len(experts), epochs, meta.vector_length("representation"))
         mapped = np.memmap(scratch, np.float32, mode="c", shape=size)
@@ -196,14 +194,14 @@ def _write_file(path: Path, buffer: Buffer, stage: Stage, experts: Sequence[int]
         with temporary.open("wb") as file:
             try:
                 torch.save(content, file)
-            except RuntimeError as error:  # torch then says that it is at a wrong position of the file
+            except RuntimeError as error:  # on a full disk, torch reports a wrong file position
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
 
 
 def _whole_networks(buffer: Buffer, stage: Stage, expert: int) -> Iterator[Vector]:
-    """All weights (P,) at every epoch of one expert; in the classifier stage with the frozen backbone."""
+    """Yield all weights (P,) of one expert, epoch by epoch; in the classifier stage with the frozen backbone."""
     if stage == "representation":
         for epoch in range(_last_epoch(buffer.meta, stage) + 1):
             yield buffer.read(stage, expert, epoch)
@@ -215,12 +213,12 @@ def _whole_networks(buffer: Buffer, stage: Stage, expert: int) -> Iterator[Vecto
         yield whole_P
 
 
-# --- in -------------------------------------------------------------------------------------------------------------
+# --- import ---------------------------------------------------------------------------------------------------------
 
 
 class _File(NamedTuple):
     path: Path
-    experts: range  # the numbers that its experts get
+    experts: range  # numbers assigned to its experts
 
 
 def import_pt(
@@ -233,24 +231,24 @@ def import_pt(
     epochs_per_part: int = 5,
     on_expert: Callable[[int], None] | None = None,
 ) -> int:
-    """Read ``replay_buffer_N.pt`` files of one stage into the buffer at ``location``; return how many experts they hold.
+    """Import ``replay_buffer_N.pt`` files of one stage into the buffer at ``location``; return the number of experts.
 
-    The experts are numbered from ``first_expert`` on, in the order of the files. Epochs 0 to ``epochs`` of each are taken;
-    all experts must have equally many. Representation experts come first, then the classifier experts that were made from
-    them, in the same order. ``meta`` is of the recipe whose experts they are to be: that they were trained on its images,
-    whitened as it says, cannot be seen in the files. Every part keeps its file's name and SHA-256 (``meta.versions``,
+    Experts are numbered from ``first_expert`` in the order of the files. Epochs 0 to ``epochs`` of each are imported;
+    all experts must have equally many. Import representation experts first, then the classifier experts made from them,
+    in the same order. ``meta`` belongs to the recipe that will use the experts; the files do not show whether they were
+    trained on its images with its whitening. Every part records its file's name and SHA-256 (``meta.versions``,
     ``imported_from``); rows have no metrics.
 
-    All files are checked for kind and layout, and against the rows that are there, before anything is written; then each
-    file for its checksums, and each expert as a whole for its values. Rows that are there must be equal, so that an
-    import that was interrupted continues. ``on_expert`` hears of each expert's number. Memory: a few checkpoints, and
-    ``epochs_per_part`` of them before they are published; files of the format before torch 1.6, which cannot be mapped,
-    one at a time whole.
+    Before anything is written, all files are checked for kind and layout and against the existing rows; then each
+    file's checksums and all values of each expert are checked. Existing rows must be equal, so an interrupted import
+    can continue. ``on_expert`` is called with each expert's number. Memory: a few checkpoints, plus ``epochs_per_part``
+    before they are published; files of the format before torch 1.6 cannot be mapped and are loaded whole, one at a
+    time.
 
     Raises:
-        TrajectoryError: a file is damaged, holds code or something else, or does not fit ``meta``; the buffer has other
-            experts or such as were trained here; another process is at work on one.
-        StorageError: a part cannot be written; what was published before is kept.
+        TrajectoryError: a file is damaged, holds code or other content, or does not fit ``meta``; the buffer has other
+            experts or experts trained here; another process is training one.
+        StorageError: a part cannot be written; parts published before are kept.
     """
     target = _Target(location, meta, stage, epochs, epochs_per_part)
     surveyed = _survey(files, target, first_expert)
@@ -267,7 +265,7 @@ def import_pt(
 
 
 def _survey(files: Sequence[Path], target: _Target, first: int) -> list[_File]:
-    """Number the experts of all files, each checked for kind and layout."""
+    """Check all files for kind and layout, and number their experts."""
     if not files:
         raise TrajectoryError("no replay_buffer_N.pt was named; valid: one or more")
     surveyed: list[_File] = []
@@ -296,7 +294,7 @@ def _each(
     step: Callable[[int, Checkpoints, str], None],
     done: Callable[[int], None] | None = None,
 ) -> None:
-    """Call ``step`` with each expert of a file that is ``wanted``."""
+    """Call ``step`` for each ``wanted`` expert of a file."""
     chosen = [expert for expert in file.experts if expert in wanted]
     content = load(file.path) if chosen else []
     for expert in chosen:
@@ -308,7 +306,7 @@ def _each(
 
 @dataclass(frozen=True)
 class _Target:
-    """Where imported trajectories of one stage go, and what they must look like: epochs 0 to ``epochs``."""
+    """Destination and required form of imported trajectories of one stage: epochs 0 to ``epochs``."""
 
     location: Path | str
     meta: BufferMeta
@@ -318,7 +316,7 @@ class _Target:
     owner: str = field(default_factory=claims.owner_id)
 
     def buffer(self) -> Buffer:
-        """The buffer as it is now. Raises ``TrajectoryError`` where it belongs to another recipe, network or data set."""
+        """Open the buffer. Raises ``TrajectoryError`` where it belongs to another recipe, network or data set."""
         buffer = Buffer(self.location, expected_hash=self.meta.experts_hash)
         changed = self.meta.differences(buffer.meta) if buffer.parts else []
         if changed:
@@ -329,12 +327,14 @@ class _Target:
         return buffer
 
     def stored(self) -> tuple[int, ...]:
-        """The experts that the buffer has checkpoints of."""
+        """Return the experts with checkpoints in the buffer."""
         return self.buffer().experts(self.stage)
 
     def refuse_trained_here(self, experts: range) -> None:
-        """Refuse a buffer with experts of this stage that neither come from a file nor are among ``experts``, which are
-        compared with theirs."""
+        """Raise ``TrajectoryError`` if the buffer has experts of this stage that were not imported from files.
+
+        ``experts`` are exempt: they are compared with the files' experts.
+        """
         buffer = self.buffer()
         for name in buffer.parts:
             foreign = name.stage == self.stage and name.expert not in experts
@@ -345,7 +345,7 @@ class _Target:
                 )
 
     def compare(self, expert: int, checkpoints: Checkpoints, where: str) -> None:
-        """Raise ``TrajectoryError`` if the buffer has another checkpoint of the expert than the file."""
+        """Raise ``TrajectoryError`` if a checkpoint of the expert in the buffer differs from the file's."""
         buffer = self.buffer()
         for epoch in buffer.epochs(self.stage, expert):
             if epoch > self.epochs or self._row(checkpoints[epoch]).tobytes() != (
@@ -357,7 +357,7 @@ class _Target:
                 )
 
     def take(self, expert: int, checkpoints: Checkpoints, where: str) -> None:
-        """Write what the buffer lacks of one expert, after checking all of it."""
+        """Check one expert completely and write its checkpoints missing in the buffer."""
         with claims.hold(self.location, f"expert-{expert:04d}", self.owner) as held:
             buffer = self.buffer()
             if not held:
@@ -375,7 +375,7 @@ class _Target:
                     writer.append(epoch, self._row(chosen[epoch]))
 
     def _backbone(self, buffer: Buffer, expert: int, where: str) -> Vector | None:
-        """What the classifier experts must share with the last checkpoint of their representation expert."""
+        """Return the weights that classifier experts must share with their representation expert's last checkpoint."""
         if self.stage == "representation":
             return None
         last = _last_epoch(self.meta, "representation")
@@ -387,6 +387,6 @@ class _Target:
         return buffer.read("representation", expert, last)[~classifier_mask(self.meta)]
 
     def _row(self, tensors: Sequence[torch.Tensor]) -> Vector:
-        """The weights that a row of this stage holds."""
+        """Return the weights stored in a row of this stage."""
         whole_P = vector(tensors)
         return whole_P if self.stage == "representation" else whole_P[classifier_mask(self.meta)]

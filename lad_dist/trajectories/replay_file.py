@@ -1,9 +1,9 @@
-"""One ``replay_buffer_N.pt``: what it looks like, how it is loaded without trusting it, and how its content is checked.
+"""Format, safe loading and checks of one ``replay_buffer_N.pt``.
 
-A file is what ``torch.save`` makes of a list of experts, each a list of checkpoints (epoch 0 to the last), each a list of
-float32 tensors in the order of the network's ``parameters()``. Both stages hold whole networks: the official second stage
-saves all parameters, the frozen backbone again in every checkpoint, and the distillation that reads it takes the last two
-tensors (``[:-2]``) for the classifier.
+A file is a ``torch.save`` of a list of experts, each a list of checkpoints (epoch 0 to the last), each a list of
+float32 tensors in the order of the network's ``parameters()``. Both stages hold whole networks: the official second
+stage saves all parameters, with the frozen backbone in every checkpoint, and the distillation that reads it takes the
+last two tensors (``[:-2]``) for the classifier.
 
 Sources: ``buffer.py`` of GeorgeCazenavette/mtt-distillation; ``buffer/buffer_FTD.py`` of NUS-HPC-AI-Lab/DATM;
 ``buffer/buffer_FTD.py``, ``utils/utils_two_stage.py`` and ``distill/DAM-ED_tesla.py`` of ichbill/LTDD.
@@ -41,9 +41,9 @@ _CHUNK = 2**20
 
 
 def numbered(folder: Path) -> list[Path]:
-    """The ``replay_buffer_N.pt`` right in a folder, in the order of N.
+    """Return the ``replay_buffer_N.pt`` directly in a folder, in the order of N.
 
-    Raises ``TrajectoryError`` if there are none, or a number is missing, so that experts would be counted wrongly.
+    Raises ``TrajectoryError`` if there are none, or a number is missing, which would shift the experts' numbers.
     """
     if not folder.is_dir():
         raise TrajectoryError(f"{folder}: is not a folder; valid: one with replay_buffer_0.pt, replay_buffer_1.pt, ...")
@@ -62,10 +62,10 @@ def numbered(folder: Path) -> list[Path]:
 
 
 def load(path: Path) -> list[Any]:
-    """The experts of a file, which is not trusted: nothing but tensors and lists is made of it.
+    """Load the experts of an untrusted file; only tensors and lists are unpickled.
 
-    Tensors are mapped and not read, except for those of the format before torch 1.6. What is in the list is not checked
-    (``check_expert``). Raises ``TrajectoryError``.
+    Tensors are memory-mapped, except those of the format before torch 1.6. The list's content is not checked; see
+    ``check_expert``. Raises ``TrajectoryError``.
     """
     with _refused(path):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -75,7 +75,7 @@ def load(path: Path) -> list[Any]:
 
 
 def checked_sum(path: Path) -> str:
-    """SHA-256 of a file whose own checksums are right; torch does not look at those. Raises ``TrajectoryError``."""
+    """Check a file's own checksums, which torch ignores; return its SHA-256. Raises ``TrajectoryError``."""
     with _refused(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -93,20 +93,20 @@ def checked_sum(path: Path) -> str:
 
 @contextmanager
 def _refused(path: Path) -> Iterator[None]:
-    """Turn whatever reading a file raises into a ``TrajectoryError`` that names it."""
+    """Convert any error of reading a file into a ``TrajectoryError`` that names it."""
     try:
         yield
-    except LadDistError:  # an interruption, which says nothing about the file
+    except LadDistError:  # an interruption, not a fault of the file
         raise
     except OSError as cause:
         if cause.errno in (
             None,
             errno.EINVAL,
-        ):  # the latter: a place in the file that the file itself names, and has not
+        ):  # EINVAL: the file refers to an offset that it does not have
             raise _damaged(path, cause) from cause
         raise TrajectoryError(f"{path}: cannot be read: {cause.strerror}; valid: a readable file") from cause
-    except Exception as cause:  # the bytes decide what zipfile, the unpickler and torch stumble over
-        code = re.search(r"GLOBAL ([^\s]+)", str(cause))  # what the pickle names, and torch refuses to import
+    except Exception as cause:  # a damaged file can raise any error in zipfile, the unpickler or torch
+        code = re.search(r"GLOBAL ([^\s]+)", str(cause))  # a name in the pickle that torch refuses to import
         if code:
             raise TrajectoryError(
                 f"{path}: was not loaded: it asks for {code[1]}, and a replay buffer needs nothing but lists and tensors; "
@@ -117,17 +117,15 @@ def _refused(path: Path) -> Iterator[None]:
 
 def _damaged(path: Path, cause: Exception) -> TrajectoryError:
     reason = (str(cause).splitlines() or [""])[0].removesuffix(".") or repr(cause)
-    if (
-        "weights only" in reason.lower() or "weights_only" in reason
-    ):  # torch goes on to advise loading without protection
+    if "weights only" in reason.lower() or "weights_only" in reason:  # torch's message advises unsafe loading
         reason = "its pickle cannot be understood"
     return TrajectoryError(f"{path}: is damaged, or not a file of torch.save: {reason}; valid: {_FORM}")
 
 
 def check_expert(where: str, checkpoints: Any, stage: Stage, last: int, meta: BufferMeta) -> None:
-    """Hold kinds, numbers and shapes of one expert against the recipe's network; weights are not read.
+    """Check types, counts and shapes of one expert against the recipe's network, without reading weights.
 
-    ``last``: the last epoch that is wanted. Raises ``TrajectoryError``.
+    ``last``: the last epoch needed. Raises ``TrajectoryError``.
     """
     if not isinstance(checkpoints, list | tuple):
         raise TrajectoryError(f"{where}: is {_kind(checkpoints)}; valid: {_FORM}")
@@ -168,9 +166,10 @@ def _check_checkpoint(where: str, tensors: Any, meta: BufferMeta) -> None:
 
 
 def check_values(where: str, checkpoints: Checkpoints, meta: BufferMeta, backbone: Vector | None) -> None:
-    """Raise ``TrajectoryError`` for weights that are not finite, never change, or leave the frozen ``backbone``.
+    """Raise ``TrajectoryError`` for weights that are not finite, never change, or differ from the frozen ``backbone``.
 
-    ``backbone``: shape (P,) without the classifier's, which every checkpoint must hold bit for bit; None: it is trained.
+    ``backbone``: shape (P,) without the classifier's weights, required bit for bit in every checkpoint; None: it is
+    trained.
     """
     frozen = ~classifier_mask(meta)
     for epoch, tensors in enumerate(checkpoints):
@@ -196,13 +195,13 @@ def check_values(where: str, checkpoints: Checkpoints, meta: BufferMeta, backbon
 
 
 def vector(tensors: Sequence[Tensor]) -> Vector:
-    """All weights of one checkpoint in module order, shape (P,); a copy."""
+    """Return a copy of all weights of one checkpoint in module order, shape (P,)."""
     whole_P: Vector = torch.cat([t.detach().reshape(-1) for t in tensors]).numpy()
     return whole_P
 
 
 def tensors_of(meta: BufferMeta, whole_P: Vector) -> list[Tensor]:
-    """The parameters in module order, each a tensor of its own storage, which shares the memory of ``whole_P``."""
+    """Return the parameters in module order, each a tensor with its own storage on the memory of ``whole_P``."""
     result, begin = [], 0
     for _, shape in meta.parameters:
         end = begin + math.prod(shape)
@@ -212,7 +211,7 @@ def tensors_of(meta: BufferMeta, whole_P: Vector) -> list[Tensor]:
 
 
 def classifier_mask(meta: BufferMeta) -> npt.NDArray[np.bool_]:
-    """Which of the whole network's weights are the classifier's, shape (P,)."""
+    """Return the boolean mask of the classifier's weights in the whole network, shape (P,)."""
     chosen = set(meta.classifier_parameters)
     return np.concatenate([np.full(math.prod(shape), name in chosen) for name, shape in meta.parameters])
 

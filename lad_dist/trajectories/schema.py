@@ -1,11 +1,11 @@
-"""What a trajectory buffer looks like on disk: names, columns, metadata, encoding.
+"""On-disk format of a trajectory buffer: names, columns, metadata, encoding.
 
     <buffer>/<stage>/expert-0007/epochs-0000-0009.parquet
 
-One row is one checkpoint, keyed (stage, expert, epoch); a part file holds a few consecutive epochs of one expert in
-one stage, one row group per row, so that reading a checkpoint touches that checkpoint only. Rows of the classifier
-stage hold the classifier's weights only, because the backbone is frozen there. Everything needed to make sense of the
-vectors is in the schema metadata of every part (``BufferMeta``), so a part can be understood alone.
+One row is one checkpoint, keyed (stage, expert, epoch); a part file holds a few consecutive epochs of one expert in one
+stage, one row group per row, so that reading a checkpoint reads no other. Rows of the classifier stage hold the
+classifier's weights only, because the backbone is frozen there. The schema metadata of every part (``BufferMeta``)
+describe the vectors completely, so each part is self-contained.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ VECTOR_LEAF = "weights.list.element"  # the column's path inside Parquet
 KEY_COLUMNS = ("stage", "expert", "epoch")
 
 # Measured on a real trajectory: benchmarks/results/buffer_encoding.md (made by benchmarks/buffer_encoding.py). The
-# bytes of trained floats hardly repeat; only after BYTE_STREAM_SPLIT has gathered the exponents does anything
-# compress, and more than zstd 1 gains nothing. A dictionary makes the vector half as large again. Statistics are kept
-# for the key columns: they let the reader check the key of every row from the footer, and let other tools skip rows.
-# Format 2.6 with version 1 data pages and no embedded Arrow schema is what most other readers take (DuckDB and polars
-# do; fastparquet lacks BYTE_STREAM_SPLIT). A vector is always one page: a page holds whole rows.
+# bytes of trained floats hardly repeat; they compress only after BYTE_STREAM_SPLIT has grouped the exponents, and
+# levels above zstd 1 gain nothing. A dictionary makes the vector half as large again. The key columns have statistics:
+# the reader checks every row's key from the footer, and other tools can skip rows. Most other readers support format
+# 2.6 with version 1 data pages and no embedded Arrow schema (DuckDB and polars do; fastparquet lacks
+# BYTE_STREAM_SPLIT). A vector is always one page: a page holds whole rows.
 WRITER_OPTIONS: dict[str, Any] = {
     "version": "2.6",
     "compression": "zstd",
@@ -51,16 +51,17 @@ WRITER_OPTIONS: dict[str, Any] = {
     "store_schema": False,
 }
 
-# A Parquet page holds a vector whole and its size is a signed 32-bit number of bytes; leave room for the page's levels.
+# A Parquet page holds a whole vector, and its size is a signed 32-bit number of bytes; leave room for the page's
+# levels.
 LARGEST_VECTOR = (2**31 - 2**20) // 4
 
 
 @dataclass(frozen=True)
 class BufferMeta:
-    """What produced a buffer and how its vectors are laid out; stored as JSON in every part.
+    """Origin of a buffer and layout of its vectors; stored as JSON in every part.
 
-    ``parameters``: (name, shape) in module order; a representation row is their flattened values one after the other.
-    ``classifier_parameters``: names of those that make up a classifier row, in module order as well.
+    ``parameters``: (name, shape) in module order; a representation row is the concatenation of their flattened values.
+    ``classifier_parameters``: names of the parameters in a classifier row, also in module order.
     ``recipe``: the part of the recipe that determines the experts; ``experts_hash`` is its hash.
     ``versions``: of the libraries that wrote the part; the only field in which parts of one buffer may differ.
     Raises ``TrajectoryError`` if the fields contradict each other.
@@ -107,7 +108,7 @@ class BufferMeta:
         return sum(math.prod(shape) for name, shape in self.parameters if stage == "representation" or name in chosen)
 
     def parameter_at(self, stage: Stage, position: int) -> str:
-        """Name of the parameter that element ``position`` of a row of ``stage`` belongs to."""
+        """Return the name of the parameter at element ``position`` of a row of ``stage``."""
         chosen = set(self.classifier_parameters)
         end = 0
         for name, shape in self.parameters:
@@ -118,12 +119,12 @@ class BufferMeta:
         raise IndexError(f"position {position} is outside a {stage} vector of {end} weights")
 
     def differences(self, other: BufferMeta) -> list[str]:
-        """Names of the fields, ``versions`` apart, in which two parts' metadata differ."""
+        """Return the names of fields, except ``versions``, in which two parts' metadata differ."""
         mine, theirs = asdict(self), asdict(other)
         return [name for name in mine if name != "versions" and mine[name] != theirs[name]]
 
     def to_metadata(self) -> dict[bytes, bytes]:
-        """An Arrow schema's metadata, ``{b"lad_dist": JSON}``. Raises ``TrajectoryError`` if ``recipe`` is not JSON."""
+        """Make Arrow schema metadata ``{b"lad_dist": JSON}``. Raises ``TrajectoryError`` if ``recipe`` is not JSON."""
         try:
             return {META_KEY: json.dumps(asdict(self), sort_keys=True, allow_nan=False).encode()}
         except (TypeError, ValueError) as cause:
@@ -133,7 +134,7 @@ class BufferMeta:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[bytes, bytes] | None, source: str = "schema metadata") -> BufferMeta:
-        """Read what ``to_metadata`` wrote; ``source`` is named in the error. Raises ``TrajectoryError``."""
+        """Parse the output of ``to_metadata``. Raises ``TrajectoryError``, naming ``source``."""
         text = (metadata or {}).get(META_KEY)
         if text is None:
             raise TrajectoryError(f"{source}: has no lad_dist metadata, so it is not a part of a trajectory buffer")
@@ -152,9 +153,11 @@ class BufferMeta:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """One row. ``weights``: float32, shape (vector_length(stage),). ``loss``: mean training loss of the epoch;
-    ``accuracy``: training accuracy as a fraction; ``seconds``: duration of the epoch. The three are None at epoch 0,
-    before training."""
+    """One row of a buffer.
+
+    ``weights``: float32, shape (vector_length(stage),). ``loss``: mean training loss of the epoch; ``accuracy``:
+    training accuracy as a fraction; ``seconds``: duration of the epoch. The three are None at epoch 0, before training.
+    """
 
     stage: Stage
     expert: int
@@ -166,8 +169,7 @@ class Checkpoint:
 
 
 class PartName(NamedTuple):
-    """The key range of one part: epochs ``first`` to ``last``, both included. Sorts in the order in which parts are
-    preferred."""
+    """Key range of one part: epochs ``first`` to ``last``, both included. Sorts in order of preference."""
 
     stage: Stage
     expert: int
@@ -188,12 +190,12 @@ def expert_folder(stage: Stage, expert: int) -> str:
 
 
 def part_path(stage: Stage, expert: int, first: int, last: int) -> str:
-    """Path of a part relative to the buffer, with forward slashes. ``parse_part_path`` is its inverse."""
+    """Path of a part relative to the buffer, with forward slashes; inverse of ``parse_part_path``."""
     return f"{expert_folder(stage, expert)}/epochs-{first:04d}-{last:04d}.parquet"
 
 
 def parse_part_path(path: str) -> PartName | None:
-    """The key range in a path relative to the buffer, or None if it is not a path that ``part_path`` makes."""
+    """Return the key range in a path relative to the buffer, or None if ``part_path`` does not make that path."""
     match = _PART_PATH.fullmatch(path)
     if match is None:
         return None
@@ -203,7 +205,7 @@ def parse_part_path(path: str) -> PartName | None:
 
 
 def arrow_schema(meta: BufferMeta) -> pa.Schema:
-    """The columns of a part, with ``meta`` in the schema metadata."""
+    """Return the schema of a part, with ``meta`` in its metadata."""
     vector = pa.list_(pa.field("element", pa.float32(), nullable=False))
     return pa.schema(
         [

@@ -1,4 +1,4 @@
-"""Reads every byte and every row of a buffer and says what is wrong."""
+"""Check every byte and every row of a buffer and report problems."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import PART_PATH_FORM, Checkpoint, PartName, expert_folder, parse_part_path
 
 _Key = tuple[str, int, int]
-_Seen = dict[_Key, tuple[str, str]]  # key -> (sum of the content, path of the part it was first found in)
+_Seen = dict[_Key, tuple[str, str]]  # key -> (checksum of the content, path of the first part with that key)
 
 
 def verify(buffer: Buffer, report: Callable[[str], None] | None = None) -> list[str]:
-    """The problems of a buffer, each beginning with the path of the file or expert folder it is about; none if it is
-    sound.
+    """Return the problems of a buffer, each starting with the path of its file or expert folder; empty if it is sound.
 
-    Lists the folder again, then checks for every part: both checksums (so any changed byte), metadata, key of every
-    row against the name, vector lengths, finite values, page checksums; and across parts: same origin, equal
-    duplicates, no gaps in an expert's epochs, no ``*.parquet`` with a foreign name. ``report`` is called with one line
-    for each part as it is done, and for each other problem. Holds one checkpoint in memory. Raises ``TrajectoryError``
-    only if the folder cannot be listed.
+    Lists the folder again, then checks for every part: both checksums (so any changed byte), metadata, key of every row
+    against the name, vector lengths, finite values, page checksums; and across parts: same origin, equal duplicates, no
+    gaps in an expert's epochs, no ``*.parquet`` with another kind of name. ``report`` is called with one line per
+    finished part and per other problem. Holds one checkpoint in memory. Raises ``TrajectoryError`` only if the folder
+    cannot be listed.
     """
     say = report or (lambda line: None)
     buffer.refresh()
@@ -78,7 +77,7 @@ def _check_values(path: str, row: Checkpoint) -> Iterator[str]:
 
 
 def _content_sum(row: Checkpoint) -> str:
-    """Covers what a repeated work unit reproduces: the weights and metrics, but not how long it took."""
+    """Return a checksum of what a repeated work unit reproduces: weights and metrics, but not the duration."""
     total = hashlib.sha256(row.weights.tobytes())
     total.update(repr((row.loss, row.accuracy)).encode())
     return total.hexdigest()

@@ -1,4 +1,4 @@
-"""Writes the trajectory of one expert in one stage, a part at a time."""
+"""Write the trajectory of one expert in one stage, part by part."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lad_dist.trajectories.schema import STAGES, BufferMeta, Checkpoint, Stage, 
 
 
 class PartWriter:
-    """Collects the checkpoints of one expert in one stage and publishes them as parts of ``epochs_per_part`` rows.
+    """Writer that collects the checkpoints of one expert in one stage and publishes parts of ``epochs_per_part`` rows.
 
-    Any number of writers, in any number of processes, may write the same expert: each part appears whole under its
-    final name, and work units are deterministic, so two parts with the same checkpoints are equal. One writer belongs
-    to one thread.
+    Any number of writers in any number of processes may write the same expert: each part appears whole under its final
+    name, and work units are deterministic, so parts with the same checkpoints are equal. Use a writer in one thread
+    only.
 
-    As a context manager it publishes what is pending on *every* way out of the block: each pending row is a whole
-    checkpoint that was checked when it was appended, whatever went wrong afterwards, so a resumed expert need not redo
-    it. The one exception is a ``StorageError`` from the block: the same write would only fail again.
+    As a context manager it publishes pending rows however the block ends: each is a whole checkpoint, checked when it
+    was appended, so a resumed expert need not recompute it. The exception is a ``StorageError`` from the block: the
+    same write would fail again.
 
     ``folder``: a local folder or a URI (``files.resolve``).
     Raises ``TrajectoryError`` if an argument is out of bounds, or the location cannot be used.
@@ -61,14 +61,12 @@ class PartWriter:
         accuracy: float | None = None,
         seconds: float | None = None,
     ) -> bool:
-        """Add the checkpoint taken after ``epoch`` epochs (0 is the initialisation); True if a part was just published.
+        """Add the checkpoint after ``epoch`` epochs (0: initialisation); return True if this published a part.
 
-        ``weights``: float32, shape (vector_length(stage),); copied, so the caller may go on changing it.
-        ``loss``: mean over the epoch; ``accuracy``: fraction; ``seconds``: duration; None where there is none, as at
-        epoch 0.
-        Raises ``TrajectoryError`` for an epoch out of order or a vector of the wrong kind, ``NumericalError`` for NaN
-        or infinity, ``StorageError`` if a part could not be published (its rows stay pending and ``flush`` may be
-        tried again).
+        ``weights``: float32, shape (vector_length(stage),); copied. ``loss``: mean over the epoch; ``accuracy``:
+        fraction; ``seconds``: duration; each None if not available, as at epoch 0. Raises ``TrajectoryError`` for an
+        epoch out of order or a vector of wrong type or shape, ``NumericalError`` for NaN or infinity, ``StorageError``
+        if a part could not be published (its rows stay pending; ``flush`` can be retried).
         """
         row = Checkpoint(self.stage, self.expert, int(epoch), np.array(weights, copy=True), loss, accuracy, seconds)
         self._check(row)
@@ -77,7 +75,7 @@ class PartWriter:
         return len(self._pending) >= self.epochs_per_part and self.flush()
 
     def flush(self) -> bool:
-        """Publish what is pending as a part; True if there was anything. Raises ``StorageError``."""
+        """Publish the pending rows as a part; return False if there are none. Raises ``StorageError``."""
         if not self._pending:
             return False
         rows = tuple(self._pending)
@@ -99,7 +97,7 @@ class PartWriter:
         except StorageError as refused:
             if error is None:
                 raise
-            error.add_note(str(refused))  # the first error explains the second, so it is the one to report
+            error.add_note(str(refused))  # report the first error, which explains the second
 
     def _check(self, row: Checkpoint) -> None:
         where = f"{row.stage} expert {row.expert} epoch {row.epoch}"
@@ -125,10 +123,10 @@ class PartWriter:
 
 
 def clean_temporary(folder: Path | str, stage: Stage, expert: int) -> list[Path]:
-    """Remove what killed writers of this expert left behind; return the paths, inside the file system, of those removed.
+    """Remove temporary files of killed writers of this expert; return the removed paths inside the file system.
 
-    Files of writers that may still be at work are left alone (``files.clean_temporary_files``). Raises
-    ``StorageError``, and ``TrajectoryError`` if the location cannot be used.
+    Keeps files of writers that may be running (``files.clean_temporary_files``). Raises ``StorageError``, and
+    ``TrajectoryError`` if the location cannot be used.
     """
     filesystem, root = files.resolve(folder)
     return _clean(filesystem, root, stage, expert)
