@@ -47,10 +47,10 @@ def test_it_is_kept_through_a_checkpoint(pipeline_of, monkeypatch):
     whole.distill()
     iterate = Distillation.iterate
 
-    def failing(self, state, path, events):
+    def failing(self, state, path):
         if state.iteration == 4:
             raise NumericalError("stopped here")
-        return iterate(self, state, path, events)
+        return iterate(self, state, path)
 
     monkeypatch.setattr(Distillation, "iterate", failing)
     with pytest.raises(NumericalError):
