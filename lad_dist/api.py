@@ -1,4 +1,4 @@
-"""lad-dist in Python: a run, its stages, and what has come out of it.
+"""lad-dist in Python: a run, its stages and its results.
 
     from lad_dist import Recipe, Run
 
@@ -9,9 +9,9 @@
         print(result.source, result.overall)
     run.report()
 
-Each call does what is left of its stage, as the verbs of the command line do; after an interruption (Ctrl-C, a notebook's
-stop button) the same call continues. A script whose recipe or profile starts processes (a Ray fleet, several ranks) needs
-``if __name__ == "__main__":`` around its calls, as Python's own multiprocessing does.
+Each call does what is left of its stage, like the verbs of the command line; after an interruption (Ctrl-C, a
+notebook's stop button) the same call continues. A script whose recipe or profile starts processes (a Ray fleet,
+several ranks) needs ``if __name__ == "__main__":`` around its calls, as with Python's own multiprocessing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A run folder and the recipe whose stages fill it. Made by ``open``."""
+    """A run folder and its recipe. Made by ``open``."""
 
     def __init__(
         self,
@@ -70,11 +70,11 @@ class Run:
         callbacks: Sequence[Callback] = (),
         quiet: bool = False,
     ) -> Run:
-        """The run in ``folder``, which the first stage makes if it is not there; nothing is written before.
+        """Open the run in ``folder``. The first stage creates it if it does not exist; nothing is written before.
 
-        ``recipe``: a ``Recipe``, a shipped one's name, or a file; default: that of the run in ``folder``. ``profile``: where and
-        with how much of the machine, likewise. ``buffers``: the folder or URI below which trajectory buffers lie, or a run
-        folder, to use its experts. ``callbacks`` receive the run's events. ``quiet``: show no progress.
+        ``recipe``: a ``Recipe``, a shipped one's name, or a file; default: that of the run in ``folder``. ``profile``:
+        where to run and with which resources, likewise. ``buffers``: the folder or URI of trajectory buffers, or a
+        run folder, to use its experts. ``callbacks`` receive the run's events. ``quiet``: show no progress.
 
         Raises:
             RecipeError: the recipe or the profile is not valid.
@@ -90,10 +90,10 @@ class Run:
             profile = recipe_file.validated(Profile, recipe_file.read_document(file), str(file))
         return cls(folder, recipe, profile, buffers, callbacks, Screen.silent() if quiet else Screen())
 
-    # --- stages ---------------------------------------------------------------------------------------------------------
+    # --- stages -------------------------------------------------------------------------------------------------------
 
     def run_all(self) -> list[Result]:
-        """Everything that is not done yet: experts, distillation, evaluation, report. Returns the results."""
+        """Run all stages not done yet: experts, distillation, evaluation, report. Return the results."""
         with self._working() as pipeline:
             pipeline.all()
         return self.results()
@@ -101,7 +101,7 @@ class Run:
     def train_experts(self) -> None:
         """Train the experts into the trajectory buffer.
 
-        Raises LadDistError (all errors of this class are of ``lad_dist.errors``): the data or the buffer cannot be used, an
+        Raises LadDistError (all errors here are of ``lad_dist.errors``) if the data or the buffer cannot be used, or an
         expert failed; ``Interrupted`` by a signal.
         """
         with self._working() as pipeline:
@@ -110,8 +110,8 @@ class Run:
     def distill(self, replay: Path | str | None = None) -> DistilledSet:
         """Distill the synthetic set from the experts in the buffer, and return it.
 
-        ``replay``: a run folder, whose recorded windows are used again. Raises as ``train_experts``; TrajectoryError where the
-        experts are not there.
+        ``replay``: a run folder, whose recorded windows are used again. Raises as ``train_experts``; TrajectoryError if
+        experts are missing.
         """
         with self._working() as pipeline:
             pipeline.distill(None if replay is None else Path(replay))
@@ -120,11 +120,11 @@ class Run:
     def evaluate(
         self, *sources: str, architectures: Sequence[str] | None = None, seeds: int | None = None
     ) -> list[Result]:
-        """Train networks on ``sources`` and measure them; returns all results of the run.
+        """Train networks on ``sources`` and measure them; return all results of the run.
 
-        Without sources: the distilled set and the recipe's baselines. ``architectures`` and ``seeds`` override the recipe for
-        this call; the run's recipe stays as it is. Raises as ``train_experts``; RecipeError for a source or an architecture that
-        is not known.
+        Without sources: the distilled set and the recipe's baselines. ``architectures`` and ``seeds`` override the
+        recipe for this call; the run's recipe stays unchanged. Raises as ``train_experts``; RecipeError for an unknown
+        source or architecture.
         """
         for source in sources:
             results.check_source(source)
@@ -139,33 +139,36 @@ class Run:
         return self.results()
 
     def report(self) -> Path:
-        """Write the report, and return its page."""
+        """Write the report, and return the path of its page."""
         from lad_dist.report.page import INDEX
 
         with self._working(keep_recipe=True) as pipeline:
             pipeline.report()
         return self._files.report / INDEX
 
-    # --- what there is --------------------------------------------------------------------------------------------------
+    # --- results ------------------------------------------------------------------------------------------------------
 
     def status(self) -> RunStatus:
-        """What is done, what is being done (by any process), and what has come out. Raises RunDirError before the first stage."""
+        """Return what is done, what any process is doing, and results. Raises RunDirError before the first stage."""
         from lad_dist.status.read import read_status
 
         return read_status(self.folder)
 
     def distilled(self) -> DistilledSet:
-        """The distilled set: a torch Dataset that unpacks to (images, soft labels, lr). Raises DistilledError without one."""
+        """Return the distilled set: a torch Dataset that unpacks to (images, soft labels, lr).
+
+        Raises DistilledError without one.
+        """
         from lad_dist.distilled import DistilledSet
 
         return DistilledSet.load(self._files.distilled)
 
     def results(self) -> list[Result]:
-        """One result per network that was measured; empty before. Raises RunDirError where the file is damaged."""
+        """Return one result per measured network; empty before. Raises RunDirError if the file is damaged."""
         return [Result.of(row) for row in results.read(self._files.results)]
 
     def frame(self) -> pandas.DataFrame:
-        """``results`` as a pandas frame, a row per network. Raises LadDistError without pandas."""
+        """Return ``results`` as a pandas frame, a row per network. Raises LadDistError without pandas."""
         try:
             import pandas
         except ModuleNotFoundError as error:
@@ -176,16 +179,16 @@ class Run:
         return pandas.DataFrame([vars(result) for result in self.results()], columns=columns)
 
     def events(self) -> list[Event]:
-        """The run's events so far, oldest first, of all its processes."""
+        """Return the run's events so far, of all its processes, oldest first."""
         return list(read_events(self._files.events))
 
-    # --- SLURM ----------------------------------------------------------------------------------------------------------
+    # --- SLURM --------------------------------------------------------------------------------------------------------
 
     def submit(self, *stages: str) -> Submitted:
-        """Submit stages to SLURM as the profile says, each after those before it; default: all that are not done.
+        """Submit stages to SLURM by the profile, each after those before it; default: all that are not done.
 
-        Returns what was submitted and what was queued already. Raises ClusterError where SLURM refuses or cannot be reached,
-        RecipeError where the profile submits nothing.
+        Return what was submitted and what was queued already. Raises ClusterError if SLURM refuses or cannot be
+        reached, RecipeError if the profile submits nothing.
         """
         from lad_dist.launch import slurm
         from lad_dist.launch.chain import StageSelection
@@ -200,12 +203,12 @@ class Run:
         return slurm.submit(self.recipe, self.folder, self.profile, self._buffers, wanted, self._screen.say)
 
     def cancel(self) -> int:
-        """Cancel the run's SLURM jobs that are queued or at work; returns how many. Raises ClusterError."""
+        """Cancel the run's queued and running SLURM jobs; return how many. Raises ClusterError."""
         from lad_dist.launch import slurm
 
         return len(slurm.cancel(RunDir.existing(self.folder)))
 
-    # --- inside ---------------------------------------------------------------------------------------------------------
+    # --- internal -----------------------------------------------------------------------------------------------------
 
     @property
     def _files(self) -> RunDir:
@@ -213,9 +216,9 @@ class Run:
 
     @contextmanager
     def _working(self, keep_recipe: bool = False) -> Iterator[Pipeline]:
-        """The pipeline, with the data that an earlier stage loaded; one stage of a run at a time in a process.
+        """Yield the pipeline, with the data that an earlier stage loaded; one stage of a run at a time in a process.
 
-        Raises RunDirError where another thread is at work with it, RecipeError where the profile submits jobs.
+        Raises RunDirError if another thread uses it, RecipeError if the profile submits jobs.
         """
         from lad_dist.launch import local
 
@@ -243,7 +246,7 @@ class Run:
 
 
 def _with(recipe: Recipe, changes: dict[str, dict[str, Any]]) -> Recipe:
-    """``recipe`` with other fields. Raises RecipeError, naming the field."""
+    """Return ``recipe`` with other fields. Raises RecipeError, naming the field."""
     document = recipe.model_dump(mode="json")
     for section, fields in changes.items():
         document[section] |= fields

@@ -3,8 +3,8 @@
     data set -> long-tailed subset -> whitening -> experts -> trajectory buffer
         -> distillation -> distilled set -> evaluation -> report
 
-Stages do not know each other: they meet through files in the run folder (``rundir.py``). Each finds out from those files
-what is done and does the rest, so any of them can be killed, resumed, or run on another machine.
+Stages do not know each other: they communicate through files in the run folder (``rundir.py``). Each finds out from
+those files what is done and does the rest, so any of them can be killed, resumed, or run on another machine.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from lad_dist.ranks import ProcessRank
     from lad_dist.results import Row, Source
 
-_MOST_NOTES = 10  # on the data that are said
-_LOOK_SECONDS = 1.0  # between two looks whether another process is still at work
+_MOST_NOTES = 10  # notes on the data to print
+_LOOK_SECONDS = 1.0  # between checks whether another process is still running
 
 
 @dataclass
@@ -50,12 +50,12 @@ class Pipeline:
     screen: Screen
     events: Events
     _data: PreparedData | None = None
-    _accepted: PreparedData | None = None  # loaded before the run folder was made, and not told of yet
+    _accepted: PreparedData | None = None  # loaded before the run folder was made, not reported yet
 
     def all(self) -> None:
-        """Everything that is not done yet. With ``buffer.start_after``, distillation begins while experts still train.
+        """Run all stages not done yet. With ``buffer.start_after``, distillation begins while experts still train.
 
-        Raises RunDirError where another process does the same in this folder.
+        Raises RunDirError if another process does the same in this folder.
         """
         with self._alone("run"):
             self._all()
@@ -99,15 +99,15 @@ class Pipeline:
                 raise error
 
     def _imported(self) -> bool:
-        """Whether the distilled set was made elsewhere, so that experts would be trained for nothing."""
+        """Return whether the distilled set was made elsewhere, so that experts are not needed."""
         from lad_dist.distilled import DistilledSet
 
         return self.run.distilled.exists() and DistilledSet.load(self.run.distilled).meta.method != self.recipe.method
 
     def _experts_needed_live(self) -> bool:
-        """Whether the recipe lets distillation begin with a part of the experts, and neither of the two is done.
+        """Return whether distillation may begin with a part of the experts, and neither of the two is done.
 
-        Ranks that a launcher has started do one after the other: the process beside them would be one per rank.
+        Ranks that a launcher started run one after the other: else each rank would start an expert process.
         """
         from lad_dist import ranks
         from lad_dist.distill.live import all_stages, complete
@@ -119,20 +119,18 @@ class Pipeline:
         return len(complete(Buffer(self.run.trajectories), all_stages(self.recipe), count)) < count
 
     def _distill_while_experts_train(self) -> None:
-        """Distill here, while a process of its own trains the experts; both end together where one of them fails."""
+        """Distill here while a separate process trains the experts; if one of them fails, both end."""
         from lad_dist.experts.background import in_background
 
-        _ = self.data  # which fits and stores the whitening, so that the other process finds it
-        with in_background(
-            self.run.root, self.profile, self.screen.say
-        ):  # whose experts' events reach the record alone
+        _ = self.data  # fits and stores the whitening, for the other process
+        with in_background(self.run.root, self.profile, self.screen.say):  # the experts' events reach the record only
             self.distill()
 
     def distill(self, replay: Path | None = None) -> None:
-        """Match the experts with a synthetic set, over the profile's ranks, and choose the iteration that is kept.
+        """Match the experts with a synthetic set, over the profile's ranks, and select the iteration to keep.
 
         ``replay``: a run folder; its recorded windows are used instead of drawing them, which makes the same set.
-        Raises RunDirError where another process distils in this folder.
+        Raises RunDirError if another process distils in this folder.
         """
         from lad_dist import ranks, results
         from lad_dist.distill.replay import ReplayRecord
@@ -159,7 +157,7 @@ class Pipeline:
             self._await(self._has_grown)
 
     def _distill(self, record: ReplayRecord | None) -> None:
-        """In this process, as one of the ranks that a launcher has started, or over ranks started here."""
+        """Distill in this process, as one of the ranks that a launcher started, or over ranks started here."""
         from lad_dist import ranks
         from lad_dist.distill.loop import distill
 
@@ -175,13 +173,13 @@ class Pipeline:
             distill(self.context(record=record), self.data, self.early())
 
     def context(self, **more: Any) -> Context:
-        """What a distillation here works with; ``more``: what differs from a single process without a record."""
+        """Return the context of a distillation; ``more``: fields that differ from a single process without a record."""
         from lad_dist.distill.loop import Context
 
         return Context(self.recipe, self.run, self.device, self.events, self.screen, **more)
 
     def early(self) -> Early:
-        """What measures the set while it is being distilled; the other ranks, where there are any, never wait long for it."""
+        """Return the evaluation during distillation, limited in time so that other ranks never wait long for it."""
         from lad_dist.distill.early import Early
         from lad_dist.evaluate.early import EarlyEvaluation
 
@@ -189,7 +187,7 @@ class Pipeline:
         return Early(self.recipe, EarlyEvaluation(self.recipe, self.data), self.events, self.screen, longest)
 
     def evaluate_all(self) -> None:
-        """The distilled set and the recipe's baselines."""
+        """Measure the distilled set and the recipe's baselines."""
         from lad_dist import results
 
         sources = results.wanted(self.recipe, self.run)
@@ -203,23 +201,23 @@ class Pipeline:
             )
 
     def evaluate(self, source: str) -> None:
-        """Measure what networks learn from a source (``evaluate/sources.py``), one row per architecture and seed.
+        """Train networks on a source (``evaluate/sources.py``) and measure them: one row per architecture and seed.
 
-        With ``evaluate.label_adjustment`` the distilled set is measured with adjusted labels too, as a source of its own.
+        With ``evaluate.label_adjustment`` the distilled set is also measured with adjusted labels, as its own source.
         """
         self._evaluate(source)
         if source == "distilled" and self.recipe.evaluate.label_adjustment == "adsa":
             self._evaluate("distilled-adsa")
 
     def ask(self, recipe: Recipe, sources: Sequence[str]) -> None:
-        """Measure sources as ``recipe`` says, which need not be the run's own; the report is written again, if there is one."""
+        """Measure sources by ``recipe``, which may differ from the run's own; rewrite the report, if there is one."""
         asking = dataclasses.replace(self, recipe=recipe)
         for source in dict.fromkeys(sources):
             asking.evaluate(source)
         self.refresh_report()
 
     def _evaluate(self, source: Source) -> None:
-        """In this process, as one of the ranks that a launcher has started, or over ranks started here."""
+        """Measure a source in this process, as one of the ranks that a launcher started, or over ranks started here."""
         from lad_dist import ranks, results
         from lad_dist.evaluate.measure import candidate_rows, not_done, planned_rows
         from lad_dist.evaluate.sources import of_distilled
@@ -240,7 +238,7 @@ class Pipeline:
         self._measure(f"evaluate {source}", source, planned)
 
     def _measure(self, name: str, source: Source, planned: list[Row]) -> None:
-        """Measure the rows that are not there yet, as a stage ``name``."""
+        """Measure the rows that are missing, as a stage ``name``."""
         from lad_dist import ranks, results
         from lad_dist.evaluate.measure import evaluate, not_done, table_of
         from lad_dist.evaluate.sources import prepare_shared
@@ -272,7 +270,7 @@ class Pipeline:
             time.sleep(0.1)
 
     def _has_grown(self) -> bool:
-        """Whether the distilled set has all the iterations of the recipe: an older, smaller one stays until it is replaced."""
+        """Return whether the distilled set has all the recipe's iterations: an older one stays until replaced."""
         from lad_dist.distilled import DistilledSet
 
         try:
@@ -281,7 +279,7 @@ class Pipeline:
             return False
 
     def report(self) -> None:
-        """Tables, pictures and the page, of the run's own recipe: what is asked of a run beside it changes no page."""
+        """Write tables, pictures and the page, by the run's own recipe: ``ask`` with another recipe changes no page."""
         from lad_dist import recipe_file
         from lad_dist.report.page import write_report
 
@@ -289,7 +287,7 @@ class Pipeline:
             write_report(recipe_file.load(self.run.recipe), self.run)
 
     def refresh_report(self) -> None:
-        """Write the page again where there is one; among ranks that a launcher has started, rank 0 does."""
+        """Rewrite the page if there is one; among ranks that a launcher started, rank 0 does."""
         from lad_dist import ranks
         from lad_dist.report.page import INDEX
 
@@ -299,7 +297,7 @@ class Pipeline:
 
     @property
     def data(self) -> PreparedData:
-        """The recipe's data, loaded when a stage first needs them."""
+        """The recipe's data, loaded on first use."""
         if self._data is None:
             from lad_dist.data.prepare import prepare
 
@@ -325,15 +323,15 @@ class Pipeline:
         return self._data
 
     def _say_threads(self, world: int) -> None:
-        """Say where ``world`` ranks on this machine work with fewer threads than the profile asks for."""
+        """Print if ``world`` ranks on this machine get fewer threads than the profile requests."""
         _, fewer = cores.of_each_rank(self.profile.threads, world)
         if fewer:
             self.screen.say(fewer)
 
     def _choose_threads(self, channels: int, size: int, classes: int) -> None:
-        """Work with as many CPU threads as the run did before, else with what a few timed steps are fastest with.
+        """Use the run's earlier number of CPU threads, else the fastest by a few timed steps.
 
-        The profile's number, and that of a rank among others, stand as they are.
+        The profile's number, and that of a rank among others, is left unchanged.
         """
         from lad_dist import ranks
         from lad_dist.plan import threads
@@ -358,10 +356,10 @@ class Pipeline:
 
     @contextmanager
     def _alone(self, verb: str) -> Iterator[None]:
-        """Let no other process do ``verb`` in this run folder meanwhile; among ranks, rank 0 is the one that asks.
+        """Keep other processes from doing ``verb`` in this run folder meanwhile; among ranks, rank 0 checks.
 
-        Experts and rows of results have claims and names of their own, so that any number of processes share them. A claim
-        of a process that is gone counts for nothing: at once on its own host, else after claims.STALE_SECONDS.
+        Experts and result rows have claims and names of their own, so that any number of processes share them. A claim
+        of a dead process is void: at once on its own host, else after claims.STALE_SECONDS.
         """
         from lad_dist import ranks
         from lad_dist.trajectories import claims
@@ -392,7 +390,7 @@ class Pipeline:
         self.screen.say(f"{stage}: done, {what}")
 
     def _stage(self, name: str, **fields: int) -> _Stage:
-        """Among ranks that a launcher has started, rank 0 records it: it is the last to leave."""
+        """Return the recorder of a stage; among ranks that a launcher started, only rank 0 records: it leaves last."""
         from lad_dist import ranks
 
         where = ranks.place()
@@ -400,7 +398,7 @@ class Pipeline:
 
 
 def distill_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, record: ReplayRecord | None) -> None:
-    """What each process that ``Pipeline.distill`` starts on this machine does. ``kind`` of device: cpu or cuda."""
+    """Worker process that ``Pipeline.distill`` starts on this machine. ``kind`` of device: cpu or cuda."""
     import torch
 
     prepare_rank(profile, profile.world)
@@ -408,7 +406,7 @@ def distill_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, recor
 
 
 def prepare_rank(profile: Profile, world: int) -> None:
-    """torch's threads, and what is done with freed memory, of a process that is one of ``world`` on this machine."""
+    """Set torch's threads and keep freed memory in a process that is one of ``world`` on this machine."""
     import torch
 
     from lad_dist import allocator
@@ -418,11 +416,11 @@ def prepare_rank(profile: Profile, world: int) -> None:
 
 
 def distill_as_rank(pipeline: Pipeline, record: ReplayRecord | None) -> None:
-    """Distill as the rank that the environment says this process is: only rank 0 reads images, reports and publishes.
+    """Distill as the rank that the environment names: only rank 0 reads images, reports and publishes.
 
     Raises:
         RecipeError: fewer GPUs on this host than ranks.
-        LadDistError: whatever the distillation raises.
+        LadDistError: any error of the distillation.
     """
     from lad_dist import ranks
     from lad_dist.distill.loop import distill
@@ -440,7 +438,7 @@ def distill_as_rank(pipeline: Pipeline, record: ReplayRecord | None) -> None:
 
 
 def evaluate_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, source: Source, rows: list[Row]) -> None:
-    """What each process that ``Pipeline.evaluate`` starts on this machine does: measure its share of ``rows``."""
+    """Worker process that ``Pipeline.evaluate`` starts on this machine: measures its share of ``rows``."""
     import torch
 
     from lad_dist import ranks
@@ -457,14 +455,14 @@ def evaluate_rank(recipe: Recipe, run: RunDir, profile: Profile, kind: str, sour
 def evaluate_as_rank(
     pipeline: Pipeline, source: Source, rows: list[Row], where: ProcessRank, awaited: bool = True
 ) -> None:
-    """Measure every ``world``-th of ``rows``. Ranks never meet: each publishes rows, and the last leaves the whole table.
+    """Measure every ``world``-th of ``rows``. Ranks do not communicate: each publishes rows, the last the whole table.
 
-    ``awaited`` False: nobody waits until all ranks have ended, so rank 0 goes on until every row is there; where learning rate
-    and epochs are chosen by the rows, every rank does.
+    ``awaited`` False: no process waits until all ranks have ended, so rank 0 goes on until every row is there; if the
+    rows choose learning rate and epochs, every rank does.
 
     Raises:
         RecipeError: fewer GPUs on this host than ranks.
-        LadDistError: whatever the evaluation raises.
+        LadDistError: any error of the evaluation.
     """
     from lad_dist.evaluate.measure import evaluate, table_of, take_over
 
@@ -478,7 +476,7 @@ def evaluate_as_rank(
 
 
 def own_device(device: torch.device, where: ProcessRank) -> torch.device:
-    """The device of a rank: the CPU, or the GPU of its number on this host.
+    """Return the device of a rank: the CPU, or the GPU of its number on this host.
 
     Raises:
         RecipeError: fewer GPUs on this host than ranks.
@@ -498,7 +496,7 @@ def own_device(device: torch.device, where: ProcessRank) -> torch.device:
 
 
 class _Stage:
-    """Records when a stage began and how it ended."""
+    """Context manager that records the start and end of a stage."""
 
     def __init__(self, events: Events, name: str, fields: dict[str, int]) -> None:
         self.events, self.name, self.fields = events, name, fields
@@ -524,7 +522,7 @@ class _Stage:
 
 
 def _try_own(recipe: Recipe, channels: int, size: int, classes: int) -> None:
-    """Use once what the recipe names and the package does not know. Raises RecipeError or DataError for what cannot be used."""
+    """Try once each user-defined component that the recipe names. Raises RecipeError or DataError if unusable."""
     from lad_dist.data import augment
     from lad_dist.evaluate import sources
     from lad_dist.models import network, zoo
@@ -550,11 +548,12 @@ def open_pipeline(
     keep_recipe: bool = False,
     listener: Listener | None = None,
 ) -> Pipeline:
-    """The pipeline of a recipe in the run folder ``out``; ``keep_recipe``: see ``RunDir.open``, ``listener``: see ``Events``.
+    """Open the pipeline of a recipe in the run folder ``out``.
 
-    Where there is no such folder, the data are loaded first, so that nothing is written for data that are refused: the
-    corrected recipe finds the folder free. So are networks and the like that the recipe names. Raises DataError, RecipeError,
-    RunDirError, and what ``RunDir.open`` raises.
+    ``keep_recipe``: see ``RunDir.open``; ``listener``: see ``Events``. For a new folder, the data are loaded
+    first, and networks and the like that the recipe names are tried, so that nothing is written if they are refused:
+    the corrected recipe finds the folder free. Raises DataError, RecipeError, RunDirError, and what ``RunDir.open``
+    raises.
     """
     accepted = None
     if (out / "recipe.yaml").exists():
@@ -573,7 +572,7 @@ def open_pipeline(
 
 
 def check_nobody_distils(run: RunDir, recipe: Recipe) -> None:
-    """Raise RunDirError where a process distils in ``run`` by a recipe that distils another set than ``recipe``."""
+    """Raise RunDirError if a process distils in ``run`` by a recipe that distils another set than ``recipe``."""
     from lad_dist import recipe_file
     from lad_dist.recipe import affects, differences
     from lad_dist.trajectories import claims

@@ -1,12 +1,13 @@
-"""What SLURM says about a run's jobs, joined with what the run has written down about them.
+"""States of a run's SLURM jobs: what SLURM reports, joined with what the run has recorded.
 
-    Submission, SlurmJob   what was submitted: slurm/jobs.json of the run, published by rename. The ids that sbatch returned
-                           are what jobs are known by, whatever comment or name they have
-    TaskState              one job, or one job of an array, now: from squeue while SLURM remembers it, then from what it left
-    SlurmQueue             asks squeue, and remembers the answer for a moment
+    Submission, SlurmJob   what was submitted: slurm/jobs.json of the run, published by rename. Jobs are identified by
+                           the ids that sbatch returned, whatever their comment or name
+    TaskState              one job, or one job of an array, now: from squeue while SLURM remembers it, then from the
+                           files that it left
+    SlurmQueue             asks squeue, and caches the answer for a moment
 
-Needs no accounting database: ``squeue --states=all`` also lists jobs that have ended, for MinJobAge seconds. A job writes
-task.json beside its log when it starts and when it ends; one that was killed could not write the second.
+Needs no accounting database: ``squeue --states=all`` also lists jobs that have ended, for MinJobAge seconds. A job
+writes task.json beside its log when it starts and when it ends; a killed job cannot write the second.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from lad_dist.errors import ClusterError, RunDirError
 from lad_dist.rundir import STAGES, RunDir, published
 
 State = Literal["waiting", "running", "ending", "done", "failed", "cancelled", "gone"]
-ASK_SECONDS = 5.0  # between two calls of squeue
-_COMMAND_SECONDS = 30.0  # that squeue may take
+ASK_SECONDS = 5.0  # between calls of squeue
+_COMMAND_SECONDS = 30.0  # time limit of a SLURM command
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 _RUNNING = ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT")
 _WORDS = {
@@ -40,16 +41,16 @@ _WORDS = {
     "DEADLINE": "passed its deadline",
     "BOOT_FAIL": "could not start its node",
 }
-NOT_BEGUN = "not begun"  # what a job writes down that found the stage before it not done
-_TAIL = 2**14  # bytes of a log that are searched for an error
+NOT_BEGUN = "not begun"  # recorded by a job that found the stage before it not done
+_TAIL = 2**14  # last bytes of a log, searched for an error
 _LONGEST_LINE = 500
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A job as it was submitted. ``array``: how many jobs it consists of; None: it is no array.
+    """A job as submitted. ``array``: its number of jobs; None: not an array.
 
-    ``question``: what an evaluation was asked other than what the run's recipe says; empty: that.
+    ``question``: name of an evaluation's own question; empty: the run's recipe.
     """
 
     stage: str
@@ -59,19 +60,19 @@ class SlurmJob:
     question: str = ""
 
     def output(self, logs: str) -> str:
-        """The files that its tasks write to, as a shell takes them (errors: ``..._log.err``)."""
+        """Return the files that its tasks write to, as a shell pattern (errors: ``..._log.err``)."""
         each = "" if self.array is None else "_*"
         return f"{quote(f'{logs}/{self.id}')}{each}/{self.id}_*_log.out"
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """SLURM's ids of the jobs that it consists of."""
+        """SLURM's ids of its jobs."""
         return (self.id,) if self.array is None else tuple(f"{self.id}_{i}" for i in range(self.array))
 
 
 @dataclass(frozen=True)
 class Submission:
-    """Jobs that were submitted together. ``time``: Unix seconds; ``logs``: their folder."""
+    """Jobs submitted together. ``time``: Unix seconds; ``logs``: their folder."""
 
     id: str
     time: float
@@ -81,7 +82,7 @@ class Submission:
 
 
 def read_submissions(run: RunDir) -> list[Submission]:
-    """Everything that was submitted for a run, oldest first. Raises RunDirError where the record is damaged."""
+    """Return a run's submissions, oldest first. Raises RunDirError if the record is damaged."""
     try:
         document = json.loads(run.slurm_jobs.read_text(encoding="utf-8"))
         return [
@@ -97,20 +98,20 @@ def read_submissions(run: RunDir) -> list[Submission]:
 
 
 def write_submissions(run: RunDir, submissions: Sequence[Submission]) -> None:
-    """Publish the record."""
+    """Publish the record of submissions."""
     with published(run.slurm_jobs) as temporary:
         document = {"format_version": 1, "submissions": [asdict(one) for one in submissions]}
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def task_file(logs: Path, task: str) -> Path:
-    """Where the job ``task`` (``12``, of an array ``12_3``) writes down how it began and ended."""
+    """Return the file in which job ``task`` (``12``, of an array ``12_3``) records its start and end."""
     return logs / task / "task.json"
 
 
 @dataclass(frozen=True)
 class TaskState:
-    """One job now. ``words`` say it to people; ``log`` is its standard output's file, ``why`` what it failed of.
+    """Current state of one job. ``words``: for display; ``log``: file of its standard output; ``why``: its error.
 
     ``ending``: SLURM has ended it and waits for its processes; it will do nothing more, and is not queued.
     """
@@ -126,12 +127,12 @@ class TaskState:
 
     @property
     def stage(self) -> str:
-        """The stage that it does, or does a part of."""
+        """The stage that it does, in whole or in part."""
         return self.job.stage
 
     @property
     def live(self) -> bool:
-        """Whether it is queued or at work."""
+        """Whether it is queued or running."""
         return self.state in ("waiting", "running")
 
     @property
@@ -140,15 +141,15 @@ class TaskState:
         return not self.live and self.state != "ending"
 
     def line(self) -> str:
-        """``experts, job 12: running on n1, 0:40 left``."""
+        """Return ``experts, job 12: running on n1, 0:40 left``."""
         return f"{self.stage}, job {self.id}: {self.words}"
 
 
 @dataclass
 class SlurmQueue:
-    """The newest job of every stage, any older one that is not over, and what became of them.
+    """The newest job of every stage, any older one that is not over, and their states.
 
-    ``fault`` says why squeue could not be asked; states are then what the jobs have written down.
+    ``fault``: why squeue could not be asked; states are then those that the jobs have recorded.
     """
 
     run: RunDir
@@ -157,9 +158,9 @@ class SlurmQueue:
     _states: tuple[TaskState, ...] = field(default=())
 
     def states(self, now: bool = False) -> tuple[TaskState, ...]:
-        """The jobs, in the order of stages; ``now``: ask squeue in any case.
+        """Return the jobs, in the order of stages; ``now``: ask squeue in any case.
 
-        Raises RunDirError where the record is damaged.
+        Raises RunDirError if the record is damaged.
         """
         if not now and time.monotonic() - self._asked < ASK_SECONDS:
             return self._states
@@ -184,16 +185,16 @@ class SlurmQueue:
 
     @property
     def over(self) -> bool:
-        """Whether there were jobs, as of the last look, and none of them will do anything more."""
+        """Whether there were jobs at the last poll, and all of them are over."""
         return self.fault is None and bool(self._states) and all(one.over for one in self._states)
 
     @property
     def version(self) -> tuple[object, ...]:
-        """Differs from the last one's if a job's state does."""
+        """Value that changes with the state of any job."""
         return (self.fault, *((one.id, one.state) for one in self._states))
 
     def lines(self, done: Container[str] = ()) -> list[str]:
-        """For people; nothing where nothing was submitted. ``done``: stages that are, whatever became of their jobs."""
+        """Return lines for display; none if nothing was submitted. ``done``: stages done even if a job failed."""
         states = self.states()
         said = [f"SLURM: {self.fault}"] if self.fault and states else []
         for one in states:
@@ -207,13 +208,13 @@ class SlurmQueue:
 
 
 def squeue(ids: Iterable[str]) -> dict[str, dict[str, str]]:
-    """What squeue says about jobs and all that belong to them, by their ids (``12``, ``12_3``).
+    """Return squeue's fields of jobs and of their arrays' jobs, by id (``12``, ``12_3``).
 
-    Jobs that SLURM has forgotten are missing. Raises ClusterError where squeue cannot be asked.
+    Jobs that SLURM has forgotten are missing. Raises ClusterError if squeue fails.
     """
     names = ("id", "state", "reason", "node", "left", "end", "command")
     wanted = sorted(set(ids))
-    # A second id keeps squeue from failing because the only one is unknown.
+    # squeue fails for a single unknown id, not for two: repeat one.
     chosen = ",".join([*wanted, *wanted[:1]])
     command = ["squeue", "--states=all", "--noheader", "--array", f"--jobs={chosen}", "--format=%i|%T|%r|%N|%L|%e|%o"]
     output = slurm_command(command, unless=("Invalid job id",))
@@ -222,9 +223,9 @@ def squeue(ids: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def slurm_command(command: Sequence[str], unless: Sequence[str] = (), text: str = "") -> str:
-    """What a command of SLURM prints, given ``text`` as its input.
+    """Run a SLURM command with ``text`` as its input; return its output.
 
-    Raises ClusterError where it fails, with its reason; not if that holds one of ``unless``.
+    Raises ClusterError with the reason if it fails, unless the reason contains one of ``unless``.
     """
     if shutil.which(command[0]) is None:
         raise ClusterError(f"{command[0]}: not found; SLURM's commands are on its login nodes")
@@ -240,7 +241,7 @@ def slurm_command(command: Sequence[str], unless: Sequence[str] = (), text: str 
 
 
 def reason(stderr: str) -> str:
-    """What SLURM's commands complain of, in one line: ``sbatch: error: Batch job submission failed: X`` -> ``X``."""
+    """Return a SLURM command's error in one line: ``sbatch: error: Batch job submission failed: X`` -> ``X``."""
     lines = [re.sub(r"^[a-z_]+: (error|fatal): ", "", line.strip()) for line in stderr.splitlines() if line.strip()]
     lines = [
         re.sub(r"^(Batch job submission failed|allocation failure|slurm_load_jobs error): ", "", line) for line in lines
@@ -254,7 +255,7 @@ def _state_of(submission: Submission, job: SlurmJob, task: str, row: dict[str, s
     log = logs / task / f"{task}_0_log.out"
     dashboard = left.get("dashboard")
     if row is not None and row["command"].startswith("/") and not row["command"].startswith(submission.logs):
-        row = None  # another cluster's job of this number, or of one that was wiped: its script is not ours
+        row = None  # a job of this id on another or a reinstalled cluster: its script is not ours
     state, words = _in_words(row, left, asked)
     told = state in ("failed", "gone") or left.get("state") == NOT_BEGUN
     why = _why(left, logs / task / f"{task}_0_log.err") if told else None
@@ -279,7 +280,7 @@ def _in_words(row: dict[str, str] | None, left: dict[str, Any], asked: bool) -> 
     if state == "COMPLETING":
         if _is_time(row["end"]):
             return "ending", f"ending on {row['node']}"
-        return "waiting", f"requeued{again}"  # it has no end, since it is to start again
+        return "waiting", f"requeued{again}"  # it has no end time, since it will start again
     if state in _WAITING:
         return "waiting", state.lower() + (f" ({why})" if why not in ("", "None") else "") + again
     if state in _RUNNING:
@@ -301,7 +302,7 @@ def _is_time(text: str) -> bool:
 
 
 def _left(file: Path) -> dict[str, Any]:
-    """What a job has written down; nothing where it could not."""
+    """Return what a job has recorded; empty if it could not."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -310,7 +311,7 @@ def _left(file: Path) -> dict[str, Any]:
 
 
 def _why(left: dict[str, Any], log: Path) -> str | None:
-    """The error that a job has written down, else the last one in its log."""
+    """Return the error that a job has recorded, else the last one in its log."""
     if left.get("error"):
         return str(left["error"])
     try:

@@ -1,18 +1,18 @@
-"""The command line: ``lad-dist VERB JOB``. Commands only; what they do is said in ``pipeline.py``.
+"""The command line: ``lad-dist VERB JOB``. Commands only; ``pipeline.py`` describes what they do.
 
-    options.py    what the verbs of a job are told (JOB, --out, --set, --on, ...), declared once
+    options.py    options of the verbs that work on a job (JOB, --out, --set, --on, ...), declared once
     init.py       init
     stages.py     run, experts, distill, evaluate, report
     plan.py       plan
     doctor.py     doctor
-    cluster.py    cancel, and what run does on SLURM
+    cluster.py    cancel, and the other verbs on SLURM
     looking.py    status, compare, tensorboard, jobs, clusters
     buffers.py    buffer inspect, buffer verify, buffer export, buffer import
     exchange.py   export, import
     terminal.py   output, and the types of ``errors.py`` as one message and an exit code
 
-A verb is a function, named in ``VERBS`` in the order in which ``--help`` lists them. Whatever is slow to import is
-imported inside the functions, so that ``--help`` answers at once.
+A verb is a function, listed in ``VERBS`` in the order of ``--help``. Slow modules are imported inside the functions, so
+that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ app.add_typer(buffer_app, name="buffer")
 
 
 def main() -> None:
-    """The entry point of ``lad-dist``."""
+    """Run ``lad-dist``."""
     wait_asleep()
     terminal.tolerate_any_encoding()
     app()

@@ -1,4 +1,4 @@
-"""``lad-dist buffer VERB``: look into trajectory buffers, write them to other tools' files, or read theirs."""
+"""``lad-dist buffer VERB``: inspect trajectory buffers, export them to other tools' files, or import those."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class BufferFormat(StrEnum):
-    """What ``--to`` and ``--from`` take: files of other tools."""
+    """Values of ``--to`` and ``--from``: file formats of other tools."""
 
     pt = "pt"
 
 
 class Which(StrEnum):
-    """What ``--stage`` takes."""
+    """Values of ``--stage``."""
 
     representation = "representation"
     classifier = "classifier"
@@ -33,7 +33,7 @@ class Which(StrEnum):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages that are meant, in order."""
+        """The selected stages, in order."""
         from lad_dist.trajectories.schema import STAGES
 
         return tuple(stage for stage in STAGES if self.value in ("both", stage))
@@ -49,7 +49,7 @@ def inspect(
         bool, typer.Option("--digest/--no-digest", help="Whether to open every part for the digest of all weights.")
     ] = True,
 ) -> None:
-    """Per stage and expert the epochs present, sizes, and a digest of all weights, from the checksums in the parts."""
+    """Show each expert's epochs and sizes by stage, and a digest of all weights, from the checksums in the parts."""
     from lad_dist.progress import Screen
 
     buffer = _buffer(folder)
@@ -138,7 +138,7 @@ def import_(
     stage: Annotated[Which, typer.Option(help="What to read.")] = Which.both,
     first_expert: Annotated[int, typer.Option(min=0, help="The number that the first expert gets.")] = 0,
 ) -> None:
-    """Read experts that the code of another method trained into the buffer of a job's run."""
+    """Import experts that another method's code trained into the buffer of a job's run."""
     from lad_dist.launch import local
     from lad_dist.progress import Screen
 
@@ -155,7 +155,7 @@ def import_(
 
 
 def _importing(files: dict[Stage, list[Path]], first_expert: int) -> Callable[[Pipeline], None]:
-    """What ``import_`` does in the run."""
+    """Return the stage that imports the files into the run."""
 
     def stage_of(pipeline: Pipeline) -> None:
         from lad_dist.experts.train import ExpertTrainer
@@ -188,7 +188,7 @@ def _importing(files: dict[Stage, list[Path]], first_expert: int) -> Callable[[P
 
 
 def _pt_files(sources: Sequence[Path], stage: Stage, which: Which) -> list[Path]:
-    """The files of one stage that the sources mean, in order. Raises TrajectoryError."""
+    """Return the sources' files of one stage, in order. Raises TrajectoryError."""
     from lad_dist.errors import TrajectoryError
     from lad_dist.trajectories.replay import pt_files
 
@@ -211,7 +211,7 @@ def _pt_files(sources: Sequence[Path], stage: Stage, which: Which) -> list[Path]
 
 
 def _buffer(text: str) -> Buffer:
-    """The buffer in a run folder, in a folder of its own, or at a URI. Raises TrajectoryError where there is none."""
+    """Return the buffer in a run folder, in its own folder, or at a URI. Raises TrajectoryError if there is none."""
     from lad_dist import recipe_file
     from lad_dist.errors import TrajectoryError
     from lad_dist.location import is_uri, shown
@@ -224,7 +224,7 @@ def _buffer(text: str) -> Buffer:
         buffer = Buffer(run.trajectories, expected_hash=recipe_file.load(run.recipe).experts_hash())
     else:
         buffer = Buffer(location)
-    misnamed = isinstance(location, Path) and any(location.rglob("*.parquet"))  # ``verify`` names them
+    misnamed = isinstance(location, Path) and any(location.rglob("*.parquet"))  # ``verify`` reports them
     if not buffer.parts and not misnamed:
         raise TrajectoryError(
             f"{shown(location)}: holds no trajectory parts; valid: a run folder, a buffer folder, or a buffer's URI, which "
@@ -234,7 +234,7 @@ def _buffer(text: str) -> Buffer:
 
 
 def _ranges(epochs: Sequence[int]) -> str:
-    """``0-4, 7`` for 0, 1, 2, 3, 4, 7."""
+    """Return ``0-4, 7`` for 0, 1, 2, 3, 4, 7."""
     pieces: list[list[int]] = []
     for epoch in epochs:
         if pieces and pieces[-1][-1] == epoch - 1:

@@ -1,4 +1,4 @@
-"""What the verbs do where the profile says SLURM: submit, stay with it if asked to, cancel."""
+"""The verbs on SLURM: submit, wait if asked to, cancel."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WaitOption = Annotated[
 
 
 def submit(asked: JobOptions, recipe: Recipe, profile: Profile, wanted: StageSelection, wait: bool) -> None:
-    """Submit stages of the job as the profile says. Raises what ``launch.slurm.submit`` raises."""
+    """Submit stages of the job by the profile. Raises as ``launch.slurm.submit``."""
     from lad_dist.errors import RecipeError
     from lad_dist.launch import slurm
     from lad_dist.rundir import RunDir
@@ -51,7 +51,7 @@ def submit(asked: JobOptions, recipe: Recipe, profile: Profile, wanted: StageSel
 
 
 def dry_run(asked: JobOptions, profile: Profile, wanted: StageSelection) -> None:
-    """Say what ``submit`` would submit. Raises ClusterError where SLURM would refuse it, and what ``submit`` raises."""
+    """Print what ``submit`` would submit. Raises ClusterError if SLURM would refuse it, and what ``submit`` raises."""
     from lad_dist.errors import RecipeError
     from lad_dist.launch import slurm
 

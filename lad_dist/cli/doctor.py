@@ -1,4 +1,4 @@
-"""``lad-dist doctor``: the environment, checked."""
+"""``lad-dist doctor``: check the environment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def doctor(
     out: Annotated[Path, typer.Option(help="The folder that run folders will be in.")] = Path("runs"),
     wait: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="How long the job on SLURM may take.")] = 120.0,
 ) -> None:
-    """Check the environment: versions, GPUs, ranks, folders, Ray, SLURM; each line ok, warn or fail, with what to do."""
+    """Check the environment: versions, GPUs, ranks, folders, Ray, SLURM; each line ok, warn or fail, with a remedy."""
     from rich.text import Text
 
     from lad_dist.doctor import examine

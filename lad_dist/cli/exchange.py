@@ -1,4 +1,4 @@
-"""``lad-dist export`` and ``lad-dist import``: distilled sets for others, and from others."""
+"""``lad-dist export`` and ``lad-dist import``: distilled sets to and from other tools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ExportFormat(StrEnum):
-    """What ``--to`` takes."""
+    """Values of ``--to``."""
 
     pt = "pt"
     png = "png"
@@ -30,7 +30,7 @@ class ExportFormat(StrEnum):
 
 
 class Readable(StrEnum):
-    """What ``--from`` takes."""
+    """Values of ``--from``."""
 
     pt = "pt"
     parquet = "parquet"
@@ -38,7 +38,7 @@ class Readable(StrEnum):
 
 
 class Labels(StrEnum):
-    """What ``--labels`` takes."""
+    """Values of ``--labels``."""
 
     logits = "logits"
     probabilities = "probabilities"
@@ -46,7 +46,7 @@ class Labels(StrEnum):
 
 
 class Preprocessing(StrEnum):
-    """What ``--preprocessing`` takes."""
+    """Values of ``--preprocessing``."""
 
     zca = "zca"
     standardize = "standardize"
@@ -90,7 +90,7 @@ def export(
 
 
 def _default_out(source: Path, to: ExportFormat) -> Path:
-    """exports/RUN-FORM, named after the run folder also where its distilled set was named."""
+    """Return exports/RUN-FORM, named after the run folder even if its distilled set was given."""
     whole = source.resolve()
     return Path("exports") / f"{whole.parent.name if whole.name == 'distilled' else whole.name}-{to}"
 
@@ -112,7 +112,7 @@ def import_(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run's distilled set.")] = False,
 ) -> None:
-    """Take a set that was distilled elsewhere as a job's distilled set, to evaluate it."""
+    """Import a set distilled elsewhere as a job's distilled set, to evaluate it."""
     from lad_dist import rundir
     from lad_dist.errors import LadDistError
     from lad_dist.launch import local
@@ -126,13 +126,13 @@ def import_(
         stage = _installing(incoming, preprocessing, force)
         local.run(recipe, out, profile, asked.buffers, screen, [stage])
     except LadDistError:
-        if is_new and not (out / "distilled").exists():  # else the corrected command would meet a run of another recipe
+        if is_new and not (out / "distilled").exists():  # else the corrected command would find a run of another recipe
             rundir.remove(out)
         raise
 
 
 def _read(folder: Path, form: Readable, labels: Labels | None, lr: float | None) -> Incoming:
-    """The set in a folder. Raises DistilledError."""
+    """Read the set in a folder. Raises DistilledError."""
     from lad_dist.errors import DistilledError
     from lad_dist.exchange import pt, tables
 
@@ -146,7 +146,7 @@ def _read(folder: Path, form: Readable, labels: Labels | None, lr: float | None)
 
 
 def _installing(incoming: Incoming, preprocessing: Preprocessing | None, force: bool) -> Callable[[Pipeline], None]:
-    """What ``import_`` does in the run."""
+    """Return the stage that installs the set in the run."""
 
     def stage(pipeline: Pipeline) -> None:
         from lad_dist.exchange.install import install, refuse_second

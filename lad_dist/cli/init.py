@@ -1,4 +1,4 @@
-"""The verb that begins with a folder of images: ``init``."""
+"""``lad-dist init``: write a recipe for a folder of images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def init(
             raise RecipeError(f"{file}: exists; valid: another name by --out, or --force to replace it")
         text = starter.recipe_text(found, starter.name_of(file.with_suffix("")))
         recipe = recipe_file.from_document(recipe_file.parse_yaml(text, str(file)))
-        dataset_info(recipe.data)  # every image is looked at now, not when hours are spent
+        dataset_info(recipe.data)  # inspect every image now, before hours are spent
         with published(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
     for line in starter.said(found):

@@ -1,4 +1,4 @@
-"""The verbs that only look: runs, and what ships with lad-dist."""
+"""The read-only verbs: runs, and what ships with lad-dist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Show it again and again until every stage is done.")] = False,
     every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How often --watch looks.")] = 2.0,
 ) -> None:
-    """What a run has done, what it is doing, and what has come out so far."""
+    """Show what a run has done, what it is doing, and its results so far."""
     from lad_dist import status as of_runs
     from lad_dist.errors import Interrupted
     from lad_dist.interrupts import as_exceptions
@@ -25,7 +25,7 @@ def status(
         of_runs.print_status(of_runs.read_status(folder), terminal.stdout())
         return
     try:
-        with as_exceptions():  # SIGTERM too: the live view hides the cursor, and must give it back
+        with as_exceptions():  # SIGTERM too: the live view hides the cursor, and must restore it
             of_runs.watch(folder, terminal.stdout(), every)
     except Interrupted as how_one_leaves:
         raise typer.Exit(how_one_leaves.exit_code) from None
@@ -77,7 +77,7 @@ def jobs(
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Each recipe on a line of its own.")] = False,
 ) -> None:
-    """The recipes that ship with lad-dist; those that differ in factor and IPC alone share a line."""
+    """The recipes that ship with lad-dist; those that differ only in imbalance factor and IPC share a line."""
     from rich.padding import Padding
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""What the verbs of a job are told, declared once: a verb takes a ``JobOptions``, and ``expanded`` makes its fields options.
+"""Options of the verbs that work on a job, declared once as ``JobOptions``; ``expanded`` adds them to a verb.
 
     def plan(asked: JobOptions, hours: Annotated[float, typer.Option(...)] = 1.0) -> None: ...
 
@@ -29,7 +29,7 @@ _LONGEST_NAME = 150  # bytes that the options may add to a run folder's name
 
 
 class Device(StrEnum):
-    """What ``--device`` takes."""
+    """Values of ``--device``."""
 
     auto = "auto"
     cpu = "cpu"
@@ -37,7 +37,7 @@ class Device(StrEnum):
 
 
 class FleetChoice(StrEnum):
-    """What ``--fleet`` takes."""
+    """Values of ``--fleet``."""
 
     auto = "auto"
     on = "on"
@@ -60,7 +60,7 @@ RanksOption = Annotated[
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What every verb that works on a job is told: what, where, and with how much of the machine."""
+    """Options of every verb that works on a job: what to run, where, and with which resources."""
 
     job: Annotated[str, typer.Argument(metavar="JOB", help="A shipped job's name, a file, or a run folder.")]
     out: Annotated[
@@ -93,19 +93,19 @@ class JobOptions:
     ] = None
 
     def found_job(self) -> JobFile:
-        """The recipe file that JOB names. Raises RecipeError."""
+        """Return the recipe file that JOB names. Raises RecipeError."""
         from lad_dist import catalog
 
         return catalog.find_job(self.job)
 
     def recipe(self, more: Sequence[str] = ()) -> Recipe:
-        """The recipe with ``--set``'s fields, and those of ``more``, which do not change the run folder. Raises RecipeError."""
+        """Return the recipe with ``--set``'s fields and ``more``; ``more`` keeps the run folder. Raises RecipeError."""
         from lad_dist import recipe_file
 
         return recipe_file.load(self.found_job().recipe, [*(self.sets or ()), *more])
 
     def profile(self, **overrides: object) -> Profile:
-        """The profile, with what the options say instead; ``overrides`` that are None change nothing. Raises RecipeError."""
+        """Return the profile, overridden by the options and by ``overrides`` that are not None. Raises RecipeError."""
         from lad_dist import catalog, recipe_file
         from lad_dist.profile import Profile
 
@@ -116,27 +116,27 @@ class JobOptions:
         return recipe_file.validated(Profile, document | plain, str(file))
 
     def folder(self, recipe: Recipe) -> Path:
-        """The run folder of ``recipe``."""
+        """Return the run folder of ``recipe``."""
         return self.out or default_out(self.found_job(), recipe, self.sets or ())
 
 
 def default_out(job: JobFile, recipe: Recipe, sets: Sequence[str]) -> Path:
-    """runs/NAME, with ``--set``'s options appended so that variants do not meet; a run folder stays where it is."""
+    """Return runs/NAME, with ``--set``'s options appended to keep variants apart; for a run folder, that folder."""
     if job.run is not None:
         return job.run
     values = dict(item.split("=", 1) for item in sets)
     values.pop("name", None)
     suffix = "".join(f"+{field.strip()}={value.strip()}" for field, value in sorted(values.items()))
     clean = re.sub(r"[^A-Za-z0-9._=+-]+", "_", suffix)[:_LONGEST_NAME]
-    if clean != suffix:  # what was replaced or cut must still tell variants apart
+    if clean != suffix:  # variants must differ even where characters were replaced or cut
         clean += "-" + hashlib.sha256(suffix.encode()).hexdigest()[:8]
     return Path("runs") / f"{recipe.name}{clean}"
 
 
 def expanded(verb: Callable[..., None]) -> Callable[..., None]:
-    """``verb`` as typer wants it: a parameter that is a dataclass of options is replaced by the dataclass's fields.
+    """Return ``verb`` for typer, with each parameter that is a dataclass of options replaced by its fields.
 
-    The fields come where the parameter stood, in their own order; their names must differ from the other parameters'.
+    The fields take the parameter's place, in their own order; their names must differ from the other parameters'.
     """
     hints = typing.get_type_hints(verb, include_extras=True)
     parameters: list[inspect.Parameter] = []

@@ -1,4 +1,4 @@
-"""The verb that says beforehand what a job will need."""
+"""``lad-dist plan``: estimate what a job will need."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def plan(
 
 
 def _device_here(profile: Profile) -> torch.device | None:
-    """The profile's device on this machine; None where it asks for GPUs that are elsewhere."""
+    """Return the profile's device on this machine; None if it asks for GPUs that are elsewhere."""
     import torch
 
     from lad_dist.launch.local import prepare_device
@@ -67,7 +67,7 @@ def _device_here(profile: Profile) -> torch.device | None:
 
 
 def _buffer(asked: JobOptions, recipe: Recipe, profile: Profile) -> Path | None:
-    """The folder that the trajectory buffer will lie in; None for one in an object store."""
+    """Return the folder of the future trajectory buffer; None for one in an object store."""
     from lad_dist.location import is_remote, joined, local_folder
     from lad_dist.rundir import RunDir
 

@@ -1,4 +1,4 @@
-"""The verbs that do something: ``run`` and one for each stage."""
+"""The verbs that do the work: ``run`` and one for each stage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(
         typer.Option("--dry-run", help="On SLURM: say what would be submitted; nothing is, and nothing is written."),
     ] = False,
 ) -> None:
-    """Everything that is not done yet: experts, distillation, evaluation, report. Resumes."""
+    """Run all stages not done yet: experts, distillation, evaluation, report. Resumes."""
     from lad_dist.launch.chain import StageSelection
     from lad_dist.rundir import STAGES
 
@@ -43,7 +43,7 @@ def run(
 
 
 def _quick(asked: JobOptions) -> JobOptions:
-    """The job with its budgets shortened, in a run folder of its own, saying what was shortened."""
+    """Return the job with its budgets shortened, in a run folder of its own; print what was shortened."""
     from lad_dist.errors import RecipeError
     from lad_dist.interrupts import as_exceptions
     from lad_dist.plan.dataset_info import dataset_info
@@ -109,7 +109,7 @@ def evaluate(
 ) -> None:
     """Measure what networks learn from the distilled set, from chosen real images, or from the whole training set.
 
-    The run's own recipe stays as it is, whatever is asked here; its report is written again, if it has one.
+    The run's own recipe stays unchanged, whatever is asked here; its report is rewritten, if it has one.
     """
     from lad_dist.launch.chain import Question, StageSelection
     from lad_dist.results import check_source
@@ -136,9 +136,9 @@ def _execute(
     wait: bool = False,
     **overrides: object,
 ) -> Pipeline:
-    """Run stages of the job as the profile says, with ``overrides`` of its fields that are not None.
+    """Run stages of the job by the profile, with those ``overrides`` of its fields that are not None.
 
-    ``wanted`` is what is submitted instead, and then the command ends here, where the profile says SLURM.
+    With a SLURM profile, ``wanted`` is submitted instead, and the command ends here.
     """
     from lad_dist.launch import local
     from lad_dist.progress import Screen
@@ -152,7 +152,7 @@ def _execute(
 
 
 def _print_results(pipeline: Pipeline) -> None:
-    """The table of results, once where a launcher has started several ranks."""
+    """Print the table of results, once if a launcher started several ranks."""
     from lad_dist import ranks, results
     from lad_dist.results.paired import added
     from lad_dist.status import print_results

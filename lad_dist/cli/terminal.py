@@ -1,4 +1,4 @@
-"""What the commands print to, and how errors are printed."""
+"""Consoles of the commands, and how errors are printed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
     from lad_dist.errors import LadDistError
 
-_OF_THE_NAME = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)  # what a path that was given may end in
+_OF_THE_NAME = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)  # errors of a path that the user gave
 _LONGEST_SHOWN = 200  # characters of a path in a message
 
 
 class Commands(TyperGroup):
-    """Reports the errors that are the user's to see; all others are bugs and keep their traceback."""
+    """Command group that prints the errors meant for the user; all others are bugs and keep their traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was asked for. Raises typer.Exit with the error's exit code."""
+        """Run the requested command. Raises typer.Exit with the error's exit code."""
         from lad_dist.errors import LadDistError, StorageError
 
         try:
             return super().invoke(ctx)
-        except OSError as error:  # of a file that a verb only wanted to look at
+        except OSError as error:  # from a file that a verb only reads
             if error.filename is None or error.errno not in _OF_THE_NAME:
                 raise
             name = str(error.filename)
@@ -46,28 +46,28 @@ class Commands(TyperGroup):
 
 
 def tolerate_any_encoding() -> None:
-    """A character that the terminal lacks must not end a run."""
+    """Replace characters that the terminal lacks, which must not end a run."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def stdout() -> Console:
-    """The console for results."""
+    """Return the console for results."""
     from rich.console import Console
 
     return Console(highlight=False, markup=False, emoji=False)
 
 
 def stderr() -> Console:
-    """The console for messages."""
+    """Return the console for messages."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def complain(error: LadDistError) -> None:
-    """One message on stderr: ``error: ...``; several faults of a recipe on a line each."""
+    """Print one message on stderr: ``error: ...``; several faults of a recipe on a line each."""
     from lad_dist.errors import RecipeError
 
     text = str(error)
@@ -77,7 +77,7 @@ def complain(error: LadDistError) -> None:
 
 
 def styled(text: str) -> Text:
-    """``error: TEXT``, with the first word in red."""
+    """Return ``error: TEXT``, with the first word in red."""
     from rich.text import Text
 
     return Text.assemble(("error: ", "bold red"), text)

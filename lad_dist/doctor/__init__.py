@@ -1,9 +1,9 @@
-"""Does this environment have what a run needs? ``lad-dist doctor``: one finding a line, with what to do where something is wrong.
+"""Check that this environment has what a run needs. ``lad-dist doctor``: one finding a line, with a remedy if not ok.
 
-    findings.py     what a check found
-    machine.py      Python, packages, GPUs, ranks, folders, clock, Ray: of the machine that asks
-    cluster.py      what SLURM says: its version, the partition, whether it would take every stage's jobs
-    slurm_probe.py  one real job that goes to a compute node and back, and what it found there (probe.py is what it runs)
+    findings.py     result of a check
+    machine.py      this machine: Python, packages, GPUs, ranks, folders, clock, Ray
+    cluster.py      SLURM: its version, the partitions, whether it would accept every stage's jobs
+    slurm_probe.py  one real job on a compute node, and what it found there (probe.py is what it runs)
 
 Nothing is left behind: no file, no job, no process.
 """
@@ -18,8 +18,10 @@ from lad_dist.profile import Profile
 
 
 def examine(profile: Profile, out: Path, wait_seconds: float) -> Iterator[Finding]:
-    """Everything that can be checked, as it is found. ``out``: the folder that run folders will be in, which need not exist;
-    ``wait_seconds``: how long the job on SLURM may take, waiting included."""
+    """Run all checks, yielding findings as they come.
+
+    ``out``: parent of the run folders, which need not exist; ``wait_seconds``: limit of the SLURM job, queueing too.
+    """
     from lad_dist.doctor import cluster, machine, slurm_probe
 
     yield from machine.software()

@@ -1,4 +1,4 @@
-"""Checks of what SLURM says, from the machine that would submit. Nothing is submitted here."""
+"""Checks of SLURM from the machine that would submit. Nothing is submitted here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo")
 
 
 def slurm(profile: Profile) -> Iterator[Finding]:
-    """The commands, the controller, the partitions, the log folder, and whether every stage's job would be taken."""
+    """Check the commands, controller, partitions and log folder, and whether SLURM would accept every stage's job."""
     missing = [name for name in COMMANDS if shutil.which(name) is None]
     if missing:
         yield fail(
@@ -50,7 +50,7 @@ def slurm(profile: Profile) -> Iterator[Finding]:
 
 
 def partitions() -> dict[str, str]:
-    """By name, the default one under ``*`` as well: its state, limit, nodes and GPUs in words."""
+    """Return the state, limit, nodes and GPUs of each partition in words, by name; the default one also under ``*``."""
     found: dict[str, list[str]] = {}
     default = None
     for line in slurm_command(["sinfo", "--noheader", "--format=%P|%a|%l|%D|%T|%G"]).splitlines():

@@ -1,4 +1,4 @@
-"""What a check found."""
+"""Result of a check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Level = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """``name`` of what was looked at, ``found`` in words, and ``todo``: what to do about it, where it is not ok."""
+    """Result of one check: its ``name``, what was ``found``, and ``todo``: the remedy if it is not ok."""
 
     level: Level
     name: str
@@ -18,20 +18,20 @@ class Finding:
     todo: str = ""
 
     def line(self) -> str:
-        """``warn  disk  12 GB are free -> point --out elsewhere``."""
+        """Return ``warn  disk  12 GB are free -> point --out elsewhere``."""
         return f"{self.level:<5} {self.name:<14} {self.found}{f' -> {self.todo}' if self.todo else ''}"
 
 
 def ok(name: str, found: str) -> Finding:
-    """Nothing to do."""
+    """Return a finding that needs no action."""
     return Finding("ok", name, found)
 
 
 def warn(name: str, found: str, todo: str) -> Finding:
-    """It may work."""
+    """Return a finding that may cause a failure."""
     return Finding("warn", name, found, todo)
 
 
 def fail(name: str, found: str, todo: str) -> Finding:
-    """It will not work."""
+    """Return a finding that will cause a failure."""
     return Finding("fail", name, found, todo)

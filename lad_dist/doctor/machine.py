@@ -1,4 +1,4 @@
-"""Checks of the machine that asks: Python, packages, GPUs, ranks, folders and their clock, Ray."""
+"""Checks of this machine: Python, packages, GPUs, ranks, folders and their clock, Ray."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LITTLE_GB, TOO_LITTLE_GB = 10, 1  # of free disk: an expert of CIFAR-10 takes 0.
 FEW_INODES = 10_000
 CLOCK_SECONDS = 2.0
 DASHBOARD_PORT = 8265
-_TORCHVISION_AHEAD = 15  # torch 2.N goes with torchvision 0.(N + 15), since 2.0
+_TORCHVISION_AHEAD = 15  # torch 2.N pairs with torchvision 0.(N + 15), since 2.0
 _RANKS_SECONDS = 60.0
 
 
 def software() -> Iterator[Finding]:
-    """Python and every package that lad-dist depends on, against the ranges that it declares."""
+    """Check Python and every dependency of lad-dist against the declared version ranges."""
     here, shown = sys.version_info[:2], sys.version.split()[0]
     if here < OLDEST:
         yield fail("python", f"{shown}", f"use Python {_dotted(OLDEST)} or newer")
@@ -61,7 +61,7 @@ def _version(name: str) -> str | None:
 
 
 def _unmet(need: str, optional: bool) -> list[str]:
-    """``["torch 2.1 is installed, needed: 2.8 or newer"]``; requirements here have a name and a lower bound only.
+    """Return ``["torch 2.1 is installed, needed: 2.8 or newer"]``; requirements here: a name and a lower bound.
 
     An optional package may be absent.
     """
@@ -91,7 +91,7 @@ def _dotted(numbers: tuple[int, int]) -> str:
 
 
 def gpus(profile: Profile) -> Iterator[Finding]:
-    """The GPUs that torch sees, against what the profile counts on here."""
+    """Compare the GPUs that torch sees with those that the profile expects here."""
     import torch
 
     if not torch.cuda.is_available():
@@ -115,7 +115,7 @@ def gpus(profile: Profile) -> Iterator[Finding]:
 
 
 def _driver() -> str:
-    """``, driver 550.54``; nothing where there is no nvidia-smi."""
+    """Return ``, driver 550.54``; empty without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     if shutil.which(command[0]) is None:
         return ""
@@ -127,7 +127,7 @@ def _driver() -> str:
 
 
 def ranks_meet(profile: Profile) -> Iterator[Finding]:
-    """Two processes that add up a number, over NCCL between GPUs, else gloo. One GPU: one process."""
+    """Check that two processes can sum a number, over NCCL between GPUs, else gloo. One GPU: one process."""
     import torch
 
     cuda = profile.device != "cpu" and torch.cuda.is_available()
@@ -146,7 +146,7 @@ def ranks_meet(profile: Profile) -> Iterator[Finding]:
 
 
 def add_up(cuda: bool) -> None:
-    """What each process of ``ranks_meet`` does. Raises RankError if the others do not come, or the sum is wrong."""
+    """Worker process of ``ranks_meet``. Raises RankError if the others do not come, or the sum is wrong."""
     import torch
 
     from lad_dist.errors import RankError
@@ -163,7 +163,7 @@ def add_up(cuda: bool) -> None:
 
 
 def folders(out: Path) -> Iterator[Finding]:
-    """Room for runs and for temporary files, and whether the clock of the folder's host agrees with this one's."""
+    """Check the space for runs and temporary files, and that the clock of the folder's host agrees with this one's."""
     there = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
     yield from _room("runs", there)
     yield from _clock(there)
@@ -209,7 +209,7 @@ def _clock(folder: Path) -> Iterator[Finding]:
 
 
 def ray_ready(profile: Profile) -> Iterator[Finding]:
-    """Whether Ray is installed, a named cluster answers, and a cluster of one's own finds its dashboard's port free."""
+    """Check that Ray is installed, that a named cluster answers, or else that the dashboard's port is free."""
     try:
         there = version("ray")
     except PackageNotFoundError:
@@ -234,7 +234,7 @@ def ray_ready(profile: Profile) -> Iterator[Finding]:
 
 
 def _ray_token(joins: bool) -> Iterator[Finding]:
-    """Whether others can read the token of a running Ray cluster, and so run code as this user. ``joins``: it will be used."""
+    """Check whether others can read a Ray cluster's token and so run code as this user. ``joins``: it will be used."""
     file = token_file(os.environ)
     if file is None:
         return

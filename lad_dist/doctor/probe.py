@@ -1,7 +1,7 @@
-"""What the doctor's job does on a compute node: ``python -m lad_dist.doctor.probe FOLDER``.
+"""The doctor's job on a compute node: ``python -m lad_dist.doctor.probe FOLDER``.
 
-Reads FOLDER/asked.json and answers in FOLDER/answer.json, published by rename. Imports as little as it can: that torch or
-lad_dist itself cannot be imported is an answer, too.
+Reads FOLDER/asked.json and answers in FOLDER/answer.json, published by rename. Imports as little as possible: that
+torch or lad_dist itself cannot be imported is an answer, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ASKED, ANSWER = "asked.json", "answer.json"
 
 
 def answer(folder: Path) -> dict[str, Any]:
-    """What is to be told. Raises OSError or ValueError where the question is not to be seen."""
+    """Return the answer. Raises OSError or ValueError if the question cannot be read."""
     asked = json.loads((folder / ASKED).read_text(encoding="utf-8"))
     from lad_dist import __version__
 

@@ -1,4 +1,4 @@
-"""One real job on SLURM: is the folder of runs the same on a compute node, do the setup lines work, is lad-dist there?"""
+"""One real SLURM job: checks that a compute node shares the runs' folder, runs the setup lines and has lad-dist."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lad_dist.slurm_jobs import slurm_command, squeue
 
 CLOCK_SECONDS = 2.0
 _LOOK_SECONDS = 1.0
-_ARRIVAL_SECONDS = 30.0  # that a network file system may take to show what a job wrote
+_ARRIVAL_SECONDS = 30.0  # for a network file system to show what a job wrote
 _WAITING = ("PENDING", "CONFIGURING", "")
 
 
 def to_a_node(profile: Profile, out: Path, wait_seconds: float) -> Iterator[Finding]:
-    """Submit the job, wait for it, and say what it found. The job and the files are gone in the end, whatever happens."""
+    """Submit the job, wait for it, and report its findings. Always remove the job and the files in the end."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".lad-dist-doctor-", dir=out.resolve()))
@@ -84,7 +84,7 @@ def _script(profile: Profile, folder: Path) -> str:
 
 
 def _awaited(number: str, folder: Path, wait_seconds: float) -> tuple[str, str, str]:
-    """(state, reason, node) when there is an answer, the job is over, or time is up."""
+    """Return (state, reason, node) once there is an answer, the job is over, or time is up."""
     began = time.monotonic()
     over: float | None = None
     state, reason, node = "", "", ""
@@ -138,7 +138,7 @@ def _compared(found: dict[str, Any], token: str, profile: Profile, between: tupl
 
 
 def _lost(state: str, node: str, folder: Path) -> Finding:
-    """A job that is over without an answer."""
+    """Return the finding for a job that is over without an answer."""
     with suppress(OSError):
         lines = (folder / "log.err").read_text(encoding="utf-8", errors="replace").splitlines()
         said = [line for line in lines if line.strip()]

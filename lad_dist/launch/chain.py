@@ -1,9 +1,9 @@
-"""What a run needs from SLURM: which stages are left, as which jobs, with which options. No SLURM command is called here.
+"""SLURM requests of a run: which stages are left, as which jobs, with which options. Calls no SLURM command.
 
-Wanted        which stages a command submits, and what it asks of an evaluation
-stages_left   by what is on disk
-Request       one job, or one array of jobs, in submitit's terms
-waits_for     what a job is to wait for
+StageSelection  the stages that a command submits, and the question that it asks of an evaluation
+stages_left     the unfinished stages, by what is on disk
+Request         one job, or one job array, in submitit's terms
+waits_for       the dependencies of a job
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ from lad_dist.slurm_jobs import SlurmJob
 
 @dataclass(frozen=True)
 class Question:
-    """What an evaluation is asked other than what the run's recipe says: sources, measured as ``recipe`` says."""
+    """Sources to evaluate and the recipe to measure them by, where these differ from the run's own."""
 
     sources: tuple[str, ...]
     recipe: Recipe
 
     @property
     def name(self) -> str:
-        """By which its jobs are told from those of another question."""
+        """Hash that tells this question's jobs from those of others."""
         asked = json.dumps([self.sources, self.recipe.evaluate.model_dump(mode="json")])
         return hashlib.sha256(asked.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class StageSelection:
-    """The stages that a command submits. ``again``: also where they are done, and the run's recipe stays as it is."""
+    """The stages that a command submits. ``again``: finished ones too, leaving the run's recipe unchanged."""
 
     stages: tuple[str, ...]
     again: bool = False
     question: Question | None = None
 
     def means(self, job: SlurmJob) -> bool:
-        """Whether a job of a run's is one of those that this may submit."""
+        """Return whether a job of the run is one that this selection may submit."""
         return job.stage != "evaluate" or job.question == self.name
 
     @property
     def name(self) -> str:
-        """The question's, empty where there is none."""
+        """Name of the question; empty without one."""
         return "" if self.question is None else self.question.name
 
 
 def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str], buffer: Path | str | None = None) -> list[str]:
-    """Those of ``wanted`` that are not done, in order; the report is written again after anything else.
+    """Return those of ``wanted`` that are not done, in order; the report is due after any other stage.
 
-    ``buffer``: the trajectory buffer, where the run does not exist yet. A set that was made elsewhere needs no experts. Raises
-    TrajectoryError where the buffer is damaged or another recipe's, DistilledError where the distilled set is damaged,
-    RunDirError where results are damaged.
+    ``buffer``: the trajectory buffer, if the run does not exist yet. An imported set needs no experts. Raises
+    TrajectoryError if the buffer is damaged or another recipe's, DistilledError if the distilled set is damaged,
+    RunDirError if the results are damaged.
     """
     from lad_dist.distilled import DistilledSet
 
@@ -81,7 +81,7 @@ def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str], buffer: Path
 
 
 def experts_left(recipe: Recipe, trajectories: Path | str) -> list[int]:
-    """The experts that are not complete, ascending. Raises TrajectoryError where the buffer is damaged or another recipe's."""
+    """Return the incomplete experts, ascending. Raises TrajectoryError if the buffer is damaged or another recipe's."""
     from lad_dist.distill.live import all_stages, complete
     from lad_dist.trajectories.reader import Buffer
 
@@ -90,24 +90,24 @@ def experts_left(recipe: Recipe, trajectories: Path | str) -> list[int]:
 
 
 def _networks(recipe: Recipe, sources: Sequence[str]) -> set[tuple[str, str, int]]:
-    """(source, architecture, seed) of every network that the evaluation trains."""
+    """Return (source, architecture, seed) of every network that the evaluation trains."""
     e = recipe.evaluate
     return {(s, a, seed) for s in sources for a in e.architectures for seed in range(e.seeds)}
 
 
 @dataclass(frozen=True)
 class Request:
-    """``count`` jobs that do ``stage`` together (1: a single job), each with these ``parameters`` of submitit's."""
+    """``count`` jobs that share ``stage`` (1: a single job), each submitted with submitit's ``parameters``."""
 
     stage: str
     count: int
     fleet: bool
-    profile: Profile  # inside the jobs
+    profile: Profile  # used inside the jobs
     parameters: dict[str, Any]
     question: Question | None = None
 
     def orders(self, run: RunDir, logs: Path, after: str | None) -> list[Order]:
-        """What each of the jobs is told. ``after``: the stage before it, where that is queued."""
+        """Return the order of each job. ``after``: the preceding stage, if it is queued."""
         document = self.profile.model_dump(mode="json")
         folder, q = str(run.root.resolve()), self.question
         asked = None if q is None else {"sources": list(q.sources), "recipe": q.recipe.model_dump(mode="json")}
@@ -120,9 +120,9 @@ class Request:
 def request(
     stage: str, recipe: Recipe, profile: Profile, name: str, submission: str, question: Question | None = None
 ) -> Request:
-    """The jobs of a stage. ``name``: the run's, ``submission``: the id that their comment holds.
+    """Return the request for a stage's jobs. ``name``: the run's; ``submission``: the id in their comment.
 
-    Raises RecipeError where the profile's numbers contradict each other.
+    Raises RecipeError if the profile's numbers contradict each other.
     """
     s, own = profile.slurm, getattr(profile.slurm.stages, stage)
     nodes = own.nodes or profile.nodes
@@ -144,7 +144,7 @@ def request(
             gpus = tasks if gpus else 0
     else:
         nodes, gpus = 1, own.gpus_per_node or 0
-    # Cores are asked for by task; a single task that uses all GPUs gets those of all.
+    # Cores are requested per task; a single task that uses all GPUs gets the cores of all.
     cpus = own.cpus_per_task or s.cpus_per_task * (max(1, gpus) if tasks == 1 and stage != "report" else 1)
     device: str = profile.device
     if stage == "report":
@@ -181,7 +181,7 @@ def request(
             "gpus_per_node": gpus,
             "ranks": nodes * tasks if stage == "distill" else 1,
             "threads": profile.threads or cpus,
-            "buffers": None,  # the run folder knows its buffer
+            "buffers": None,  # recorded in the run folder
             "slurm": SlurmConfig(),
         }
     )
@@ -189,17 +189,17 @@ def request(
 
 
 def _spread(ranks: int, nodes: int, tasks: int) -> tuple[int, int]:
-    """(nodes, tasks per node) of so many ranks: no more than ``tasks`` on a node if they fit on ``nodes``, else as few as do."""
+    """Return (nodes, tasks per node): at most ``tasks`` if the ranks fit on ``nodes``, else the fewest possible."""
     even = [n for n in range(1, nodes + 1) if ranks % n == 0]
     used = next((n for n in even if ranks // n <= tasks), even[-1])
     return used, ranks // used
 
 
 def waits_for(stage: str, before: Mapping[str, SlurmJob], ending: Sequence[SlurmJob], own: str | None) -> str | None:
-    """sbatch's ``--dependency`` of a stage's jobs: ``own``, the profile's, the stages ``before`` it, and its own jobs that are
-    still ``ending``.
+    """Return sbatch's ``--dependency`` of a stage's jobs: the profile's ``own``, the stages ``before`` it, and its own
+    jobs that are still ``ending``.
 
-    Of an array, jobs may have been cancelled whose share the others did: it need only be over, and the new job looks.
+    An array need only be over, since others may have done the share of its cancelled jobs; the new job checks.
     """
     earlier = [before[s] for s in STAGES[: STAGES.index(stage)] if s in before]
     waits = [own] if own else []
@@ -209,7 +209,7 @@ def waits_for(stage: str, before: Mapping[str, SlurmJob], ending: Sequence[Slurm
 
 
 def _gpus_by_options(options: Mapping[str, Option]) -> bool:
-    """Whether options ask for GPUs by themselves: ``slurm_gres: gpu:1``, ``slurm_gpus_per_task: 1``."""
+    """Return whether the options request GPUs themselves: ``slurm_gres: gpu:1``, ``slurm_gpus_per_task: 1``."""
     return any("gpu" in f"{name}={value}" for name, value in options.items())
 
 
@@ -228,7 +228,7 @@ def _optional(s: SlurmConfig, own: StageOnSlurm, gpus: int) -> dict[str, Any]:
 
 
 def setup_lines(lines: Sequence[str]) -> list[str]:
-    """The profile's lines; one that fails ends the job and is named in its log."""
+    """Return the profile's lines, so wrapped that a failing one ends the job and is named in its log."""
     if not lines:
         return []
     say = 'echo "error: slurm.setup: exit code $?: $BASH_COMMAND" >&2'
@@ -236,7 +236,7 @@ def setup_lines(lines: Sequence[str]) -> list[str]:
 
 
 def _options(s: SlurmConfig, own: StageOnSlurm, several: bool) -> dict[str, Any]:
-    """The options passed on, and those that every job has: a task that dies ends the others, a dead node requeues the job."""
+    """Return the profile's options plus every job's: a failing task ends the others, a dead node requeues the job."""
     options: dict[str, Option] = {**s.options, **own.options}
     more = options.get("slurm_additional_parameters", {})
     fields = {"begin": s.begin, "reservation": own.reservation or s.reservation}

@@ -1,10 +1,10 @@
-"""What a SLURM job does on its node: one stage of the run, as ``lad-dist STAGE RUN`` would do it there.
+"""Run one stage inside a SLURM job, as ``lad-dist STAGE RUN`` would on that node.
 
-    Order       what the job was submitted with: plain values, so that it can be pickled and read years later
-    carry_out   does it, and says how it ended; writes task.json for those who watch
-    Warning     the signal that SLURM sends before it ends a job, as a request to stop at the next safe point
+    Order       the job's arguments: plain values, so that they can be pickled and read years later
+    carry_out   runs the stage and returns how it ended; records its state in task.json
+    Warning     turns the signal that SLURM sends before it ends a job into a stop at the next safe point
 
-A job that is started again, after its warning, a preemption or a node's death, continues from what is on disk.
+A job that is started again, after its warning, a preemption or a node failure, continues from what is on disk.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _LOOK_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Order:
-    """``stage`` of the run folder ``run`` with a profile (dumped); this is the job ``index`` of an array of ``count``.
+    """``stage`` to run in the run folder ``run`` with a dumped profile, as job ``index`` of an array of ``count``.
 
-    ``after``: the stage before it, where it was chained to that; it must be done by now. ``question``: of an evaluation, the
-    sources and the recipe (dumped) that it is asked instead of the run's own.
+    ``after``: the preceding stage, if the job was chained to it; it must be done by now. ``question``: for an
+    evaluation, the sources and the dumped recipe that replace the run's own.
     """
 
     stage: str
@@ -59,7 +59,7 @@ class Order:
 
 
 class SlurmTask:
-    """This process in the job: SLURM's ids, and what it has written down for those who watch."""
+    """This process in the job: its SLURM ids, and what it has recorded in task.json."""
 
     def __init__(self, logs: str, variables: Mapping[str, str] = os.environ) -> None:
         array, index = variables.get("SLURM_ARRAY_JOB_ID"), variables.get("SLURM_ARRAY_TASK_ID")
@@ -73,7 +73,7 @@ class SlurmTask:
         self._document: dict[str, Any] = {}
 
     def write(self, **fields: Any) -> None:
-        """Add to task.json; only the first task of a job does."""
+        """Add fields to task.json; only the first task of a job does."""
         if self.rank == 0:
             self._document |= {"restarts": self.restarts, "node": self.node, "time": round(time.time(), 3), **fields}
             with published(self.folder / "task.json") as temporary:
@@ -81,7 +81,7 @@ class SlurmTask:
 
 
 def carry_out(order: Order) -> Ended:
-    """Do what the order says; ``requeue`` if the job was asked to stop and is to go on later.
+    """Carry out the order; return ``requeue`` if the job was asked to stop and is to continue later.
 
     Raises:
         SystemExit: the stage failed, with the exit code of its error, which is in task.json and at the end of the log.
@@ -113,7 +113,7 @@ def carry_out(order: Order) -> Ended:
 
 
 def _import_all() -> None:
-    """What takes long to import, and swallows an interruption meanwhile: until the warning is waited for, it stays pending."""
+    """Import the slow modules before the warning is awaited: imports swallow interruptions; it stays pending."""
     import torch
 
     from lad_dist import pipeline
@@ -124,10 +124,10 @@ def _import_all() -> None:
 
 
 class Warning:
-    """``with Warning() as warning``: when SLURM's warning comes, this process gets SIGTERM and ``came`` is true.
+    """Context manager that turns SLURM's warning into SIGTERM for this process and sets ``came``.
 
-    So whatever can be stopped by SIGTERM saves its state, on every rank. The signal itself stays blocked, in this process
-    and in those that it starts, which SLURM sends it to as well.
+    So whatever handles SIGTERM saves its state, on every rank. The warning signal stays blocked, in this process and
+    in its children, which SLURM sends it to as well.
     """
 
     def __init__(self) -> None:
@@ -154,7 +154,7 @@ class Warning:
 
 
 def _preempted(task: SlurmTask) -> bool:
-    """Whether SLURM has taken the job's place for another one and gives it time to save: it has not cancelled it."""
+    """Return whether SLURM has preempted the job and gives it time to save, rather than cancelled it."""
     try:
         said = slurm_command(["scontrol", "--oneliner", "show", "job", task.number])
     except ClusterError:
@@ -163,11 +163,11 @@ def _preempted(task: SlurmTask) -> bool:
 
 
 class _NotBegun(ClusterError):
-    """The stage before this one is not done."""
+    """The preceding stage is not done."""
 
 
 def _check_done(stage: str, recipe: Recipe, run: RunDir) -> None:
-    """Raise _NotBegun where a stage before this one is not done: its jobs have ended, but that is all SLURM knows of an array."""
+    """Raise _NotBegun if the preceding stage is not done: of an array, SLURM knows only that its jobs have ended."""
     from lad_dist.launch.chain import experts_left, stages_left
 
     if not stages_left(recipe, run, [stage]):
@@ -206,11 +206,11 @@ def _stage(order: Order, task: SlurmTask) -> None:
     place: AbstractContextManager[None]
     if order.stage == "distill":  # every task is a rank
         place = nullcontext()
-    elif order.stage == "evaluate" and order.count > 1:  # so is every job of the array; they never meet
+    elif order.stage == "evaluate" and order.count > 1:  # every job of the array is a rank; they do not communicate
         place = environment({"RANK": str(order.index), "WORLD_SIZE": str(order.count), "LOCAL_RANK": "0"})
     else:
         place = environment({"SLURM_NTASKS": None})
-    own_log = order.stage == "evaluate"  # each of an array's jobs has one
+    own_log = order.stage == "evaluate"  # each job of an array has its own
     with place, ray_in_slurm.head(task, profile) if order.fleet else nullcontext(profile) as here:
         local.run(recipe, run.root, here, None, screen, [stages[order.stage]], keep_recipe=True, own_log=own_log)
 

@@ -1,4 +1,4 @@
-"""Running a job in this process, on this machine."""
+"""Run a job in this process, on this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 
-_FOLDER_SECONDS = 120.0  # that another rank's run folder is waited for
+_FOLDER_SECONDS = 120.0  # to wait for rank 0 to make the run folder
 
 
 def run(
@@ -38,7 +38,7 @@ def run(
     keep_recipe: bool = False,
     own_log: bool = False,
 ) -> Pipeline:
-    """Run stages of a job one after the other; the arguments and errors are those of ``working``."""
+    """Run stages of a job one after the other; arguments and errors are those of ``working``."""
     with working(recipe, out, profile, buffers, screen, keep_recipe, own_log) as pipeline:
         for stage in stages:
             stage(pipeline)
@@ -56,14 +56,14 @@ def working(
     own_log: bool = False,
     listener: Listener | None = None,
 ) -> Iterator[Pipeline]:
-    """The pipeline of a job in this process, as the profile says. Inside the block Ctrl-C and SIGTERM raise Interrupted.
+    """Open the pipeline of a job in this process by its profile. Inside the block Ctrl-C and SIGTERM raise Interrupted.
 
-    ``buffers`` is the folder or the URI below which trajectory buffers lie; default: the profile's. ``keep_recipe``: leave the
-    recipe of a run that is there as it is. ``own_log``: every rank that a launcher has started speaks, for it has a log of
-    its own; else rank 0 speaks for all. ``listener`` is told the run's events.
+    ``buffers``: the folder or URI of trajectory buffers; default: the profile's. ``keep_recipe``: leave the recipe of
+    an existing run unchanged. ``own_log``: every rank that a launcher started prints, since each has its own log;
+    else only rank 0 does. ``listener`` receives the run's events.
 
     Raises:
-        LadDistError: whatever a stage raises; an interruption outside a stage too.
+        LadDistError: any error of a stage; an interruption outside a stage too.
     """
     with stopped_by_signals(out):
         device = prepare_device(profile)
@@ -78,19 +78,19 @@ def working(
             for name in profile.log:
                 loggers.find(name)
             pipeline = open_pipeline(recipe, out, profile, store, device, screen, keep_recipe, listener)
-        else:  # rank 0 makes the folder, and where they share a terminal, keeps the record and speaks
+        else:  # rank 0 makes the folder; where ranks share a terminal, it alone records and prints
             made = _awaited(out, profile)
             events = Events(made.events) if own_log else Events.nowhere()
             pipeline = Pipeline(recipe, made, profile, device, screen if own_log else Screen.silent(), events)
         names = profile.log if where is None or where.rank == 0 else ()
-        # closing writes too, and may find the disk full
+        # closing also writes, and may hit a full disk
         with closing(pipeline.events), loggers.attached(names, out, recipe, pipeline.events):
             yield pipeline
 
 
 @contextmanager
 def stopped_by_signals(out: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM as ``Interrupted``, and what the system refuses as ``StorageError``."""
+    """Raise ``Interrupted`` on Ctrl-C and SIGTERM, and ``StorageError`` for an OSError."""
     with as_exceptions():
         try:
             yield
@@ -104,10 +104,10 @@ def stopped_by_signals(out: Path) -> Iterator[None]:
 def _check_that_it_fits(
     recipe: Recipe, out: Path, profile: Profile, store: Path | str | None, device: torch.device
 ) -> None:
-    """Refuse a new run that all of this machine could not hold, before hours are spent and a folder is made.
+    """Refuse a new run that exceeds this machine's totals, before hours are spent and a folder is made.
 
-    What is merely in use at the moment does not count against it, as it does in ``lad-dist plan``.
-    Raises RecipeError, and DataError where the data cannot be used.
+    Unlike in ``lad-dist plan``, what is merely in use at the moment does not count against it.
+    Raises RecipeError, and DataError if the data cannot be used.
     """
     from lad_dist.plan.dataset_info import dataset_info
     from lad_dist.plan.estimate import refuse_what_cannot_fit
@@ -129,7 +129,7 @@ def _total_memory(device: torch.device) -> int:
 
 
 def _awaited(out: Path, profile: Profile) -> RunDir:
-    """The run folder that rank 0 makes once it has loaded the data. Raises RunDirError if it does not come."""
+    """Wait for the run folder, which rank 0 makes once the data are loaded. Raises RunDirError if it does not."""
     until = time.monotonic() + max(_FOLDER_SECONDS, profile.rank_timeout)
     while not (out / "recipe.yaml").exists() and time.monotonic() < until:
         time.sleep(0.05)
@@ -137,19 +137,19 @@ def _awaited(out: Path, profile: Profile) -> RunDir:
 
 
 def store_of(named: Path | str | None, profile: Profile) -> Path | str | None:
-    """Where buffers lie: ``named``, else the profile's; None: in each run.
+    """Return where buffers lie: ``named``, else the profile's; None: in each run.
 
-    A folder as a path, with ``~`` resolved; a URI (``s3://bucket/prefix``) as it is, since a path would mangle it.
+    A folder becomes a path, with ``~`` expanded; a URI (``s3://bucket/prefix``) stays a string: a path would mangle it.
     """
     buffers = named or profile.buffers
     return buffers if buffers is None or is_uri(buffers) else Path(buffers).expanduser()
 
 
 def prepare_device(profile: Profile) -> torch.device:
-    """The device of a profile, with torch's thread count set, and freed memory kept for a CPU.
+    """Return the profile's device; set torch's thread count and, for a CPU, keep freed memory.
 
     Raises:
-        RecipeError: the profile asks for a GPU that is not there.
+        RecipeError: the profile requests a GPU that is not available.
     """
     import torch
 

@@ -1,13 +1,13 @@
-"""A private Ray cluster over the nodes of one SLURM job, for the fleet of experts. Ray runs as child processes only.
+"""A private Ray cluster over the nodes of one SLURM job, for the fleet of experts. Ray runs only in child processes.
 
-The first task starts the head and drives; every other task starts a node and serves until the first one is done:
+The first task starts the head and the driver; every other task runs a node until the first one is done:
 
-    head    the first task, around the stage: a profile that joins the cluster
+    head    the first task, around the stage: yields a profile that joins the cluster
     serve   the other tasks
 
-Nodes are shared with other jobs, so nothing is left to Ray's defaults: ports follow from the job's number, the folder for
-sockets is private and short, CPUs and GPUs are those of the job, addresses are explicit, and who has not the job's token,
-a file that only its owner can read, is turned away. Whatever is still there when a task ends is ended by its supervisor.
+Nodes are shared with other jobs, so nothing is left to Ray's defaults: ports derive from the job's number, the
+socket folder is private and short, CPUs and GPUs are those of the job, addresses are explicit, and clients need the
+job's token, a file that only its owner can read. The supervisor ends whatever is left when a task ends.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from lad_dist.profile import Profile
 from lad_dist.rundir import published
 
 LOOPBACK = "127.0.0.1"
-_FIRST_PORT, _PORTS, _EACH = 11_000, 20_000, 10  # below the ports that Linux hands out itself; ten for each node
+_FIRST_PORT, _PORTS, _EACH = 11_000, 20_000, 10  # below Linux's ephemeral ports; ten per node
 _TRIES = 50
-_START_SECONDS = 180.0  # that the head may take; imports over a network file system are slow
-_END_SECONDS = 5.0  # that Ray may take to end
-_HEAD_SECONDS = 15.0  # until a head that has ended says so
+_START_SECONDS = 180.0  # for the head to start; imports over a network file system are slow
+_END_SECONDS = 5.0  # for Ray to end
+_HEAD_SECONDS = 15.0  # for a head that has ended to report it
 _LOOK_SECONDS = 0.2
 _MIB = 2**20
-# `ray start` takes 127.0.0.1 for the host's address in the network, where several virtual nodes of one host have none.
+# `ray start` replaces 127.0.0.1 by the host's network address, which several virtual nodes of one host lack.
 _ON_LOOPBACK = (
     "import ray._private.services as s; s.get_node_ip_address = lambda address=None: '127.0.0.1'; "
     "from ray.scripts.scripts import main; main()"
@@ -63,9 +63,9 @@ class Ports:
 
     @classmethod
     def of(cls, job: int, node: int) -> Ports:
-        """Those of a node of a job: a function of both, moved on where one of them is taken.
+        """Choose the ports of a node from its job and node number, trying others if one is taken.
 
-        Raises ClusterError where no free ones were found.
+        Raises ClusterError if no free ones are found.
         """
         for attempt in range(_TRIES):
             first = _FIRST_PORT + ((job * 8 + node) * _EACH + attempt * 7919 * _EACH) % _PORTS
@@ -86,7 +86,7 @@ def _free(port: int) -> bool:
 
 
 def own_address(variables: Mapping[str, str] = os.environ) -> str:
-    """This node's address for the job's other nodes: that of its name in SLURM; the loopback address if it has none."""
+    """Return this node's address for the job's other nodes, resolved from its SLURM name; else the loopback address."""
     try:
         return socket.gethostbyname(variables.get("SLURMD_NODENAME", ""))
     except OSError:  # several virtual nodes on one host
@@ -94,7 +94,7 @@ def own_address(variables: Mapping[str, str] = os.environ) -> str:
 
 
 class Files:
-    """What the tasks of one start of a job tell each other, in the job's log folder, which all nodes share."""
+    """Files through which the tasks of one start of a job communicate, in its log folder, which all nodes share."""
 
     def __init__(self, task: SlurmTask) -> None:
         self.where = task.folder / f"ray-{task.restarts}.json"
@@ -104,9 +104,9 @@ class Files:
 
 @contextmanager
 def head(task: SlurmTask, profile: Profile) -> Iterator[Profile]:
-    """The first task's part: start the head, and while the block runs be the cluster's driver, with this profile.
+    """Start the Ray head in the first task; yield the profile with which this process drives the cluster.
 
-    Raises ClusterError where the head does not start.
+    Raises ClusterError if the head does not start.
     """
     files, address, ports = Files(task), own_address(), Ports.of(int(task.number), task.rank)
     write_token(files.token)
@@ -133,9 +133,9 @@ def head(task: SlurmTask, profile: Profile) -> Iterator[Profile]:
 
 
 def serve(task: SlurmTask, profile: Profile) -> None:
-    """The part of every other task: a node of the cluster until the first task is done.
+    """Run a node of the cluster, in every other task, until the first task is done.
 
-    Raises ClusterError where there is no head to join, or the node ends before that.
+    Raises ClusterError if there is no head to join, or the node ends before that.
     """
     files = Files(task)
     until = time.monotonic() + _START_SECONDS
@@ -150,7 +150,7 @@ def serve(task: SlurmTask, profile: Profile) -> None:
     with _node(task, profile, ports, own_address(), files, [f"--address={address}"]) as process:
         while process.poll() is None and not files.done.exists():
             time.sleep(_LOOK_SECONDS)
-        until = time.monotonic() + _HEAD_SECONDS  # a head that ended takes its nodes along a moment before it says so
+        until = time.monotonic() + _HEAD_SECONDS  # an ending head stops its nodes a moment before it reports so
         while not files.done.exists():
             if time.monotonic() > until:
                 raise ClusterError(
@@ -163,7 +163,7 @@ def serve(task: SlurmTask, profile: Profile) -> None:
 def _node(
     task: SlurmTask, profile: Profile, ports: Ports, address: str, files: Files, arguments: list[str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A Ray node as a child of this process, its output beside the job's log, until the block ends."""
+    """Run a Ray node as a child of this process until the block ends, with its output beside the job's log."""
     folder = private_folder(os.environ)
     _make_private(folder)
     cpus = max(int(os.environ.get("SLURM_CPUS_PER_TASK", "1")), profile.threads_per_expert)
@@ -177,14 +177,14 @@ def _node(
         f"--node-ip-address={address}",
         f"--num-cpus={cpus}",
         f"--num-gpus={profile.gpus_per_node}",
-        f"--temp-dir={folder / 'r'}",  # which Ray opens to everybody
+        f"--temp-dir={folder / 'r'}",  # Ray makes it accessible to everybody
         f"--node-manager-port={ports.node_manager}",
         f"--object-manager-port={ports.object_manager}",
         f"--runtime-env-agent-port={ports.runtime_env}",
         f"--dashboard-agent-listen-port={ports.agent}",
         f"--dashboard-agent-grpc-port={ports.agent_grpc}",
         f"--metrics-export-port={ports.metrics}",
-        "--min-worker-port=0",  # workers take what the system gives them
+        "--min-worker-port=0",  # workers use ephemeral ports
         "--max-worker-port=0",
         "--disable-usage-stats",
         *store,
@@ -205,9 +205,7 @@ def _node(
         )
     try:
         yield process
-    except (
-        BaseException
-    ):  # SLURM, which has asked this task to end, waits a few seconds only; a node has nothing to save
+    except BaseException:  # SLURM gives an ending task only a few seconds; a node has nothing to save
         process.kill()
         raise
     finally:
@@ -220,7 +218,7 @@ def _node(
 
 
 def _make_private(folder: Path) -> None:
-    """Make ``folder`` with mode 0700. Raises ClusterError where somebody else has made it first: its name can be guessed."""
+    """Create ``folder`` with mode 0700. Raises ClusterError if another user made it first: its name can be guessed."""
     folder.mkdir(mode=0o700, exist_ok=True)
     there = folder.lstat()
     if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o077:
@@ -240,7 +238,7 @@ def _await_head(process: subprocess.Popen[bytes], address: str, port: int, task:
 
 
 def _tell(task: SlurmTask, profile: Profile, ports: Ports, files: Files) -> None:
-    """How to open the dashboard, in the log and for ``status``."""
+    """Record how to open the dashboard, in the log and for ``status``."""
     if not profile.ray.dashboard:
         return
     login = os.environ.get("SLURM_SUBMIT_HOST", "LOGIN")

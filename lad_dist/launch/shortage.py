@@ -1,4 +1,4 @@
-"""Which resource a partition's nodes lack for a job that SLURM refuses: it says only that no node can take it."""
+"""Find which resource a partition lacks for a job that SLURM refuses: SLURM says only that no node can take it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MB = 1024  # per GB, as SLURM reads --mem
 
 @dataclass(frozen=True)
 class Node:
-    """What a node of a partition has."""
+    """Resources of one node of a partition."""
 
     partition: str
     cores: int
@@ -24,16 +24,16 @@ class Node:
 
     @classmethod
     def parsed(cls, line: str) -> Node:
-        """From ``sinfo --Node --format=%P|%c|%m|%G``: ``main*|4|8000|gpu:a100:2(S:0-1)``."""
+        """Parse a line of ``sinfo --Node --format=%P|%c|%m|%G``: ``main*|4|8000|gpu:a100:2(S:0-1)``."""
         partition, cores, memory, gres = line.split("|", 3)
         gpus = sum(int(count) for count in re.findall(r"\bgpu(?::[^,:(]+)?:(\d+)", gres))
         return cls(partition.strip(), int(cores.strip(" +")), int(memory.strip(" +")), gpus)
 
 
 def shortage(asked: Mapping[str, Any]) -> str | None:
-    """``memory (mem_gb): 900 GB a node are asked for, main has 7.8 GB at most``; None where nothing is known to lack.
+    """Return ``memory (mem_gb): 900 GB a node are asked for, main has 7.8 GB at most``; None if no shortage is known.
 
-    ``asked``: in submitit's terms.
+    ``asked``: submitit's parameters.
     """
     try:
         nodes = nodes_of(asked.get("slurm_partition"))
@@ -43,7 +43,7 @@ def shortage(asked: Mapping[str, Any]) -> str | None:
 
 
 def nodes_of(partition: str | None) -> list[Node]:
-    """The nodes of a partition, by default the cluster's default one. Raises ClusterError where sinfo cannot be asked."""
+    """Return the nodes of a partition; None: the cluster's default one. Raises ClusterError if sinfo fails."""
     chosen = [] if partition is None else [f"--partition={partition}"]
     lines = slurm_command(["sinfo", "--noheader", "--Node", *chosen, "--format=%P|%c|%m|%G"]).splitlines()
     found = [Node.parsed(line) for line in lines if line.strip()]
@@ -51,7 +51,7 @@ def nodes_of(partition: str | None) -> list[Node]:
 
 
 def compared(asked: Mapping[str, Any], nodes: list[Node]) -> str | None:
-    """As ``shortage``, of the nodes of one partition."""
+    """Return the shortage of the nodes of one partition, as ``shortage`` does."""
     count, gpus = asked.get("nodes", 1), asked.get("gpus_per_node", 0)
     cores = asked.get("tasks_per_node", 1) * asked.get("cpus_per_task", 1)
     memory_mb = float(asked.get("mem_gb", 0)) * _MB

@@ -1,7 +1,8 @@
-"""Submitting a run's stages to SLURM as a chain of jobs, each of which waits for the one before it.
+"""Submit a run's stages to SLURM as a chain of jobs, each of which depends on the one before it.
 
-The only file that imports submitit: it writes the sbatch scripts, hands the orders over, and requeues a job that was warned
-of its time limit. What a job does is in ``job.py``, what is asked for in ``chain.py``, what became of it in ``slurm_jobs.py``.
+The only file that imports submitit: it writes the sbatch scripts, passes on the orders, and requeues a job that was
+warned of its time limit. ``job.py`` runs a stage on a node, ``chain.py`` builds the requests, ``slurm_jobs.py`` reads
+the states of jobs.
 """
 
 from __future__ import annotations
@@ -51,23 +52,23 @@ except ImportError as error:
     raise missing("submitit", "slurm", "a job on SLURM", ClusterError) from error
 
 _REFUSED = "{stage}: SLURM refused the job: {why}; nothing of this run was left in the queue"
-_NOT_NOW = ("busy", "DOWN, DRAINED", "reserved")  # nodes that may be there when the job's turn comes
-_REQUEUED_SECONDS = 120.0  # within which SLURM ends the tasks of a job that it has requeued
+_NOT_NOW = ("busy", "DOWN, DRAINED", "reserved")  # nodes that may be available when the job's turn comes
+_REQUEUED_SECONDS = 120.0  # within which SLURM ends the tasks of a requeued job
 
 
 class StageJob:
-    """What submitit calls on the node: carries an order out, and requeues the job where it is to go on later."""
+    """Callable that submitit runs on the node: carries out an order, and requeues a job that is to continue later."""
 
     def __init__(self, order: Order) -> None:
         self.order = order
 
     def __call__(self) -> None:
-        """Raises SystemExit where the stage failed, or the job is to start again."""
-        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's: writes the order down again, and calls scontrol
+        """Carry out the order. Raises SystemExit if the stage failed, or the job is to start again."""
+        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's handler: saves the order again and calls scontrol
         if carry_out(self.order) == "finished":
             return
         task = SlurmTask(self.order.logs)
-        if task.rank != 0:  # SLURM ends all tasks when the first one has requeued the job
+        if task.rank != 0:  # SLURM ends all tasks once the first one has requeued the job
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(_REQUEUED_SECONDS)
             raise SystemExit(1)
@@ -85,15 +86,15 @@ class StageJob:
             raise SystemExit(ClusterError.exit_code) from None
 
     def checkpoint(self) -> DelayedSubmission:
-        """The same order again: what was done is on disk."""
+        """Return the same order for the next start: progress is on disk."""
         return DelayedSubmission(StageJob(self.order))
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """What ``submit`` came to: the new jobs (None: nothing was left to submit), and stages that were queued already.
+    """Result of ``submit``: the new jobs (None: nothing was left to submit), and stages that were queued already.
 
-    ``replaced``: jobs that waited for one that has ended without doing its stage; they were cancelled and submitted again.
+    ``replaced``: jobs that depended on one that ended without doing its stage; they were cancelled and resubmitted.
     """
 
     submission: Submission | None
@@ -102,7 +103,7 @@ class Submitted:
 
     @property
     def ids(self) -> set[str]:
-        """The jobs that do what was asked."""
+        """Ids of the jobs that do the requested stages."""
         new = () if self.submission is None else self.submission.jobs
         return {job.id for job in new} | {state.job.id for state in self.queued}
 
@@ -115,16 +116,17 @@ def submit(
     wanted: StageSelection,
     say: Callable[[str], None],
 ) -> Submitted:
-    """Submit those of the stages wanted that are neither done nor queued, each to begin when those before it are done.
+    """Submit those of the wanted stages that are neither done nor queued, each depending on those before it.
 
-    ``buffers``: as for ``local.run``. ``say`` is told every job as it is submitted. Of a new run, the data are looked at first:
-    where they are refused, nothing is left behind.
+    ``buffers``: as for ``local.run``. ``say`` receives each job as it is submitted. For a new run the data are checked
+    first: if they are refused, nothing is left behind.
 
     Raises:
-        ClusterError: SLURM refused a job (with its reason; nothing of the chain stays queued) or cannot be reached.
+        ClusterError: SLURM refused a job (with its reason; nothing of the chain stays queued) or cannot be reached, or
+            the log folder cannot be written.
         RecipeError: a field of the profile is not valid here.
         DataError: the data cannot be used.
-        RunDirError: the run folder or the folder of logs cannot be written.
+        RunDirError: the run folder cannot be written.
     """
     identity = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     store = store_of(buffers, profile)
@@ -155,9 +157,9 @@ def dry_run(
     wanted: StageSelection,
     say: Callable[[str], None],
 ) -> None:
-    """Say what ``submit`` would do, and whether SLURM would take it; nothing is submitted or written.
+    """Print what ``submit`` would do, and whether SLURM would accept it; submit and write nothing.
 
-    Raises ClusterError where SLURM would refuse a stage, and what ``submit`` raises.
+    Raises ClusterError if SLURM would refuse a stage, and what ``submit`` raises.
     """
     todo = _Todo.of(recipe, out, profile, store_of(buffers, profile), wanted, "SUBMISSION")
     for state in todo.queued:
@@ -195,10 +197,10 @@ def _device_of(one: Request) -> str:
 
 @dataclass(frozen=True)
 class _Todo:
-    """What a submission comes to, before anything is written or submitted.
+    """Plan of a submission, made before anything is written or submitted.
 
-    ``before``: the jobs of stages that are queued; ``ending``: jobs whose processes SLURM is ending; ``replaced``: queued jobs that
-    wait for one that has ended, to be cancelled and submitted again.
+    ``before``: the jobs of queued stages; ``ending``: jobs whose processes SLURM is ending; ``replaced``: queued jobs
+    that depend on one that has ended, to be cancelled and resubmitted.
     """
 
     requests: list[Request]
@@ -241,24 +243,22 @@ class _Todo:
         todo = [stage for stage in STAGES if stage in todo or stage in {state.stage for state in replaced}]
         requests = [request(stage, recipe, profile, out.name, identity, wanted.question) for stage in todo]
         for one in requests:
-            _executor(
-                Path(tempfile.gettempdir()), profile, one.parameters
-            )  # refuses options that submitit does not know
+            _executor(Path(tempfile.gettempdir()), profile, one.parameters)  # rejects options unknown to submitit
         ending = [state.job for state in states if state.state == "ending"]
         return cls(requests, queued, replaced, {state.stage: state.job for state in queued}, ending)
 
 
 def _in_vain(queued: Sequence[TaskState], stage: str) -> list[TaskState]:
-    """The jobs of later stages that have not begun, where ``stage`` has to be submitted again: they wait for its old job."""
+    """Return the later stages' jobs that have not begun: if ``stage`` is resubmitted, they depend on its old job."""
     later = STAGES[STAGES.index(stage) + 1 :]
     begun = {state.job.id for state in queued if state.state == "running" or state.restarts}
     return [state for state in queued if state.stage in later and state.job.id not in begun]
 
 
 class Chain:
-    """Jobs of one submission, written down as they are submitted.
+    """Jobs of one submission, recorded as they are submitted.
 
-    ``before``: the job of each stage that is queued; ``ending``: jobs whose processes SLURM is ending.
+    ``before``: the job of each queued stage; ``ending``: jobs whose processes SLURM is ending.
     """
 
     def __init__(
@@ -273,7 +273,7 @@ class Chain:
         self._jobs, self._ending = dict(before), ending
 
     def add(self, wanted: Request) -> SlurmJob:
-        """Submit one stage, to begin after those before it that are queued."""
+        """Submit one stage, to begin after the queued stages before it."""
         logs = Path(self.submission.logs)
         waits = waits_for(wanted.stage, self._jobs, self._ending, self.profile.slurm.dependency)
         earlier = [stage for stage in STAGES[: STAGES.index(wanted.stage)] if stage in self._jobs]
@@ -294,7 +294,7 @@ class Chain:
         return job
 
     def withdraw(self) -> None:
-        """Cancel what was submitted, and forget it."""
+        """Cancel what was submitted, and remove it from the record."""
         if self.submission.jobs:
             with contextlib.suppress(ClusterError):
                 slurm_command(["scancel", *(job.id for job in self.submission.jobs)])
@@ -302,9 +302,9 @@ class Chain:
 
 
 def _check(job: SlurmJob, wanted: Request) -> None:
-    """SLURM looks at what a job asks for when it could begin, which of one that waits for others is too late to say so.
+    """Test a job without its dependencies: SLURM checks resources only when it could begin, too late to report.
 
-    Raises ClusterError where no node could ever take it.
+    Raises ClusterError if no node could ever take it.
     """
     lines = Path(job.script).read_text(encoding="utf-8").splitlines(keepends=True)
     script = "".join(line for line in lines if not line.startswith("#SBATCH --dependency"))
@@ -316,15 +316,15 @@ def _check(job: SlurmJob, wanted: Request) -> None:
 
 
 def refusal(stage: str, recipe: Recipe, profile: Profile) -> str | None:
-    """Why SLURM would not take a stage's job; None: it would. Nothing is submitted.
+    """Return why SLURM would refuse a stage's job; None: it would accept it. Nothing is submitted.
 
-    Raises RecipeError where the profile's numbers contradict each other, or an option is not submitit's.
+    Raises RecipeError if the profile's numbers contradict each other, or an option is not submitit's.
     """
     return _refused(request(stage, recipe, profile, "doctor", "doctor"), profile)
 
 
 def _refused(wanted: Request, profile: Profile) -> str | None:
-    script = _script(wanted, profile, None)  # without what it waits for, see _check
+    script = _script(wanted, profile, None)  # without dependencies, see _check
     try:
         slurm_command(["sbatch", "--test-only"], text=script, unless=_NOT_NOW)
     except ClusterError as error:
@@ -338,14 +338,14 @@ def _with_shortage(why: str, wanted: Request) -> str:
 
 
 def _script(wanted: Request, profile: Profile, waits: str | None) -> str:
-    """A script like the one that submitit would submit."""
+    """Return a script like the one that submitit would submit."""
     executor = _executor(Path(tempfile.gettempdir()), profile, wanted.parameters, waits)
     text: str = executor._executor._make_submission_file_text("true", "doctor")
     return text
 
 
 def _asked(wanted: Request, profile: Profile, waits: str | None) -> list[str]:
-    """sbatch's options of a stage's jobs, but for those that say where their logs go."""
+    """Return sbatch's options of a stage's jobs, except those for the log files."""
     lines = _script(wanted, profile, waits).splitlines()
     found = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
     array = [f"--array=0-{wanted.count - 1}"] if wanted.count > 1 else []
@@ -353,7 +353,7 @@ def _asked(wanted: Request, profile: Profile, waits: str | None) -> list[str]:
 
 
 def cancel(run: RunDir) -> list[TaskState]:
-    """Cancel the run's jobs that are queued or at work; returns them. Raises ClusterError where SLURM cannot be asked."""
+    """Cancel the run's queued and running jobs; return them. Raises ClusterError if SLURM cannot be asked."""
     queue = SlurmQueue(run)
     live = [state for state in queue.states(now=True) if state.live]
     if queue.fault:
@@ -363,17 +363,17 @@ def cancel(run: RunDir) -> list[TaskState]:
 
 
 def _cancel(states: Sequence[TaskState]) -> None:
-    """End jobs, those first that wait for others. Raises ClusterError."""
+    """Cancel jobs, dependent ones first. Raises ClusterError."""
     if states:
         slurm_command(["scancel", *dict.fromkeys(state.job.id for state in reversed(states))])
 
 
 def _executor(logs: Path, profile: Profile, parameters: dict[str, Any], waits: str | None = None) -> Any:
-    """Raises RecipeError for an option that submitit does not know."""
+    """Return submitit's executor. Raises RecipeError for an option unknown to submitit."""
     python = profile.slurm.python or quote(sys.executable)
     executor = submitit.AutoExecutor(
         folder=logs / "%j",
-        cluster="slurm",  # submitit would choose by what is in PATH
+        cluster="slurm",  # submitit would choose by PATH
         slurm_python=f"{python} -m lad_dist.launch.supervisor",
         slurm_max_num_timeout=profile.slurm.max_requeues,
     )
@@ -387,9 +387,9 @@ def _executor(logs: Path, profile: Profile, parameters: dict[str, Any], waits: s
 
 
 def _log_folder(run: RunDir, profile: Profile, identity: str) -> Path:
-    """A new folder for the logs of one submission: submitit would take results in an older one for those of new jobs.
+    """Make a new log folder for one submission: in an older one submitit would take old results for the new jobs'.
 
-    Raises ClusterError where it cannot be written.
+    Raises ClusterError if it cannot be written.
     """
     named = profile.slurm.logs
     base = run.slurm_logs if named is None else Path(named).expanduser() / run.root.name
@@ -406,7 +406,7 @@ def _log_folder(run: RunDir, profile: Profile, identity: str) -> Path:
 
 @contextlib.contextmanager
 def _refusals(wanted: Request) -> Iterator[None]:
-    """SLURM's refusal as one error; submitit also prints it."""
+    """Raise SLURM's refusal as one ClusterError, and keep submitit from printing it."""
     heard = io.StringIO()
     try:
         with contextlib.redirect_stderr(heard):
@@ -418,7 +418,7 @@ def _refusals(wanted: Request) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """Inside another job, sbatch would take that job's settings for those of the new one."""
+    """Hide the settings of an enclosing job, which sbatch would apply to the new one."""
     if "SLURM_JOB_ID" not in os.environ:
         yield
         return

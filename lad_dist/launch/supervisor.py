@@ -1,11 +1,11 @@
-"""What SLURM starts on a node in place of the Python that does the work: ``python -m lad_dist.launch.supervisor ARGUMENTS``.
+"""Process that SLURM starts on a node to run the actual Python: ``python -m lad_dist.launch.supervisor ARGUMENTS``.
 
-It starts ``python ARGUMENTS`` as its child, waits for it, and then ends every process that the child has left behind,
-whatever became of the child: a driver that was killed cannot stop its Ray. Processes of a child that died become the supervisor's
-own (Linux: PR_SET_CHILD_SUBREAPER), however far they have detached themselves; processes that others started never do.
+It starts ``python ARGUMENTS`` as its child, waits for it, and then ends every process that the child left behind,
+however the child ended: a killed driver cannot stop its Ray. Orphans of a dead child become the supervisor's own
+(Linux: PR_SET_CHILD_SUBREAPER), however far they have detached themselves; processes that others started never do.
 
-The warning signal, SIGUSR2, is blocked here and so in every process below from its first instruction on: SLURM sends it to
-all processes of a job step, most of which would die of it. The one that is meant takes it with ``sigwait`` (``job.py``).
+The warning signal, SIGUSR2, is blocked here and so in every process below from its first instruction on: SLURM sends
+it to all processes of a job step, most of which it would kill. Its receiver takes it with ``sigwait`` (``job.py``).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pathlib import Path
 
 WARNING = signal.SIGUSR2
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-_END_SECONDS = 1.5  # between asking what was left behind to end, and ending it
+_END_SECONDS = 1.5  # between SIGTERM and SIGKILL to what was left behind
 
 
 def main(arguments: list[str]) -> int:
-    """Run ``python ARGUMENTS``; returns its exit code, or 128 + the signal that ended it."""
+    """Run ``python ARGUMENTS``; return its exit code, or 128 + the signal that ended it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [WARNING])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
-        signal.signal(number, lambda *_: None)  # SLURM sends them to the child as well, whose end is waited for
+        signal.signal(number, lambda *_: None)  # SLURM sends them to the child as well; wait for its end
     adopt_orphans()
     child = subprocess.Popen([sys.executable, *arguments])  # noqa: S603 - this interpreter
     try:
@@ -42,20 +42,20 @@ def main(arguments: list[str]) -> int:
 
 
 def private_folder(environment: Mapping[str, str]) -> Path:
-    """This task's folder for sockets and temporary files: short, since a socket's path may have 107 bytes at most."""
+    """Return this task's folder for sockets and temporary files; short, as a socket's path has 107 bytes at most."""
     user = environment.get("USER") or str(os.getuid())
     task = f"{environment.get('SLURM_JOB_ID', os.getpid())}-{environment.get('SLURM_PROCID', 0)}"
     return Path(f"/tmp/r-{user[:12]}-{task}")  # noqa: S108 - /tmp is short, and local to the node
 
 
 def adopt_orphans() -> None:
-    """Become the parent of every descendant whose own parent dies. Does nothing where the system cannot."""
+    """Become the parent of every descendant whose own parent dies. Do nothing if the system does not support it."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def end_descendants() -> None:
-    """End all processes below this one: ask them to, then by force. Returns when none is left."""
+    """End all processes below this one, by SIGTERM, then by SIGKILL. Return when none is left."""
     until = time.monotonic() + _END_SECONDS
     asked: set[int] = set()
     while left := descendants(os.getpid()):
@@ -69,7 +69,7 @@ def end_descendants() -> None:
 
 
 def descendants(pid: int) -> set[int]:
-    """The living processes below ``pid``, by their parents as /proc tells them."""
+    """Return the living processes below ``pid``, by their parents in /proc."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

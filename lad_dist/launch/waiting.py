@@ -1,4 +1,4 @@
-"""Staying with a chain of SLURM jobs until it ends: what changes is said, and how it failed. No submitit here."""
+"""Wait for a chain of SLURM jobs to end, reporting changes and how it failed. No submitit here."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lad_dist.rundir import RunDir
 from lad_dist.slurm_jobs import SlurmQueue, TaskState
 from lad_dist.status import Follower
 
-LOOK_SECONDS = 2.0  # between two looks at the run's files; squeue is asked less often
-PROGRESS_SECONDS = 10.0  # between two lines about one stage's progress
+LOOK_SECONDS = 2.0  # between polls of the run's files; squeue is polled less often
+PROGRESS_SECONDS = 10.0  # between two progress lines of one stage
 
 
 def wait(run: RunDir, ids: Container[str], say: Callable[[str], None]) -> None:
-    """Until the jobs ``ids`` of the run are over. Interrupted, they go on.
+    """Wait until the jobs ``ids`` of the run are over. An interruption ends only the wait.
 
     Raises:
         ClusterError: a stage of theirs is not done; names the job, its reason and its log.
@@ -39,9 +39,9 @@ def wait(run: RunDir, ids: Container[str], say: Callable[[str], None]) -> None:
 
 
 def _done_by_others(states: Sequence[TaskState], run: RunDir) -> set[str]:
-    """The stages that are done although a job of theirs did not finish, by what is on disk.
+    """Return the stages that are done, by what is on disk, although one of their jobs did not finish.
 
-    Measured networks and pages may be there from before, so there a job of the stage must have finished as well.
+    Results and reports may be there from before, so for these stages a job must have finished as well.
     """
     from lad_dist import recipe_file
     from lad_dist.launch.chain import stages_left
@@ -54,7 +54,7 @@ def _done_by_others(states: Sequence[TaskState], run: RunDir) -> set[str]:
 
 
 def failure(states: Sequence[TaskState], run: RunDir) -> ClusterError | None:
-    """What the chain failed of: its first job that did not finish; None if all have."""
+    """Return the failure of the chain, by its first job that did not finish; None if all have."""
     wrong = [one for one in states if one.over and one.state != "done"]
     if not wrong:
         return None
@@ -68,7 +68,7 @@ def failure(states: Sequence[TaskState], run: RunDir) -> ClusterError | None:
 
 
 class _Told:
-    """Says what is new."""
+    """Reporter of changes: prints only what is new."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -79,7 +79,7 @@ class _Told:
         if fault is not None:
             self._once("squeue", f"SLURM: {fault}")
         for one in states:
-            known = (one.state, one.words.partition(",")[0])  # not the time left, which always changes
+            known = (one.state, one.words.partition(",")[0])  # without the time left, which always changes
             if self._lines.get(one.id) != str(known):
                 self._lines[one.id] = str(known)
                 self._say(one.line())

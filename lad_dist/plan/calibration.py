@@ -1,9 +1,9 @@
 """Seconds of a step of each kind, measured on this device: a few real steps with the recipe's shapes.
 
-Each kind is timed on two numbers of images, which separates what a step costs from what an image costs. The larger is the one
-the job will use, unless a few steps of it would not fit the time there is; then it is smaller, and said so. Of several timings
-the least counts: other processes can make a step longer, never shorter. On a busy CPU even the least is too long, since a step is
-interrupted while others run; there the processor's time is taken instead of the clock's, shared among the threads.
+Each kind is timed on two batch sizes, which separates the cost per step from the cost per image. The larger is the
+job's own, unless a few steps of it exceed the time budget; then it is smaller, and reported so. The least of several
+timings counts: other processes can make a step longer, never shorter. On a busy CPU even the least is too long, since
+a step is interrupted while others run; there CPU time, divided by the threads, replaces wall-clock time.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from lad_dist.seeds import rng
 _MOST_REPEATS = 20
 _LEAST_REPEATS = 3
 _SMALL_BATCH = 2
-_SMALL_PART = 8  # of a kind's time, one part for the few images
-_GROWTH = 8  # from one number of images to the next
-_ROUNDS = 3  # times that a job must fit in what is left to be tried: to warm up, and to be timed
+_SMALL_PART = 8  # 1/8 of a kind's time goes to the small batch
+_GROWTH = 8  # from one batch size to the next
+_ROUNDS = 3  # runs of a job that must fit in the time left: a warm-up, and timings
 STUDENT_STEPS = 2
 
 
 @dataclass(frozen=True)
 class StepKind:
-    """A kind of step to time: on how many images the job will take it, and with how many CPU threads."""
+    """A kind of step to time, with the job's batch size and number of CPU threads."""
 
     kind: str
     images: int
@@ -47,7 +47,7 @@ class StepKind:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What a kind of step takes, and on how many images that was measured."""
+    """Measured time of a kind of step, and the number of images it was measured on."""
 
     step: StepTime
     images: int
@@ -57,9 +57,9 @@ class Calibrated:
 def calibrate(
     recipe: Recipe, shapes: Shapes, wanted: list[StepKind], device: torch.device, seconds: float, busy: bool = False
 ) -> dict[str, Calibrated]:
-    """Time every kind of ``wanted`` within about ``seconds`` in all, by the processor's time where the CPU is ``busy``.
+    """Time every kind of ``wanted`` in about ``seconds`` in all, by CPU time if the CPU is ``busy``.
 
-    Kinds for which no time is left, since steps of the kinds before took twice all there was, are not among the result.
+    Kinds for which no time is left, since steps of earlier kinds took twice the total, are missing from the result.
     """
     work = Steps(recipe, shapes, device)
     found: dict[str, Calibrated] = {}
@@ -78,14 +78,14 @@ def calibrate(
 def _time(
     make: Callable[[int], Callable[[], object]], steps: int, images: int, timer: Timer, budget: float
 ) -> Calibrated:
-    """A kind's step on few and on many images, in about ``budget`` seconds; a job of ``make`` is ``steps`` of them."""
+    """Time a kind's step on few and many images in about ``budget`` seconds; a job of ``make`` is ``steps`` steps."""
     until = time.perf_counter() + budget
     few = min(_SMALL_BATCH, images)
     small, _ = _least(make(few), timer, budget / _SMALL_PART)
     if images == few or time.perf_counter() > until:
         return Calibrated(StepTime(small / few / steps), few, 1)
     many, large, repeats = few, small, 1
-    while many < images:  # the last try is the one that counts
+    while many < images:  # the last measurement counts
         left = until - time.perf_counter()
         affordable = int(many * left / (_ROUNDS * large))
         larger = min(images, many * _GROWTH, max(affordable, few + 1))
@@ -94,16 +94,16 @@ def _time(
         many = larger
         large, repeats = _least(make(many), timer, left if many == images else left / _SMALL_PART)
     small, large = small / steps, large / steps
-    if timer.device.type == "cuda":  # works through a queue: few images take as long as launching does
+    if timer.device.type == "cuda":  # asynchronous queue: a small batch takes as long as its launches
         return Calibrated(StepTime(large / many, launch=small), many, repeats)
     per_image = (large - small) / (many - few)
-    if per_image <= 0:  # a busy machine: what is sure is that a step takes no longer than this
+    if per_image <= 0:  # a busy machine: this is only an upper bound
         return Calibrated(StepTime(large / many), many, repeats)
     return Calibrated(StepTime(per_image, per_step=max(small - few * per_image, 0.0)), many, repeats)
 
 
 def _least(job: Callable[[], object], timer: Timer, budget: float) -> tuple[float, int]:
-    """(least seconds, repeats) of a job after one to warm up, in about ``budget`` seconds; a single one where it takes longer."""
+    """Return (least seconds, repeats) of a job after a warm-up, in about ``budget`` seconds; one repeat if longer."""
     until = time.perf_counter() + budget
     first, taken = timer.seconds(job), list[float]()
     while len(taken) < _MOST_REPEATS and (len(taken) < _LEAST_REPEATS or time.perf_counter() + min(taken) < until):
@@ -115,13 +115,13 @@ def _least(job: Callable[[], object], timer: Timer, budget: float) -> tuple[floa
 
 @dataclass(frozen=True)
 class Timer:
-    """Seconds of one call, with what it left to the device; with ``share``, of the processor's time by so many threads each."""
+    """Timer of one call, including its queued device work; ``share``: use CPU time, divided by that many threads."""
 
     device: torch.device
     share: int | None = None
 
     def seconds(self, job: Callable[[], object]) -> float:
-        """Of one call of ``job``."""
+        """Return the seconds of one call of ``job``."""
         clock = time.perf_counter if self.share is None else time.process_time
         began = clock()
         job()
@@ -132,7 +132,7 @@ class Timer:
 
 @contextmanager
 def with_threads(count: int | None) -> Iterator[None]:
-    """torch works with so many CPU threads inside; None changes nothing."""
+    """Set torch's number of CPU threads inside the block; None changes nothing."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -158,7 +158,7 @@ class Steps:
         self.generator = torch.Generator().manual_seed(0)
 
     def of(self, kind: str) -> Callable[[int], Callable[[], object]]:
-        """From a number of images to one step of ``kind`` on them (a student's: STUDENT_STEPS)."""
+        """Return a function from a number of images to a step of ``kind`` on them (student: STUDENT_STEPS steps)."""
         stage, _, what = kind.partition("/")
         if stage == "experts":
             return lambda images: self._expert(what, images)

@@ -1,4 +1,4 @@
-"""What is known of a recipe's data: from the files where they are here, else from what is published about the data set."""
+"""Facts about a recipe's data: from the files if they are here, else as published for the data set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lad_dist.recipe import DataConfig
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Shape of the images, training images per class, test images; ``source`` says where this is known from."""
+    """Shape of the images, training images per class, test images; ``source``: where these facts come from."""
 
     channels: int
     size: int
@@ -27,7 +27,7 @@ class DatasetInfo:
 
     @property
     def train(self) -> int:
-        """Training images."""
+        """Number of training images."""
         return sum(self.counts)
 
 
@@ -40,7 +40,7 @@ class _Known:
     test: int
 
 
-# Each data set's own page; digits: lad_dist/data/arrays.py splits 1,797 images.
+# From each data set's own page; digits: lad_dist/data/arrays.py splits 1,797 images.
 _KNOWN = {
     "digits": _Known(1, 8, 10, 120, 540),
     "fashion-mnist": _Known(1, 28, 10, 6000, 10_000),
@@ -60,7 +60,7 @@ class _Lists:
     smallest: int
 
 
-# Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019, and the lists that belong to it.
+# Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019, and its lists.
 _LISTS = {
     "ImageNet_LT_train.txt": _Lists("ImageNet-LT", 1000, 115_846, 50_000, 1280, 5),
     "Places_LT_train.txt": _Lists("Places-LT", 365, 62_500, 36_500, 4980, 5),
@@ -68,7 +68,7 @@ _LISTS = {
 
 
 def dataset_info(config: DataConfig) -> DatasetInfo:
-    """What the stages will be given. Nothing is downloaded; images that are here are all looked at.
+    """Return the facts about the data that the stages will use. Downloads nothing; inspects every image that is here.
 
     Raises:
         DataError: the data are here and cannot be used, or are not here and nothing is published about them.
@@ -86,7 +86,7 @@ def dataset_info(config: DataConfig) -> DatasetInfo:
 
 
 def published(config: DataConfig) -> DatasetInfo | None:
-    """What is published about the data set; None where that is nothing. Raises DataError for an impossible long tail."""
+    """Return the published facts about the data set, or None. Raises DataError for an impossible long tail."""
     known = _KNOWN.get(config.dataset)
     if known is None:
         return _of_lists(config)
@@ -107,7 +107,7 @@ def published(config: DataConfig) -> DatasetInfo | None:
 
 
 def _of_lists(config: DataConfig) -> DatasetInfo | None:
-    """Lists that are published: class sizes on an exponential of the published ends, levelled to the published total."""
+    """Return facts of published lists: class sizes on an exponential of the published ends, fitted to the total."""
     known = _LISTS.get(Path(config.train).name) if config.dataset == "list" and config.train is not None else None
     if known is None or config.image_size is None:
         return None
@@ -116,7 +116,7 @@ def _of_lists(config: DataConfig) -> DatasetInfo | None:
     inner = [max(known.smallest, min(known.largest, int(n * middle))) for n in shape[1:-1]]
     short = known.train - shape[0] - shape[-1] - sum(inner)
     step = 1 if short > 0 else -1
-    for i in range(abs(short)):  # rounding, and what the smallest classes were raised by: over the larger classes
+    for i in range(abs(short)):  # spread rounding, and the raise of the smallest classes, over the larger ones
         inner[i % (2 * len(inner) // 3)] += step
     return DatasetInfo(
         config.channels or 3,

@@ -1,4 +1,4 @@
-"""The plan of a job: memory, disk and hours of each stage, what ``auto`` will choose, and how many ranks help."""
+"""The plan of a job: memory, disk and hours of each stage, the choices of ``auto``, and how many ranks help."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ZCA_FLOPS = {"cpu": 15e9, "cuda": 1e12}  # assumed; per thread on a CPU. Eigenv
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that something takes, and where: ``device`` (of one rank), ``host`` or ``disk``."""
+    """Bytes needed, and where: ``device`` (of one rank), ``host`` or ``disk``."""
 
     stage: str
     what: str
@@ -49,7 +49,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Duration:
-    """Seconds that a stage, or a part of one, takes, and how that was worked out in words."""
+    """Seconds of a stage or of a part of it, and how they were estimated, in words."""
 
     stage: str
     what: str
@@ -59,7 +59,7 @@ class Duration:
 
 @dataclass(frozen=True)
 class Rate:
-    """Seconds of one step of a kind on ``images`` images, and where that is known from."""
+    """Seconds of one step of a kind on ``images`` images, and the source of the number."""
 
     kind: str
     images: int
@@ -69,7 +69,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that ``lad-dist plan`` shows. ``durations``, ``rates`` and ``scaling`` are empty where something cannot fit."""
+    """Everything that ``lad-dist plan`` shows. ``durations``, ``rates``, ``scaling``: empty if something cannot fit."""
 
     job: str
     data: str
@@ -87,17 +87,17 @@ class Plan:
     faults: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: bytes, seconds, words."""
+        """Return plain values: bytes, seconds, words."""
         return asdict(self)
 
 
 def shapes_of(recipe: Recipe, info: DatasetInfo) -> Shapes:
-    """The recipe's network on its data."""
+    """Return the shapes of the recipe's network on its data."""
     return Shapes.of(recipe.model, info.channels, info.size, info.classes)
 
 
 def refuse_what_cannot_fit(recipe: Recipe, info: DatasetInfo, resources: Resources, buffer: Path | None) -> None:
-    """Raise RecipeError where the memory, or the whole disk of ``buffer``, is too small for the job."""
+    """Raise RecipeError if the memory, or the total disk space of ``buffer``, is too small for the job."""
     shapes = shapes_of(recipe, info)
     needed, free = _disk(recipe, shapes, buffer)
     room = (
@@ -116,8 +116,9 @@ def make_plan(
     buffer: Path | None,
     calibrate: float | None,
 ) -> Plan:
-    """The plan. ``buffer`` is where the trajectory buffer will lie (None: in an object store); ``calibrate`` the seconds
-    to spend on measuring this device, None for the table (also where ``device`` is None)."""
+    """Return the plan. ``buffer``: where the trajectory buffer will lie (None: in an object store); ``calibrate``:
+    seconds to measure this device; None: use the table (also if ``device`` is None).
+    """
     shapes = shapes_of(recipe, info)
     notes = [shapes.note] if shapes.note else []
     if calibrate is not None and resources.chooses_threads:
@@ -155,7 +156,7 @@ def make_plan(
 
 
 def durations_of(recipe: Recipe, info: DatasetInfo, resources: Resources) -> list[Duration]:
-    """Every stage of the job by the table of devices, whether it fits or not."""
+    """Return the durations of all stages by the table of devices, whether the job fits or not."""
     shapes = shapes_of(recipe, info)
     path, _ = choose_path(
         recipe, shapes, resources.rank_memory, Batches(info.classes * recipe.ipc, recipe.distill.batch)
@@ -164,7 +165,7 @@ def durations_of(recipe: Recipe, info: DatasetInfo, resources: Resources) -> lis
 
 
 def choose_path(recipe: Recipe, shapes: Shapes, free: int, batches: Batches) -> tuple[str, str]:
-    """(gradient path, why), as ``distill/memory.py`` will choose it where ``free`` bytes are free for a rank."""
+    """Return (gradient path, reason), as ``distill/memory.py`` will choose it with ``free`` bytes for a rank."""
     d = recipe.distill
     if d.gradient != "auto":
         path = "recompute" if d.gradient == "captured" else d.gradient  # the same work and memory
@@ -202,7 +203,7 @@ def _needs(recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: Resourc
 
 
 def _disk(recipe: Recipe, shapes: Shapes, buffer: Path | None) -> tuple[int, int | None]:
-    """(bytes of the buffer still to be written, bytes free where it will lie; None in an object store)."""
+    """Return (bytes of the buffer still to be written, bytes free at its location; None in an object store)."""
     needed = memory.buffer_bytes(recipe, shapes)
     if buffer is None:
         return needed, None
@@ -211,7 +212,7 @@ def _disk(recipe: Recipe, shapes: Shapes, buffer: Path | None) -> tuple[int, int
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Return the folder, or its nearest existing parent."""
     return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
 
 
@@ -223,7 +224,7 @@ def _disk_words(disk: tuple[int, int | None], buffer: Path | None) -> str:
 
 
 class _Times:
-    """Hours, from the table or from a calibration."""
+    """Durations, from the table or from a calibration."""
 
     def __init__(self, recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: Resources, path: str) -> None:
         self.recipe, self.info, self.shapes, self.resources, self.path = recipe, info, shapes, resources, path
@@ -233,7 +234,7 @@ class _Times:
         rank_threads = max(1, int(resources.rank_threads(resources.world)))
         alone = resources.experts_at_a_time == 1
         expert_threads = (resources.team or resources.threads) if alone else resources.threads_per_expert
-        # kind -> (images of a step as the job will take it, CPU threads)
+        # kind -> (images per step of the job, CPU threads)
         self.kinds = {
             f"representation/{path}": (max(1, round(share)), rank_threads),
             f"classifier/{path}": (max(1, round(share)), rank_threads),
@@ -247,7 +248,7 @@ class _Times:
             del self.kinds[f"representation/{path}"]
 
     def measure(self, device: torch.device | None, seconds: float | None) -> list[str]:
-        """Calibrate if asked and possible; what is worth knowing about it in words."""
+        """Calibrate if requested and possible; return notes about it."""
         if seconds is None or device is None:
             why = "" if seconds is None else " (the devices are not here to be measured)"
             return [f"speed: {self.source}{why}"]
@@ -282,16 +283,16 @@ class _Times:
         )
 
     def step(self, kind: str) -> StepTime:
-        """A step of a kind with the threads of ``kinds``."""
+        """Return the time of a step of ``kind``, with the threads of ``kinds``."""
         if kind in self._measured:
             return self._measured[kind]
         return self.resources.table(kind, self.shapes, self.kinds[kind][1])
 
     def _student_step(self, kind: str, world: int) -> StepTime:
-        """A student step on one of ``world`` ranks, by either path: on a CPU they share the cores of their host."""
+        """Return a student step's time on one of ``world`` ranks, by either path; CPU ranks share a host's cores."""
         known = f"{kind.partition('/')[0]}/{self.path}"
         step, threads = self.step(known), self.kinds[known][1]
-        if kind != known:  # only the path that this job takes is measured
+        if kind != known:  # only the job's own path is measured
             here, other = (self.resources.table(k, self.shapes, threads) for k in (known, kind))
             step = StepTime(
                 step.per_image * other.per_image / here.per_image,
@@ -301,7 +302,7 @@ class _Times:
         return step if self.resources.device == "cuda" else step.slower(threads / self.resources.rank_threads(world))
 
     def rates(self) -> list[Rate]:
-        """Every kind of step as the job will take it."""
+        """Return the rate of every kind of step at the job's batch size."""
         return [
             Rate(
                 kind,
@@ -313,26 +314,26 @@ class _Times:
         ]
 
     def phases(self, world: int) -> tuple[PhaseCost, ...]:
-        """The phases of an iteration on one of ``world`` ranks, by the path that fits there."""
+        """Return the phases of an iteration on one of ``world`` ranks, by the path that fits there."""
         batches = Batches(self.total, self.recipe.distill.batch, world)
         path, _ = choose_path(self.recipe, self.shapes, self.resources.rank_memory_of(world), batches)
         return phases_of(self.recipe, self.shapes, path, lambda kind: self._student_step(kind, world))
 
     def scaling(self) -> tuple[Scaling, ...]:
-        """An iteration on each number of ranks that is worth a look."""
+        """Return the cost of an iteration for each relevant number of ranks."""
         resources = self.resources
         most = 64 if resources.device == "cuda" else max(resources.threads * resources.hosts, resources.world)
         worlds = sorted({resources.world, *(w for w in RANK_COUNTS if w <= most)})
         return scaling(self.phases, self.total, self.recipe.distill.batch, worlds, resources.network)
 
     def advice(self) -> str:
-        """Where more ranks stop helping."""
+        """Return where more ranks stop helping, in words."""
         if self.resources.device == "cpu" and self.resources.hosts == 1:
             return "ranks on one host share its cores: they gain little over threads"
         return advice(self.scaling(), self.resources.world)
 
     def durations(self) -> list[Duration]:
-        """Every stage of the job, from nothing."""
+        """Return the durations of all stages, from scratch."""
         return [*self._whitening(), *self._experts(), *self._distillation(), *self._evaluation()]
 
     def _whitening(self) -> list[Duration]:
@@ -343,14 +344,14 @@ class _Times:
 
     def _experts(self) -> list[Duration]:
         e, resources = self.recipe.experts, self.resources
-        drawn = max(self.info.counts) * self.info.classes  # of an epoch of the classifier stage
+        drawn = max(self.info.counts) * self.info.classes  # images per epoch of the classifier stage
         stages = (
             ("representation stage", "experts/representation", e.epochs, self.info.train),
             ("classifier stage", "experts/classifier", e.classifier_epochs, drawn),
         )
         at_a_time = min(resources.experts_at_a_time, e.count)
         sharing = 1.0
-        if resources.device == "cuda":  # experts on one GPU share its compute, but not what the host launches
+        if resources.device == "cuda":  # experts on one GPU share its compute, not the host's launches
             sharing = max(1.0, at_a_time / (resources.hosts * resources.per_host))
         rounds = math.ceil(e.count / at_a_time)
         found = []
@@ -386,7 +387,7 @@ class _Times:
             candidates = select.iterations // select.select_every
             sources.append(("select", candidates * each, f"{candidates} candidates, {e.epochs} epochs each"))
         epochs, most = e.epochs, ""
-        if e.tune_epochs:  # which of them is chosen is not known
+        if e.tune_epochs:  # the choice is not known yet
             epochs, most = max(e.tune_epochs), "at most "
         for source in dict.fromkeys(("distilled", *e.baselines)):
             whole = source in WHOLE
@@ -402,7 +403,7 @@ class _Times:
         return [Duration("evaluate", what, seconds, how) for what, seconds, how in sources]
 
     def _tuning(self, source: str, epoch: float, whole: bool) -> list[tuple[str, float, str]]:
-        """Choosing learning rate and epochs for a source, an ``epoch`` of which takes so many seconds."""
+        """Return the time to tune learning rate and epochs for a source, given the seconds of an ``epoch``."""
         e = self.recipe.evaluate
         alpha = bool(e.tune_lr) and base_source(source) in ("distilled", "initial")
         rates = len(e.tune_lr or (None,)) + alpha
@@ -417,11 +418,11 @@ class _Times:
 
 
 def _epoch(step: StepTime, images: int, batch: int) -> float:
-    """Seconds of an epoch over ``images`` in batches of ``batch``, the last one smaller."""
+    """Return the seconds of an epoch over ``images`` in batches of ``batch``, the last one smaller."""
     steps = math.ceil(images / batch)
     return steps * step.seconds(images / steps)
 
 
 def total_seconds(durations: Sequence[Duration], stage: str) -> float:
-    """Of one stage."""
+    """Return the seconds of one stage."""
     return sum(d.seconds for d in durations if d.stage == stage)

@@ -1,4 +1,4 @@
-"""What cannot fit, each with the field at fault and the change that would make it fit."""
+"""Find what cannot fit, with the field at fault and the change that would make it fit."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _MOST_RANKS = 4096
 
 
 def rank_bytes(recipe: Recipe, info: DatasetInfo, shapes: Shapes, device: str, batches: Batches, path: str) -> int:
-    """The most that one rank needs of its device (of the host, on CPUs) during distillation, in all."""
+    """Return one rank's peak bytes on its device (on its host, for CPUs) during distillation, in all."""
     phases = memory.phases_of(recipe, shapes, batches, path, device)
     busiest = max(phases.values())
     return _standing(recipe, info, shapes, device) + memory.set_bytes(shapes, batches.rows) + busiest
 
 
 def expert_process_bytes(recipe: Recipe, info: DatasetInfo, shapes: Shapes, device: str, batch: int) -> int:
-    """One expert's process on its device (on the host, on CPUs), in all."""
+    """Return the total bytes of one expert's process on its device (on the host, for CPUs)."""
     return _standing(recipe, info, shapes, device, windows=False) + memory.training_bytes(shapes, batch, device)
 
 
 def _standing(recipe: Recipe, info: DatasetInfo, shapes: Shapes, device: str, windows: bool = True) -> int:
-    """What is there whatever the batch: the process, the data, and on the host the cache of windows."""
+    """Return the bytes that any batch needs: the process, the data, and on the host the cache of windows."""
     on_device, on_host = memory.data_bytes(info, shapes, recipe.data.whitening)
     total = memory.PROCESS[device] + on_device
     if device == "cpu":
@@ -39,7 +39,7 @@ def _standing(recipe: Recipe, info: DatasetInfo, shapes: Shapes, device: str, wi
 def faults(
     recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: Resources, disk: tuple[int, int | None]
 ) -> list[str]:
-    """Everything that cannot fit, worst first. ``disk`` is (bytes still to be written, bytes free or None for a store)."""
+    """Return everything that cannot fit, worst first. ``disk``: (bytes to write, bytes free or None for a store)."""
     found = [
         *_whitening(recipe, shapes, resources),
         *_distillation(recipe, info, shapes, resources),
@@ -83,7 +83,7 @@ def _distillation(recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: 
 def _experts(recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: Resources) -> list[str]:
     at_a_time = min(resources.experts_at_a_time, recipe.experts.count)
     devices = resources.hosts * (resources.per_host if resources.device == "cuda" else 1)
-    sharing = -(-at_a_time // devices)  # experts on one device, or on one host
+    sharing = -(-at_a_time // devices)  # experts per device, or per host
 
     def needs(batch: int, experts: int = sharing) -> int:
         ray = memory.RAY_BYTES if resources.device == "cpu" and experts > 1 else 0
@@ -134,7 +134,7 @@ def _disk(recipe: Recipe, shapes: Shapes, disk: tuple[int, int | None]) -> list[
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` that fits, 0 if none does; what fits must fit for all smaller ones."""
+    """Return the largest number up to ``most`` that fits, 0 if none; if a number fits, all smaller ones must."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

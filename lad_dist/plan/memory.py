@@ -1,13 +1,13 @@
 """Bytes: of a phase on one rank, of an expert's process, of the whitening, and of the buffer on disk.
 
-What is counted, per image: with a block's convolution giving A values, the graph of a step that is differentiated again
-keeps A (the convolution), A (its gradient), and a quarter of A twice (after pooling, and that gradient): 2.5 times all
-activations. A graph for one backward pass keeps A and a quarter: 1.25. To these come the image itself, its augmented view
-and one intermediate result of that. Kept graphs also hold theta and g, P values each, of every step.
+Counted, per image: if a block's convolution outputs A values, the graph of a step that is differentiated again keeps
+A (the convolution), A (its gradient), and a quarter of A twice (after pooling, and that gradient): 2.5 times all
+activations. A graph for one backward pass keeps A and a quarter: 1.25. Added to these are the image itself, its
+augmented view and one intermediate result of that. Kept graphs also hold theta and g, P values each, of every step.
 
-What is measured, on a CPU (tests/plan/test_memory.py measures it again): what is alive only for a while on the way back,
-as multiples of the largest convolution's values. On a GPU it is counted instead, since ``models/block.py`` works there on the
-whole batch at once: a, z, y, g, h, the masked h and two results, and as much as one for cuDNN's workspace.
+Measured, on a CPU (tests/plan/test_memory.py measures it again): temporaries of the backward pass, as multiples of the
+largest convolution's values. On a GPU they are counted instead, since ``models/block.py`` works there on the whole
+batch at once: a, z, y, g, h, the masked h and two results, and as much as one for cuDNN's workspace.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _PASSING = {
     ("cuda", "representation"): 9.0,
     ("cuda", "classifier"): 6.0,
 }
-_TRAINING = {"cpu": 2.0, "cuda": 5.0}  # one backward pass: what passes beside the graph
+_TRAINING = {"cpu": 2.0, "cuda": 5.0}  # temporaries of one backward pass, beside the graph
 _IMAGES_PER_STEP = 3  # an image, its view, and one intermediate result of the augmentation
-_VECTORS = 10  # of P values: the window, theta, the sum, the direction, and results on their way
+_VECTORS = 10  # of P values: the window, theta, the sum, the direction, and temporaries
 _REPLICA_VECTORS = 3  # DistributedDataParallel: weights, gradients, bucket
-_SMALL = 4 * 2**20  # what no shape explains: compiled kernels, the allocator's own
+_SMALL = 4 * 2**20  # not explained by shapes: compiled kernels, the allocator's own
 _FLOAT64_UP_TO = 4096  # values per image up to which data/whitening.py computes in float64
 PROCESS = {
     "cpu": 420 * 10**6,
@@ -45,7 +45,7 @@ COMPRESSION = 0.85  # of the trajectory buffer, BYTE_STREAM_SPLIT and zstd: benc
 
 @dataclass(frozen=True)
 class Batches:
-    """The share of the student's batches that falls on one of ``world`` ranks: S images in all, ``batch`` a step."""
+    """One of ``world`` ranks' share of the student's batches: S images in all, ``batch`` per step."""
 
     total: int
     batch: int
@@ -53,15 +53,15 @@ class Batches:
 
     @property
     def rows(self) -> int:
-        """Images of the set that the largest rank holds."""
+        """Images of the set on the rank with the most."""
         return math.ceil(self.total / self.world)
 
     def largest(self, steps: int) -> float:
-        """Images of the largest share of one batch among all ranks and ``steps``."""
+        """Return the images of the largest share of one batch among all ranks and ``steps``."""
         return largest_share(self.total, self.batch, self.world, steps)
 
     def all_steps(self, steps: int) -> float:
-        """Images of ``steps`` batches together on the rank that has most."""
+        """Return the images of ``steps`` batches together on the rank with the most."""
         if self.total <= self.batch:
             return float(steps * self.rows)
         extra = largest_share(self.total, self.batch, self.world) - mean_batch(self.total, self.batch) / self.world
@@ -70,12 +70,12 @@ class Batches:
 
 
 def graph_bytes(shapes: Shapes, phase: str, images: float) -> float:
-    """What the graphs of student steps on ``images`` images together hold, without vectors of P."""
+    """Return the bytes of the graphs of student steps on ``images`` images in all, without vectors of P."""
     return 4 * images * (shapes.graph(phase) + _IMAGES_PER_STEP * shapes.image)
 
 
 def phase_bytes(shapes: Shapes, batches: Batches, phase: str, path: str, steps: int, device: str) -> int:
-    """The most that one phase needs at a time on a rank, beside the synthetic set's own tensors."""
+    """Return one phase's peak bytes on a rank, beside the synthetic set's own tensors."""
     largest = batches.largest(steps)
     kept = batches.all_steps(steps) if path == "keep" else largest
     per_step = 2 * shapes.parameters if phase == "representation" else shapes.classifier
@@ -88,10 +88,10 @@ def phase_bytes(shapes: Shapes, batches: Batches, phase: str, path: str, steps: 
 
 
 def phases_of(recipe: Recipe, shapes: Shapes, batches: Batches, path: str, device: str) -> dict[str, int]:
-    """``phase_bytes`` of every phase of the recipe, by name.
+    """Return ``phase_bytes`` of every phase of the recipe, by name.
 
-    The regression phase: a classifier step's graph on the synthetic batch, or a pass without a graph over the real images,
-    features of both, and matrices of the size of the batch.
+    The regression phase: a classifier step's graph on the synthetic batch, or a graph-free pass over the real images,
+    features of both, and matrices of the batch size.
     """
     d = recipe.distill
     steps = {"representation": d.student_steps, "classifier": d.student_steps_classifier}
@@ -109,17 +109,17 @@ def phases_of(recipe: Recipe, shapes: Shapes, batches: Batches, path: str, devic
 
 
 def auto_bytes(shapes: Shapes, batches: Batches, steps: int) -> int:
-    """What ``distill.gradient: auto`` compares with the memory there is: the graphs of the first phase's steps."""
+    """Return the bytes that ``distill.gradient: auto`` compares with memory: the graphs of the first phase's steps."""
     return int(graph_bytes(shapes, "representation", batches.all_steps(steps)) + 4 * steps * shapes.parameters)
 
 
 def set_bytes(shapes: Shapes, rows: int) -> int:
-    """A rank's share of the synthetic set: images and labels, their momentum, the initial images, one phase's gradients."""
+    """Return a rank's bytes of the set: images and labels, momentum, the initial images, one phase's gradients."""
     return 4 * rows * 4 * (shapes.image + shapes.classes)
 
 
 def data_bytes(info: DatasetInfo, shapes: Shapes, whitening: str) -> tuple[int, int]:
-    """(bytes on the device, bytes on the host): the whitened training set where it is kept whole, the whitening; uint8."""
+    """Return (device bytes, host bytes): whitened training set, if kept whole, and whitening; uint8 images."""
     whitened = 4 * info.train * shapes.image
     matrices = {"zca": 2 * shapes.image**2, "standardize": 2 * shapes.channels, "none": 0}[whitening]
     on_device = (whitened if whitened <= DEFAULT_BUDGET_BYTES else 0) + 4 * matrices
@@ -127,36 +127,36 @@ def data_bytes(info: DatasetInfo, shapes: Shapes, whitening: str) -> tuple[int, 
 
 
 def whitening_bytes(shapes: Shapes, whitening: str) -> int:
-    """Peak of fitting the whitening, where it is ZCA: about 5 matrices of D x D (data/whitening.py)."""
+    """Return the peak bytes of fitting ZCA: about 5 matrices of D x D (data/whitening.py); 0 for other whitenings."""
     if whitening != "zca":
         return 0
     return 5 * shapes.image**2 * (8 if shapes.image <= _FLOAT64_UP_TO else 4)
 
 
 def whitening_flops(shapes: Shapes, info: DatasetInfo, whitening: str) -> float:
-    """Of fitting it: 2 N D^2 for the covariance and about 10 D^3 for the eigenvectors."""
+    """Return the FLOPs of fitting ZCA: 2 N D^2 for the covariance, about 10 D^3 for the eigenvectors."""
     return 2.0 * info.train * shapes.image**2 + 10.0 * shapes.image**3 if whitening == "zca" else 0.0
 
 
 def window_cache_bytes(recipe: Recipe, shapes: Shapes) -> int:
-    """Decoded checkpoints that distillation keeps on the host."""
+    """Return the bytes of the decoded checkpoints that distillation keeps on the host."""
     rows = recipe.experts.count * (recipe.distill.start_epoch_max + recipe.distill.window_epochs)
     return int(min(recipe.buffer.cache_mb * 2**20, 4 * rows * shapes.parameters))
 
 
 def expert_bytes(recipe: Recipe, shapes: Shapes, device: str) -> int:
-    """One expert's step on the device, beside the data: GSAM's graph on one batch, and vectors of P."""
+    """Return the device bytes of one expert's step, beside the data: GSAM's graph on one batch, and vectors of P."""
     return training_bytes(shapes, recipe.experts.batch, device)
 
 
 def training_bytes(shapes: Shapes, images: int, device: str) -> int:
-    """One forward and backward pass of a network on ``images`` images."""
+    """Return the bytes of one forward and backward pass of a network on ``images`` images."""
     graph = shapes.graph("classifier") + _IMAGES_PER_STEP * shapes.image + _TRAINING[device] * shapes.largest
     return int(4 * (images * graph + _VECTORS * shapes.parameters)) + _SMALL
 
 
 def buffer_bytes(recipe: Recipe, shapes: Shapes) -> int:
-    """The trajectory buffer on disk: whole networks in the first stage, the classifier alone in the second."""
+    """Return the trajectory buffer's bytes on disk: whole networks in the first stage, classifiers in the second."""
     e = recipe.experts
     values = (e.epochs + 1) * shapes.parameters + (e.classifier_epochs + 1) * shapes.classifier
     return int(e.count * values * 4 * COMPRESSION)

@@ -1,7 +1,7 @@
-"""A recipe shortened to a first look: ``lad-dist run JOB --quick``.
+"""Shorten a recipe to a first look: ``lad-dist run JOB --quick``.
 
-The time is taken from the table of devices for two CPU threads, not from this machine, so that the same recipe and data are
-shortened in the same way everywhere and a stopped run goes on with the same command.
+Durations come from the table of devices for two CPU threads, not from this machine, so that the same recipe and data
+are shortened in the same way everywhere and a stopped run continues with the same command.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from lad_dist.plan.estimate import durations_of
 from lad_dist.plan.resources import two_threads
 from lad_dist.recipe import Recipe
 
-SECONDS = 120.0  # by the table; ten minutes leave room for a machine a third as fast, for small steps, and for what is no step
-_SHRINK = 0.75  # what a number is multiplied by, at a time
+SECONDS = 120.0  # by the table; ten minutes allow for a machine a third as fast, small steps and other work
+_SHRINK = 0.75  # factor of one reduction
 
-# Stage -> numbers in the order in which they are lowered, each down to a floor before the next.
+# Stage -> fields in the order in which they are lowered, each down to its floor before the next.
 _LOWERED: dict[str, tuple[tuple[str, int], ...]] = {
     "experts": (("count", 2), ("epochs", 15), ("classifier_epochs", 5), ("epochs", 4), ("classifier_epochs", 2)),
     "distill": (
@@ -30,12 +30,12 @@ _LOWERED: dict[str, tuple[tuple[str, int], ...]] = {
     ),
     "evaluate": (("seeds", 3), ("epochs", 200), ("full_epochs", 30), ("seeds", 2), ("full_epochs", 3), ("epochs", 30)),
 }
-_NARROW, _NARROWEST = 32, 16  # widths: first where ten times too much is asked for, last where nothing else is left
+_NARROW, _NARROWEST = 32, 16  # widths: the first if ten times over budget, the last if nothing else is left
 
 
 @dataclass(frozen=True)
 class Quick:
-    """The shortened recipe, (field, value before, value now) of each change, and the seconds that it takes by the table."""
+    """The shortened recipe, (field, value before, value now) of each change, and its seconds by the table."""
 
     recipe: Recipe
     changes: tuple[tuple[str, Any, Any], ...]
@@ -43,15 +43,15 @@ class Quick:
 
 
 def quick(recipe: Recipe, info: DatasetInfo) -> Quick:
-    """Measure beside the set only what it must beat, and lower the budget of whichever stage takes longest until all fits.
+    """Keep only the baseline that the set must beat, and lower the budget of the longest stage until all fits.
 
-    ZCA and a wide network go first where they are far too much, and the rest of the width last.
+    ZCA and a wide network go first if far over budget; the rest of the width goes last.
     """
     doc = recipe.model_dump(mode="json")
     resources, shortened = two_threads(), recipe
     stages = _seconds(shortened, info, resources)
     if sum(stages.values()) > SECONDS and "initial" in doc["evaluate"]["baselines"]:
-        doc["evaluate"]["baselines"] = ["initial"]  # what the set must beat
+        doc["evaluate"]["baselines"] = ["initial"]  # the baseline that the set must beat
     while sum(stages.values()) > SECONDS:
         far = sum(stages.values()) > 10 * SECONDS
         if stages.get("data", 0.0) > SECONDS / 3 and doc["data"]["whitening"] == "zca":
@@ -72,7 +72,7 @@ def _seconds(recipe: Recipe, info: DatasetInfo, resources: Any) -> dict[str, flo
 
 
 def _lower(doc: dict[str, Any], stages: dict[str, float]) -> bool:
-    """Lower one number of the longest stage that has one above its floor; False where none has."""
+    """Lower one field of the longest stage that has one above its floor; return False if there is none."""
     for stage in sorted(_LOWERED, key=lambda name: -stages.get(name, 0.0)):
         section = doc[stage]
         for name, floor in _LOWERED[stage]:
@@ -90,7 +90,7 @@ def _narrower(doc: dict[str, Any], floor: int) -> bool:
 
 
 def _fit_windows(doc: dict[str, Any]) -> None:
-    """Windows that lie within the epochs that are left, and candidates and live experts within what there is."""
+    """Limit windows to the epochs that are left, and candidates and live experts to what there is."""
     d, e = doc["distill"], doc["experts"]
     d["window_epochs"] = min(d["window_epochs"], e["epochs"], e["classifier_epochs"])
     d["start_epoch_max"] = min(d["start_epoch_max"], e["epochs"] - d["window_epochs"] + 1)

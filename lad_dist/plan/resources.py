@@ -1,4 +1,4 @@
-"""Where a job will run: its devices, their memory, how many experts at a time, and how the ranks reach each other."""
+"""Resources of a job: devices, their memory, concurrent experts, and the network between ranks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lad_dist.profile import Profile
 if TYPE_CHECKING:
     import torch
 
-GPUS_PER_HOST = 8  # assumed of hosts that the profile does not describe
+GPUS_PER_HOST = 8  # assumed for hosts that the profile does not describe
 
 
 @dataclass(frozen=True)
 class Resources:
-    """``device`` is ``cpu`` or ``cuda``; ``name`` what it is called. ``here`` says that it is this machine's own.
+    """Devices of a job. ``device``: ``cpu`` or ``cuda``; ``name``: for display; ``here``: it is this machine's own.
 
-    ``memory`` is what a device (a host, for CPUs) has free for the job, ``host_memory`` what the host has. ``world`` ranks
-    share the distillation, at most ``per_host`` to a host, with ``threads`` CPU threads to a host.
+    ``memory``: bytes of a device (a host, for CPUs) free for the job; ``host_memory``: of the host. ``world`` ranks
+    share the distillation, at most ``per_host`` per host, with ``threads`` CPU threads per host.
     """
 
     device: str
@@ -41,42 +41,42 @@ class Resources:
     threads_per_expert: int
     network: Network
     team: int | None = None
-    """Threads of a process that has a host's CPU to itself; None: all of them."""
+    """Threads of a process that has a host's CPU to itself; None: all."""
 
     @property
     def chooses_threads(self) -> bool:
-        """Whether a run there would time how many CPU threads it works with (``threads.py``)."""
+        """Whether a run there would choose its number of CPU threads by timing (``threads.py``)."""
         return self.device == "cpu" and self.here and self.team is None and self.threads > 1 and self.world == 1
 
     @property
     def rank_memory(self) -> int:
-        """What one rank may use of its device."""
+        """Bytes that one rank may use of its device."""
         return self.rank_memory_of(self.world)
 
     def rank_memory_of(self, world: int) -> int:
-        """The same where ``world`` ranks share the distillation: those on one host share its memory, each GPU has its own."""
+        """Return a rank's bytes if there are ``world``: ranks on a host share its memory, each GPU has its own."""
         return self.memory if self.device == "cuda" else self.memory // max(1, -(-world // self.hosts))
 
     def rank_threads(self, world: int) -> float:
-        """CPU threads of a rank where ``world`` of them share the hosts."""
+        """Return the CPU threads of a rank if ``world`` of them share the hosts."""
         return min(self.team or self.threads, self.threads / max(1.0, world / self.hosts))
 
     def table(self, kind: str, shapes: Shapes, threads: int) -> StepTime:
-        """A step by the table of devices, on ``threads`` CPU threads where the device is a CPU."""
+        """Return a step's time by the table of devices; on a CPU, with ``threads`` threads."""
         return cpu_step(kind, shapes, threads) if self.card is None else gpu_step(kind, shapes, self.card)
 
     @property
     def table_source(self) -> str:
-        """Where the table's numbers come from."""
+        """Source of the table's numbers."""
         if self.card is None:
             return CPU_SOURCE
         return f"assumed: FLOPs and bytes counted, at 30% and 70% of the data sheet of {self.card.name}"
 
 
 def resources_of(profile: Profile, device: torch.device | None, gpu: str | None = None) -> Resources:
-    """What a profile offers. ``device`` is this machine's, or None where the profile's GPUs are elsewhere.
+    """Return the resources of a profile. ``device``: this machine's, or None if the profile's GPUs are elsewhere.
 
-    ``gpu`` names a card of the table to plan for instead. Raises RecipeError for one that the table lacks.
+    ``gpu``: a card of the table to plan for instead. Raises RecipeError if the table lacks it.
     """
     if gpu is not None and gpu not in CARDS:
         raise RecipeError(f"--gpu: {gpu}: not in the table; valid: {', '.join(CARDS)}")
@@ -111,7 +111,7 @@ def _of_cpu(profile: Profile) -> Resources:
 
 
 def two_threads() -> Resources:
-    """A CPU of two threads as in the table, with memory enough: what does not depend on this machine."""
+    """Return a CPU of two threads as in the table, with enough memory: independent of this machine."""
     return Resources(
         device="cpu",
         name="CPU, 2 threads",

@@ -1,15 +1,15 @@
-"""What ranks cost and gain: the cost model of docs/scaling.md.
+"""Cost model of ranks, as in docs/scaling.md.
 
-A rank computes its share of every synthetic batch. The next student step needs the sum of all gradients, so a step takes
-as long as the rank with most of the batch, and the sum besides:
+A rank computes its share of every synthetic batch. The next student step needs the sum of all gradients, so a step
+takes as long as the rank with most of the batch, plus the sum:
 
     step(W)      = compute(largest share of W) + sums x allreduce(bytes, W)
     allreduce    = latency(W) + 2 (W - 1) / W x bytes / bandwidth
     bytes        = 4 P (representation: the whole gradient), 4 (K D + K) (classifier: the classifier's)
-    sums         = 1 per step; 2 in the representation phase where graphs are recomputed (both walks need the sum)
+    sums         = 1 per step; 2 in the representation phase if graphs are recomputed (both passes need the sum)
 
 The bandwidth term is a ring's (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
-workstations", 2009); the latency term a chain within a host and a tree between hosts, as NCCL models its own
+workstations", 2009); the latency term a chain within a host and a tree between hosts, as in NCCL's own model
 (github.com/NVIDIA/nccl, src/graph/tuning.cc).
 
 Shapes and units: S synthetic images, B of a batch, W ranks, P parameters; seconds and bytes.
@@ -25,18 +25,18 @@ from statistics import NormalDist
 from lad_dist.plan.shapes import Shapes
 from lad_dist.recipe import Recipe
 
-HELPS_ABOVE = 0.5  # parallel efficiency below which more ranks are called a waste
-WAY_AND_BACK = 2.1  # forward passes that a classifier-phase step takes (plan/speed.py, WORK)
-NEARLY = 1.1  # times the least seconds that still count as fastest
+HELPS_ABOVE = 0.5  # parallel efficiency below which more ranks count as wasted
+WAY_AND_BACK = 2.1  # forward passes that a classifier-phase step costs (plan/speed.py, WORK)
+NEARLY = 1.1  # up to this multiple of the least seconds counts as fastest
 RANK_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step on ``images`` images: the larger of launching its operations and computing them.
+    """Time of one step on ``images`` images: the larger of launching its operations and computing them.
 
-    ``launch`` does not depend on the images and hides the computing where a device works through a queue; ``per_step``
-    does not depend on them either and comes on top.
+    ``launch`` is independent of the images and hides the computation on devices with a queue; ``per_step`` is
+    independent of them, too, and is added to the computation.
     """
 
     per_image: float
@@ -44,17 +44,17 @@ class StepTime:
     launch: float = 0.0
 
     def seconds(self, images: float) -> float:
-        """Of one step."""
+        """Return the seconds of one step."""
         return max(self.launch, self.per_step + images * self.per_image)
 
     def slower(self, factor: float) -> StepTime:
-        """The same step with so many fewer threads that an image takes ``factor`` times as long."""
+        """Return the same step with fewer threads, such that an image takes ``factor`` times as long."""
         return StepTime(self.per_image * factor, self.per_step, self.launch)
 
 
 @dataclass(frozen=True)
 class Link:
-    """How ranks reach each other: ``bandwidth`` in bytes/s; ``latency`` of a collective, and what each hop adds, seconds."""
+    """Link between ranks: ``bandwidth`` in bytes/s; ``latency`` of a collective, and of each ``hop``, in seconds."""
 
     name: str
     bandwidth: float
@@ -65,14 +65,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Network:
-    """``per_host`` ranks of a host reach each other by ``inside``, hosts by ``between``."""
+    """Links of ``per_host`` ranks: ``inside`` a host, ``between`` hosts."""
 
     inside: Link
     between: Link
     per_host: int
 
     def allreduce(self, count: int, world: int) -> float:
-        """Seconds that the sum of ``count`` bytes over ``world`` ranks takes; 0 for one rank."""
+        """Return the seconds of an all-reduce of ``count`` bytes over ``world`` ranks; 0 for one rank."""
         if world == 1:
             return 0.0
         hosts = math.ceil(world / self.per_host)
@@ -84,7 +84,7 @@ class Network:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """One phase on one of some ranks: its steps, the time of each, and the bytes and the number of its sums."""
+    """Cost of one phase on one rank: its steps, the time of each, and the bytes and number of its sums."""
 
     name: str
     path: str
@@ -95,13 +95,14 @@ class PhaseCost:
 
 
 PhasesOf = Callable[[int], Sequence[PhaseCost]]
-"""From a number of ranks to the phases of an iteration."""
+"""Function from a number of ranks to the phases of an iteration."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """An iteration on ``world`` ranks: images of a step on the busiest, gradient path, seconds in all and of the sums
-    alone, and the efficiency: how much faster than one rank, over ``world``. It may exceed 1 where one rank recomputes."""
+    """An iteration on ``world`` ranks: images per step on the busiest, gradient path, seconds in all and of the sums
+    alone, and the efficiency: speedup over one rank, divided by ``world``. It may exceed 1 if one rank recomputes.
+    """
 
     world: int
     share: float
@@ -112,13 +113,13 @@ class Scaling:
 
 
 def phases_of(recipe: Recipe, shapes: Shapes, path: str, step_of: Callable[[str], StepTime]) -> tuple[PhaseCost, ...]:
-    """The phases of an iteration. ``step_of(kind)`` is the time of a student step on one rank."""
+    """Return the phases of an iteration. ``step_of(kind)``: time of a student step on one rank."""
     d, total = recipe.distill, shapes.classes * recipe.ipc
     steps = {"representation": d.student_steps, "classifier": d.student_steps_classifier}
     bytes_per_sum = {"representation": 4 * shapes.parameters, "classifier": 4 * shapes.classifier}
     found = []
     for name in recipe.phases:
-        if name == "regression":  # a pass there and back over the batch, and one there over the real images
+        if name == "regression":  # forward and backward over the batch, forward over the real images
             step = step_of(f"classifier/{path}")
             real = d.regression_batch * step.per_image / WAY_AND_BACK
             features = 4 * min(d.batch, total) * (shapes.classifier // shapes.classes + shapes.classes)
@@ -132,12 +133,15 @@ def phases_of(recipe: Recipe, shapes: Shapes, path: str, step_of: Callable[[str]
 
 
 def mean_batch(total: int, batch: int) -> float:
-    """Images of a student step on average: a permutation of all is cut into batches, and the last may be smaller."""
+    """Return the mean images of a student step: a permutation of all is cut into batches; the last may be smaller."""
     return total / math.ceil(total / min(batch, total))
 
 
 def spread(total: int, batch: int, world: int) -> float:
-    """Standard deviation of a rank's share of a batch drawn without replacement (hypergeometric); 0 for the whole set."""
+    """Return the standard deviation of a rank's share of a batch.
+
+    The batch is drawn without replacement (hypergeometric); 0 for the whole set.
+    """
     if world == 1 or total <= batch or total < 2:
         return 0.0
     mean = mean_batch(total, batch)
@@ -145,9 +149,9 @@ def spread(total: int, batch: int, world: int) -> float:
 
 
 def largest_share(total: int, batch: int, world: int, draws: int = 1) -> float:
-    """Images of a batch on the rank that has most of them, expected over ``draws`` batches.
+    """Return the images of a batch on the rank with the most, expected over ``draws`` batches.
 
-    The largest of n normal variables, by Blom's approximation (1958); exact where the batch is the whole set.
+    The largest of n normal variables, by Blom's approximation (1958); exact if the batch is the whole set.
     """
     rows = math.ceil(total / world)
     if total <= batch:
@@ -160,7 +164,7 @@ def largest_share(total: int, batch: int, world: int, draws: int = 1) -> float:
 def iteration(
     phases: Sequence[PhaseCost], total: int, batch: int, world: int, network: Network
 ) -> tuple[float, float, float]:
-    """(seconds, seconds of the sums among them, images of a step on the busiest rank) of one iteration."""
+    """Return (seconds, those of the sums among them, images of a step on the busiest rank) of one iteration."""
     share = largest_share(total, batch, world)
     compute = sum(p.steps * p.step.seconds(share) for p in phases)
     sums = sum(p.steps * p.sums_per_step * network.allreduce(p.bytes_per_sum, world) for p in phases)
@@ -168,7 +172,7 @@ def iteration(
 
 
 def scaling(phases: PhasesOf, total: int, batch: int, worlds: Sequence[int], network: Network) -> tuple[Scaling, ...]:
-    """What an iteration takes on each number of ranks, in their order."""
+    """Return the cost of an iteration for each number of ranks, in their order."""
     alone, _, _ = iteration(phases(1), total, batch, 1, network)
     rows = []
     for world in worlds:
@@ -179,14 +183,14 @@ def scaling(phases: PhasesOf, total: int, batch: int, worlds: Sequence[int], net
 
 
 def best(rows: Sequence[Scaling]) -> Scaling:
-    """The fewest ranks that are nearly as fast as the fastest, among those of an efficiency above ``HELPS_ABOVE``."""
+    """Return the fewest ranks nearly as fast as the fastest, among those of efficiency ``HELPS_ABOVE`` or more."""
     good = [r for r in rows if r.efficiency >= HELPS_ABOVE] or rows[:1]
     fastest = min(r.seconds for r in good)
     return min((r for r in good if r.seconds <= NEARLY * fastest), key=lambda r: r.world)
 
 
 def advice(rows: Sequence[Scaling], world: int) -> str:
-    """Where more ranks stop helping, in a sentence. ``rows`` must hold ``world``."""
+    """Return where more ranks stop helping, in a sentence. ``rows`` must contain ``world``."""
     here, good = next(r for r in rows if r.world == world), best(rows)
     times = f"{here.seconds:.3g} s an iteration against {good.seconds:.3g} s"
     if world > good.world and here.seconds * NEARLY >= good.seconds:

@@ -1,6 +1,6 @@
-"""Sizes of a recipe's network on one data set: of ConvNet counted without building it, of others measured on a few images.
+"""Sizes of a recipe's network on a data set: for ConvNet counted without building it, else measured on a few images.
 
-Units: values (of 4 bytes in float32) and floating-point operations, of one image unless said otherwise.
+Units: values (of 4 bytes in float32) and floating-point operations, per image unless said otherwise.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from lad_dist.models.convnet import feature_side
 from lad_dist.recipe import ModelConfig
 
-_GRAPH = {"representation": 2.5, "classifier": 1.25}  # of the activations; see memory.py
+_GRAPH = {"representation": 2.5, "classifier": 1.25}  # multiples of the activations; see memory.py
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """A ConvNet of ``depth`` blocks of ``width`` channels for images (``channels``, ``size``, ``size``) of ``classes``."""
+    """A ConvNet of ``depth`` blocks of ``width`` channels; images (``channels``, ``size``, ``size``), ``classes``."""
 
     channels: int
     size: int
@@ -26,19 +26,19 @@ class Shapes:
 
     @classmethod
     def of(cls, model: ModelConfig, channels: int, size: int, classes: int) -> Shapes:
-        """Of the recipe's network. Raises as ``models.network.build``."""
+        """Return the shapes of the recipe's network. Raises as ``models.network.build``."""
         if model.network == "convnet":
             return Shapes(channels, size, classes, model.width, model.depth)
         return _measured(model.network, channels, size, classes)
 
     @property
     def name(self) -> str:
-        """The network, for people."""
+        """Name of the network, for display."""
         return f"ConvNet of width {self.width}, depth {self.depth}"
 
     @property
     def note(self) -> str:
-        """How the numbers came about, where they are not counted."""
+        """Note on how the numbers were obtained, if not counted."""
         return ""
 
     @property
@@ -48,27 +48,27 @@ class Shapes:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Side of each block's convolution; grey images are padded by 3 in the first."""
+        """Side of each block's convolution; the first pads grey images by 3."""
         first = self.size + 4 if self.channels == 1 else self.size
         return tuple(first >> block for block in range(self.depth))
 
     @property
     def activations(self) -> int:
-        """Values of all convolutions' results: what the graph of a step is made of."""
+        """Output values of all convolutions, which make up the graph of a step."""
         return sum(self.width * side**2 for side in self.sides)
 
     def graph(self, phase: str) -> float:
-        """Values that the graph of a step keeps: of one that is differentiated again (representation) or once (classifier)."""
+        """Return the values that a step's graph keeps: differentiated again (representation) or once (classifier)."""
         return _GRAPH[phase] * self.activations
 
     @property
     def largest(self) -> int:
-        """Values of the first, and largest, convolution's result."""
+        """Output values of the first, and largest, convolution."""
         return self.width * self.sides[0] ** 2
 
     @property
     def features(self) -> int:
-        """Values that the classifier is given."""
+        """Input values of the classifier."""
         return self.width * feature_side(self.size, self.channels, self.depth) ** 2
 
     @property
@@ -92,7 +92,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class MeasuredShapes(Shapes):
-    """Another network, by steps of it on one and on two images. ``depth``: pairs of layers with weights."""
+    """Another network, measured by steps on one and on two images. ``depth``: pairs of layers with weights."""
 
     network: str
     all_parameters: int
@@ -161,7 +161,7 @@ def _measured(network: str, channels: int, size: int, classes: int) -> MeasuredS
         return torch.zeros(count, channels, size, size).requires_grad_()
 
     def graph(count: int, second: bool) -> int:
-        """Values of all distinct storages that a step keeps for its way back."""
+        """Return the values of all distinct storages that a step keeps for its backward pass."""
         storages: dict[int, int] = {}
 
         def note(saved: Tensor) -> Tensor:

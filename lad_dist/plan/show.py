@@ -12,7 +12,7 @@ from lad_dist.plan.estimate import Plan
 
 
 def tables(plan: Plan) -> RenderableType:
-    """Everything that a plan says, but for its faults."""
+    """Return a plan as tables, without its faults."""
     return Group(*_parts(plan))
 
 
@@ -76,12 +76,12 @@ def _scaling(plan: Plan) -> Table:
 
 
 def size(count: int) -> str:
-    """``12.3 GB``, ``45 MB``."""
+    """Format bytes: ``12.30 GB``, ``45.0 MB``."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:
-    """``3.2 h``, ``12.0 min``, ``45.0 s``, ``6.7 ms``."""
+    """Format seconds: ``3.2 h``, ``12.0 min``, ``45.0 s``, ``6.7 ms``."""
     if seconds >= 3600:
         return f"{seconds / 3600:,.1f} h"
     if seconds >= 60:

@@ -1,7 +1,7 @@
-"""Seconds of one step of each kind where nothing is measured: a table of devices.
+"""Seconds of one step of each kind, unmeasured: a table of devices.
 
-Two sorts of devices. A CPU's rates are *measured*: benchmarks/results/all.json. A GPU's are *assumed*: operations, bytes
-and FLOPs of a step are counted, and divided by a stated part of what the card's data sheet promises.
+A CPU's rates are *measured*: benchmarks/results/all.json. A GPU's are *assumed*: operations, bytes and FLOPs of a step
+are counted, and divided by a stated fraction of the card's data-sheet rates.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from lad_dist.plan.shapes import Shapes
 
 @dataclass(frozen=True)
 class Work:
-    """What one step does: FLOPs as multiples of a forward pass, reads and writes of values as multiples of the
-    activations, and torch operations (``per_block`` times the depth, and ``operations`` besides)."""
+    """Work of one step: FLOPs as multiples of a forward pass, values read and written as multiples of the activations,
+    and torch operations (``per_block`` times the depth, plus ``operations``).
+    """
 
     flops: float
     passes: float
@@ -23,12 +24,12 @@ class Work:
     operations: int
 
     def launches(self, depth: int) -> int:
-        """Torch operations of a step, each at least one kernel on a GPU."""
+        """Return the torch operations of a step, each at least one kernel on a GPU."""
         return self.per_block * depth + self.operations
 
 
-# Counted by running each kind of step under a dispatch mode (tests/plan/test_speed.py counts again), with the block by torch's
-# operations: what models/compiled_gpu.py saves is not measured.
+# Counted by running each kind of step under a dispatch mode (tests/plan/test_speed.py counts again), the block by
+# torch's operations: what models/compiled_gpu.py saves is not measured.
 WORK = {
     "representation/keep": Work(8, 89, 104, 38),
     "representation/recompute": Work(11, 113, 127, 62),
@@ -38,12 +39,12 @@ WORK = {
     "experts/classifier": Work(1, 9, 9, 41),
     "evaluate/train": Work(3, 24, 23, 9),
 }
-AUGMENTATION_OPERATIONS = 15  # of the views of a batch, on average over the operations
+AUGMENTATION_OPERATIONS = 15  # of augmenting a batch, averaged over the augmentations
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU: FLOP/s of float32 convolutions (TF32 on tensor cores, torch's default), bytes/s and bytes of its memory."""
+    """A GPU: FLOP/s of float32 convolutions (TF32 on tensor cores, torch's default), bytes/s and bytes of memory."""
 
     name: str
     flops: float
@@ -77,10 +78,10 @@ CPU_SECONDS = {
     "experts/classifier": (0.0896, 256),
     "evaluate/train": (0.457 / 2, 256),
 }
-_CPU_OPERATION = 8e-6  # seconds per torch operation beside its work, as measured on one image
+_CPU_OPERATION = 8e-6  # overhead of a torch operation in seconds, measured on one image
 
-# NCCL's own model (src/graph/tuning.cc, LL128): 1.2 us a hop over NVLink, 1.9 over PCIe, 8.5 over a network; a tree gets
-# at most 80 to 130 GB/s out of NVLink. 25 us for torch's call and the kernel's start are assumed.
+# NCCL's own model (src/graph/tuning.cc, LL128): 1.2 us a hop over NVLink, 1.9 over PCIe, 8.5 over a network; a tree
+# reaches at most 80 to 130 GB/s over NVLink. 25 us for torch's call and the kernel's start are assumed.
 LINKS = {
     "nvlink": Link("NVLink", 100e9, 25e-6, 1.2e-6, "assumed: NCCL's tuning model"),
     "pcie": Link("PCIe 4.0 x16", 20e9, 25e-6, 1.9e-6, "assumed: NCCL's tuning model; 32 GB/s each way by the standard"),
@@ -92,7 +93,7 @@ LINKS = {
 
 
 def cpu_step(kind: str, shapes: Shapes, threads: int) -> StepTime:
-    """A step on a CPU by the table; FLOPs take as long as they took there, and threads share the work evenly."""
+    """Return a step's time on a CPU, by the table's time per FLOP, with the work shared evenly by threads."""
     seconds, images = CPU_SECONDS[kind]
     per_flop = seconds / (images * WORK[kind].flops * _CPU_SHAPES.forward_flops)
     per_image = per_flop * WORK[kind].flops * shapes.forward_flops * CPU_THREADS / threads
@@ -100,7 +101,7 @@ def cpu_step(kind: str, shapes: Shapes, threads: int) -> StepTime:
 
 
 def gpu_step(kind: str, shapes: Shapes, card: Card) -> StepTime:
-    """A step on a GPU by counting: FLOPs and bytes one after the other, and no faster than the host launches it."""
+    """Return a step's time on a GPU by counting: FLOPs plus bytes, but no less than the host takes to launch it."""
     work = WORK[kind]
     per_image = work.flops * shapes.forward_flops / (ASSUMED_FLOPS * card.flops)
     per_image += work.passes * 4 * shapes.activations / (ASSUMED_BANDWIDTH * card.bandwidth)
@@ -108,7 +109,7 @@ def gpu_step(kind: str, shapes: Shapes, card: Card) -> StepTime:
 
 
 def card_named(device_name: str) -> Card | None:
-    """The card of the table that torch's name of a device means; None for others."""
+    """Return the table's card for torch's device name; None for others."""
     words = device_name.lower().replace(" ", "").replace("-", "")
     return next((card for key, card in CARDS.items() if key in words), None)
 

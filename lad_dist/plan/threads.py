@@ -1,7 +1,7 @@
-"""How many CPU threads a process works with: chosen by timing steps of the recipe with one thread and with several.
+"""Choose a process's number of CPU threads by timing steps of the recipe with one thread and with several.
 
-Small steps gain nothing by a second thread, and beside other processes two threads can be slower than one. The choice is made
-where a run's data are first loaded and kept in the run's folder: the same number of threads gives the same bits.
+Small steps gain nothing by a second thread, and beside other processes two threads can be slower than one. The choice
+is made when a run's data are first loaded and kept in the run's folder: the same number of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from lad_dist.rundir import published
 
 SECONDS = 3.0  # for all timings together, about
 _ROUNDS = 5
-_GAIN = 0.9  # more threads are taken where they need less than this part of the time of fewer
+_GAIN = 0.9  # more threads must take less than this fraction of the time of fewer
 
 
 @dataclass(frozen=True)
 class Team:
-    """``threads``, and the reason in words."""
+    """The chosen ``threads``, and the reason in words."""
 
     threads: int
     why: str
@@ -42,7 +42,7 @@ class Team:
 
     @classmethod
     def load(cls, path: Path) -> Team:
-        """What ``save`` wrote. Raises RunDirError where it is damaged."""
+        """Read what ``save`` wrote. Raises RunDirError if it is damaged."""
         try:
             doc = json.loads(path.read_text(encoding="utf-8"))
             made = cls(**doc)
@@ -54,7 +54,7 @@ class Team:
 
 
 def most_threads(profile: Profile) -> int:
-    """Threads that may be tried: what torch would take (OMP_NUM_THREADS, the cores), within this process's share of cores."""
+    """Return the most threads to try: torch's default (OMP_NUM_THREADS, the cores), within this process's cores."""
     return min(torch.get_num_threads(), cores_to_use(profile))
 
 
@@ -62,7 +62,7 @@ _TOO_LONG = 1e10  # FLOPs of one image's forward pass: its student steps take mi
 
 
 def choose(recipe: Recipe, shapes: Shapes, most: int, seconds: float = SECONDS) -> Team:
-    """The fewest threads that are about as fast as any number up to ``most``, by steps of a student taken in turn."""
+    """Return the fewest threads about as fast as any number up to ``most``, timing student steps with each in turn."""
     if most < 2:
         return Team(1, "one core")
     if shapes.forward_flops > _TOO_LONG:
@@ -84,7 +84,7 @@ def choose(recipe: Recipe, shapes: Shapes, most: int, seconds: float = SECONDS) 
     for _ in range(_ROUNDS):
         for threads in tried:
             with with_threads(threads):
-                job()  # the threads are made, and awake
+                job()  # warm-up: create and wake the threads
                 taken[threads].append(timer.seconds(job) / STUDENT_STEPS)
         if time.perf_counter() - began > 2 * seconds:
             break
