@@ -128,14 +128,13 @@ def protocol_notes(rows: Iterable[Row]) -> list[str]:
     States the origin of the learning rates, and every setting in which a source differs from the first one, except
     those that define the source (augmentation of ...-plain, all of the whole set).
     """
-    notes, rules = [], dict[str, list[str]]()
+    notes, rules = [], dict[str, list[tuple[str, str]]]()
     schedules: dict[str, set[str]] = {"small": set(), "whole": set()}
     first: Row | None = None
     for row in (members[0] for members in by_way(rows).values()):  # type: ignore[arg-type]
         title = source_title(row) if row["architecture"] == "convnet" else f"{source_title(row)}, {row['architecture']}"
-        rule = rules.setdefault(str(row["lr_rule"]), []) if row.get("lr_rule") else []
-        if title not in rule:
-            rule.append(title)
+        if row.get("lr_rule"):
+            rules.setdefault(str(row["lr_rule"]), []).append((source_title(row), title))
         whole = row["source"] in WHOLE
         schedules["whole" if whole else "small"] |= {trained(row)} - {""}
         if whole:
@@ -148,12 +147,18 @@ def protocol_notes(rows: Iterable[Row]) -> list[str]:
         if changed:
             told = ", ".join(f"{k} {own[k]} (there {reference[k]})" for k in changed)
             notes.append(f"Another protocol than {source_title(first)}: {title}: {told}.")
-    said = [f"{rule}: {', '.join(titles)}" for rule, titles in rules.items()]
+    said = [f"{rule}: {', '.join(_by_source(rule, rules))}" for rule in rules]
     if len(schedules["small"]) < 2:
         known = {kind: sorted(filter(None, of)) for kind, of in schedules.items()}  # rows may lack them
         spans = [f"{', '.join(of)}{' (whole set)' * (kind == 'whole')}" for kind, of in known.items() if of]
         said[:0] = [f"epochs, rate {'; '.join(spans)}"] if spans else []
     return [*([f"Schedules. {'; '.join(said)}."] if said else []), *notes]
+
+
+def _by_source(rule: str, rules: Mapping[str, Sequence[tuple[str, str]]]) -> list[str]:
+    """Return the sources under a rule, with the architecture only where a source's architectures have several rules."""
+    others = {source for other, members in rules.items() if other != rule for source, _ in members}
+    return list(dict.fromkeys(title if source in others else source for source, title in rules[rule]))
 
 
 def _comparable_settings(row: Row) -> dict[str, str]:
