@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -117,6 +118,7 @@ def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
         "lr_rule": _lr_rule(recipe, source),
         "settings": asdict(settings) | {"augment": settings.augment.model_dump(mode="json"), "labels": _labels(source)},
         "label_adjustment": "adsa" if source == "distilled-adsa" else "none",
+        "keeps": keeps(recipe, data, run, source),
     }
     if _chosen(source):
         row["settings"]["chosen_by"] = baselines.feature_space(recipe, run).name
@@ -125,6 +127,23 @@ def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
     elif results.labelled_online(source):
         row["settings"]["labelled_by"] = Teachers.named(recipe, recipe.evaluate.teachers)
     return row
+
+
+def keeps(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> dict[str, int]:
+    """Return the bytes that a user of a source keeps: its images, labels and teachers.
+
+    Distilled and starting sets are whitened float32 images; real ones are stored as 8 bits a channel. A hard label is one
+    byte (two above 256 classes), a soft one K float32 numbers, a teacher the float32 weights of one network.
+    """
+    images, small = data.splits.train, not of_everything(source)
+    count = recipe.ipc * data.classes if small else len(images)
+    pixels = images.channels * images.size**2 * (4 if of_distilled(source) else 1)
+    kept = {"images": count * pixels, "labels": count * (1 if data.classes <= 256 else 2), "teachers": 0}
+    if results.labelled_online(source):
+        shapes = Buffer(run.trajectories, recipe.experts_hash()).meta.parameters
+        teachers = min(recipe.evaluate.teachers or recipe.experts.count, recipe.experts.count)
+        return kept | {"labels": 0, "teachers": 4 * teachers * sum(math.prod(shape) for _, shape in shapes)}
+    return kept | ({"labels": 4 * count * data.classes} if _labels(source) != "hard" else {})
 
 
 def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int | str) -> TrainingSet:

@@ -279,14 +279,34 @@ def published_lines(published: Iterable[PublishedFigure], summaries: Iterable[Ro
 
 def label_notes(rows: Iterable[Row]) -> list[str]:
     """Describe each adjustment of labels after distillation, one sentence each; may be empty."""
+    rows = list(rows)
     taus = sorted({row["label_tau"] for row in rows if row.get("label_adjustment") == "adsa"})
-    if not taus:
-        return []
     found = ", ".join(f"{tau:g}" for tau in taus)
-    return [
+    adjusted = [
         f"{SOURCES['distilled-adsa']}: the same images and networks, with soft labels adjusted for the long tail after "
         f"distillation (ADSA, arXiv 2511.17914; tau {found})."
     ]
+    return [*(adjusted if taus else []), *_teacher_notes(rows)]
+
+
+def _teacher_notes(rows: Sequence[Row]) -> list[str]:
+    """State who labels the augmented batches, and what that adds to the bytes a user keeps."""
+    online = [row for row in rows if labelled_online(row["source"]) and row.get("keeps")]
+    if not online:
+        return []
+    by = ", ".join(dict.fromkeys(str(row["settings"]["labelled_by"]) for row in online))
+    kept = dict.fromkeys(
+        f"{source_name(row['source'])} {_megabytes(row['keeps']['images'])} and {_megabytes(row['keeps']['teachers'])}"
+        for row in online
+    )
+    return [
+        f"Teacher labels: {by}, on every augmented batch; a user keeps images and teachers: {', '.join(kept)}. With other "
+        "labels the images come with their labels alone."
+    ]
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2g} MB"
 
 
 def source_name(source: str) -> str:

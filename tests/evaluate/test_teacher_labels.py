@@ -15,7 +15,7 @@ from lad_dist.evaluate.sources import drawn_as, settings_of, training_set
 from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train, train_together
 from lad_dist.models.convnet import build
 from lad_dist.recipe import AugmentConfig
-from lad_dist.report.tables import source_name
+from lad_dist.report.tables import label_notes, source_name
 from lad_dist.results.paired import gains
 from lad_dist.seeds import rng
 from lad_dist.teachers import Teachers
@@ -156,6 +156,15 @@ def test_a_run_measures_them_and_an_imported_set_has_no_experts_for_them(pipelin
     pipeline.all()
     rows = {row["source"]: row for row in results.read(pipeline.run.results)}
     assert set(SOURCES) < rows.keys() and len({row["train_loss"] for row in rows.values()}) == len(rows)
+    experts = Buffer(pipeline.run.trajectories, pipeline.recipe.experts_hash()).meta.parameters
+    weights = sum(torch.Size(shape).numel() for _, shape in experts)
+    count, kept = 10 * pipeline.recipe.ipc, {source: row["keeps"] for source, row in rows.items()}
+    assert kept["distilled"] == {"images": count * 64 * 4, "labels": count * 40, "teachers": 0}
+    teachers = 4 * pipeline.recipe.experts.count * weights
+    assert kept["distilled-teacher"] == {"images": count * 64 * 4, "labels": 0, "teachers": teachers}
+    assert kept["random-teacher"] == {"images": count * 64, "labels": 0, "teachers": teachers}
+    (note,) = (n for n in label_notes(rows.values()) if n.startswith("Teacher labels"))
+    assert note.startswith("Teacher labels: mean logits of") and f"and {teachers / 1e6:.2g} MB" in note
     page = (pipeline.run.report / "index.html").read_text()
     assert "Distilled (LAD), teacher labels" in page and "Random real, teacher labels" in page
     meta = pipeline.run.distilled / "meta.json"
