@@ -1,11 +1,10 @@
 """The distilled set as an artefact: a folder with tensors in safetensors and metadata in JSON.
 
-tensors.safetensors     images (S, C, H, H) float32, whitened; label_logits (S, K); labels (S,) the class of each
-image;|
-                        initial_images (S, C, H, H) and initial_label_logits (S, K), the initial values (an imported set
-                        has no initial_label_logits)
-whitening.safetensors   see data/whitening.py| meta.json               class names, learning rate, training counts,
-provenance, versions, checksums|
+tensors.safetensors     images (S, C, H, H) float32, whitened; label_logits (S, K); labels (S,), the class of each image;
+                        initial_images (S, C, H, H) and initial_label_logits (S, K), the initial values (an imported
+                        set has no initial_label_logits)
+whitening.safetensors   see data/whitening.py
+meta.json               class names, learning rate, training counts, provenance, versions, checksums
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Scheduling of experts: which are left, whether a fleet or this process trains them, and reports. Does not import Ray.
 
-choose       fleet or this process, and why| ExpertQueue  the remaining experts; those that another driver is training
-come last| ExpertLog    events, progress board, and failed experts|
+choose       fleet or this process, and why
+ExpertQueue  the remaining experts; those that another driver is training come last
+ExpertLog    events, progress board, and failed experts
 """
 
 from __future__ import annotations
