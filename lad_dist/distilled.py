@@ -4,6 +4,7 @@ tensors.safetensors     images (S, C, H, H) float32, whitened; label_logits (S, 
                         initial_images (S, C, H, H) and initial_label_logits (S, K), the initial values (an imported
                         set has no initial_label_logits)
 whitening.safetensors   see data/whitening.py
+teachers.safetensors    where there are experts: up to four, which label images (see labeller.py)
 meta.json               class names, learning rate, training counts, provenance, versions, checksums
 """
 
@@ -25,6 +26,8 @@ from torch.utils.data import Dataset
 
 from lad_dist.data.whitening import Whitening
 from lad_dist.errors import DataError, DistilledError
+from lad_dist.labeller import FILE as TEACHERS
+from lad_dist.labeller import Labeller
 from lad_dist.rundir import save_tensors
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 _TENSORS, _WHITENING, _META = "tensors.safetensors", "whitening.safetensors", "meta.json"
+FILES = (_TENSORS, _WHITENING, TEACHERS)
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,12 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         whitening: Whitening,
         initial_SCHH: Tensor | None = None,
         initial_logits_SK: Tensor | None = None,
+        teachers: Labeller | None = None,
     ) -> None:
         self.images, self.label_logits, self.labels = images_SCHH, label_logits_SK, labels_S
         self.meta, self.whitening = meta, whitening
         self.initial_images = images_SCHH if initial_SCHH is None else initial_SCHH
-        self.initial_label_logits = initial_logits_SK
+        self.initial_label_logits, self.teachers = initial_logits_SK, teachers
 
     @property
     def soft_labels(self) -> Tensor:
@@ -118,6 +123,18 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         """Whiten uint8 images (N, C, H, H) as input of networks trained on this set."""
         return self.whitening.apply(images)
 
+    def labeller(self) -> Labeller:
+        """Return the teachers: called with whitened images (B, C, H, H), they return label probabilities (B, K).
+
+        Label each augmented batch with them, in place of ``soft_labels``. Raises DistilledError if the set has none.
+        """
+        if self.teachers is None:
+            raise DistilledError(
+                f"the distilled set of {self.meta.dataset} carries no {TEACHERS}: an older version made it, or it was "
+                "imported without; valid: a set distilled with this version, or its soft_labels"
+            )
+        return self.teachers
+
     def write(self, folder: Path) -> None:
         """Write the files into an empty folder; the caller publishes it."""
         tensors = {
@@ -130,7 +147,9 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             tensors["initial_label_logits"] = self.initial_label_logits
         save_tensors(tensors, folder / _TENSORS)
         self.whitening.save(folder / _WHITENING)
-        sums = {name: _sha256(folder / name) for name in (_TENSORS, _WHITENING)}
+        if self.teachers is not None:
+            self.teachers.save(folder / TEACHERS)
+        sums = {name: _sha256(folder / name) for name in FILES if (folder / name).exists()}
         doc = {"format_version": FORMAT_VERSION, **asdict(self.meta)}
         doc["sha256"] = {**sums, _META: _sha256_of_meta(doc)}
         (folder / _META).write_text(json.dumps(doc, indent=1) + "\n", encoding="utf-8")
@@ -146,7 +165,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         if not (folder / _META).is_file() and (folder / "distilled" / _META).is_file():
             folder = folder / "distilled"
         meta, sums = _read_meta(folder / _META)
-        for name in (_TENSORS, _WHITENING):
+        carried = [TEACHERS] if TEACHERS in sums else []
+        for name in (_TENSORS, _WHITENING, *carried):
             if not (folder / name).is_file():
                 raise DistilledError(
                     f"{folder / name}: is missing; a distilled set has {_TENSORS}, {_WHITENING} and {_META}"
@@ -168,6 +188,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             whitening,
             tensors["initial_images"],
             tensors.get("initial_label_logits"),
+            Labeller.load(folder / TEACHERS) if carried else None,
         )
         whole.validate(str(folder))
         return whole

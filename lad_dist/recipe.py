@@ -30,6 +30,7 @@ OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 Operation = Annotated[Text, AfterValidator(Name(OPERATIONS, "lad_dist.augmentations"))]
 NETWORKS = ("convnet", "vgg11", "resnet18", "alexnet", "mlp", "vit")
 Architecture = Annotated[Text, AfterValidator(Name(NETWORKS, "lad_dist.networks"))]
+MOST_TEACHERS = 4  # experts that label batches by default, and that a distilled set carries
 BASELINES = (
     "initial",
     "random-soft",
@@ -372,7 +373,7 @@ class EvaluateConfig(_Section):
         "instance", description="normalisation of convnet, vgg11, resnet18 and alexnet when they are evaluated"
     )
     teachers: Annotated[Int, Field(ge=1)] | None = Field(
-        None, description="experts whose mean logits label the batches of ...-teacher; default: all"
+        None, description="experts whose mean logits label the batches of ...-teacher; default: all, at most 4"
     )
     label_adjustment: Literal["none", "adsa"] = Field(
         "none",
@@ -387,6 +388,10 @@ class EvaluateConfig(_Section):
         description="on: all seeds of ConvNet train at once by grouped convolutions, the same numbers to rounding; auto: on a "
         "CPU where one network's batch is so small that this is faster, and where a trial gives the same bits",
     )
+
+    def teachers_of(self, experts: ExpertsConfig) -> int:
+        """Return the number of experts that label the batches of ...-teacher."""
+        return min(experts.count, MOST_TEACHERS if self.teachers is None else self.teachers)
 
 
 class Recipe(_Section):

@@ -7,7 +7,7 @@ Shapes: N training images, S of them, K classes, P weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lad_dist.data.prepare import PreparedData
 from lad_dist.errors import TrajectoryError
+from lad_dist.labeller import Labeller
 from lad_dist.models import functional
 from lad_dist.models.layout import Layout
 from lad_dist.models.network import build
@@ -47,6 +48,13 @@ def check_network(buffer: Buffer, layout: Layout) -> None:
         )
 
 
+def labeller_of(recipe: Recipe, data: PreparedData, layout: Layout, weights: Sequence[Tensor]) -> Labeller:
+    """Return the labeller of the recipe's networks with these weights, each (P,)."""
+    images = data.splits.train
+    shape = (images.channels, images.size, images.num_classes)
+    return Labeller(recipe.model, shape, [layout.views(w_P) for w_P in weights], recipe.distill.label_temperature)
+
+
 class Teachers:
     """The last checkpoints of all experts of a recipe.
 
@@ -68,7 +76,7 @@ class Teachers:
         """Return ``mean logits of 10 classifier experts, epoch 10, temperature 1``; ``count``: of the first experts."""
         e, classifier = recipe.experts, recipe.uses_classifier_experts
         stage, last = ("classifier", e.classifier_epochs) if classifier else ("representation", e.epochs)
-        used = min(count or e.count, e.count)
+        used = e.count if count is None else min(count, e.count)
         experts = f"{used} {stage} expert{'s' * (used > 1)}"
         return f"mean logits of {experts}, epoch {last}, temperature {recipe.distill.label_temperature:g}"
 
@@ -88,21 +96,14 @@ class Teachers:
         mean_SK = total_SK / self._recipe.experts.count
         return torch.softmax(mean_SK / self._recipe.distill.label_temperature, dim=1)
 
-    def labeller(self, count: int | None = None) -> Callable[[Tensor], Tensor]:
-        """Return a function from images (B, C, H, H) to probabilities (B, K), as ``soft_labels``, of the first experts.
+    def labeller(self, count: int) -> Labeller:
+        """Return the first ``count`` experts, which label images as ``soft_labels`` does.
 
         Raises:
             TrajectoryError: a checkpoint is missing or damaged; names it.
         """
-        used = range(min(count or self._recipe.experts.count, self._recipe.experts.count))
-        views = [self._layout.views(self._weights(expert)) for expert in used]
-
-        @torch.no_grad()
-        def label(images_BCHH: Tensor) -> Tensor:
-            logits = torch.stack([functional.logits(self._network, view, images_BCHH) for view in views])
-            return torch.softmax(logits.mean(dim=0) / self._recipe.distill.label_temperature, dim=1)
-
-        return label
+        used = range(min(self._recipe.experts.count, count))
+        return labeller_of(self._recipe, self._data, self._layout, [self._weights(expert) for expert in used])
 
     def _weights(self, expert: int) -> Tensor:
         """Return an expert's final weights (P,); a classifier expert's backbone is its last representation epoch."""

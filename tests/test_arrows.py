@@ -15,14 +15,14 @@ LEVEL = {
     "cli": 0, "api": 0, "doctor": 1, "status": 1, "launch": 1, "plan": 2, "pipeline": 2, "starter": 2,
     "experts": 3, "distill": 3, "evaluate": 3, "report": 3, "exchange": 3,
     "teachers": 3.5,
-    "trajectories": 4, "distilled": 4, "data": 4, "models": 4,
+    "trajectories": 4, "distilled": 4, "labeller": 4, "data": 4, "models": 4,
     "catalog": 5, "recipe": 5, "recipe_file": 5, "results": 5, "profile": 5, "rundir": 5, "progress": 5, "ranks": 5, "seeds": 5,
     "errors": 5, "interrupts": 5, "location": 5, "allocator": 5, "cores": 5, "environment": 5,
     "callbacks": 5, "slurm_jobs": 5, "loggers": 5, "extras": 5, "plugins": 5, "methods": 5,
 }  # fmt: skip
 STAGES = ("experts", "distill", "evaluate", "report")
 SAME_LEVEL = {  # within a level, only these
-    ("distilled", "data"), ("launch", "status"), ("doctor", "launch"),
+    ("distilled", "data"), ("distilled", "labeller"), ("labeller", "models"), ("launch", "status"), ("doctor", "launch"),
     ("loggers", "callbacks"), ("loggers", "errors"), ("loggers", "plugins"), ("loggers", "progress"), ("loggers", "recipe"),
     ("extras", "errors"), ("slurm_jobs", "rundir"), ("slurm_jobs", "errors"),
     ("pipeline", "plan"),  # the number of threads

@@ -30,7 +30,7 @@ from lad_dist.distill.precision import cosines_to_float32, set_precision
 from lad_dist.distill.regression import RealBatches, RegressionResult, kept_features, regress
 from lad_dist.distill.replay import ReplayRecord, check_not_replayed
 from lad_dist.distill.shards import Share
-from lad_dist.distill.start import DataFacts, first_set, mean_logits, publish
+from lad_dist.distill.start import DataFacts, first_set, labeller, mean_logits, publish
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Batch, GradientPath, Phase, PhaseResult, Student, SyntheticSet
 from lad_dist.distill.update import Gradients
@@ -273,7 +273,8 @@ class Distillation:
         """Publish the whole current set; rank 0 reads the other ranks' shares from a checkpoint that this saves."""
         state.save(self.run.distill_checkpoint, self.recipe, self.ranks)
         if data is not None:
-            publish(self.recipe, data, self.whole(state), self.run, folder)
+            teachers = labeller(self.recipe, data, self.student, self.windows)
+            publish(self.recipe, data, self.whole(state), self.run, folder, teachers)
 
     def save(self, state: State) -> None:
         """Write a checkpoint. All ranks call it."""

@@ -16,17 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lad_dist import __version__, teachers
+from lad_dist import __version__
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distill import initial
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Student
 from lad_dist.distill.windows import Windows
 from lad_dist.distilled import DistilledMeta, DistilledSet
+from lad_dist.labeller import Labeller
 from lad_dist.models import functional
 from lad_dist.progress import Events, Screen
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import MOST_TEACHERS, Recipe
 from lad_dist.rundir import RunDir
+from lad_dist.teachers import Output, labeller_of
+from lad_dist.teachers import outputs as outputs_of
 from lad_dist.trajectories.schema import Stage
 
 
@@ -55,8 +58,8 @@ def first_set(
     stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
     d, cache = recipe.distill, dict[int, Tensor]()
 
-    def outputs(function: teachers.Output, expert: int, indices: np.ndarray | None = None) -> Tensor:
-        return teachers.outputs(function, student.module, windows.last(stage, expert), data, indices)
+    def outputs(function: Output, expert: int, indices: np.ndarray | None = None) -> Tensor:
+        return outputs_of(function, student.module, windows.last(stage, expert), data, indices)
 
     def logits_of(expert: int, indices: np.ndarray) -> Tensor:
         if len(indices) <= len(cache.get(expert, ())):
@@ -101,7 +104,7 @@ def mean_logits(
 
     def of(indices: np.ndarray) -> Tensor:
         each = [
-            teachers.outputs(functional.logits, student.module, windows.last(stage, e), data, indices)
+            outputs_of(functional.logits, student.module, windows.last(stage, e), data, indices)
             for e in windows.experts
         ]
         return torch.stack(each).mean(dim=0)
@@ -109,7 +112,14 @@ def mean_logits(
     return of
 
 
-def publish(recipe: Recipe, data: PreparedData, state: State, run: RunDir, folder: Path) -> None:
+def labeller(recipe: Recipe, data: PreparedData, student: Student, windows: Windows) -> Labeller:
+    """Return the experts that a distilled set carries as teachers: the first of those that label images."""
+    stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
+    weights = [windows.last(stage, expert).cpu() for expert in windows.experts[:MOST_TEACHERS]]
+    return labeller_of(recipe, data, student.layout, weights)
+
+
+def publish(recipe: Recipe, data: PreparedData, state: State, run: RunDir, folder: Path, teachers: Labeller) -> None:
     """Publish the whole synthetic set of ``state`` as a distilled set in ``folder``."""
     o, images = state.optimizers, data.splits.train
     meta = DistilledMeta(
@@ -136,6 +146,7 @@ def publish(recipe: Recipe, data: PreparedData, state: State, run: RunDir, folde
         data.whitening.to("cpu"),
         state.initial_SCHH.cpu(),
         None if state.initial_logits_SK is None else state.initial_logits_SK.cpu(),
+        teachers,
     )
     with run.publish_folder(folder) as temporary:
         whole.write(temporary)

@@ -40,6 +40,7 @@ from lad_dist.errors import DistilledError
 from lad_dist.evaluate import baselines
 from lad_dist.evaluate.labels import adsa
 from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train
+from lad_dist.labeller import Labeller
 from lad_dist.models.network import build
 from lad_dist.recipe import Recipe
 from lad_dist.results import Source
@@ -125,7 +126,7 @@ def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
     if results.labelled_by_experts(source):
         row["settings"]["labelled_by"] = Teachers.named(recipe)
     elif results.labelled_online(source):
-        row["settings"]["labelled_by"] = Teachers.named(recipe, recipe.evaluate.teachers)
+        row["settings"]["labelled_by"] = _labeller_name(recipe, data, run, source)
     return row
 
 
@@ -140,9 +141,11 @@ def keeps(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> di
     pixels = images.channels * images.size**2 * (4 if of_distilled(source) else 1)
     kept = {"images": count * pixels, "labels": count * (1 if data.classes <= 256 else 2), "teachers": 0}
     if results.labelled_online(source):
+        if _carries_its_own(run, source):
+            return kept | {"labels": 0, "teachers": load_distilled(recipe, data, run).labeller().bytes}
         shapes = Buffer(run.trajectories, recipe.experts_hash()).meta.parameters
-        teachers = min(recipe.evaluate.teachers or recipe.experts.count, recipe.experts.count)
-        return kept | {"labels": 0, "teachers": 4 * teachers * sum(math.prod(shape) for _, shape in shapes)}
+        weights = sum(math.prod(shape) for _, shape in shapes)
+        return kept | {"labels": 0, "teachers": 4 * weights * recipe.evaluate.teachers_of(recipe.experts)}
     return kept | ({"labels": 4 * count * data.classes} if _labels(source) != "hard" else {})
 
 
@@ -156,7 +159,7 @@ def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
     """
     if results.labelled_online(source):
         images = training_set(recipe, data, run, results.base_source(source), seed)
-        return replace(images, label_views=_teachers(recipe, data, run).labeller(recipe.evaluate.teachers))
+        return replace(images, label_views=_labeller(recipe, data, run, source))
     if source == "initial":
         return _starting_set(load_distilled(recipe, data, run), data, run)
     if of_distilled(source):
@@ -183,6 +186,24 @@ def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
 
 def _teachers(recipe: Recipe, data: PreparedData, run: RunDir) -> Teachers:
     return Teachers(recipe, data, Buffer(run.trajectories, recipe.experts_hash()))
+
+
+def _carries_its_own(run: RunDir, source: Source) -> bool:
+    """Return whether a source's teachers come with the set: those of an imported one, whose experts are elsewhere."""
+    return of_distilled(source) and results.is_imported(run)
+
+
+def _labeller(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> Labeller:
+    if _carries_its_own(run, source):
+        return load_distilled(recipe, data, run).labeller()
+    return _teachers(recipe, data, run).labeller(recipe.evaluate.teachers_of(recipe.experts))
+
+
+def _labeller_name(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> str:
+    if not _carries_its_own(run, source):
+        return Teachers.named(recipe, recipe.evaluate.teachers_of(recipe.experts))
+    own = load_distilled(recipe, data, run).labeller()
+    return f"mean logits of {len(own.weights)} teachers that came with the set, temperature {own.temperature:g}"
 
 
 def _starting_set(distilled: DistilledSet, data: PreparedData, run: RunDir) -> TrainingSet:

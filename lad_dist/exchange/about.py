@@ -12,10 +12,12 @@ import torch.nn.functional as F
 
 from lad_dist import methods
 from lad_dist.distilled import DistilledSet
+from lad_dist.labeller import FILE as TEACHERS
 
 Form = Literal["pt", "png", "folder", "parquet", "hf"]
 ABOUT = "lad_dist.json"  # marks a folder as an export, which --force may replace
 WHITENING = "whitening.safetensors"
+CARRIERS = ("folder", "parquet", "hf")  # forms that hold whitening and teachers as files
 FORMAT = "lad-dist distilled set 1"
 IMPORTED = "imported"  # value of ``DistilledMeta.method``, and of an unknown ``selection``
 _LONGEST_NAME = 60
@@ -44,8 +46,9 @@ def about(distilled: DistilledSet, form: Form) -> dict[str, Any]:
     how: dict[str, Any] = {"kind": whitening.kind, "eps": whitening.eps}
     if whitening.kind == "standardize":
         how |= {"mean": whitening.mean.tolist(), "std": whitening.inverse.tolist()}
-    if form in ("folder", "parquet", "hf"):
+    if form in CARRIERS:
         how["file"] = WHITENING
+    carried = distilled.teachers if form in CARRIERS else None
     return {
         "format": FORMAT,
         "form": form,
@@ -62,6 +65,9 @@ def about(distilled: DistilledSet, form: Form) -> dict[str, Any]:
         "lr": meta.lr,
         "labels": "hard" if is_hard(distilled) else "soft",
         "whitening": how,
+        "teachers": None
+        if carried is None
+        else {"file": TEACHERS, "count": len(carried.weights), "temperature": carried.temperature},
         "data_fingerprint": meta.data_fingerprint,
         "recipe_hash": meta.recipe_hash,
         "recipe": recipe,

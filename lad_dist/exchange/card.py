@@ -29,7 +29,7 @@ A network is trained on them instead of on the {total:,}. Method: {method}{how}.
 | `whitened` | the learned image, {values} float32 values, flattened from {shape}: what networks are trained on |
 
 Learned learning rate: `{lr!r}`. Whitening: `{whitening}`, fitted on the training images and stored in `whitening.safetensors`;
-real images go through it before a network sees them. `lad_dist.json` says how the set was made.
+real images go through it before a network sees them. `lad_dist.json` says how the set was made.{teachers}
 
 ```python
 import datasets, torch
@@ -49,6 +49,11 @@ Not chosen here: add `license:` to the head of this file. The images were made f
 
 {cite}
 """
+
+
+_TEACHERS = """
+`teachers.safetensors` holds networks that label augmented batches better than one soft label per image can; lad-dist reads it
+(`lad_dist.labeller.Labeller.load`)."""
 
 
 def card(distilled: DistilledSet) -> str:
@@ -107,6 +112,7 @@ def _text(distilled: DistilledSet) -> str:
         shape=tuple(shape),
         dimensions=", ".join(map(str, shape)),
         lr=meta.lr,
+        teachers=_TEACHERS if distilled.teachers is not None else "",
         whitening=whitening.kind,
         repository="PATH",
         counts=listed,

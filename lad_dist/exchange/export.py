@@ -7,9 +7,10 @@ from pathlib import Path
 from lad_dist.distilled import DistilledSet
 from lad_dist.errors import DistilledError
 from lad_dist.exchange import card, folder, pt, tables
-from lad_dist.exchange.about import ABOUT, Form, about, as_json
+from lad_dist.exchange.about import ABOUT, CARRIERS, Form, about, as_json
 from lad_dist.exchange.pictures import Progress
 from lad_dist.exchange.publishing import published_export
+from lad_dist.labeller import FILE as TEACHERS
 
 
 def export(
@@ -42,5 +43,7 @@ def export(
         else:
             tables.write_hf(distilled, temporary, said, on_images)
             (temporary / "README.md").write_text(card.card(distilled), encoding="utf-8")
+        if distilled.teachers is not None and form in CARRIERS:
+            distilled.teachers.save(temporary / TEACHERS)
         (temporary / ABOUT).write_text(as_json(said), encoding="utf-8")
     return sorted(file for file in out.rglob("*") if file.is_file())

@@ -4,6 +4,7 @@ images/000-airplane/00000.png    one folder per class, in label order; whitening
 labels.csv                       file, class index, and a column per class with the probability
 lad_dist.json                    learning rate, whitening, provenance
 whitening.safetensors            the whitening, as read by data/whitening.py
+teachers.safetensors             the teachers, if the set has them, as read by labeller.py
 README.md                        the files, and the loss of precision in PNG
 """
 
@@ -31,8 +32,12 @@ _README = """# {title}
 - `labels.csv`: for every image its file, its class, and a column per class with the soft label's probabilities.
 - `lad_dist.json`: the learning rate to train with (`lr`), the whitening, and how the set was made.
 - `whitening.safetensors`: the whitening, fitted on the training images: real images go through it before a network sees them.
-
+{teachers}
 {precision}
+"""
+
+
+_TEACHERS = """- `teachers.safetensors`: networks that label augmented batches (`lad_dist.labeller.Labeller.load`).
 """
 
 
@@ -58,6 +63,7 @@ def write_folder(distilled: DistilledSet, folder: Path, on_images: Progress) -> 
         dataset=meta.dataset,
         ipc=meta.ipc,
         precision=PRECISION,
+        teachers=_TEACHERS if distilled.teachers is not None else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 

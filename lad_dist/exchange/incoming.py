@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lad_dist.errors import DistilledError
+from lad_dist.labeller import Labeller
 
 Labels = Literal["logits", "probabilities", "indices"]
 LABELS: tuple[Labels, ...] = ("logits", "probabilities", "indices")
@@ -35,6 +36,7 @@ class Incoming:
     source: str  # name and checksum, kept in the imported set
     classes_S: Tensor | None = None  # class of each image, if the file has it
     about: dict[str, Any] | None = None  # metadata of our own exports
+    teachers: Labeller | None = None
 
     def logits(self, classes: int) -> Tensor:
         """Return label logits, float32 (S, K), whose softmax is the label."""

@@ -79,7 +79,13 @@ def install(
             "python": platform.python_version(),
         },
     )
-    whole = DistilledSet(images_SCHH, logits_SK, classes_S, meta, data.whitening.to("cpu"))
+    teachers = incoming.teachers
+    if teachers is not None and teachers.shape != (images.channels, images.size, images.num_classes):
+        shape = "x".join(map(str, teachers.shape))
+        raise DistilledError(
+            f"{incoming.where}: its teachers are of {shape} (channels, side, classes), not of the recipe's data"
+        )
+    whole = DistilledSet(images_SCHH, logits_SK, classes_S, meta, data.whitening.to("cpu"), teachers=teachers)
     whole.validate(str(incoming.where))
     with run.publish_folder(run.distilled) as temporary:
         whole.write(temporary)

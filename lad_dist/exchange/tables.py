@@ -27,6 +27,8 @@ from lad_dist.exchange.about import FORMAT, WHITENING, as_json
 from lad_dist.exchange.incoming import Incoming
 from lad_dist.exchange.pictures import Progress, pixels, png
 from lad_dist.exchange.pt import check_rate
+from lad_dist.labeller import FILE as TEACHERS
+from lad_dist.labeller import Labeller
 
 FILE = "distilled.parquet"
 HF_FILE = "data/train-00000-of-00001.parquet"
@@ -112,7 +114,16 @@ def read(path: Path, lr: float | None = None) -> Incoming:
         f"{file.name} sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}",
         torch.from_numpy(labels.astype(np.int64)),
         said,
+        _teachers(path, said),
     )
+
+
+def _teachers(path: Path, said: dict[str, Any]) -> Labeller | None:
+    """Read the teachers beside the Parquet file; None where the export has none, or the file alone was given.
+
+    Raises DistilledError where the folder lacks a file that its metadata name, or it is damaged.
+    """
+    return Labeller.load(path / TEACHERS) if said.get("teachers") and path.is_dir() else None
 
 
 def _said(file: Path, metadata: dict[str, str]) -> dict[str, Any]:

@@ -396,7 +396,7 @@ class _Times:
                 count, images, batch = e.full_epochs, self.info.train, e.full_batch
             epoch = _epoch(step, images, batch)
             if labelled_online(source):  # a forward pass by each teacher; a step is three
-                epoch *= 1 + min(e.teachers or self.recipe.experts.count, self.recipe.experts.count) / 3
+                epoch *= 1 + e.teachers_of(self.recipe.experts) / 3
             bound = "" if whole else most
             how = f"{e.seeds} networks, {bound}{count} epochs on {images} images, {count * epoch:.3g} s each"
             sources += [(source, turns * count * epoch, how), *self._tuning(source, epoch, whole)]

@@ -111,9 +111,12 @@ def wanted(recipe: Recipe, run: RunDir) -> list[str]:
     """Return the sources that ``lad-dist run`` measures, in its order."""
     e = recipe.evaluate
     sources = ["distilled", *(["distilled-adsa"] if e.label_adjustment == "adsa" else []), *e.baselines]
-    imported = _imported(run.distilled / "meta.json")  # no known initialisation, and no expert to label images
+    imported = is_imported(run)  # no known initialisation, and no expert to label images
     left_out = ("initial",) if imported or _without_start(run.distilled / "tensors.safetensors") else ()
-    return [s for s in dict.fromkeys(sources) if s not in left_out and not (imported and uses_experts(s))]
+    own = ("distilled-teacher",) if (run.distilled / "teachers.safetensors").is_file() else ()
+    return [
+        s for s in dict.fromkeys(sources) if s not in left_out and (not imported or s in own or not uses_experts(s))
+    ]
 
 
 def labelled_by_experts(source: Source) -> bool:
@@ -166,7 +169,9 @@ def _without_start(tensors: Path) -> bool:
         return False
 
 
-def _imported(meta: Path) -> bool:
+def is_imported(run: RunDir) -> bool:
+    """Return whether the run's distilled set was imported."""
+    meta = run.distilled / "meta.json"
     try:
         return bool(json.loads(meta.read_text(encoding="utf-8"))["method"] == "imported")
     except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: reported by the set's reader

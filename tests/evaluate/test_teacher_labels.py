@@ -57,7 +57,7 @@ def test_fewer_teachers(pipeline_of):
     pipeline = pipeline_of(evaluate={"teachers": 1})
     buffer = Buffer(pipeline.run.trajectories, pipeline.recipe.experts_hash())
     images, _ = set_of(pipeline, "random").batch_of(EVERY)
-    first, every = (Teachers(pipeline.recipe, pipeline.data, buffer).labeller(n)(images) for n in (1, None))
+    first, every = (Teachers(pipeline.recipe, pipeline.data, buffer).labeller(n)(images) for n in (1, 9))
     assert torch.equal(set_of(pipeline, "random-teacher").label_views(images), first) and not torch.equal(first, every)
     (row, *_) = planned_rows(pipeline.recipe, pipeline.data, pipeline.run, "random-teacher")
     assert row["settings"]["labels"] == "teacher"
@@ -169,4 +169,6 @@ def test_a_run_measures_them_and_an_imported_set_has_no_experts_for_them(pipelin
     assert "Distilled (LAD), teacher labels" in page and "Random real, teacher labels" in page
     meta = pipeline.run.distilled / "meta.json"
     meta.write_text(meta.read_text().replace('"method": "lad"', '"method": "imported"'))
+    assert results.wanted(pipeline.recipe, pipeline.run) == ["distilled", "distilled-teacher"]
+    (pipeline.run.distilled / "teachers.safetensors").unlink()
     assert results.wanted(pipeline.recipe, pipeline.run) == ["distilled"]
