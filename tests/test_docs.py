@@ -70,8 +70,15 @@ def test_commands_exist(line):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+    """Files, pictures, and headings where a link names one."""
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)|<img src=\"([^\"]+)\"", text):
+        name, _, anchor = "".join(target).partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), name
+        if anchor:
+            headings = re.findall(r"^#+ +(.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], target
 
 
 def test_every_page_is_in_the_index():
