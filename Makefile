@@ -1,6 +1,7 @@
 # make demo   install into .venv, then distil digits-LT and show what the result is worth
 # make test   install into .venv, then every check
 # make campaign   300 seeded cases of bad input, into runs/campaign; repeat it to go on after a stop
+# make docs   the documentation site, into site/: open site/index.html
 # PYTHON names the interpreter that .venv is made with (3.11 or newer).
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p))))
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test lint types unit campaign install develop clean
+.PHONY: demo test lint types unit campaign docs install develop clean
 
 demo: install
 	@$(BIN)/python benchmarks/demo.py --out $(DEMO)
@@ -28,14 +29,19 @@ unit: develop
 campaign: develop
 	$(BIN)/python -m tests.campaign.campaign --seed 0 --cases 300 --out runs/campaign
 
+docs: $(VENV)/installed-for-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 install: $(VENV)/installed
 
 develop: $(VENV)/installed-for-tests
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "lad-dist needs Python 3.11 or newer; try: make PYTHON=/path/to/python3.12"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV) (torch and ray are large: a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
 	@touch $@
@@ -45,5 +51,14 @@ $(VENV)/installed-for-tests: $(VENV)/installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# The site is built from the sources: the extra alone, without the package and torch.
+$(VENV)/installed-for-docs: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing what the site needs"
+	@$(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> $(VENV)/docs.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VENV)/docs.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache
