@@ -195,7 +195,7 @@ class Run:
         from lad_dist.rundir import STAGES
 
         if self.profile.launcher != "slurm":
-            raise RecipeError(f"profile {self.profile.name}: launcher: submits nothing; valid: a profile of SLURM")
+            raise RecipeError(f"profile {self.profile.name}: launcher: submits no jobs; valid: a SLURM profile")
         for stage in stages:
             if stage not in STAGES:
                 raise RecipeError(f"submit: stage {stage!r} is not known; valid: {', '.join(STAGES)}")
@@ -224,10 +224,10 @@ class Run:
 
         if self.profile.launcher == "slurm":
             raise RecipeError(
-                f"profile {self.profile.name}: launcher: slurm runs nothing here; valid: submit(), or local"
+                f"profile {self.profile.name}: launcher: slurm runs no stage here; valid: submit(), or local"
             )
         if not self._busy.acquire(blocking=False):
-            raise RunDirError(f"{self.folder}: another thread is at work with this run; wait until it has ended")
+            raise RunDirError(f"{self.folder}: another thread is using this run; wait until it has ended")
         try:
             if self._pipeline is not None and self._files.recipe.exists():
                 with (

@@ -45,8 +45,8 @@ def of_each_rank(asked: int | None, ranks: int) -> tuple[int, str | None]:
     most = max(1, cores // ranks)
     if asked is None or asked <= most or ranks == 1:  # a single process uses what was requested
         return asked or most, None
-    what = f"{ranks} ranks x {asked} threads are more than the {cores} cores here"
-    return most, f"threads: {what}; each rank works with {most} (threads are per rank)"
+    what = f"{ranks} ranks x {asked} threads exceed the {cores} cores here"
+    return most, f"threads: {what}; each rank uses {most} (threads are per rank)"
 
 
 def obtained(threads: int, seconds: float = 0.3) -> float:

@@ -173,7 +173,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
                 )
             if _sha256(folder / name) != sums.get(name):
                 raise DistilledError(
-                    f"{folder / name}: does not match the checksum in {_META}: it is damaged or not its own"
+                    f"{folder / name}: does not match the checksum in {_META}: it is damaged or from another set"
                 )
         try:
             tensors = parse_tensors((folder / _TENSORS).read_bytes())
@@ -225,7 +225,7 @@ def _read_meta(path: Path) -> tuple[DistilledMeta, dict[str, str]]:
     missing = [n for n in [*fields, "sha256"] if n not in doc and n != "label_source"]
     unknown = [n for n in doc if n not in fields and n != "sha256"]
     if missing or unknown:
-        raise DistilledError(f"{path}: lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}")
+        raise DistilledError(f"{path}: missing fields: {missing or 'none'}; unknown fields: {unknown or 'none'}")
     try:
         sums = TypeAdapter(dict[str, str]).validate_python(doc.pop("sha256"))
         meta = TypeAdapter(DistilledMeta).validate_python(doc)

@@ -47,7 +47,7 @@ def as_exceptions() -> Iterator[None]:
             signal.signal(s, lambda number, frame: None)
         arrived.append(
             Interrupted(
-                f"interrupted by {signal.Signals(number).name}; what is finished is kept, and the same command continues"
+                f"interrupted by {signal.Signals(number).name}; finished work is kept, and the same command continues"
             )
         )
         raise arrived[0]

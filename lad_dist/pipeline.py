@@ -141,9 +141,9 @@ class Pipeline:
             made = DistilledSet.load(self.run.distilled).meta
             if not made.grows_into(self.recipe):
                 how = f"iteration {made.iteration}" if made.method == self.recipe.method else made.method
-                return self._already("distill", f"{self.run.distilled} is there ({how})")
+                return self._already("distill", f"{self.run.distilled} exists ({how})")
             self.screen.say(
-                f"distill: {self.run.distilled} is of {made.iterations} iterations; goes on to {self.recipe.distill.iterations}"
+                f"distill: {self.run.distilled} has {made.iterations} iterations; continues to {self.recipe.distill.iterations}"
             )
         with self._alone("distill"), self._stage("distill"):
             results.forget(self.run.results, lambda row: str(row["source"]).startswith("distilled"))  # of a smaller set
@@ -196,8 +196,8 @@ class Pipeline:
         left_out = [b for b in dict.fromkeys(self.recipe.evaluate.baselines) if b not in sources]
         if left_out:
             self.screen.say(
-                f"evaluate: {', '.join(left_out)} left out: an imported set has neither a known start nor experts, and one of an "
-                "older version did not keep the labels it started from"
+                f"evaluate: {', '.join(left_out)} left out: an imported set has no known starting set and no experts; one of an "
+                "older version lacks the labels it started from"
             )
 
     def evaluate(self, source: str) -> None:
@@ -344,7 +344,9 @@ class Pipeline:
         file = self.run.threads
         if file.exists():
             team = threads.Team.load(file)
-            self.screen.say(f"threads: {team.threads}, as the run began (--threads N changes it, and the last bits)")
+            self.screen.say(
+                f"threads: {team.threads}, as at the start of the run (--threads N changes it, and the last bits)"
+            )
         else:
             most = threads.most_threads(self.profile)
             team = threads.choose(self.recipe, Shapes.of(self.recipe.model, channels, size, classes), most)
@@ -378,11 +380,11 @@ class Pipeline:
             other = claims.foreign(self.run.root, verb, owner)
             if other is not None and (other.lives_here() or time.monotonic() > until):
                 raise RunDirError(
-                    f"{self.run.root}: another process does `lad-dist {verb}` in this folder already ({other}); wait until it "
-                    "has ended, or stop it and start this command again, which continues"
+                    f"{self.run.root}: another process runs `lad-dist {verb}` in this folder ({other}); wait until it "
+                    "has ended, or stop it and run this command again, which continues"
                 )
             if other is not None and not said:
-                self.screen.say(f"{verb}: finding out whether another process is still at work here ({other})")
+                self.screen.say(f"{verb}: checking whether another process is still running here ({other})")
                 said = True
             time.sleep(_LOOK_SECONDS)
 

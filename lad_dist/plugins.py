@@ -55,7 +55,7 @@ def load(name: str, group: str, field: str, error: type[LadDistError] = RecipeEr
         if not colon:
             there = offered(group)
             if name not in there:
-                names = f"the names {', '.join(sorted(there))}" if there else "no names, as no package offers any"
+                names = f"the names {', '.join(sorted(there))}" if there else "a name (no installed package offers one)"
                 raise error(f"{field}: {name!r} is not known; valid: module:attribute, or {names}")
             return there[name].load()
         found: Any = importlib.import_module(module)

@@ -48,12 +48,12 @@ class RayConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     address: Text | None = Field(
-        None, description="a running cluster's address; default: RAY_ADDRESS, else a cluster of its own on this machine"
+        None, description="a running cluster's address; default: RAY_ADDRESS, else a new cluster on this machine"
     )
-    dashboard: Bool = Field(True, description="serve the dashboard of a cluster of its own, on the loopback address")
+    dashboard: Bool = Field(True, description="serve the new cluster's dashboard, on the loopback address")
     object_store_mb: Annotated[Int, Field(ge=80)] | None = Field(
         None,
-        description="shared memory of a cluster of its own, MiB; default: what the training images need, at least 80",
+        description="the new cluster's shared memory, MiB; default: what the training images need, at least 80",
     )
 
 
@@ -68,7 +68,7 @@ def _passed_on(options: dict[str, Option]) -> dict[str, Option]:
         if name == "slurm_additional_parameters":
             if not isinstance(value, dict):
                 raise ValueError(
-                    f"{name}: {value!r} is no mapping; valid: sbatch's long options, such as {{nice: 100}}"
+                    f"{name}: {value!r} is not a mapping; valid: sbatch's long options, such as {{nice: 100}}"
                 )
             for option in value:
                 _check_not_own(f"slurm_{option.lstrip('-').replace('-', '_')}", f"{name}: {option}")
@@ -146,17 +146,17 @@ class SlurmConfig(BaseModel):
     reservation: Text | None = Field(None, description="sbatch --reservation")
     dependency: Text | None = Field(
         None,
-        description="sbatch --dependency, beside that of the chain itself: every job waits for it, for example afterok:1234",
+        description="sbatch --dependency, beside those of the chain: every job waits for it, for example afterok:1234",
     )
     begin: Text | None = Field(
         None, description="sbatch --begin: no job starts before, for example now+2hours or 20:00"
     )
     comment: Text | None = Field(None, description="sbatch --comment; default: lad-dist and the submission's name")
-    mail: Text | None = Field(
-        None, description="sbatch --mail-user: whom SLURM writes to about the jobs; default: nobody"
+    mail: Text | None = Field(None, description="sbatch --mail-user: recipient of SLURM's mail; default: nobody")
+    mail_events: Text = Field("FAIL", description="sbatch --mail-type: its events, for example BEGIN,END,FAIL")
+    time_minutes: Annotated[Int, Field(ge=1)] = Field(
+        240, description="time limit of one job; it is requeued to continue"
     )
-    mail_events: Text = Field("FAIL", description="sbatch --mail-type: what about, for example BEGIN,END,FAIL")
-    time_minutes: Annotated[Int, Field(ge=1)] = Field(240, description="time limit of one job; it is requeued to go on")
     tasks_per_node: Annotated[Int, Field(ge=1)] | None = Field(
         None, description="ranks of a distillation on each node; default: one per GPU, else 1"
     )
@@ -165,17 +165,17 @@ class SlurmConfig(BaseModel):
         None, description="memory per node, GB; default: the cluster's"
     )
     setup: tuple[Text, ...] = Field((), description="shell lines before each job, for example: module load cuda/12.4")
-    python: Text | None = Field(None, description="what starts Python on the nodes; default: this interpreter")
+    python: Text | None = Field(None, description="command that starts Python on the nodes; default: this interpreter")
     logs: Text | None = Field(None, description="folder of logs, shared by all nodes; default: slurm/logs in the run")
     warning_seconds: Annotated[Int, Field(ge=1)] = Field(
         120, description="time before the limit at which a job saves its state and is requeued"
     )
     max_requeues: Annotated[Int, Field(ge=0)] = Field(
-        20, description="how often a job that ran out of time goes on by itself"
+        20, description="how often a job that ran out of time is requeued"
     )
     options: dict[str, Option] = Field(
         default_factory=dict,
-        description="anything else, by submitit's names: slurm_exclude, slurm_gres; any other option of sbatch under "
+        description="other options, by submitit's names: slurm_exclude, slurm_gres; any other option of sbatch under "
         "slurm_additional_parameters, for example {nice: 100, licenses: matlab}",
     )
     stages: StagesOnSlurm = StagesOnSlurm()
@@ -186,9 +186,7 @@ class SlurmConfig(BaseModel):
     @classmethod
     def _all_of_them(cls, value: str | None) -> str | None:
         if value is not None and "?" in value:
-            raise ValueError(
-                f"{value!r}: SLURM cannot combine ? (any of them) with the chain's own; valid: , (all of them)"
-            )
+            raise ValueError(f"{value!r}: SLURM cannot combine ? (any) with the chain's dependencies; valid: , (all)")
         return value
 
 
@@ -197,33 +195,33 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    name: Text = Field("local", description="how the profile is called")
+    name: Text = Field("local", description="name of the profile")
     launcher: Literal["local", "slurm"] = Field(
         "local", description="local: in this process on this machine; slurm: as a chain of SLURM jobs"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU if there is one, else the CPU")
     threads: Annotated[Int, Field(ge=1, le=MOST_THREADS)] | None = Field(
         None,
-        description="CPU threads, of each rank where there are several (then at most the cores divided by the ranks); default: "
-        "what a few steps are fastest with, up to the cores there are, kept with the run",
+        description="CPU threads per rank (with several ranks at most the cores divided by the ranks); default: "
+        "the fastest in a few timed steps, up to all cores, kept with the run",
     )
     buffers: Text | None = Field(
         None, description="folder of shared trajectory buffers, each under its recipe's hash; default: inside the run"
     )
     fleet: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="on: experts are trained by Ray actors; off: in this process; auto: on where two or more fit",
+        description="on: experts are trained by Ray actors; off: in this process; auto: on if two or more fit",
     )
     experts_per_gpu: Annotated[Int, Field(ge=1)] = Field(1, description="experts trained at a time on one GPU")
     threads_per_expert: Annotated[Int, Field(ge=1, le=MOST_THREADS)] = Field(
         1, description="CPU threads, and cores, of one fleet expert"
     )
     expert_retries: Annotated[Int, Field(ge=0)] = Field(
-        3, description="how often an expert that failed, or whose process died, is tried again from its last part"
+        3, description="how often an expert that failed, or whose process died, is retried from its last part"
     )
     log: tuple[Text, ...] = Field(
         (),
-        description="what receives the run's events: wandb, an entry point of lad_dist.loggers, or module:attribute "
+        description="receivers of the run's events: wandb, an entry point of lad_dist.loggers, or module:attribute "
         "(docs/extending.md)",
     )
     ray: RayConfig = RayConfig()
@@ -236,7 +234,7 @@ class Profile(BaseModel):
         None, description="processes that share a distillation, one device each; default: one per GPU, else 1"
     )
     rank_restarts: Annotated[Int, Field(ge=0)] = Field(
-        3, description="how often the ranks start again from the last checkpoint after one of them died"
+        3, description="how often the ranks restart from the last checkpoint after one of them died"
     )
     rank_timeout: Annotated[Float, Field(gt=0)] = Field(
         600.0, description="seconds that a rank waits for the others before it gives up"

@@ -195,7 +195,7 @@ def joined(where: ProcessRank, device: torch.device, timeout: float = TIMEOUT) -
     except (RuntimeError, ValueError) as error:
         meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RankError(
-            f"rank {where.rank} of {where.world}: could not meet the others at {meeting} ({str(error).splitlines()[0]}); "
+            f"rank {where.rank} of {where.world}: could not connect to the others at {meeting} ({str(error).splitlines()[0]}); "
             "check that every rank was started and that the hosts reach each other"
         ) from error
     try:
@@ -262,9 +262,7 @@ def launch(
                 outcomes = elastic_launch(_launch_config(world, logs), _outcome)(function, *args)
         except SignalException as stopped:
             name = signal.Signals(stopped.sigval).name
-            raise Interrupted(
-                f"interrupted by {name}; what is finished is kept, and the same command continues"
-            ) from None
+            raise Interrupted(f"interrupted by {name}; finished work is kept, and the same command continues") from None
         except ChildFailedError as failed:
             rank, failure = failed.get_first_failure()
             code = failure.exitcode

@@ -74,7 +74,7 @@ class DataConfig(_Section):
 
     dataset: Literal[
         "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "list", "parquet", "custom"
-    ] = Field("cifar10", description="the source of the images; custom: what data.source names")
+    ] = Field("cifar10", description="source of the images; custom: the data of data.source")
     source: Text | None = Field(
         None,
         description="data.dataset custom: module:attribute, or the name of an entry point of the group lad_dist.datasets; a "
@@ -87,8 +87,8 @@ class DataConfig(_Section):
     test: Text | None = Field(None, description="test split: file, folder or pattern under root")
     test_fraction: Annotated[Float, Field(gt=0, lt=1)] | None = Field(
         None,
-        description="image-folder without a test split: this part of each class's training images is the test set, one at least; a "
-        "class of one is not tested",
+        description="image-folder without a test split: this share of each class's training images is the test set, at "
+        "least one; a class of one image is not tested",
     )
     image_column: Text | None = Field(
         None, description="Parquet column of encoded images; default: found by type and name"
@@ -98,11 +98,11 @@ class DataConfig(_Section):
         None, description="resize to this many pixels a side"
     )
     channels: Literal[1, 3] | None = Field(
-        None, description="convert to grey (1) or colour (3); default: as the images are"
+        None, description="convert to grey (1) or colour (3); default: as in the images"
     )
     fit: Literal["refuse", "center-crop"] = Field("refuse", description="what to do with an image that is not square")
     imbalance: Literal["exponential", "natural"] = Field(
-        "exponential", description="exponential: n_c = trunc(n_max * factor^(-c/(K-1))); natural: the data as it is"
+        "exponential", description="exponential: n_c = trunc(n_max * factor^(-c/(K-1))); natural: all images"
     )
     imbalance_factor: Annotated[Float, Field(ge=1, le=1000)] = Field(100.0, description="largest over smallest class")
     n_max: Annotated[Int, Field(ge=1)] | None = Field(
@@ -110,7 +110,7 @@ class DataConfig(_Section):
     )
     validation_per_class: Annotated[Int, Field(ge=0, le=MOST)] = Field(
         0,
-        description="images per class held out of the training pool, to choose settings on; a class of no more keeps one image",
+        description="validation images per class, held out of the training pool; a class with no more keeps one for training",
     )
     download: Bool = Field(True, description="let torchvision download a missing data set", json_schema_extra=_NOTHING)
     whitening: Literal["zca", "standardize", "none"] = Field(
@@ -128,7 +128,7 @@ class ModelConfig(_Section):
     """Expert and student network; default: ``depth`` blocks of convolution, instance norm, ReLU, average pooling."""
 
     network: Architecture = Field(
-        "convnet", description="one with instance norm, or module:attribute; see extending.md for what it must be"
+        "convnet", description="one with instance norm, or module:attribute (docs/extending.md)"
     )
     width: Annotated[Int, Field(ge=1, le=4096)] = Field(128, description="convnet: channels of every convolution")
     depth: Annotated[Int, Field(ge=1, le=8)] = Field(3, description="convnet: blocks; each halves the image")
@@ -139,7 +139,7 @@ class AugmentConfig(_Section):
 
     operations: tuple[Operation, ...] = Field(
         OPERATIONS,
-        description="what is drawn from; a name twice is drawn twice as often; module:attribute among them; an empty list "
+        description="operations to draw from, module:attribute too; one given twice is drawn twice as often; an empty list "
         "switches augmentation off",
     )
     flip: Annotated[Float, Field(ge=0, le=1)] = Field(0.5, description="probability of a horizontal flip")
@@ -178,7 +178,7 @@ class ExpertsConfig(_Section):
         4, description="consecutive draws per class, classifier stage"
     )
     epochs_per_part: Annotated[Int, Field(ge=1, le=MOST)] = Field(
-        5, description="epochs in one part file: what a crash can lose", json_schema_extra=_NOTHING
+        5, description="epochs per part file, the most a crash can lose", json_schema_extra=_NOTHING
     )
 
 
@@ -189,12 +189,12 @@ class BufferConfig(_Section):
 
     start_after: Annotated[Int, Field(ge=1, le=MOST)] | None = Field(
         None,
-        description="experts that must be complete before distillation begins, which then uses new ones as they come; "
-        "default: all, and a distillation depends on nothing but the recipe",
+        description="experts that must be complete before distillation begins, which then adds new ones as they finish; "
+        "default: all, so that the set depends on the recipe alone",
     )
     cache_mb: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         128,
-        description="MiB of decoded checkpoints that each distilling process keeps in host memory",
+        description="MiB of decoded checkpoints that each distillation process caches in host memory",
         json_schema_extra=_NOTHING,
     )
 
@@ -235,11 +235,11 @@ class DistillConfig(_Section):
         0.1, description="ridge of the regression, relative to the mean squared norm of the features"
     )
     regression_dropout: Annotated[Float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the features that each iteration leaves out of the regression, drawn anew every time"
+        0.0, description="fraction of the features that each iteration drops from the regression, drawn anew each time"
     )
     regression_epoch_max: Annotated[Int, Field(ge=1, le=MOST)] | None = Field(
         None,
-        description="features are those of representation experts at epochs below this; default: 11, or all epochs where "
+        description="features are from representation experts at epochs below this; default: 11, or all epochs if "
         "experts have fewer",
     )
     regression_targets: Literal["soft", "hard"] = Field(
@@ -257,7 +257,7 @@ class DistillConfig(_Section):
     start_epoch_min: Annotated[Int, Field(ge=0, le=MOST)] = Field(0, description="first start epoch of a window")
     start_epoch_max: Annotated[Int, Field(ge=1, le=MOST)] = Field(20, description="start epochs are below this")
     start_epoch_max_first: Annotated[Int, Field(ge=1, le=MOST)] | None = Field(
-        None, description="the upper bound at iteration 0, if it shall grow; default: no growth"
+        None, description="the upper bound at iteration 0, if it grows; default: no growth"
     )
     start_epoch_growth: Annotated[Int, Field(ge=0, le=MOST)] = Field(
         0, description="iterations over which the upper bound grows"
@@ -283,12 +283,12 @@ class DistillConfig(_Section):
     gradient: Literal["auto", "keep", "recompute", "captured"] = Field(
         "auto",
         description="keep the graphs of all student steps, or recompute them in constant memory, or that with every step "
-        "captured as a CUDA graph; same numbers. auto: keep where it fits, and on a GPU what is faster at the start",
+        "captured as a CUDA graph; same numbers. auto: keep if it fits, on a GPU the faster one at the start",
         json_schema_extra=_NOTHING,
     )
     memory_gb: Annotated[Float, Field(gt=0)] | None = Field(
         None,
-        description="memory that auto may plan with; default: 60% of what is free on the device",
+        description="memory available to auto; default: 60% of the free memory of the device",
         json_schema_extra=_NOTHING,
     )
     initial: Literal["real-correct", "real-herded", "real-random"] = Field(
@@ -306,24 +306,24 @@ class DistillConfig(_Section):
         description="the experts' mean logits are divided by this before they become soft labels; above 1 is softer",
     )
     select: Literal["last", "validation", "test-as-published"] = Field(
-        "last", description="which iteration's set is kept; test-as-published picks on the test set and says so"
+        "last", description="which iteration's set is kept; test-as-published selects on the test set and reports it"
     )
     select_every: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         500, description="iterations between the candidates of select"
     )
     checkpoint_every: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         100,
-        description="iterations between checkpoints for resuming; there is one every minute, too",
+        description="iterations between checkpoints for resuming, also written every minute",
         json_schema_extra=_NOTHING,
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="of the student's convolutions; how far bfloat16's gradient is from float32's is said at the start",
+        description="of the student's convolutions; the start logs how far bfloat16's gradient is from float32's",
     )
     early_evaluation: Annotated[Float, Field(ge=0, le=0.5)] = Field(
         0.02,
-        description="share of the time that quick measurements of the set may take, at checkpoints; they are shown and "
-        "recorded and choose nothing; 0: none",
+        description="share of the time for quick measurements of the set, at checkpoints; shown and "
+        "recorded, not used for selection; 0: none",
         json_schema_extra=_NOTHING,
     )
 
@@ -348,10 +348,10 @@ class EvaluateConfig(_Section):
     tune_lr: tuple[Annotated[Float, Field(gt=0)], ...] = Field(
         (),
         description="learning rates to choose from, for every source alike, by accuracy on data.validation_per_class; for the "
-        "distilled set and its start also the learned alpha; default: lr and full_lr are taken as they are",
+        "distilled set and its start also the learned alpha; default: lr and full_lr unchanged",
     )
     tune_epochs: tuple[Annotated[Int, Field(ge=1, le=MOST)], ...] = Field(
-        (), description="epochs to choose from in the same way (the whole set keeps full_epochs); default: epochs"
+        (), description="epochs to choose from, likewise (the whole set keeps full_epochs); default: epochs"
     )
     full_epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(200, description="epochs on the whole long-tailed set")
     full_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="learning rate on the whole long-tailed set")
@@ -363,10 +363,10 @@ class EvaluateConfig(_Section):
         "images with hard labels, a set without augmentation (...-plain), a set whose augmented batches the experts label anew "
         "(...-teacher), or module:attribute, which also takes these endings",
     )
-    split: Literal["test", "validation"] = Field("test", description="what accuracy is measured on")
+    split: Literal["test", "validation"] = Field("test", description="split that accuracy is measured on")
     architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = Field(
         ("convnet",),
-        description="networks that are trained on every set, module:attribute among them; convnet has the width and depth of "
+        description="networks trained on every set, module:attribute too; convnet has the width and depth of "
         "`model`; default: model.network",
     )
     norm: Literal["instance", "batch"] = Field(
@@ -386,7 +386,7 @@ class EvaluateConfig(_Section):
     together: Literal["auto", "on", "off"] = Field(
         "auto",
         description="on: all seeds of ConvNet train at once by grouped convolutions, the same numbers to rounding; auto: on a "
-        "CPU where one network's batch is so small that this is faster, and where a trial gives the same bits",
+        "CPU if one network's batch is so small that this is faster, and a trial gives the same bits",
     )
 
     def teachers_of(self, experts: ExpertsConfig) -> int:
@@ -404,7 +404,7 @@ class Recipe(_Section):
     )
     method: Method = Field(
         "lad",
-        description="a preset of fields of distill (below), and the loss that its phases match by",
+        description="a preset of fields of distill (below), and its matching loss",
     )
     ipc: Annotated[Int, Field(ge=1, le=10_000)] = Field(10, description="synthetic images per class")
     seed: Annotated[Int, Field(ge=0)] = Field(0, description="of distillation and evaluation")
@@ -428,7 +428,7 @@ class Recipe(_Section):
         strange = [k for k in preset if k not in DistillConfig.model_fields]
         if strange:
             raise RecipeError(
-                f"method: {method}: sets distill.{strange[0]}, which is no field; valid: fields of distill"
+                f"method: {method}: sets distill.{strange[0]}, which is not a field; valid: fields of distill"
             )
         own = {k: v for k, v in (doc.get("distill") or {}).items() if not (k in preset and v is None)}
         return {**doc, "distill": {**preset, **own}}
@@ -615,9 +615,7 @@ def _cross_faults(recipe: Recipe) -> list[str]:
         )
     for field in ("tune_lr", "tune_epochs"):
         if getattr(recipe.evaluate, field) and recipe.data.validation_per_class == 0:
-            faults.append(
-                f"evaluate.{field}: is chosen from on held-out images and needs data.validation_per_class above 0"
-            )
+            faults.append(f"evaluate.{field}: tunes on held-out images and needs data.validation_per_class above 0")
     for field, value in (("evaluate.split", recipe.evaluate.split), ("distill.select", d.select)):
         if value == "validation" and recipe.data.validation_per_class == 0:
             faults.append(f"{field}: validation needs data.validation_per_class above 0")

@@ -43,7 +43,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             self._aliases += 1
             if event.anchor in self._open:
-                raise yaml.MarkedYAMLError(problem=f"*{event.anchor} is within itself", problem_mark=mark)
+                raise yaml.MarkedYAMLError(problem=f"*{event.anchor} contains itself", problem_mark=mark)
             if self._aliases > _MOST_ALIASES:
                 raise yaml.MarkedYAMLError(
                     problem=f"more than {_MOST_ALIASES} aliases (*{event.anchor})", problem_mark=mark

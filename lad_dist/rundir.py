@@ -441,15 +441,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def _storage(
     where: Path,
     kind: type[LadDistError],
-    advice: str = "free some space or choose another folder; what was "
-    "finished before is kept, and the same command continues",
+    advice: str = "free some space or choose another folder; finished work is kept, and the same command continues",
 ) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space; what was finished before is kept, and the same command continues" if full else advice
+        advice = "free some space; finished work is kept, and the same command continues" if full else advice
         raise kind(f"{error.filename or where}: cannot be written: {reason}; {advice}") from error
 
 

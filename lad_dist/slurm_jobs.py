@@ -199,7 +199,7 @@ class SlurmQueue:
         said = [f"SLURM: {self.fault}"] if self.fault and states else []
         for one in states:
             harmless = one.over and one.state != "done" and one.stage in done
-            said.append(f"SLURM: {one.line()}{'; the stage is done all the same' if harmless else ''}")
+            said.append(f"SLURM: {one.line()}{'; the stage is done nevertheless' if harmless else ''}")
             if one.state in ("failed", "gone") and not harmless:
                 said.append(f"SLURM:   log: {quote(str(one.log))}")
             if one.state == "running" and one.dashboard:
@@ -271,10 +271,10 @@ def _in_words(row: dict[str, str] | None, left: dict[str, Any], asked: bool) -> 
         if told == "failed":
             return "failed", "failed"
         if told == NOT_BEGUN:
-            return "cancelled", "did not begin"
+            return "cancelled", "did not start"
         if not asked:
-            return "waiting", f"state unknown; it says {told or 'nothing'}"
-        return "gone", "SLURM does not know it any more, and it left no result"
+            return "waiting", f"state unknown; its record says {told or 'nothing'}"
+        return "gone", "SLURM no longer lists it, and it left no result"
     state, why = row["state"], row["reason"]
     again = f", requeued {left['restarts']} times" if left.get("restarts") else ""
     if state == "COMPLETING":
@@ -292,7 +292,7 @@ def _in_words(row: dict[str, str] | None, left: dict[str, Any], asked: bool) -> 
             return "cancelled", "cancelled, since a stage before it did not finish"
         return "cancelled", "cancelled (scancel)" + (f" on {row['node']}" if row["node"] else "")
     if told == NOT_BEGUN:
-        return "cancelled", "did not begin"
+        return "cancelled", "did not start"
     where = f" on {row['node']}" if row["node"] else ""
     return "failed", f"{_WORDS.get(state, state.lower())}{where}" + (f" ({why})" if why != "None" else "")
 

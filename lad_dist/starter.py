@@ -43,7 +43,7 @@ def recipe_text(found: Survey, name: str) -> str:
     lines = [
         f"# {name}: {total} training images of {len(train)} classes, {largest} down to {min(train)} each.",
         f"# Purpose:   written by `lad-dist init` for {_one_line(str(found.root))}; every line may be changed (docs/recipes.md).",
-        f"# Command:   lad-dist run {name}.yaml --quick      a first look, within ten minutes on two cores",
+        f"# Command:   lad-dist run {name}.yaml --quick      a short trial, within ten minutes on two cores",
         f"#            lad-dist plan {name}.yaml             what the whole run costs",
         f"#            lad-dist run {name}.yaml",
         f"name: {name}",
@@ -53,7 +53,7 @@ def recipe_text(found: Survey, name: str) -> str:
         "  dataset: image-folder",
         f"  root: {_quoted(str(found.root.absolute()))}",
         *_splits(found),
-        "  imbalance: natural".ljust(36) + "# the classes as they are; exponential cuts a longer tail",
+        "  imbalance: natural".ljust(36) + "# class sizes unchanged; exponential cuts a longer tail",
         *_pixels(found, side),
         "  whitening: standardize".ljust(36) + "# zca is the published choice; it suits a thousand images and more",
         "  # validation_per_class: 2         # hold images out to choose settings on, with evaluate.split: validation",
@@ -62,7 +62,7 @@ def recipe_text(found: Survey, name: str) -> str:
         f"  depth: {depth}",
         "augment:",
         "  operations: [color, crop, cutout, flip, scale, rotate]",
-        "  # leave flip out where a mirrored image is none of its class (letters, digits, arrows); color where colour tells",
+        "  # leave flip out where a mirrored image is not of its class (letters, digits, arrows); color where colour tells",
         "experts:\n  count: 4",
         f"  epochs: {epochs}".ljust(36) + f"# about {epochs * math.ceil(total / batch)} steps",
         "  classifier_epochs: 20",
@@ -70,7 +70,7 @@ def recipe_text(found: Survey, name: str) -> str:
         "  lr: 0.05",
         "  classifier_lr: 0.05",
         "distill:",
-        "  iterations: 400".ljust(36) + "# more where the regression loss still falls",
+        "  iterations: 400".ljust(36) + "# more if the regression loss still falls",
         f"  batch: {min(100, len(train) * ipc)}",
         "  optimizer: adam",
         "  schedule: cosine",
@@ -118,7 +118,7 @@ def _splits(found: Survey) -> list[str]:
         lines.append(f"  train: {_quoted(found.train)}".ljust(36) + "# where the class folders are, below root")
     if found.test is None:
         lines.append(
-            f"  test_fraction: {TEST_FRACTION}".ljust(36) + "# no test folder: so much of each class is the test set"
+            f"  test_fraction: {TEST_FRACTION}".ljust(36) + "# no test folder: this share of each class is the test set"
         )
     elif found.test not in ("test", "val"):
         lines.append(f"  test: {_quoted(found.test)}")
@@ -136,7 +136,7 @@ def _pixels(found: Survey, side: int) -> list[str]:
     lines += [
         "  fit: center-crop".ljust(36) + ("# not all images are square" if not found.square else "# squares stay whole")
     ]
-    why = "grey and colour images: all are read as colour" if found.grey and found.colour else "as the images are"
+    why = "grey and colour images: all are read as colour" if found.grey and found.colour else "as in the images"
     return [*lines, f"  channels: {3 if found.colour else 1}".ljust(36) + f"# {why}"]
 
 

@@ -43,8 +43,8 @@ def check_network(buffer: Buffer, layout: Layout) -> None:
     """Raise TrajectoryError if a buffer's trajectories belong to a network that its name no longer refers to."""
     if buffer.meta.parameters != tuple(zip(layout.names, layout.shapes, strict=True)):
         raise TrajectoryError(
-            f"{buffer.folder}: these trajectories are of another network (its parameters differ); give the changed network another "
-            "name, or choose another run folder"
+            f"{buffer.folder}: these trajectories are from another network (its parameters differ); give the changed network "
+            "another name, or choose another run folder"
         )
 
 

@@ -199,7 +199,7 @@ def test_another_thread_works_as_well_and_only_one_at_a_time(opened):
     thread = threading.Thread(target=lambda: made.append(run.distill()))
     thread.start()
     thread.join()
-    assert len(refused) == 2 and all("another thread is at work" in text for text in refused)
+    assert len(refused) == 2 and all("another thread is using this run" in text for text in refused)
     assert torch.equal(made[0].images, whole.images)
 
 
@@ -237,7 +237,7 @@ def test_what_cannot_be_opened(tmp_path, opened, monkeypatch):
     cluster = opened(profile=Profile(launcher="slurm"))
     with pytest.raises(RecipeError, match=r"submit\(\)"):
         cluster.distill()
-    with pytest.raises(RecipeError, match="submits nothing"):
+    with pytest.raises(RecipeError, match="submits no jobs"):
         opened().submit()
     with pytest.raises(RecipeError, match="stage 'train' is not known; valid: experts"):
         cluster.submit("train")

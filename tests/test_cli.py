@@ -163,7 +163,7 @@ def test_jobs_by_words_and_their_text():
     assert "tiny-imagenet-lt-f20-ipc10" in shown and "tiny-imagenet-lt-f20-ipc20" in shown
     assert "f100" not in shown and "cifar" not in shown
     assert lad("jobs", "show", "digits-lt").output == catalog.jobs()["digits-lt"].read_text()
-    for words, said in ((["nothing-like-it"], "no recipe's name has nothing-like-it"), (["show"], "names no recipe"),
+    for words, said in ((["nothing-like-it"], "no recipe's name has nothing-like-it"), (["show"], "no recipe named"),
                         (["show", "digit-lt"], "did you mean digits-lt")):  # fmt: skip
         refused = lad("jobs", *words)
         assert refused.exit_code == 2 and said in refused.stderr

@@ -55,7 +55,7 @@ def test_ranks_have_no_more_threads_than_cores(monkeypatch, asked, world, each):
     assert threads == each
     assert (said is not None) == (asked is not None and asked > each)
     if said:
-        assert f"{world} ranks x {asked} threads are more than the 4 cores here; each rank works with {each}" in said
+        assert f"{world} ranks x {asked} threads exceed the 4 cores here; each rank uses {each}" in said
 
 
 def test_ranks_that_torchrun_started_share_the_cores():

@@ -136,7 +136,7 @@ def test_a_network_that_has_changed_under_its_name_is_refused(place, alone, tmp_
         recipe, tmp_path / "run", Profile(fleet="off"), place / "store", torch.device("cpu"), silent
     )
     for stage in (pipeline.distill, lambda: pipeline.evaluate("random-soft")):
-        with pytest.raises(TrajectoryError, match="these trajectories are of another network"):
+        with pytest.raises(TrajectoryError, match="these trajectories are from another network"):
             stage()
     monkeypatch.delitem(sys.modules, "mine")
 
@@ -154,8 +154,8 @@ def test_a_plan_measures_the_network(place):
     ("model.network=mine:without", "model.network: mine:without: its classifier 'classifier' is no such module"),
     ("model.network=mine:COSINE", "model.network: mine:COSINE: is a Method; valid: a callable (channels, size, classes)"),
     ("model.network=smal", "--set model.network=smal: 'smal': should be 'convnet'"),
-    ("evaluate.architectures=[mine:ten]", "evaluate.architectures: mine:ten: gives (2, 11) for 2 images; valid: logits of shape"),
-    ("augment.operations=[mine:half]", "augment.operations: mine:half: gives (4, 1, 4, 8) for images of (4, 1, 8, 8)"),
+    ("evaluate.architectures=[mine:ten]", "evaluate.architectures: mine:ten: returns (2, 11) for 2 images; valid: logits of shape"),
+    ("augment.operations=[mine:half]", "augment.operations: mine:half: returns (4, 1, 4, 8) for images of (4, 1, 8, 8)"),
     ("evaluate.baselines=[mine:nothing]", "evaluate.baselines: mine:nothing: AttributeError"),
     ("method=mine:digits", "method: mine:digits: is a function; valid: a lad_dist.methods.Method"),
 ])  # fmt: skip

@@ -43,7 +43,7 @@ def test_a_method_of_ones_own_is_a_preset():
 @pytest.mark.parametrize(("name", "said"), [
     ("lda", "'lda': should be 'lad', 'lad-fr', 'datm', 'mtt', 'lad-without-wma', 'lad-without-adm' or module:attribute"),
     (3, "method: 3: should be a valid string"),
-    ("mine_too:STRANGE", "method: mine_too:STRANGE: sets distill.windows, which is no field; valid: fields of distill"),
+    ("mine_too:STRANGE", "method: mine_too:STRANGE: sets distill.windows, which is not a field; valid: fields of distill"),
     ("mine_too:NONE", "method: mine_too:NONE: is a str; valid: a lad_dist.methods.Method"),
     ("mine_too:OTHER", "method: mine_too:OTHER: AttributeError"),
     ("nowhere_at_all:M", "method: nowhere_at_all:M: No module named 'nowhere_at_all'; valid: a module that Python finds"),
@@ -77,5 +77,5 @@ def test_a_matching_loss_of_ones_own_has_the_gradient_of_the_closed_form():
 
 @pytest.mark.parametrize("loss", [lambda s, e: s - e, lambda s, e: 1.0, lambda s, e: e.sum()])
 def test_a_loss_that_is_none_is_refused(loss):
-    with pytest.raises(RecipeError, match=r"^method: its loss gave a .*; valid: a 0-dim tensor"):
+    with pytest.raises(RecipeError, match=r"^method: its loss returned a .*; valid: a 0-dim tensor"):
         match(*window(), loss)

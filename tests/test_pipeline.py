@@ -66,7 +66,7 @@ def test_nothing_is_written_for_data_that_are_refused_and_the_correction_runs(tm
 def test_data_that_cannot_be_whitened_leave_no_folder(tmp_path, folders, silent):
     for file in folders.rglob("*.png"):
         Image.new("L", (8, 8), 7).save(file)
-    with pytest.raises(DataError, match="one value throughout"):
+    with pytest.raises(DataError, match="is constant"):
         open_pipeline(recipe_of(folders, whitening="standardize"), tmp_path / "run", Profile(), None, CPU, silent)
     assert not (tmp_path / "run").exists()
 
@@ -103,9 +103,7 @@ def test_a_second_one_refuses_and_names_the_first(pipeline_of, other, verb):
     pipeline = pipeline_of()
     first = other(pipeline.run.root, verb)
     began = time.monotonic()
-    with pytest.raises(
-        RunDirError, match=rf"lad-dist {verb}` in this folder already \(process {first.pid} on {host_name()}, "
-    ):
+    with pytest.raises(RunDirError, match=rf"lad-dist {verb}` in this folder \(process {first.pid} on {host_name()}, "):
         pipeline.all() if verb == "run" else pipeline.distill()
     assert time.monotonic() - began < 10 and not list(read_events(pipeline.run.events))
     assert not pipeline.run.distilled.exists()

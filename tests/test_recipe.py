@@ -255,8 +255,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(("text", "said"), [
     (BOMB, "more than 32 aliases"), ("a: " + "[" * 50_000, "nested more than 32 deep"),
-    ("a: " + "{b: " * 40 + "1" + "}" * 40, "nested more than 32 deep"), ("a: &x [*x]", r"\*x is within itself"),
-    ("a: &x {b: {c: *x}}", r"\*x is within itself"), ("a: 2001-99-99", "not valid YAML"), ("a: " + "9" * 5000, "not valid YAML"),
+    ("a: " + "{b: " * 40 + "1" + "}" * 40, "nested more than 32 deep"), ("a: &x [*x]", r"\*x contains itself"),
+    ("a: &x {b: {c: *x}}", r"\*x contains itself"), ("a: 2001-99-99", "not valid YAML"), ("a: " + "9" * 5000, "not valid YAML"),
     ("a: 1\n" * 300_000, "more than 1,048,576 bytes"),
 ])  # fmt: skip
 def test_yaml_that_would_take_all_memory_or_crash_is_refused(tmp_path, text, said):

@@ -143,7 +143,7 @@ def test_what_became_of_experts(run):
     run.event("expert-restarted", expert=1, attempt=1, error="the process died")
     waiting = run.status()
     assert waiting.experts == (
-        "expert  1  stopped 0:01 ago, is tried again, restarted 1 time, gpu7/4001, the process died",
+        "expert  1  stopped 0:01 ago, will be retried, restarted 1 time, gpu7/4001, the process died",
     )
     assert waiting.stages[0].detail.startswith("1 of 100 experts, 0 in training, 19 of 1500 epochs")
     run.event("expert-started", expert=1, host="gpu8", pid=1)
@@ -228,12 +228,12 @@ def test_a_buffer_that_cannot_be_listed_hides_nothing_else(run, monkeypatch):
 def test_the_last_look_at_the_set_is_told(run):
     run.event("stage-started", stage="distill")
     run.event("iteration", iteration=200, loss_representation=0.9)
-    assert "first look" not in run.status().stages[1].detail
+    assert "quick measurement" not in run.status().stages[1].detail
     for iteration, overall in ((100, 0.5), (200, 0.625)):
         run.event("early-evaluation", iteration=iteration, overall=overall, tail=None)
-    assert "first look at iteration 200 62.5%" in run.status().stages[1].detail
+    assert "quick measurement at iteration 200 62.5%" in run.status().stages[1].detail
     run.event("early-evaluation", iteration=300, error="the loss became NaN or Inf")
-    assert "first look" not in run.status().stages[1].detail
+    assert "quick measurement" not in run.status().stages[1].detail
 
 
 # --- again and again --------------------------------------------------------------------------------------------------

@@ -44,9 +44,9 @@ RunOrBuffer = Annotated[str, typer.Argument(metavar="DIR", help="A run folder, a
 
 def inspect(
     folder: RunOrBuffer,
-    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     digest: Annotated[
-        bool, typer.Option("--digest/--no-digest", help="Whether to open every part for the digest of all weights.")
+        bool, typer.Option("--digest/--no-digest", help="Open every part to compute the digest of all weights.")
     ] = True,
 ) -> None:
     """Show each expert's epochs and sizes by stage, and a digest of all weights, from the checksums in the parts."""
@@ -88,18 +88,18 @@ def verify(folder: RunOrBuffer) -> None:
             terminal.stderr().print(terminal.styled(problem), soft_wrap=True)
         raise typer.Exit(1)
     checkpoints = sum(part.last - part.first + 1 for part in buffer.parts)
-    typer.echo(f"{len(buffer.parts)} parts, {checkpoints} checkpoints, all whole")
+    typer.echo(f"{len(buffer.parts)} parts, {checkpoints} checkpoints, all intact")
 
 
 def export(
     folder: RunOrBuffer,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Gets the folders representation/ and classifier/.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write representation/ and classifier/ to.")],
     to: Annotated[
         BufferFormat, typer.Option("--to", help="pt: replay_buffer_N.pt, as MTT, DATM and LAD read them.")
     ] = BufferFormat.pt,
-    stage: Annotated[Which, typer.Option(help="What to write.")] = Which.both,
-    experts_per_file: Annotated[int, typer.Option(min=1, help="As peers' code reads them: 10.")] = 10,
-    force: Annotated[bool, typer.Option("--force", help="Replace replay_buffer_N.pt files that are there.")] = False,
+    stage: Annotated[Which, typer.Option(help="Stages to write.")] = Which.both,
+    experts_per_file: Annotated[int, typer.Option(min=1, help="Other code reads 10 per file.")] = 10,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing replay_buffer_N.pt files.")] = False,
 ) -> None:
     """Write the complete experts to files that the code of other methods reads."""
     from lad_dist.interrupts import as_exceptions
@@ -118,7 +118,7 @@ def export(
     for each in stage.stages:
         whole = complete_experts(buffer, each)
         left_out = [expert for expert in buffer.experts(each) if expert not in whole]
-        more = f"; left out, as they are not complete: {_ranges(left_out)}" if left_out else ""
+        more = f"; left out as incomplete: {_ranges(left_out)}" if left_out else ""
         terminal.stdout().print(f"{each}: {len(whole)} experts{more}", soft_wrap=True)
     terminal.stdout().print(f"{len(files)} files in {out}", soft_wrap=True)
 
@@ -135,8 +135,8 @@ def import_(
     from_: Annotated[
         BufferFormat, typer.Option("--from", help="pt: replay_buffer_N.pt, as MTT, DATM and LAD write them.")
     ] = BufferFormat.pt,
-    stage: Annotated[Which, typer.Option(help="What to read.")] = Which.both,
-    first_expert: Annotated[int, typer.Option(min=0, help="The number that the first expert gets.")] = 0,
+    stage: Annotated[Which, typer.Option(help="Stages to read.")] = Which.both,
+    first_expert: Annotated[int, typer.Option(min=0, help="Number of the first imported expert.")] = 0,
 ) -> None:
     """Import experts that another method's code trained into the buffer of a job's run."""
     from lad_dist.launch import local
@@ -182,7 +182,7 @@ def _importing(files: dict[Stage, list[Path]], first_expert: int) -> Callable[[P
         buffer = Buffer(location)
         for stage, last in lasts.items():
             there = sum((buffer.last_contiguous_epoch(stage, expert) or -1) >= last for expert in range(e.count))
-            say(f"{stage}: {there} of the {e.count} experts that the recipe asks for (experts.count) are there now")
+            say(f"{stage}: {there} of the {e.count} experts of the recipe (experts.count) are now in the buffer")
 
     return stage_of
 
@@ -200,8 +200,8 @@ def _pt_files(sources: Sequence[Path], stage: Stage, which: Which) -> list[Path]
             files += pt_files(source / stage)
         elif which is Which.both:
             raise TrajectoryError(
-                f"{source}: holds no folder {stage}/; valid: a folder with representation/ and classifier/, or say which "
-                "stage these experts are of: --stage representation, or --stage classifier"
+                f"{source}: has no folder {stage}/; valid: a folder with representation/ and classifier/, or name the "
+                "experts' stage: --stage representation, or --stage classifier"
             )
         elif source.is_dir():
             files += pt_files(source)

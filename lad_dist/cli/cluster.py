@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 WaitOption = Annotated[
     bool,
-    typer.Option("--wait", help="On SLURM: stay, show progress, and end as the jobs do; Ctrl-C leaves them alone."),
+    typer.Option(
+        "--wait", help="On SLURM: show progress until the jobs end, exit as they do; Ctrl-C keeps them running."
+    ),
 ]
 
 
@@ -32,12 +34,12 @@ def submit(asked: JobOptions, recipe: Recipe, profile: Profile, wanted: StageSel
 
     if not wanted.stages:
         raise RecipeError(
-            f"profile {profile.name}: submits whole stages to SLURM, which this option is none of; valid: another --on"
+            f"profile {profile.name}: submits whole stages to SLURM, not this option; valid: another --on"
         )
     out = asked.folder(recipe)
     made = slurm.submit(recipe, out, profile, asked.buffers, wanted, _say)
     for state in made.replaced:
-        _say(f"submitted again, since what it waited for has ended: {state.line()}")
+        _say(f"submitted again, since its dependency has ended: {state.line()}")
     for state in made.queued:
         _say(f"already queued: {state.line()}")
     if made.ids:
@@ -57,8 +59,8 @@ def dry_run(asked: JobOptions, profile: Profile, wanted: StageSelection) -> None
 
     if profile.launcher != "slurm":
         raise RecipeError(
-            f"--dry-run: profile {profile.name} submits nothing; valid: a profile of SLURM with --on; `lad-dist plan` says "
-            "what a run takes on this machine"
+            f"--dry-run: profile {profile.name} submits no jobs; valid: a SLURM profile with --on; `lad-dist plan` "
+            "estimates a run on this machine"
         )
     recipe = asked.recipe()
     slurm.dry_run(recipe, asked.folder(recipe), profile, asked.buffers, wanted, _say)
@@ -88,12 +90,12 @@ def _stay(run: RunDir, ids: Container[str]) -> None:
             wait(run, ids, _say)
     except Interrupted as left:
         raise Interrupted(
-            f"no longer waiting; the jobs go on (lad-dist status {folder} --watch, lad-dist cancel {folder})"
+            f"no longer waiting; the jobs continue (lad-dist status {folder} --watch, lad-dist cancel {folder})"
         ) from left
 
 
 def cancel(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """Cancel the run's SLURM jobs, queued or at work. What is finished is kept."""
+    """Cancel the run's queued and running SLURM jobs. Finished work is kept."""
     from lad_dist.launch import slurm
     from lad_dist.rundir import RunDir
 
@@ -102,4 +104,4 @@ def cancel(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run fol
     for state in ended:
         screen.print(f"cancelled: {state.line()}", soft_wrap=True)
     if not ended:
-        screen.print("none of its jobs is queued or at work", soft_wrap=True)
+        screen.print("no job of this run is queued or running", soft_wrap=True)

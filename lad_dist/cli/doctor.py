@@ -13,10 +13,10 @@ from lad_dist.cli.options import JobOptions
 
 def doctor(
     on: Annotated[
-        str, typer.Option(metavar="PROFILE", help="Where runs are to go: a profile's name, or a file.")
+        str, typer.Option(metavar="PROFILE", help="Where jobs will run: a profile's name, or a file.")
     ] = "local",
-    out: Annotated[Path, typer.Option(help="The folder that run folders will be in.")] = Path("runs"),
-    wait: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="How long the job on SLURM may take.")] = 120.0,
+    out: Annotated[Path, typer.Option(help="Parent folder of the run folders.")] = Path("runs"),
+    wait: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Time limit for the SLURM test job.")] = 120.0,
 ) -> None:
     """Check the environment: versions, GPUs, ranks, folders, Ray, SLURM; each line ok, warn or fail, with a remedy."""
     from rich.text import Text

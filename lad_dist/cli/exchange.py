@@ -102,7 +102,7 @@ def import_(
         Readable,
         typer.Option("--from", help="pt: images_best.pt, labels_best.pt, lr_best.pt; parquet, hf: what export wrote."),
     ] = Readable.pt,
-    labels: Annotated[Labels | None, typer.Option(help="What labels_best.pt holds; default: found out.")] = None,
+    labels: Annotated[Labels | None, typer.Option(help="What labels_best.pt holds; default: detected.")] = None,
     lr: Annotated[float | None, typer.Option(help="The learning rate to train with; default: that of the set.")] = None,
     preprocessing: Annotated[
         Preprocessing | None,

@@ -17,7 +17,7 @@ def init(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The recipe file; default: the folder's name, here.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Look at a folder of images and write a commented recipe that runs."""
     from lad_dist import recipe_file, starter
@@ -41,5 +41,7 @@ def init(
     for line in starter.said(found):
         screen.print(line, soft_wrap=True)
     screen.print(f"recipe: {file}", soft_wrap=True)
-    screen.print(f"next: lad-dist run {file} --quick     a first look, within ten minutes on two cores", soft_wrap=True)
+    screen.print(
+        f"next: lad-dist run {file} --quick     a short trial, within ten minutes on two cores", soft_wrap=True
+    )
     screen.print(f"      lad-dist plan {file}            what the whole run costs", soft_wrap=True)

@@ -13,8 +13,8 @@ from lad_dist.cli import terminal
 
 def status(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again until every stage is done.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How often --watch looks.")] = 2.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until every stage is done.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Interval of --watch.")] = 2.0,
 ) -> None:
     """Show what a run has done, what it is doing, and its results so far."""
     from lad_dist import status as of_runs
@@ -33,8 +33,8 @@ def status(
 
 def tensorboard(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
-    watch: Annotated[bool, typer.Option("--watch", help="Go on until every stage is done.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How often --watch looks.")] = 5.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Continue until every stage is done.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Interval of --watch.")] = 5.0,
 ) -> None:
     """A run's losses, alpha and accuracies for TensorBoard, into DIR/tensorboard (needs the package tensorboard)."""
     from lad_dist.errors import Interrupted
@@ -71,11 +71,9 @@ def compare(
 def jobs(
     words: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[WORD...]", help="Only recipes with all of these in their names; `show NAME` prints one."
-        ),
+        typer.Argument(metavar="[WORD...]", help="Only recipes whose names contain all words; `show NAME` prints one."),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Each recipe on a line of its own.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="One line per recipe.")] = False,
 ) -> None:
     """The recipes that ship with lad-dist; those that differ only in imbalance factor and IPC share a line."""
     from rich.padding import Padding
@@ -89,7 +87,7 @@ def jobs(
         for name in wanted[1:]:
             typer.echo(catalog.find_job(name).recipe.read_text(encoding="utf-8"), nl=False)
         if not wanted[1:]:
-            raise RecipeError("jobs show: names no recipe; valid: `lad-dist jobs show digits-lt`")
+            raise RecipeError("jobs show: no recipe named; valid: `lad-dist jobs show digits-lt`")
         return
     found = {name: file for name, file in catalog.jobs().items() if all(word in name for word in wanted)}
     if not found:

@@ -79,7 +79,7 @@ class JobOptions:
         str | None,
         typer.Option(
             metavar="FOLDER|URI",
-            help="Where trajectory buffers lie, for example s3://bucket/prefix; jobs with the same experts share. Or a run "
+            help="Folder of trajectory buffers, for example s3://bucket/prefix, shared by jobs with the same experts; or a run "
             "folder, to use its experts.",
         ),
     ] = None
@@ -88,7 +88,7 @@ class JobOptions:
     log: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Pass the run's events to wandb or a logger of one's own; overrides the profile's."
+            metavar="NAME", help="Pass the run's events to wandb or your own logger; overrides the profile's."
         ),
     ] = None
 

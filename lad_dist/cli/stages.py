@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 def run(
     asked: JobOptions,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A first look: budgets shortened to ten minutes on two CPU cores.")
+        bool, typer.Option("--quick", help="Short trial: budgets cut to ten minutes on two CPU cores.")
     ] = False,
     fleet: FleetOption = None,
     ranks: RanksOption = None,
     wait: WaitOption = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="On SLURM: say what would be submitted; nothing is, and nothing is written."),
+        typer.Option("--dry-run", help="On SLURM: print what would be submitted; submit and write nothing."),
     ] = False,
 ) -> None:
     """Run all stages not done yet: experts, distillation, evaluation, report. Resumes."""
@@ -50,7 +50,9 @@ def _quick(asked: JobOptions) -> JobOptions:
     from lad_dist.plan.quick import SECONDS, quick
 
     if asked.found_job().run is not None:
-        raise RecipeError(f"--quick: {asked.job} is a run folder, whose recipe stands; valid: a recipe, or no --quick")
+        raise RecipeError(
+            f"--quick: {asked.job} is a run folder, whose recipe is fixed; valid: a recipe, or no --quick"
+        )
     recipe = asked.recipe()
     with as_exceptions():
         made = quick(recipe, dataset_info(recipe.data))
@@ -76,7 +78,7 @@ def distill(
     ranks: RanksOption = None,
     replay: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Use the windows that this run recorded, which makes the same set again."),
+        typer.Option(metavar="RUN", help="Use the windows recorded by this run, which reproduces its set."),
     ] = None,
     wait: WaitOption = False,
 ) -> None:
@@ -93,7 +95,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Measure this instead of the distilled set: a name of evaluate.baselines (docs/recipes.md). May be given again.",
+            help="Measure this instead of the distilled set: a name of evaluate.baselines (docs/recipes.md). Repeatable.",
         ),
     ] = None,
     arch: Annotated[

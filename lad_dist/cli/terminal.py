@@ -41,7 +41,7 @@ class Commands(TyperGroup):
             complain(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            stderr().print("interrupted; what is finished is kept, and the same command continues")
+            stderr().print("interrupted; finished work is kept, and the same command continues")
             raise typer.Exit(130) from None
 
 

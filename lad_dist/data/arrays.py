@@ -130,7 +130,7 @@ def read_idx(file: Path) -> Pixels:
         shape = struct.unpack_from(f">{dimensions}I", content, 4)
         return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
-        raise DataError(f"{file}: not a readable IDX file ({error}); fetch it again") from error
+        raise DataError(f"{file}: not a readable IDX file ({error}); download it again") from error
 
 
 def _idx_files(folder: Path, split: str) -> tuple[Path, Path] | None:
@@ -154,5 +154,5 @@ def _idx_split(folder: Path, split: str) -> ArraySource:
     assert files is not None, "the folder was chosen because it has them"
     images_NHW, labels_N = read_idx(files[0]), read_idx(files[1])
     if images_NHW.ndim != 3 or labels_N.ndim != 1 or len(images_NHW) != len(labels_N):
-        raise DataError(f"{files[0]}: shape {images_NHW.shape} does not go with {files[1].name}: {labels_N.shape}")
+        raise DataError(f"{files[0]}: shape {images_NHW.shape} does not match {files[1].name}: {labels_N.shape}")
     return ArraySource(str(files[1]), labels_N.astype(np.int64), images_NHW[:, None], FASHION_MNIST_CLASSES)

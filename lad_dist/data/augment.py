@@ -133,7 +133,7 @@ def _numbers(operation: str) -> int:
     numbers = getattr(_own(operation), "numbers", _NUMBERS)
     if type(numbers) is not int or numbers < 0:
         raise RecipeError(
-            f"{_FIELD}: {operation}: its attribute numbers is {numbers!r}; valid: how many an image takes"
+            f"{_FIELD}: {operation}: its attribute numbers is {numbers!r}; valid: the count of numbers per image"
         )
     return numbers
 
@@ -150,9 +150,11 @@ def check(operation: str, channels: int, size: int) -> None:
         views_BCHH: object = apply_own(images_BCHH, uniform_BD)
         if not isinstance(views_BCHH, Tensor) or views_BCHH.shape != images_BCHH.shape:
             found = tuple(views_BCHH.shape) if isinstance(views_BCHH, Tensor) else type(views_BCHH).__name__
-            raise RecipeError(f"{where}: gives {found} for images of {tuple(images_BCHH.shape)}; valid: the same shape")
+            raise RecipeError(
+                f"{where}: returns {found} for images of {tuple(images_BCHH.shape)}; valid: the same shape"
+            )
         if not views_BCHH.requires_grad:
-            raise RecipeError(f"{where}: cannot be differentiated by the images; valid: operations of torch on them")
+            raise RecipeError(f"{where}: not differentiable with respect to the images; valid: torch operations")
         with torch.no_grad():
             pairs = zip(images_BCHH.split(1), uniform_BD.split(1), strict=True)
             alone_BCHH = torch.cat([apply_own(image, numbers) for image, numbers in pairs])
@@ -165,7 +167,7 @@ def check(operation: str, channels: int, size: int) -> None:
         ) from error
     if not torch.allclose(views_BCHH.detach(), alone_BCHH, rtol=_TOLERANCE, atol=_TOLERANCE):
         raise RecipeError(
-            f"{where}: an image becomes another one beside others, or every time; valid: what follows from the image and its own "
+            f"{where}: an image's result changes with its batch or between calls; valid: a function of the image and its "
             "numbers"
         )
     if not bool(gradient.isfinite().all()):

@@ -52,7 +52,7 @@ def custom(config: DataConfig) -> tuple[Source, Source]:
         except Exception as error:  # user code: may raise anything
             raise DataError(f"data.source: {config.source} raised {type(error).__name__}: {error}") from error
     if not isinstance(found, tuple | list) or len(found) != 2:
-        raise DataError(f"data.source: {config.source} gave {_kind(found)}; valid: (train, test)")
+        raise DataError(f"data.source: {config.source} returned {_kind(found)}; valid: (train, test)")
     train, test = (
         as_source(of, f"{config.source} ({split})", config) for of, split in zip(found, ("train", "test"), strict=True)
     )
@@ -85,9 +85,7 @@ def _of_arrays(images: Any, labels: Any, where: str) -> ArraySource:
         )
     labels_N = _labels(labels, where)
     if len(labels_N) != len(pixels):
-        raise DataError(
-            f"data.source: {where}: {len(pixels)} images, but {len(labels_N)} labels; valid: as many of each"
-        )
+        raise DataError(f"data.source: {where}: {len(pixels)} images, but {len(labels_N)} labels; valid: equal counts")
     return ArraySource(where, labels_N, _bytes(pixels, where))
 
 

@@ -177,12 +177,12 @@ def _open(config: DataConfig) -> _Opened:
     train, test = _OPENERS[config.dataset](config)
     num_classes = check_labels(train)
     if num_classes < 2:
-        raise DataError(f"{train.where}: one class; valid: two or more, which a classifier can tell apart")
+        raise DataError(f"{train.where}: one class; valid: two or more")
     if config.test_fraction is None:  # otherwise single-image classes are untested
         check_labels(test, num_classes)
     elif not len(test.labels_N):
         raise DataError(
-            f"{train.where}: every class has one image, so none can be tested; valid: a test split of its own"
+            f"{train.where}: every class has one image, so none can be tested; valid: a separate test split"
         )
     class_names = train.class_names or tuple(str(c) for c in range(num_classes))
     kept, held_out = choose_training_images(train.labels_N, class_names, config)

@@ -104,7 +104,7 @@ def _open(item: Item) -> Image.Image:
     except FileNotFoundError as error:
         raise DataError(f"{item.where}: no such file") from error
     except UnidentifiedImageError as error:
-        what = "of no known format" if content else "empty"
+        what = "of an unknown format" if content else "empty"
         raise DataError(
             f"{item.where}: not a readable image (it is {what}); valid: PNG, JPEG, BMP, WebP, ..."
         ) from error
@@ -168,5 +168,5 @@ def _eight_bit(item: Item, image: Image.Image) -> Image.Image:
 def _not_square(item: Item, image: Image.Image) -> DataError:
     return DataError(
         f"{item.where}: {image.width}x{image.height} pixels is not square; "
-        "valid: square images, or data.fit: center-crop to cut the middle out"
+        "valid: square images, or data.fit: center-crop to crop them"
     )

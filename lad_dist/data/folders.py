@@ -67,7 +67,7 @@ def tiny_imagenet(config: DataConfig) -> tuple[FileSource, FileSource]:
     root = existing_folder(data_root(config.root), "data.root")
     if (root / TINY_IMAGENET_FOLDER).is_dir():
         root = root / TINY_IMAGENET_FOLDER
-    train = existing_folder(root / (config.train or "train"), f"data.root: {TINY_IMAGENET_FOLDER} is not there")
+    train = existing_folder(root / (config.train or "train"), f"data.root: {TINY_IMAGENET_FOLDER} is missing")
     test = _test_folder(root, config, ("val",))
     classes = _class_folders(train)
     names = _synset_names(root / "words.txt", classes)
@@ -131,9 +131,7 @@ def image_files(folder: Path) -> tuple[list[Path], list[str]]:
         for link in (Path(parent, name) for name in sorted(folders) if os.path.islink(os.path.join(parent, name))):
             target = link.resolve()
             if target in (Path(parent).resolve(), *Path(parent).resolve().parents):
-                raise DataError(
-                    f"{link.absolute()}: is a link to {target}, which it is in itself: a loop; remove the link"
-                )
+                raise DataError(f"{link.absolute()}: is a link to {target}, which contains it: a loop; remove the link")
             skipped.append(f"{link.absolute()} (a link to the folder {target}) is not followed")
         files += [
             Path(parent, name)

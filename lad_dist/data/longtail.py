@@ -71,8 +71,8 @@ def select(
         if count > available:
             reserve = f" after {reserved} were held out for validation" if reserved else ""
             raise DataError(
-                f"data.n_max: class {_name(c, class_names)} has {available} images{reserve}, but {count} are to be "
-                "kept; valid: a smaller n_max or validation_per_class, or a larger imbalance_factor"
+                f"data.n_max: class {_name(c, class_names)} has {available} images{reserve}, but {count} are "
+                "needed; valid: a smaller n_max or validation_per_class, or a larger imbalance_factor"
             )
         kept.append(positions[within_class_order(len(positions))[:count]])
     return np.concatenate(kept).astype(np.int64)

@@ -144,7 +144,7 @@ def _column(
         candidates = [name for name in usual if name in fitting] or fitting
         if len(candidates) == 1 or (candidates and candidates[0] in usual):
             return candidates[0]
-        problem = f"columns {', '.join(candidates)} could all be meant" if candidates else "no column fits"
+        problem = f"columns {', '.join(candidates)} all fit" if candidates else "no column fits"
     what = "encoded images (binary, or struct with bytes)" if field.endswith("image_column") else "integer labels"
     raise DataError(f"{field}: {file}: {problem}; valid: a column of {what}; the columns are {columns}")
 
@@ -266,7 +266,7 @@ def _numbers(path: Path, name: str, column: pa.Array) -> npt.NDArray[Any]:
         length = len(values) // max(1, len(column))
         lengths = pc.list_value_length(column)
         if column.null_count or not bool(pc.all(pc.equal(lengths, length)).as_py()):
-            raise DataError(f"{path}: column {name!r} holds lists of several lengths; valid: one length")
+            raise DataError(f"{path}: column {name!r} holds lists of different lengths; valid: one length")
     if values.null_count or not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
         raise DataError(f"{path}: column {name!r} holds {column.type}; valid: numbers in every row")
     flat: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False)

@@ -122,7 +122,7 @@ def check_labels(source: Source, num_classes: int | None = None) -> int:
     ``DataError`` naming the source, the invalid labels and the valid ones.
     """
     if not len(source.labels_N):
-        raise DataError(f"{source.where}: there are no images")
+        raise DataError(f"{source.where}: no images")
     present = np.unique(source.labels_N)
     known = num_classes if num_classes is not None else (len(source.class_names) if source.class_names else None)
     top = known if known is not None else max(int(present[-1]) + 1, 1)
@@ -143,9 +143,7 @@ def check_labels(source: Source, num_classes: int | None = None) -> int:
             f"valid: at least one image of each of the {top} classes"
         )
     if top < 2:
-        raise DataError(
-            f"{source.where}: there is one class only; valid: two or more, since one leaves nothing to tell apart"
-        )
+        raise DataError(f"{source.where}: one class only; valid: two or more")
     return top
 
 

@@ -171,14 +171,14 @@ class Whitening:
             mean, matrix, inverse = (tensors[name].to(device).clone() for name in ("mean", "matrix", "inverse"))
         except (OSError, ValueError, KeyError) as error:
             raise DataError(
-                f"{path}: not a readable whitening ({error}); restore it from a copy: what was trained with it needs it"
+                f"{path}: not a readable whitening ({error}); restore it from a backup: all that was trained with it needs it"
             ) from error
         return cls(kind, eps, (channels, height, width), mean, matrix, inverse)
 
     def _check_shape(self, images_NCHW: torch.Tensor) -> None:
         if tuple(images_NCHW.shape[1:]) != self.shape:
             raise DataError(
-                f"images of shape {tuple(images_NCHW.shape[1:])} do not go with a whitening fitted to {self.shape}"
+                f"images of shape {tuple(images_NCHW.shape[1:])} do not match a whitening fitted to {self.shape}"
             )
 
 
@@ -199,7 +199,7 @@ def _std_before_zca(images_NCHW: torch.Tensor, normalize: Normalize) -> torch.Te
         return _channel_statistics(images_NCHW, "data.normalize_before_zca: fitted")[1]
     if images_NCHW.shape[1] != len(PUBLISHED_STD):
         raise DataError(
-            f"data.normalize_before_zca: published constants are those of 3 channels, and the images have "
+            f"data.normalize_before_zca: published constants are for 3 channels, and the images have "
             f"{images_NCHW.shape[1]}; valid: fitted, none, or data.channels: 3"
         )
     return torch.tensor(PUBLISHED_STD, dtype=torch.float64)
@@ -247,7 +247,9 @@ def _zca_matrices(covariance_DD: torch.Tensor, eps: float) -> tuple[torch.Tensor
     eigenvalues_D, vectors_DD = torch.linalg.eigh(covariance_DD)
     scale_D = (eigenvalues_D.clamp(min=0) + eps).sqrt()  # rounding can make a zero eigenvalue slightly negative
     if not float(scale_D.min()) > 0:
-        raise DataError(f"data.zca_eps: {eps:g} leaves directions in which the images do not vary; valid: above 0")
+        raise DataError(
+            f"data.zca_eps: {eps:g} cannot whiten directions without variance in the images; valid: above 0"
+        )
     return (vectors_DD / scale_D) @ vectors_DD.T, (vectors_DD * scale_D) @ vectors_DD.T
 
 
@@ -270,7 +272,5 @@ def _channel_statistics(
     variance_C = (histogram_CV * (value_V - mean_C[:, None]) ** 2).sum(dim=1) / count_C
     for c in range(channels):
         if not float(variance_C[c]) > 1e-12:  # the smallest step of a uint8 image is far larger
-            raise DataError(
-                f"{asked_by}: channel {c} has one value throughout; valid: none, or whitening zca on its own"
-            )
+            raise DataError(f"{asked_by}: channel {c} is constant; valid: none, or whitening zca alone")
     return mean_C, variance_C.sqrt()

@@ -59,7 +59,7 @@ class Captured:
             for _ in range(2):  # the second replay shows whether the first left state behind
                 far = max(_far(ours, theirs) for ours, theirs in zip(replay(*tensors), function(*tensors), strict=True))
                 if not far <= _TOLERANCE:
-                    raise RuntimeError(f"replayed results are {far:.1e} from the others")
+                    raise RuntimeError(f"replayed results differ by {far:.1e}")
         except Exception as error:  # capture errors have many types; the function itself still works
             if not self._warned:
                 self._warned = True

@@ -129,5 +129,5 @@ class Early:
             **figures,
         )
         of = f"iteration {iteration}" if iteration else "the starting set"
-        self._screen.say(f"distill: {of}, a first look ({self._measure.epochs} epochs): {said}")
+        self._screen.say(f"distill: {of}, quick measurement ({self._measure.epochs} epochs): {said}")
         return overall

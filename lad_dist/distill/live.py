@@ -75,7 +75,7 @@ class LiveExperts:
             views = self._ranks.gather((self._flag.name, self._first_view()))
             stopped = next((name for name, _ in views if name is not None), None)
             if stopped is not None:
-                raise Interrupted(f"interrupted by {stopped}; what is finished is kept, and the same command continues")
+                raise Interrupted(f"interrupted by {stopped}; finished work is kept, and the same command continues")
             found = len(views[0][1])
             if found >= wanted:
                 return

@@ -175,8 +175,8 @@ class Distillation:
         self.student = Student(module.to(device), ranks, methods.find(recipe.method).loss)
         if buffer.meta.data_fingerprint != facts.fingerprint:
             raise TrajectoryError(
-                f"{buffer.folder}: these trajectories are of other training images (data_fingerprint "
-                "differs); choose another run folder, or remove this one to train the experts again"
+                f"{buffer.folder}: these trajectories are from other training images (data_fingerprint "
+                "differs); use another run folder, or delete this one to retrain the experts"
             )
         check_network(buffer, self.student.layout)
         self.windows = Windows(buffer, self.student.layout, recipe, device, record)
@@ -350,7 +350,7 @@ class Distillation:
             )
         if agreed.stop:
             raise Interrupted(
-                f"interrupted by {self.flag.name or 'a signal to another rank'}; what is finished is kept, and the same "
+                f"interrupted by {self.flag.name or 'a signal to another rank'}; finished work is kept, and the same "
                 "command continues"
             )
         shown = {f"loss {phase}": figures[f"loss_{phase}"] for phase in self.recipe.phases}

@@ -56,9 +56,7 @@ def match(
     summed = gradient_sum_P[span]
     distance = expert.square().sum()
     if float(distance) == 0:
-        raise NumericalError(
-            "the expert did not move between the two checkpoints of a window, so there is nothing to match"
-        )
+        raise NumericalError("the expert has the same weights at both ends of a window, so there is nothing to match")
     direction_P = torch.zeros_like(start_P)
     if loss is None:
         residual = -expert - alpha * summed
@@ -87,8 +85,8 @@ def _by_autograd(loss: MatchingLoss, student_p: Tensor, expert_p: Tensor) -> tup
     if not isinstance(value, Tensor) or value.shape != () or not value.requires_grad:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise RecipeError(
-            f"method: its loss gave a {found} that does not depend on the student, or is no scalar; valid: a 0-dim tensor, "
-            "differentiable by its first argument"
+            f"method: its loss returned a {found} that does not depend on the student, or is not scalar; valid: a 0-dim "
+            "tensor, differentiable by its first argument"
         )
     (slope_p,) = torch.autograd.grad(value, moved_p)
     return value.detach(), slope_p

@@ -54,7 +54,7 @@ def choose_path(
     path: GradientPath = "keep" if needed <= limit else "recompute"
     return (
         path,
-        f"the graphs of {len(phase.batches)} steps hold {needed / 1e9:.2f} GB of {limit / 1e9:.2f} GB to plan with",
+        f"the graphs of {len(phase.batches)} steps need {needed / 1e9:.2f} GB of the {limit / 1e9:.2f} GB available",
     )
 
 
@@ -70,7 +70,7 @@ def faster(
         taken = torch.tensor(time.perf_counter() - began, device=device)
         seconds[path] = float(ranks.total(taken)) / ranks.world
     shown = ", ".join(f"{path} {taken:.3g} s" for path, taken in seconds.items())
-    return min(paths, key=lambda path: seconds[path]), f"an iteration by each: {shown}"
+    return min(paths, key=lambda path: seconds[path]), f"time per iteration: {shown}"
 
 
 def free_bytes(device: torch.device) -> int:

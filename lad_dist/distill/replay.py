@@ -68,7 +68,7 @@ class ReplayRecord:
         if changed:
             raise RunDirError(
                 f"{folder}: was made by a recipe that differs from this one ({'; '.join(changed)}), so its windows do not "
-                f"make the same set; replay with its own recipe: `lad-dist distill {run.recipe} --replay {folder} --out ...`"
+                f"reproduce its set; replay with its own recipe: `lad-dist distill {run.recipe} --replay {folder} --out ...`"
             )
         course = _course(read_events(run.events))
         total = recipe.distill.iterations
@@ -140,7 +140,7 @@ def check_not_replayed(into: RunDir) -> None:
 def _missing(run: RunDir, what: str, course: _Course, total: int) -> RunDirError:
     return RunDirError(
         f"{run.events}: the record of {what} is missing or damaged ({len(course.windows)} iterations are recorded), so the "
-        "run cannot be replayed; valid: the record of a run that has done all of distill.iterations"
+        "run cannot be replayed; valid: the record of a run that finished distill.iterations"
     )
 
 

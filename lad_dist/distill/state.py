@@ -127,7 +127,7 @@ class State:
                 tensors.get("initial_label_logits"),
             )
             if len({json.dumps(m, sort_keys=True) for _, m in shards}) > 1:
-                raise ValueError("its shards are of different states")
+                raise ValueError("its shards are from different checkpoints")
         except (KeyError, ValueError, OSError, RuntimeError) as error:
             raise DistilledError(
                 f"{newest}: is not a readable checkpoint ({error}); remove it to distill from the start"
@@ -150,7 +150,7 @@ def _shards(folder: Path) -> list[Path]:
     worlds = {world for world, _ in found.values()}
     if len(worlds) != 1 or set(found) != set(range(worlds.pop())):
         names = ", ".join(sorted(p.name for _, p in found.values())) or "none"
-        raise ValueError(f"its shards are not all there (found {names})")
+        raise ValueError(f"shards are missing (found {names})")
     return [found[rank][1] for rank in sorted(found)]
 
 

@@ -32,11 +32,11 @@ def slurm(profile: Profile) -> Iterator[Finding]:
         ping = slurm_command(["scontrol", "ping"])
     except ClusterError as error:
         yield fail(
-            "slurm", f"its controller does not answer: {error}", "ask whoever runs the cluster; is SLURM_CONF right?"
+            "slurm", f"its controller does not answer: {error}", "check SLURM_CONF, or ask the cluster's administrators"
         )
         return
     if "is UP" not in ping:
-        yield fail("slurm", " ".join(ping.split()), "ask whoever runs the cluster")
+        yield fail("slurm", " ".join(ping.split()), "ask the cluster's administrators")
         return
     yield ok("slurm", slurm_command(["sbatch", "--version"]).strip())
     known = partitions()
@@ -67,11 +67,11 @@ def partitions() -> dict[str, str]:
 
 def _partition(name: str | None, known: dict[str, str]) -> Finding:
     if name is None and "*" not in known:
-        return warn("partition", "the cluster has no default one", f"set slurm.partition; there are: {_names(known)}")
+        return warn("partition", "the cluster has no default partition", f"set slurm.partition; valid: {_names(known)}")
     if name is None:
         return ok("partition", f"the default, {known['*']}")
     if name not in known:
-        return fail("partition", f"{name}: unknown here", f"set slurm.partition; there are: {_names(known)}")
+        return fail("partition", f"{name}: unknown here", f"set slurm.partition; valid: {_names(known)}")
     if "the partition is" in known[name]:
         return warn("partition", f"{name}: {known[name]}", "jobs wait until it is up")
     return ok("partition", f"{name}: {known[name]}")
@@ -85,8 +85,8 @@ def _accounting() -> Finding:
     try:
         slurm_command(["sacct", "--noheader", "--allocations", "--starttime=now"])
     except ClusterError as error:
-        return ok("accounting", f"not available ({error}): squeue and what jobs write down are used")
-    return ok("accounting", "available; squeue is used all the same")
+        return ok("accounting", f"not available ({error}): squeue and the jobs' own records are used")
+    return ok("accounting", "available, though not needed: squeue is used")
 
 
 def _logs(profile: Profile) -> Iterator[Finding]:
@@ -116,9 +116,11 @@ def _stages(profile: Profile) -> Iterator[Finding]:
             continue
         if why is not None:
             yield fail(
-                stage, f"SLURM would refuse its job: {why}", f"correct slurm.stages.{stage}, or what all stages ask for"
+                stage,
+                f"SLURM would refuse its job: {why}",
+                f"correct slurm.stages.{stage}, or the settings of all stages",
             )
         else:
             yield ok(stage, "SLURM would take its job")
     if "SLURM_JOB_ID" in os.environ:
-        yield warn("slurm", "this is inside a job, whose settings new jobs may inherit", "submit from a login node")
+        yield warn("slurm", "doctor runs inside a job, whose settings new jobs may inherit", "submit from a login node")

@@ -96,8 +96,8 @@ def gpus(profile: Profile) -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         if profile.launcher == "local" and (profile.device == "cuda" or profile.gpus_per_node):
-            yield fail("gpu", f"torch {torch.__version__} sees none, and the profile counts on one{_driver()}",
-                       "install the driver, or a torch built for CUDA; or take a profile with device: cpu")  # fmt: skip
+            yield fail("gpu", f"torch {torch.__version__} sees none, and the profile needs one{_driver()}",
+                       "install the driver, or a torch built for CUDA; or use a profile with device: cpu")  # fmt: skip
         else:
             yield ok("gpu", f"none here{_driver()}; {os.cpu_count()} CPU cores")
         return
@@ -106,12 +106,12 @@ def gpus(profile: Profile) -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         text = f"{index}: {torch.cuda.get_device_name(index)}, {free / GB:.0f} of {total / GB:.0f} GB free"
         if free < total / 2:
-            yield warn("gpu", text, "other processes use it: nvidia-smi shows whose they are")
+            yield warn("gpu", text, "other processes use it: nvidia-smi lists them")
         else:
             yield ok("gpu", text)
     yield ok("cuda", f"torch is built for CUDA {torch.version.cuda}{_driver()}")
     if profile.launcher == "local" and profile.gpus_per_node > count:
-        yield fail("gpu", f"{count} of the profile's {profile.gpus_per_node} are here", "lower gpus_per_node")
+        yield fail("gpu", f"{count} of the profile's {profile.gpus_per_node} found", "lower gpus_per_node")
 
 
 def _driver() -> str:
@@ -133,16 +133,16 @@ def ranks_meet(profile: Profile) -> Iterator[Finding]:
     cuda = profile.device != "cpu" and torch.cuda.is_available()
     backend, world = ("NCCL", min(2, torch.cuda.device_count())) if cuda else ("gloo", 2)
     if world == 1:
-        yield ok("ranks", "one GPU, so one rank: there is nobody to talk to")
+        yield ok("ranks", "one GPU, so one rank: no communication to check")
         return
     began = time.monotonic()
     try:
         ranks.launch(world, add_up, (cuda,), restarts=0, say=lambda _: None)
     except (LadDistError, OSError) as error:
-        todo = "set NCCL_DEBUG=INFO and try again" if cuda else "look for a firewall on the loopback device"
-        yield fail("ranks", f"{world} processes did not meet over {backend}: {error}", todo)
+        todo = "set NCCL_DEBUG=INFO and try again" if cuda else "check for a firewall on the loopback device"
+        yield fail("ranks", f"{world} processes did not connect over {backend}: {error}", todo)
     else:
-        yield ok("ranks", f"{world} processes met over {backend} and added up, in {time.monotonic() - began:.0f} s")
+        yield ok("ranks", f"{world} processes connected over {backend} and summed, in {time.monotonic() - began:.0f} s")
 
 
 def add_up(cuda: bool) -> None:
@@ -159,7 +159,7 @@ def add_up(cuda: bool) -> None:
     with ranks.joined(where, device, _RANKS_SECONDS) as group:
         total = float(group.total(torch.ones(1, device=device)))
         if total != group.world:
-            raise RankError(f"{group.world} ones add up to {total}")
+            raise RankError(f"the sum over {group.world} ranks is {total}; valid: {group.world}")
 
 
 def folders(out: Path) -> Iterator[Finding]:
@@ -180,11 +180,11 @@ def _room(name: str, folder: Path) -> Iterator[Finding]:
     facts = os.statvfs(folder)
     free = facts.f_bavail * facts.f_frsize / GB
     inodes = facts.f_favail if facts.f_files else None  # some file systems do not count them
-    text = f"{folder}: {free:.0f} GB free" + ("" if inodes is None else f", {inodes:,} files more")
+    text = f"{folder}: {free:.0f} GB free" + ("" if inodes is None else f", {inodes:,} inodes free")
     if free < TOO_LITTLE_GB or inodes == 0:
-        yield fail(name, text, f"make room, or {_elsewhere(name)}")
+        yield fail(name, text, f"free some space, or {_elsewhere(name)}")
     elif free < LITTLE_GB or (inodes is not None and inodes < FEW_INODES):
-        yield warn(name, text, "lad-dist plan JOB says what a job takes")
+        yield warn(name, text, "lad-dist plan JOB estimates what a job needs")
     else:
         yield ok(name, text)
 
@@ -203,7 +203,7 @@ def _clock(folder: Path) -> Iterator[Finding]:
     ahead = stamped - (before + time.time()) / 2
     if abs(ahead) > CLOCK_SECONDS:
         text = f"{folder}: its host's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this one"
-        yield warn("clock", text, "let both follow a time server: files' times say who is still at work on an expert")
+        yield warn("clock", text, "sync both clocks (NTP): file times show who is still training an expert")
     else:
         yield ok("clock", "agrees with that of the folder's host")
 
@@ -224,13 +224,13 @@ def ray_ready(profile: Profile) -> Iterator[Finding]:
             yield ok("ray", f"{there}; {address} answers")
         else:
             yield fail(
-                "ray", f"nothing answers at {address}", "start that cluster, or unset ray.address and RAY_ADDRESS"
+                "ray", f"no cluster answers at {address}", "start that cluster, or unset ray.address and RAY_ADDRESS"
             )
     elif _answers("127.0.0.1", DASHBOARD_PORT):
-        found = f"{there}; port {DASHBOARD_PORT} is taken, so a dashboard of ours gets another one"
-        yield ok("ray", f"{found}, which it prints")
+        found = f"{there}; port {DASHBOARD_PORT} is in use, so the dashboard gets another one"
+        yield ok("ray", f"{found} and prints it")
     else:
-        yield ok("ray", f"{there}; a cluster of its own starts on 127.0.0.1, dashboard on port {DASHBOARD_PORT}")
+        yield ok("ray", f"{there}; a local cluster starts on 127.0.0.1, dashboard on port {DASHBOARD_PORT}")
 
 
 def _ray_token(joins: bool) -> Iterator[Finding]:

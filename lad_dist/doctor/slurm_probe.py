@@ -57,8 +57,8 @@ def to_a_node(profile: Profile, out: Path, wait_seconds: float) -> Iterator[Find
         elif state == "RUNNING":
             yield fail(
                 "job",
-                f"at work on {node} for {wait_seconds:.0f} s without an answer",
-                "look for a setup line that hangs",
+                f"running on {node} for {wait_seconds:.0f} s without an answer",
+                "check for a setup line that hangs",
             )
         else:
             yield _lost(state, node, folder)
@@ -106,17 +106,15 @@ def _awaited(number: str, folder: Path, wait_seconds: float) -> tuple[str, str, 
 def _compared(found: dict[str, Any], token: str, profile: Profile, between: tuple[float, float]) -> Iterator[Finding]:
     node = found["node"]
     if found.get("token") != token:
-        yield fail(
-            "shared folder", f"what {node} read there is not what was written here", "name a shared folder with --out"
-        )
+        yield fail("shared folder", f"{node} did not read what was written here", "name a shared folder with --out")
         return
     yield ok(
         "shared folder",
-        f"{node} read it and its answer is here, {between[1] - between[0]:.0f} s after it was submitted",
+        f"{node} read it and answered {between[1] - between[0]:.0f} s after the job was submitted",
     )
     off = max(between[0] - found["time"], found["time"] - between[1], 0)
     if off > CLOCK_SECONDS:
-        yield warn("clock", f"that of {node} is off by {off:.0f} s", "let both follow a time server")
+        yield warn("clock", f"that of {node} is off by {off:.0f} s", "sync both clocks (NTP)")
     here = ".".join(map(str, sys.version_info[:2]))
     if found["lad_dist"] != __version__ or not found["python"].startswith(f"{here}."):
         yield fail("node's python", f"{node} has lad-dist {found['lad_dist']} on Python {found['python']}, this machine "
@@ -146,6 +144,6 @@ def _lost(state: str, node: str, folder: Path) -> Finding:
             setup = any("slurm.setup" in line for line in said)
             todo = "correct slurm.setup" if setup else "point slurm.python, or a setup line, to the environment"
             return fail("job", f"{state.lower() or 'gone'} on {node or 'its node'}: {'; '.join(said[-2:])}", todo)
-    where = f"{node} wrote nothing that is seen here" if node else "nothing of it is seen here"
+    where = f"{node} wrote nothing that is visible here" if node else "none of its files is visible here"
     return fail("shared folder", f"the job ended ({state.lower() or 'gone'}), and {where}",
                 "name a folder with --out that this machine and all nodes share")  # fmt: skip

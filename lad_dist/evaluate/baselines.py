@@ -188,7 +188,7 @@ def chosen_real(
                     raise ValueError("it does not match its own checksum")
                 return np.array(kept["images"], dtype=np.int64)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirError(f"{file}: is not a choice of images ({error}); remove it to choose again") from error
+        raise RunDirError(f"{file}: is not a selection of images ({error}); remove it to select again") from error
     choose = chooser(source)
     features_ND = _features(recipe, data, run, space, trained)
     labels_N, chosen = data.splits.train.labels_N.numpy(), []

@@ -215,7 +215,7 @@ def _starting_set(distilled: DistilledSet, data: PreparedData, run: RunDir) -> T
 
 def _no_start(distilled: DistilledSet, run: RunDir) -> str:
     if distilled.meta.method == "imported":
-        return f"{run.distilled}: is imported, so the set that its distillation started from is not known"
+        return f"{run.distilled}: is imported, so its starting set is not known"
     return (
         f"{run.distilled}: holds no initial label logits (an older version made it), so the source initial cannot be measured; "
         "distill again with --out, or leave initial out of evaluate.baselines"

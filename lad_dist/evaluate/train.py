@@ -191,9 +191,7 @@ def _train(
     means = [total / count for total in losses_R.tolist()]
     for mean, of in zip(means, counters, strict=True):
         if not np.isfinite(mean):
-            raise NumericalError(
-                f"evaluation, {of}: the training loss is {mean}; a smaller evaluate.lr usually cures it"
-            )
+            raise NumericalError(f"evaluation, {of}: the training loss is {mean}; try a smaller evaluate.lr")
     return means
 
 

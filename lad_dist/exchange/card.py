@@ -22,10 +22,10 @@ A network is trained on them instead of on the {total:,}. Method: {method}{how}.
 
 | column | what it holds |
 |---|---|
-| `image` | the picture: whitening undone, clipped and rounded to 8 bits, to look at |
+| `image` | the image with the whitening undone, clipped and rounded to 8 bits, for viewing |
 | `label` | the class |
 | `soft_label` | {labels}: {classes} probabilities |
-| `label_logits` | the logits of which they are the softmax |
+| `label_logits` | the logits of `soft_label`, before the softmax |
 | `whitened` | the learned image, {values} float32 values, flattened from {shape}: what networks are trained on |
 
 Learned learning rate: `{lr!r}`. Whitening: `{whitening}`, fitted on the training images and stored in `whitening.safetensors`;
@@ -43,7 +43,7 @@ soft_labels = train["soft_label"][:]
 {counts}
 ## Licence
 
-Not chosen here: add `license:` to the head of this file. The images were made from {dataset}, whose terms may apply to them.
+None is set: add `license:` to the head of this file. The images were made from {dataset}, whose terms may apply to them.
 
 ## Citation
 
@@ -117,7 +117,7 @@ def _text(distilled: DistilledSet) -> str:
         repository="PATH",
         counts=listed,
         cite="\n".join(f"- {each}" for each in citations(distilled))
-        or "Whoever made the set, and the data set that it was made from.",
+        or "The set's author, and the data set it was made from.",
     )
 
 

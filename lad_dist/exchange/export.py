@@ -27,7 +27,7 @@ def export(
     """
     if len(distilled) == 0 or (form != "pt" and distilled.images.shape[1] not in (1, 3)):
         raise DistilledError(
-            f"{out}: {tuple(distilled.images.shape)} images are no pictures; valid: 1 or 3 channels, or --to pt"
+            f"{out}: {tuple(distilled.images.shape)} images cannot be written as pictures; valid: 1 or 3 channels, or --to pt"
         )
     with published_export(out, force) as temporary:
         said = about(distilled, form)

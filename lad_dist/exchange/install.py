@@ -100,7 +100,7 @@ def refuse_second(run: RunDir, force: bool) -> None:
     """Raise DistilledError where the run has a distilled set, unless ``force`` is given."""
     if run.distilled.exists() and not force:
         raise DistilledError(
-            f"{run.distilled}: is there already and is not replaced; choose another run folder with --out, or --force"
+            f"{run.distilled}: already exists and is not replaced; choose another run folder with --out, or --force"
         )
 
 
@@ -137,7 +137,7 @@ def _check_origin(incoming: Incoming, recipe: Recipe, images: ImageSet) -> None:
         )
     if said["data_fingerprint"] != images.fingerprint():
         raise DistilledError(
-            f"{incoming.where}: was distilled from other training images than this recipe's, so its whitening is another; "
+            f"{incoming.where}: was distilled from other training images than this recipe's, so its whitening differs; "
             "valid: the same data, imbalance and order"
         )
 

@@ -48,14 +48,14 @@ def refuse_what_is_there(out: Path, force: bool) -> None:
             return
     except OSError as error:
         raise StorageError(
-            f"{out}: cannot be looked at: {error.strerror or error}; choose another folder with --out"
+            f"{out}: cannot be read: {error.strerror or error}; choose another folder with --out"
         ) from error
     if not is_export(out):
         raise DistilledError(
-            f"{out}: is there already and is not an export of lad-dist, so it is not replaced; choose another folder with --out"
+            f"{out}: already exists and is not an export of lad-dist, so it is not replaced; choose another folder with --out"
         )
     if not force:
-        raise DistilledError(f"{out}: is there already; --force replaces it, or choose another folder with --out")
+        raise DistilledError(f"{out}: already exists; --force replaces it, or choose another folder with --out")
 
 
 def is_export(folder: Path) -> bool:

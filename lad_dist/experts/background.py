@@ -70,7 +70,7 @@ class ExpertsProcess:
         if code in kinds and text:
             return kinds[code](f"the process that trains the experts {how}: {text}")
         return (Interrupted if code in _INTERRUPTED else ExpertError)(
-            f"the process that trains the experts {how}; what is published is kept, and the same command continues"
+            f"the process that trains the experts {how}; published parts are kept, and the same command continues"
         )
 
     def ask_to_end(self) -> None:
@@ -140,7 +140,7 @@ def in_background(run: Path, profile: Profile, say: Callable[[str], None]) -> It
         try:
             yield process
             if not process.ended.is_set():
-                say("experts: the rest of them are still in training")
+                say("experts: the others are still in training")
             process.wait()
         except Interrupted:
             failed = process.error()

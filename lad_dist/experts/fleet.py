@@ -161,7 +161,7 @@ def _joined(address: str) -> Cluster:
             "cluster's head, from a node of the cluster, or auto"
         )
     host, _, port = address.rpartition(":")
-    missing = f"ray.address {address}: no Ray cluster answers there; `ray start --head` starts one, and without an "
+    missing = f"ray.address {address}: no Ray cluster answers there; `ray start --head` starts one, and with no "
     missing += "address in the profile or RAY_ADDRESS one is started on this machine"
     if port.isdigit() and not listens(address):
         raise ExpertError(missing)
@@ -172,7 +172,7 @@ def _joined(address: str) -> Cluster:
         try:
             context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (RuntimeError, ValueError, OSError, RayError) as error:
-            secured = "where it demands a token (as `ray start` does if there is one), set RAY_AUTH_MODE=token"
+            secured = "if it requires a token (as `ray start` does when one exists), set RAY_AUTH_MODE=token"
             raise ExpertError(f"{missing}; {secured} ({first_line(error)})") from error
     return Cluster(context.address_info["gcs_address"], context.dashboard_url or None, own=False)
 
@@ -308,7 +308,7 @@ class Fleet:
                 for node in nodes
             ]
             if not sum(each) and self._room != 1:
-                self.screen.say("ray: no node has room for an expert; waiting for one that has")
+                self.screen.say("ray: no node has room for an expert; waiting")
             self._room, self._looked_at = max(1, sum(each)), time.monotonic()
         return self._room
 
@@ -349,7 +349,7 @@ class Fleet:
         try:
             report = undisturbed(lambda: ray.get(next(member.reports)))
         except StopIteration:
-            report = Failure(member.expert, "its process stopped without a word")
+            report = Failure(member.expert, "its process ended without a report")
         except RayError as error:
             report = self._lost(member, error)
             self._kill(member)  # it may only be unreachable
@@ -376,7 +376,7 @@ class Fleet:
         while self.staff.trainer.left([expert])[expert]:
             if time.monotonic() > until:
                 raise StorageError(
-                    f"{self._orders.location}: lacks what an actor has written there; valid: a folder that all nodes of "
+                    f"{self._orders.location}: lacks parts that an actor wrote there; valid: a folder that all nodes of "
                     "the cluster share under one name, or a URI (--buffers s3://...)"
                 )
             time.sleep(WAIT_SECONDS)

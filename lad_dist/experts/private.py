@@ -92,14 +92,14 @@ def exposure(file: Path) -> str | None:
     mode = stat.S_IMODE(file.stat().st_mode)
     if not mode & 0o077:
         return None
-    return f"mode {mode:04o}, others than its owner can use it"
+    return f"mode {mode:04o}, other users can access it"
 
 
 def renewed(file: Path) -> str:
     """Return instructions for replacing an exposed token."""
     return (
-        f"whoever has read it can run code as you: make a new one (rm {file}; (umask 077; ray get-auth-token --generate)) "
-        f"and restart the cluster, or, if nobody can have read it, chmod 600 {file}"
+        f"anyone who has read it can run code as you: make a new one (rm {file}; (umask 077; ray get-auth-token --generate)) "
+        f"and restart the cluster, or, if nobody else can have read it, chmod 600 {file}"
     )
 
 

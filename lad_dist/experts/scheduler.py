@@ -246,7 +246,7 @@ class ExpertLog:
         """Record the ``attempt``-th retry of an expert, from its last part."""
         expert, reason = failure.expert, failure.message
         self._events.emit("expert-restarted", expert=expert, attempt=attempt, error=reason)
-        self._screen.say(f"{name_of(expert)}: {reason}; tried again from its last part ({attempt} of {retries})")
+        self._screen.say(f"{name_of(expert)}: {reason}; retried from its last part ({attempt} of {retries})")
         self.stopped(expert)
 
     def failed(self, failure: Failure, attempts: int) -> None:
@@ -270,7 +270,7 @@ class ExpertLog:
         kinds = {failure.kind for failure in self.failures}
         kind = getattr(errors, next(iter(kinds)) or "", ExpertError) if len(kinds) == 1 else ExpertError
         why = "; ".join(f"expert {f.expert}: {f.message}" for f in sorted(self.failures, key=lambda f: f.expert))
-        others = "the other experts are finished, and" if self.experts_done else "what was finished before is kept, and"
+        others = "the other experts are finished, and" if self.experts_done else "finished work is kept, and"
         error: LadDistError = kind(
             f"{_many(len(self.failures), 'expert')} failed {_times(attempts)}: {why}; {others} the same command continues"
         )

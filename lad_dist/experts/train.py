@@ -124,8 +124,8 @@ class ExpertTrainer:
         changed = self.meta.differences(buffer.meta) if buffer.parts else []
         if changed:
             raise TrajectoryError(
-                f"{buffer.folder}: these trajectories are of other training images or another network "
-                f"({', '.join(changed)} differ); choose another run or buffer folder, or remove this one to train the experts again"
+                f"{buffer.folder}: these trajectories are from other training images or another network "
+                f"({', '.join(changed)} differ); use another run or buffer folder, or delete this one to retrain the experts"
             )
         return buffer
 
@@ -164,7 +164,7 @@ class ExpertTrainer:
                 if not (np.isfinite(loss) and bool(weights_P.isfinite().all())):
                     raise NumericalError(
                         f"expert {expert}, {stage} stage, epoch {epoch}: the loss is {loss}; the checkpoints before it are "
-                        "kept; a smaller experts.lr usually cures it"
+                        "kept; try a smaller experts.lr"
                     )
                 writer.append(epoch, weights_P[trained].cpu().numpy(), loss, accuracy, seconds)
                 yield Epoch(expert, stage, epoch, loss, accuracy, images / seconds)

@@ -174,7 +174,7 @@ def _check_done(stage: str, recipe: Recipe, run: RunDir) -> None:
         return
     missing = f" (missing: {', '.join(map(str, experts_left(recipe, run.trajectories)))})" if stage == "experts" else ""
     raise _NotBegun(
-        f"{stage}: its jobs have ended and it is not done{missing}; their logs say why, and the same command submits the rest"
+        f"{stage}: its jobs have ended and it is not done{missing}; see their logs; the same command submits the rest"
     )
 
 

@@ -96,7 +96,7 @@ def stopped_by_signals(out: Path) -> Iterator[None]:
             yield
         except OSError as error:
             raise StorageError(
-                f"{error.filename or out}: {error.strerror or error}; what was finished before is kept, "
+                f"{error.filename or out}: {error.strerror or error}; finished work is kept, "
                 "and the same command continues"
             ) from error
 

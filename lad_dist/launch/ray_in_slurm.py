@@ -72,7 +72,7 @@ class Ports:
             numbers = range(first, first + 9)
             if all(_free(number) for number in numbers):
                 return cls(*numbers)
-        raise ClusterError(f"ray: no {_EACH} free ports in a row on {socket.gethostname()} after {_TRIES} tries")
+        raise ClusterError(f"ray: no {_EACH} consecutive free ports on {socket.gethostname()} after {_TRIES} tries")
 
 
 def _free(port: int) -> bool:
@@ -222,9 +222,7 @@ def _make_private(folder: Path) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
     there = folder.lstat()
     if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o077:
-        raise ClusterError(
-            f"ray: {folder}: is not a folder of this user alone (mode 0700); remove it, or ask its owner to"
-        )
+        raise ClusterError(f"ray: {folder}: is not private to this user (mode 0700); remove it, or ask its owner to")
 
 
 def _await_head(process: subprocess.Popen[bytes], address: str, port: int, task: SlurmTask) -> None:

@@ -59,16 +59,16 @@ def compared(asked: Mapping[str, Any], nodes: list[Node]) -> str | None:
     most = Node(name, max(n.cores for n in nodes), max(n.memory_mb for n in nodes), max(n.gpus for n in nodes))
     lacking = []
     if memory_mb > most.memory_mb:
-        gb = f"{asked['mem_gb']:g} GB a node are asked for, {name} has {most.memory_mb / _MB:.3g} GB at most"
+        gb = f"{asked['mem_gb']:g} GB per node requested, {name} has at most {most.memory_mb / _MB:.3g} GB"
         lacking.append(f"memory (mem_gb): {gb}")
     if cores > most.cores:
-        lacking.append(f"cores (cpus_per_task): {cores} a node are asked for, {name} has {most.cores} at most")
+        lacking.append(f"cores (cpus_per_task): {cores} per node requested, {name} has at most {most.cores}")
     if gpus > most.gpus:
-        lacking.append(f"GPUs (gpus_per_node): {gpus} a node are asked for, {name} has {most.gpus} at most")
+        lacking.append(f"GPUs (gpus_per_node): {gpus} per node requested, {name} has at most {most.gpus}")
     if count > len(nodes):
-        lacking.append(f"nodes: {count} are asked for, {name} has {len(nodes)}")
+        lacking.append(f"nodes: {count} requested, {name} has {len(nodes)}")
     if lacking:
         return "; ".join(lacking)
     fit = sum(n.memory_mb >= memory_mb and n.cores >= cores and n.gpus >= gpus for n in nodes)
-    together = f"{fit} of {name}'s nodes have the memory, cores and GPUs together, {count} are asked for"
+    together = f"{fit} of {name}'s nodes have the memory, cores and GPUs together, {count} are requested"
     return together if fit < count else None

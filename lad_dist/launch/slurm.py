@@ -51,7 +51,7 @@ try:
 except ImportError as error:
     raise missing("submitit", "slurm", "a job on SLURM", ClusterError) from error
 
-_REFUSED = "{stage}: SLURM refused the job: {why}; nothing of this run was left in the queue"
+_REFUSED = "{stage}: SLURM refused the job: {why}; no job of this run is left in the queue"
 _NOT_NOW = ("busy", "DOWN, DRAINED", "reserved")  # nodes that may be available when the job's turn comes
 _REQUEUED_SECONDS = 120.0  # within which SLURM ends the tasks of a requeued job
 
@@ -79,7 +79,7 @@ class StageJob:
         except UncompletedJobError:
             error = (
                 "it ran out of time and was requeued as often as slurm.max_requeues allows; "
-                "what is finished is kept, and the same command continues"
+                "finished work is kept, and the same command continues"
             )
             task.write(state="failed", error=error)
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -165,7 +165,7 @@ def dry_run(
     for state in todo.queued:
         say(f"already queued: {state.line()}")
     for state in todo.replaced:
-        say(f"to be submitted again, since what it waited for has ended: {state.line()}")
+        say(f"to be submitted again, since its dependency has ended: {state.line()}")
     jobs, refused = dict(todo.before), list[str]()
     for one in todo.requests:
         waits = waits_for(one.stage, jobs, todo.ending, profile.slurm.dependency)
@@ -178,8 +178,8 @@ def dry_run(
             f"{one.stage}: {_array_of(job).removeprefix(', ') or 'one job'}{ranks}, on the {_device_of(one)}; {verdict}"
         )
         say(f"  sbatch {' '.join(_asked(one, profile, waits))}")
-    say(f"dry run: nothing was submitted, and nothing written; the run folder would be {quote(str(out))}" if todo.requests
-        else "dry run: there is nothing to submit")  # fmt: skip
+    say(f"dry run: nothing submitted, nothing written; the run folder would be {quote(str(out))}" if todo.requests
+        else "dry run: nothing to submit")  # fmt: skip
     if refused:
         raise ClusterError(
             f"SLURM would refuse {', '.join(refused)}; correct the profile, or see `lad-dist doctor --on PROFILE`"

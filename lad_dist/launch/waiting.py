@@ -60,10 +60,10 @@ def failure(states: Sequence[TaskState], run: RunDir) -> ClusterError | None:
         return None
     first = next((one for one in wrong if one.state in ("failed", "gone")), wrong[0])
     never = [one.stage for one in wrong if one.state == "cancelled" and one.stage != first.stage]
-    after = f"; not begun, since they need it: {', '.join(dict.fromkeys(never))}" if never else ""
+    after = f"; not started, as they need it: {', '.join(dict.fromkeys(never))}" if never else ""
     log = f"; its log: {quote(str(first.log))}" if first.log.exists() else ""
     return ClusterError(
-        f"{first.line()}{after}{log}; what is finished is kept, and the same command submits the rest (run folder {run.root})"
+        f"{first.line()}{after}{log}; finished work is kept, and the same command submits the rest (run folder {run.root})"
     )
 
 

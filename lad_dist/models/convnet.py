@@ -48,7 +48,7 @@ class ConvNet(nn.Module):
         super().__init__()
         side = feature_side(size, channels, depth)
         if side < 1:
-            raise DataError(f"model.depth: {depth} blocks halve {size}x{size} images to nothing; use fewer blocks")
+            raise DataError(f"model.depth: {depth} blocks halve {size}x{size} images to zero; use fewer blocks")
         layers: dict[str, nn.Module] = {}  # named by position in published code: convolution, norm, ReLU, pooling
         for block in range(depth):
             first = block == 0

@@ -86,8 +86,8 @@ def _check_parameters(module: nn.Module, where: str) -> None:
     if buffers:
         more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
         raise RecipeError(
-            f"{where}: has buffers ({buffers[0]}{more}), which no trajectory holds; valid: parameters alone, with {_NORMS}, in "
-            "place of batch norm"
+            f"{where}: has buffers ({buffers[0]}{more}), which trajectories do not store; valid: parameters alone, with {_NORMS} "
+            "instead of batch norm"
         )
     frozen = [n for n, p in module.named_parameters() if not p.requires_grad or p.dtype != torch.float32]
     if frozen:
@@ -107,7 +107,7 @@ def _check_parameters(module: nn.Module, where: str) -> None:
             "which has a bias"
         )
     if len(parameters) == len(kept):
-        raise RecipeError(f"{where}: has a classifier and nothing else; valid: layers before it")
+        raise RecipeError(f"{where}: has no layers before its classifier; valid: one or more")
 
 
 def _check_logits(module: nn.Module, images_BCHH: Tensor, classes: int, where: str) -> None:
@@ -125,16 +125,16 @@ def _check_logits(module: nn.Module, images_BCHH: Tensor, classes: int, where: s
     if not isinstance(logits_BK, Tensor) or logits_BK.shape != (len(images_BCHH), classes):
         shape = tuple(logits_BK.shape) if isinstance(logits_BK, Tensor) else type(logits_BK).__name__
         raise RecipeError(
-            f"{where}: gives {shape} for {len(images_BCHH)} images; valid: logits of shape (images, {classes})"
+            f"{where}: returns {shape} for {len(images_BCHH)} images; valid: logits of shape (images, {classes})"
         )
     if len(seen) != 2 + len(images_BCHH) or seen[0][0].dim() != 2 or not torch.equal(seen[0][1], logits_BK):
         raise RecipeError(
-            f"{where}: its logits are not what {classifier_name(module)!r} gives, once, for features of shape (images, D); valid: "
+            f"{where}: its logits are not the output of one call of {classifier_name(module)!r} on features (images, D); valid: "
             "a linear layer as the last step"
         )
     features_BD, again_BD, *alone_BD = (features for features, _ in seen)
     if not _same(features_BD, again_BD):
-        raise RecipeError(f"{where}: gives other logits every time; valid: nothing drawn while training, so no dropout")
+        raise RecipeError(f"{where}: its logits differ between calls; valid: nothing random in training, so no dropout")
     if not _same(features_BD, torch.cat(alone_BD)):
         raise RecipeError(f"{where}: an image's logits depend on the others of its batch; valid: {_NORMS}")
 
@@ -153,7 +153,7 @@ def _check_derivatives(module: nn.Module, images_BCHH: Tensor, where: str) -> No
     by_name = torch.autograd.grad(loss, list(views.values()), create_graph=True, allow_unused=True)
     unused = [name for name, gradient in zip(views, by_name, strict=True) if gradient is None]
     if unused:
-        raise RecipeError(f"{where}: parameter {unused[0]} takes no part in the logits; valid: parameters that do")
+        raise RecipeError(f"{where}: parameter {unused[0]} does not affect the logits; valid: parameters that do")
     try:
         total = torch.stack([g.square().sum() for g in by_name if g is not None]).sum()
         total.backward()  # not grad(): an operation marked once_differentiable raises only in backward()

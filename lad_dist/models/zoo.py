@@ -96,7 +96,7 @@ def make(name: str, channels: int, size: int, classes: int, norm: str = "instanc
     except Exception as error:  # any error of the factory
         raise RecipeError(f"{field}: {name} raised {type(error).__name__}: {error}; valid: {what}") from error
     if not isinstance(made, nn.Module):
-        raise RecipeError(f"{field}: {name} gave a {type(made).__name__}; valid: {what}")
+        raise RecipeError(f"{field}: {name} returned a {type(made).__name__}; valid: {what}")
     return made
 
 
@@ -112,9 +112,9 @@ def _check_logits(module: nn.Module, channels: int, size: int, classes: int, whe
     except Exception as error:  # any error of the network's code
         raise RecipeError(f"{where}: on images of {channels}x{size}x{size}: {type(error).__name__}: {error}") from error
     if shape != (2, classes):
-        raise RecipeError(f"{where}: gives {shape} for 2 images; valid: logits of shape (images, {classes})")
+        raise RecipeError(f"{where}: returns {shape} for 2 images; valid: logits of shape (images, {classes})")
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-6):
-        raise RecipeError(f"{where}: gives other logits every time; valid: nothing drawn while training, so no dropout")
+        raise RecipeError(f"{where}: its logits differ between calls; valid: nothing random in training, so no dropout")
 
 
 def _group_norm(width: int) -> nn.Module:

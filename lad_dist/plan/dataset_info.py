@@ -79,7 +79,7 @@ def dataset_info(config: DataConfig) -> DatasetInfo:
         known = published(config)
         if known is None:
             raise DataError(
-                f"plan: the data must be here for a data set that is not a published one; {absent}"
+                f"plan: a data set without published statistics must be on this machine; {absent}"
             ) from absent
         return known
     return DatasetInfo(pixels.channels, pixels.size, counts, test, "the data set's files")
@@ -102,7 +102,7 @@ def published(config: DataConfig) -> DatasetInfo | None:
         config.image_size or known.size,
         counts,
         known.test,
-        f"what is published about {config.dataset} (its files are not here)",
+        f"published statistics of {config.dataset} (its files are not here)",
     )
 
 
@@ -123,5 +123,5 @@ def _of_lists(config: DataConfig) -> DatasetInfo | None:
         config.image_size,
         (shape[0], *inner, shape[-1]),
         known.test,
-        f"what is published about {known.title} (its lists are not here)",
+        f"published statistics of {known.title} (its lists are not here)",
     )

@@ -175,7 +175,7 @@ def choose_path(recipe: Recipe, shapes: Shapes, free: int, batches: Batches) -> 
     path = "keep" if needed <= limit else "recompute"
     return (
         path,
-        f"the graphs of {d.student_steps} steps hold {needed / 1e9:.2f} GB of {limit / 1e9:.2f} GB to plan with",
+        f"the graphs of {d.student_steps} steps need {needed / 1e9:.2f} GB of the {limit / 1e9:.2f} GB available",
     )
 
 
@@ -184,21 +184,21 @@ def _needs(recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: Resourc
     on_device, on_host = memory.data_bytes(info, shapes, recipe.data.whitening)
     here = "device" if device == "cuda" else "host"
     needs = [
-        Need("data", "images as they are (uint8)", "host", on_host),
+        Need("data", "unwhitened images (uint8)", "host", on_host),
         Need("data", "whitened training images and whitening", here, on_device),
     ]
     if recipe.data.whitening == "zca":
         fit = memory.whitening_bytes(shapes, "zca")
         needs.append(Need("data", f"fitting ZCA, {shapes.image} x {shapes.image}", here, fit))
     one = limits.expert_process_bytes(recipe, info, shapes, device, recipe.experts.batch)
-    needs.append(Need("experts", "one expert's process, in all", here, one))
+    needs.append(Need("experts", "one expert's process, total", here, one))
     needs.append(Need("experts", "trajectory buffer", "disk", memory.buffer_bytes(recipe, shapes)))
     for path in PATHS:
         for phase, count in memory.phases_of(recipe, shapes, batches, path, device).items():
             needs.append(Need("distill", f"{phase} phase, {path}", here, count))
     for path in PATHS:
         whole = limits.rank_bytes(recipe, info, shapes, device, batches, path)
-        needs.append(Need("distill", f"one rank in all, {path}", here, whole))
+        needs.append(Need("distill", f"one rank, total, {path}", here, whole))
     return needs
 
 
@@ -219,7 +219,7 @@ def _existing(folder: Path) -> Path:
 def _disk_words(disk: tuple[int, int | None], buffer: Path | None) -> str:
     needed, free = disk
     if free is None:
-        return f"{needed / 1e9:.3g} GB in an object store, whose room is not checked"
+        return f"{needed / 1e9:.3g} GB in an object store, whose free space is not checked"
     return f"{needed / 1e9:.3g} GB are still to be written to {buffer}, where {free / 1e9:.3g} GB are free"
 
 
@@ -250,7 +250,7 @@ class _Times:
     def measure(self, device: torch.device | None, seconds: float | None) -> list[str]:
         """Calibrate if requested and possible; return notes about it."""
         if seconds is None or device is None:
-            why = "" if seconds is None else " (the devices are not here to be measured)"
+            why = "" if seconds is None else " (the devices are not on this machine)"
             return [f"speed: {self.source}{why}"]
         from lad_dist.plan.calibration import StepKind, calibrate
 
@@ -260,22 +260,22 @@ class _Times:
         busy = free < cores.FREE_ABOVE * most
         found = calibrate(self.recipe, self.shapes, wanted, device, seconds, busy)
         self._measured = {kind: c.step for kind, c in found.items()}
-        self.source = "measured here just now"
+        self.source = "measured now on this machine"
         unmeasured = [kind for kind in self.kinds if kind not in found]
         scaled = [
             f"{kind} on {found[kind].images} images instead of {images}"
             for kind, (images, _) in self.kinds.items()
             if kind in found and found[kind].images < images
         ]
-        notes = ["speed: the least of a few timings of a step on this device, measured just now"]
+        notes = ["speed: the shortest of a few timings of a step, measured now on this device"]
         if busy:
             notes.append(
-                f"the machine is busy: {free:.1f} of {most} cores are free. Times are by the processor's time, so what the job "
-                "takes alone; beside other processes it takes longer"
+                f"the machine is busy: {free:.1f} of {most} cores are free. Times are from CPU time, as if the job ran "
+                "alone; beside other processes it takes longer"
             )
         if unmeasured:
             notes.append(
-                f"single steps took longer than the {seconds:g} s of calibration, so {', '.join(unmeasured)} are by the table "
+                f"single steps took longer than the {seconds:g} s of calibration, so {', '.join(unmeasured)} are from the table "
                 f"({self.resources.table_source}); --calibrate SECONDS gives it longer"
             )
         return notes + (

@@ -1,4 +1,4 @@
-"""Shorten a recipe to a first look: ``lad-dist run JOB --quick``.
+"""Shorten a recipe to a short trial: ``lad-dist run JOB --quick``.
 
 Durations come from the table of devices for two CPU threads, not from this machine, so that the same recipe and data
 are shortened in the same way everywhere and a stopped run continues with the same command.

@@ -194,7 +194,7 @@ def advice(rows: Sequence[Scaling], world: int) -> str:
     here, good = next(r for r in rows if r.world == world), best(rows)
     times = f"{here.seconds:.3g} s an iteration against {good.seconds:.3g} s"
     if world > good.world and here.seconds * NEARLY >= good.seconds:
-        return f"more ranks stop helping at {good.world}: {world} are no faster ({times}), or hardly"
+        return f"more ranks stop helping at {good.world}: {world} are no faster, or barely ({times})"
     if here.efficiency < HELPS_ABOVE:
         return (
             f"more ranks stop helping at {good.world}: {world} reach an efficiency of {here.efficiency:.0%} only ({times} at "

@@ -109,9 +109,9 @@ class MeasuredShapes(Shapes):
     @property
     def note(self) -> str:
         return (
-            f"{self.network}: its graphs, layers and FLOPs are measured on one and two images; what passes beside the graphs is "
-            "taken to be ConvNet's multiple of the largest layer, and the table's seconds are ConvNet's for as many FLOPs and "
-            "layers, so both are rough"
+            f"{self.network}: its graphs, layers and FLOPs are measured on one and two images; memory beside the graphs is "
+            "assumed to be ConvNet's multiple of the largest layer, and times are the table's for a ConvNet of as many FLOPs "
+            "and layers, so both are rough"
         )
 
     @property

@@ -49,7 +49,7 @@ def _durations(plan: Plan) -> Table:
         for part in parts:
             table.add_row(stage, part.what, duration(part.seconds), part.how)
         if len(parts) > 1:
-            table.add_row(stage, "in all", duration(sum(p.seconds for p in parts)), "")
+            table.add_row(stage, "total", duration(sum(p.seconds for p in parts)), "")
     table.add_section()
     table.add_row("all", "", duration(sum(d.seconds for d in plan.durations)), "")
     return table

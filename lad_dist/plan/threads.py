@@ -49,7 +49,7 @@ class Team:
             if type(made.threads) is not int or made.threads < 1 or not isinstance(made.why, str):
                 raise ValueError(f"threads: {made.threads!r}")
         except (OSError, ValueError, TypeError) as error:
-            raise RunDirError(f"{path}: is not a choice of threads ({error}); remove it to choose again") from error
+            raise RunDirError(f"{path}: is not a record of threads ({error}); remove it to choose again") from error
         return made
 
 

@@ -30,9 +30,14 @@ COLOURS = ("s1", "s2", "s3", "s4", "s5", "s6")
 MOST_RUNS = len(COLOURS)
 WIDTHS = (("wide", WIDE), ("narrow", NARROW))
 _CURVES = (  # figure of an iteration, title, y axis, explanation
-    ("loss", "Matching loss", "relative squared distance", "1: the student stays where it started; 0: it arrives."),
+    ("loss", "Matching loss", "relative squared distance", "1: the student has not moved; 0: it reached the target."),
     ("cosine", "Direction of the student", "cosine", "Cosine between the displacements of student and expert."),
-    ("norm_ratio", "Length of the student's way", "norm ratio", "Over the expert's, over the weights compared."),
+    (
+        "norm_ratio",
+        "Length of the student's displacement",
+        "norm ratio",
+        "Over the expert's, over the weights compared.",
+    ),
 )
 _PARTS = (("head", "Head classes"), ("medium", "Medium classes"), ("tail", "Tail classes"), ("backbone", "Backbone"))
 _PHASES = ("representation", "classifier")

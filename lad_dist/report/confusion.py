@@ -62,7 +62,7 @@ def _confusion_cells(
             if share <= 0:
                 continue
             x, y, percent = frame.px(said), frame.py(true), 100 * share
-            about = f"{names[true]} taken for {names[said]}: {percent:.1f} %"
+            about = f"{names[true]} predicted as {names[said]}: {percent:.1f} %"
             parts.append(
                 f'<rect class="fill s1" x="{x:.1f}" y="{y:.1f}" width="{slot:.1f}" height="{slot:.1f}" '
                 f'fill-opacity="{most * math.sqrt(share):.3f}"><title>{escape(about)}</title></rect>'

@@ -114,8 +114,8 @@ def distill_charts(found: Contents) -> list[Figure]:
             "Matching loss",
             by_phase("loss"),
             "relative squared distance",
-            "Squared distance from student to expert, relative to how far the expert moved: 1 is a student that stays "
-            "where it started, 0 one that arrives. Every iteration draws another window, hence the scatter; thick: "
+            "Squared distance from student to expert, relative to how far the expert moved: 1 is a student that has "
+            "not moved, 0 one that reached the target. Each iteration draws a new window, hence the scatter; thick: "
             "running mean.",
             reference=(1.0, "no progress"),
         ),
@@ -162,7 +162,7 @@ def distill_charts(found: Contents) -> list[Figure]:
             "Gradient of the pixels",
             _pixel_gradients(found),
             "norm, mean over classes",
-            "How strongly the images of head, medium and tail classes are pulled.",
+            "Gradient norm of the images of head, medium and tail classes.",
         ),
     ]
     return [f for f in figures if f.chart]
@@ -171,10 +171,10 @@ def distill_charts(found: Contents) -> list[Figure]:
 def _accuracy_on_the_way(history: History) -> Figure:
     lines = [Line(label, colour, history.early_curve(part), smooth=False) for part, label, colour in PARTS]
     return Figure(
-        "Accuracy on the way",
-        charts.line_chart("Accuracy on the way", lines, "iteration", "accuracy (%)", scale=100.0),
-        "One network each time, trained for a tenth of the epochs and measured on 2,000 images at most, so below the "
-        f"table's figures; nothing was chosen by it. {_gain_on_the_way(history)}".strip(),
+        "Accuracy during distillation",
+        charts.line_chart("Accuracy during distillation", lines, "iteration", "accuracy (%)", scale=100.0),
+        "One network per point, trained for a tenth of the epochs and measured on 2,000 images at most, so below the "
+        f"table's figures; not used for selection. {_gain_on_the_way(history)}".strip(),
     )
 
 

@@ -146,7 +146,7 @@ def protocol_notes(rows: Iterable[Row]) -> list[str]:
             changed = [k for k in changed if k != "augmentation"]
         if changed:
             told = ", ".join(f"{k} {own[k]} (there {reference[k]})" for k in changed)
-            notes.append(f"Another protocol than {source_title(first)}: {title}: {told}.")
+            notes.append(f"Protocol differs from {source_title(first)}: {title}: {told}.")
     said = [f"{rule}: {', '.join(_by_source(rule, rules))}" for rule in rules]
     if len(schedules["small"]) < 2:
         known = {kind: sorted(filter(None, of)) for kind, of in schedules.items()}  # rows may lack them
@@ -301,7 +301,7 @@ def _teacher_notes(rows: Sequence[Row]) -> list[str]:
     )
     return [
         f"Teacher labels: {by}, on every augmented batch; a user keeps images and teachers: {', '.join(kept)}. With other "
-        "labels the images come with their labels alone."
+        "labels a user keeps the images and their labels only."
     ]
 
 

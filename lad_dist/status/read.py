@@ -268,7 +268,7 @@ def _expert_line(x: ExpertLog, wanted: dict[Stage, int], width: int, now: float)
     ago = f"{clock(max(now - x.time, 0.0))} ago"
     again = [f"restarted {x.restarts} time{'s' * (x.restarts > 1)}"] if x.restarts else []
     if x.state in ("failed", "waiting"):
-        what = f"failed {ago}" if x.state == "failed" else f"stopped {ago}, is tried again"
+        what = f"failed {ago}" if x.state == "failed" else f"stopped {ago}, will be retried"
         why = " ".join(str(last.get("error") or "no reason was given").split())
         return name + ", ".join([what, *again, *([where] if where else []), why])
     stage, epoch = last.get("stage"), last.get("epoch")
@@ -307,7 +307,7 @@ def _distill(recipe: Recipe, run: RunDir, log: RunLog, now: float) -> StageStatu
     early = stage_log.early or {}
     if _known(early.get("overall")):
         gain = f", {100 * early['gain']:+.1f} points since the start" if _known(early.get("gain")) else ""
-        parts.append(f"first look at iteration {early.get('iteration')} {early['overall']:.1%}{gain}")
+        parts.append(f"quick measurement at iteration {early.get('iteration')} {early['overall']:.1%}{gain}")
     each = stage_log.seconds_each()
     if state == "running" and each is not None and isinstance(at.get("iteration"), int):
         parts.append(f"about {clock(each * max(total - at['iteration'], 0))} left")

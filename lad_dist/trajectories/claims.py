@@ -178,7 +178,7 @@ def _refusals(label: str) -> Iterator[None]:
     except OSError as cause:
         reason = os.strerror(cause.errno) if cause.errno else (str(cause).splitlines() or [repr(cause)])[0]
         raise StorageError(
-            f"{label}: the claim cannot be kept there: {reason}; valid: a folder or bucket that you may write to"
+            f"{label}: the claim cannot be written: {reason}; valid: a folder or bucket that you may write to"
         ) from cause
 
 

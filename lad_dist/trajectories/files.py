@@ -192,7 +192,7 @@ def list_files(filesystem: fs.FileSystem, folder: str) -> list[Entry]:
         found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
         bucket = folder.partition("/")[0]
         if not (found or is_local(filesystem)) and filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
-            raise TrajectoryError(f"{where}: there is no bucket {bucket}; make it, or choose another")
+            raise TrajectoryError(f"{where}: bucket {bucket} does not exist; create it, or choose another")
     except (OSError, pa.ArrowException) as cause:
         valid = (
             "folder that you may read" if is_local(filesystem) else "bucket that you may list, with your credentials"

@@ -98,7 +98,7 @@ def damage_named(path: str) -> Iterator[None]:
         yield
     except FileNotFoundError as cause:
         raise TrajectoryError(
-            f"{path}: the part has gone since it was listed; run `lad-dist experts` again, which redoes its epochs"
+            f"{path}: the part was removed after it was listed; run `lad-dist experts` again, which redoes its epochs"
         ) from cause
     except OSError as cause:
         if files.of_the_store(cause):

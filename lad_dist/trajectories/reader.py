@@ -222,7 +222,7 @@ class Buffer:
             source = "is expected here" if self.expected_hash or first == path else f"is in {first}"
             raise TrajectoryError(
                 f"{path}: made by another recipe: its experts_hash is {meta.experts_hash}, "
-                f"and {expected} {source}; move it to a folder of its own, or choose another buffer folder"
+                f"and {expected} {source}; move it to a separate folder, or use another buffer folder"
             )
         different = reference.differences(meta)
         if different:
@@ -241,7 +241,7 @@ class Buffer:
             present = self.epochs(stage, expert)
             have = f"epochs {present[0]} to {present[-1]} of it" if present else f"experts {self._known(stage)}"
             raise TrajectoryError(
-                f"{self.folder}: {stage} expert {expert} epoch {epoch} is missing; of that stage there are {have}; "
+                f"{self.folder}: {stage} expert {expert} epoch {epoch} is missing; the buffer holds {have} of that stage; "
                 "make the rest with `lad-dist experts JOB`"
             )
         return name

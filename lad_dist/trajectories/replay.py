@@ -163,7 +163,7 @@ def _refuse_others(folder: Path, plan: dict[str, Any], force: bool) -> None:
     there = _replay_buffers(folder)
     if there and not force and not _is_ours(folder, plan):
         raise TrajectoryError(
-            f"{min(there)}: is there already, of another export or of other code, and is not replaced; choose another folder, "
+            f"{min(there)}: already exists, from another export or other code, and is not replaced; choose another folder, "
             f"or remove the {len(there)} replay_buffer_N.pt files in {folder}"
         )
 
@@ -321,7 +321,7 @@ class _Target:
         changed = self.meta.differences(buffer.meta) if buffer.parts else []
         if changed:
             raise TrajectoryError(
-                f"{buffer.folder}: its trajectories are of other training images or another network "
+                f"{buffer.folder}: its trajectories are from other training images or another network "
                 f"({', '.join(changed)} differ); choose another run or buffer folder"
             )
         return buffer
@@ -340,8 +340,8 @@ class _Target:
             foreign = name.stage == self.stage and name.expert not in experts
             if foreign and IMPORTED_FROM not in buffer.footer(name).meta.versions:
                 raise TrajectoryError(
-                    f"{buffer.folder}: its {self.stage} expert {name.expert} was trained here, and imported experts are not "
-                    "mixed with such; choose another run or buffer folder"
+                    f"{buffer.folder}: its {self.stage} expert {name.expert} was trained here, and imported experts cannot "
+                    "be mixed with it; choose another run or buffer folder"
                 )
 
     def compare(self, expert: int, checkpoints: Checkpoints, where: str) -> None:
@@ -353,7 +353,7 @@ class _Target:
             ):
                 raise TrajectoryError(
                     f"{where}, epoch {epoch}: differs from {self.stage} expert {expert} in {buffer.folder}, which was trained "
-                    "here or imported from other files, and such are not mixed; choose another run or buffer folder"
+                    "here or imported from other files, and the two cannot be mixed; choose another run or buffer folder"
                 )
 
     def take(self, expert: int, checkpoints: Checkpoints, where: str) -> None:

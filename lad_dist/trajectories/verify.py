@@ -34,7 +34,9 @@ def verify(buffer: Buffer, report: Callable[[str], None] | None = None) -> list[
     for count, name in enumerate(names, start=1):
         found = list(_check_part(buffer, name, seen))
         rows = name.last - name.first + 1
-        say(f"{count}/{len(names)} {name}: " + (f"{len(found)} problems" if found else f"{rows} checkpoints are sound"))
+        say(
+            f"{count}/{len(names)} {name}: " + (f"{len(found)} problems" if found else f"{rows} checkpoints are intact")
+        )
         problems += found
     others = [*_gaps(buffer), *_foreign(buffer)]
     for problem in others:

@@ -114,7 +114,7 @@ class PartWriter:
             name = self.meta.parameter_at(row.stage, int(np.argmin(finite)))
             raise NumericalError(
                 f"{where}: {int((~finite).sum())} of {self._length} weights are NaN or infinite, first in {name}; "
-                "a smaller learning rate is the usual cure"
+                "try a smaller learning rate"
             )
         metrics: Mapping[str, float | None] = {"loss": row.loss, "accuracy": row.accuracy, "seconds": row.seconds}
         for metric, value in metrics.items():

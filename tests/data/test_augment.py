@@ -251,10 +251,10 @@ def test_an_operation_of_ones_own_gets_its_numbers_row_by_row(own):
 
 
 @pytest.mark.parametrize(("operation", "said"), [
-    (halved, r"gives \(4, 3, \d+, \d+\) for images of .*; valid: the same shape"),
-    (lambda i, u: i.detach(), "cannot be differentiated by the images"),
-    (lambda i, u: i + torch.randn_like(i), "an image becomes another one beside others, or every time"),
-    (lambda i, u: i - i.mean(dim=0), "an image becomes another one beside others"),
+    (halved, r"returns \(4, 3, \d+, \d+\) for images of .*; valid: the same shape"),
+    (lambda i, u: i.detach(), "not differentiable with respect to the images"),
+    (lambda i, u: i + torch.randn_like(i), "an image's result changes with its batch or between calls"),
+    (lambda i, u: i - i.mean(dim=0), "an image's result changes with its batch"),
     (lambda i, u: i.add_(1), "RuntimeError: a leaf Variable"),
     (lambda i, u: (i - i).sqrt(), "its gradient is not finite"),
     (broken, "KeyError: 'no'"),

@@ -174,8 +174,8 @@ GOOD = (IMAGES, LABELS)
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (3, r"gave builtins\.int; valid: \(train, test\)"),
-        ((GOOD, GOOD, GOOD), r"gave builtins\.tuple; valid: \(train, test\)"),
+        (3, r"returned builtins\.int; valid: \(train, test\)"),
+        ((GOOD, GOOD, GOOD), r"returned builtins\.tuple; valid: \(train, test\)"),
         (raising, "raised KeyError: 'birds'"),
         ((GOOD, 3), r"mine:data \(test\): is builtins\.int; valid: a torch Dataset"),
         ((GOOD, {"a": 1}), r"item 0 raised KeyError: 0"),

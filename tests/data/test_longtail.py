@@ -70,7 +70,7 @@ def test_selection_is_class_major_and_takes_the_first_of_each_order():
 
 
 def test_class_with_too_few_images_is_refused():
-    with pytest.raises(DataError, match=r"data.n_max: class 1 \(b\) has 2 images, but 3 are to be kept"):
+    with pytest.raises(DataError, match=r"data.n_max: class 1 \(b\) has 2 images, but 3 are needed"):
         select(np.array([0, 0, 0, 1, 1]), (3, 3), class_names=["a", "b"])
     with pytest.raises(DataError, match=r"class 0 has 2 images after 1 were held out for validation, but 3"):
         select(np.array([0, 0, 0, 1, 1]), (3, 1), held_out=1)

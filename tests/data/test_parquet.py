@@ -153,7 +153,7 @@ def test_parquet_columns_given_found_or_refused(config, tmp_path):
         load_splits(config(dataset="parquet", root=str(tmp_path), label_column="x"))
     table = pq.read_table(tmp_path / "train.parquet")
     pq.write_table(table.append_column("kind2", table["kind"]), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"data.label_column: .*columns kind, kind2 could all be meant"):
+    with pytest.raises(DataError, match=r"data.label_column: .*columns kind, kind2 all fit"):
         load_splits(config(dataset="parquet", root=str(tmp_path)))
 
 

@@ -269,7 +269,7 @@ def test_a_byte_order_mark_in_a_list_is_no_part_of_a_name(config, tmp_path):
     assert splits.train.counts == (1, 1)
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"", "it is empty"), (b"no image", "it is of no known format")])
+@pytest.mark.parametrize(("content", "said"), [(b"", "it is empty"), (b"no image", "it is of an unknown format")])
 def test_what_is_no_image_is_said_in_words(config, tmp_path, content, said):
     root = write_folders(tmp_path, {"ant": 1, "bee": 1})
     (root / "train" / "ant" / "00.png").write_bytes(content)
@@ -280,7 +280,7 @@ def test_what_is_no_image_is_said_in_words(config, tmp_path, content, said):
 
 def test_one_class_is_refused(config, tmp_path):
     root = write_folders(tmp_path, {"ant": 3})
-    with pytest.raises(DataError, match=r"train: there is one class only; valid: two or more"):
+    with pytest.raises(DataError, match=r"train: one class only; valid: two or more"):
         load_splits(config(dataset="image-folder", root=str(root), imbalance="natural"))
 
 
@@ -343,7 +343,7 @@ def test_list_with_comments_blank_lines_and_spaces_in_paths(config, tmp_path):
         ("a 0\na\n", r"train.txt:2: 'a'"),
         ("a 0\na one\n", r"train.txt:2: 'a one'.*valid: 'path label' lines"),
         ("a 0\na 1.0\n", r"train.txt:2: 'a 1.0'"),
-        ("# nothing\n", r"train.txt: there are no images"),
+        ("# nothing\n", r"train.txt: no images"),
         ("a 0\na 3\n", r"train.txt: labels 1, 2 do not occur although the largest is 3; valid: integers 0 to K-1"),
         ("a 1\na 2\n", r"train.txt: labels 0 do not occur"),
         ("a 0\na -1\n", r"train.txt: labels -1 are not valid; valid: integers 0 to 0"),

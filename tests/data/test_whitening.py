@@ -93,11 +93,11 @@ def test_a_whitening_with_normalisation_survives_its_file(tmp_path):
 
 
 def test_normalising_what_has_no_constants_or_no_deviation_is_refused():
-    with pytest.raises(DataError, match=r"normalize_before_zca: published constants are those of 3 channels.*have 1"):
+    with pytest.raises(DataError, match=r"normalize_before_zca: published constants are for 3 channels.*have 1"):
         Whitening.fit(images(shape=(1, 6, 6)), "zca", normalize="published")
     flat = images()
     flat[:, 1] = 7
-    with pytest.raises(DataError, match=r"data.normalize_before_zca: fitted: channel 1 has one value"):
+    with pytest.raises(DataError, match=r"data.normalize_before_zca: fitted: channel 1 is constant"):
         Whitening.fit(flat, "zca", normalize="fitted")
 
 
@@ -192,11 +192,11 @@ def test_what_cannot_be_whitened_is_refused():
         Whitening.fit(images(1), "zca")
     flat = images()
     flat[:, 1] = 7
-    with pytest.raises(DataError, match=r"channel 1 has one value throughout"):
+    with pytest.raises(DataError, match=r"channel 1 is constant"):
         Whitening.fit(flat, "standardize")
     with pytest.raises(DataError, match=r"data.zca_eps: 0"):
         Whitening.fit(torch.full((5, 1, 4, 4), 9, dtype=torch.uint8), "zca", 0.0)
-    with pytest.raises(DataError, match=r"do not go with a whitening fitted to"):
+    with pytest.raises(DataError, match=r"do not match a whitening fitted to"):
         Whitening.fit(images(), "zca").apply(images(shape=(1, 6, 6)))
 
 

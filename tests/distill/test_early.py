@@ -205,11 +205,13 @@ def test_the_gain_since_the_start_is_shown(pipeline_of):
     early = Early(pipeline.recipe, Varied(), pipeline.events, Screen(Console(file=text, width=200)))
     early.wanted = lambda seconds: True
     distill(pipeline.context(), pipeline.data, early)
-    assert "the starting set, a first look (3 epochs): 60.0% overall" in text.getvalue()
+    assert "the starting set, quick measurement (3 epochs): 60.0% overall" in text.getvalue()
     assert "+2.5 points since the start (60.0%)" in text.getvalue() and "-2.0 points since" in text.getvalue()
     assert [e.get("gain") for e in looks(pipeline.run)] == [None, pytest.approx(0.025), pytest.approx(-0.02)]
     (stage,) = [s for s in read_status(pipeline.run.root).stages if s.name == "distill"]
-    assert re.search(r"first look at iteration 4 58\.0%, -2\.0 points since the start", stage.detail)
-    (figure,) = [f for f in distill_charts(read(pipeline.recipe, pipeline.run)) if f.title == "Accuracy on the way"]
+    assert re.search(r"quick measurement at iteration 4 58\.0%, -2\.0 points since the start", stage.detail)
+    (figure,) = [
+        f for f in distill_charts(read(pipeline.recipe, pipeline.run)) if f.title == "Accuracy during distillation"
+    ]
     assert figure.note.endswith("(60.0 % overall); at iteration 4 -2.0 points since then.")
     assert ("distill/accuracy/gain", pytest.approx(-0.02), 4) in list(scalars(looks(pipeline.run)[-1]))

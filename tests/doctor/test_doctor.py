@@ -35,7 +35,7 @@ def test_here_all_is_well_and_nothing_is_left(tmp_path):
     before = set(Path("/tmp").glob(".lad-dist-doctor-*")) | set(Path("/tmp").glob("ladist-ranks-*"))
     done = CliRunner().invoke(app, ["doctor", "--out", str(tmp_path / "runs")])
     assert done.exit_code == 0, done.output
-    assert "fail " not in done.output and "2 processes met over gloo and added up" in done.output
+    assert "fail " not in done.output and "2 processes connected over gloo and summed" in done.output
     assert not (tmp_path / "runs").exists() and not list(tmp_path.iterdir())
     assert set(Path("/tmp").glob(".lad-dist-doctor-*")) | set(Path("/tmp").glob("ladist-ranks-*")) <= before
 
@@ -109,11 +109,11 @@ def test_gpus_that_are_in_use_or_too_few(monkeypatch):
 
 def test_ranks_that_do_not_meet(monkeypatch):
     def launch(*args, **fields):
-        raise RankError("rank 0 of 2: could not meet the others")
+        raise RankError("rank 0 of 2: could not connect to the others")
 
     monkeypatch.setattr(ranks, "launch", launch)
     (found,) = machine.ranks_meet(Profile(device="cpu"))
-    assert found.level == "fail" and "over gloo: rank 0 of 2: could not meet" in found.found
+    assert found.level == "fail" and "over gloo: rank 0 of 2: could not connect" in found.found
 
 
 # --- folders and clock ------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_a_ray_cluster_that_is_named(monkeypatch):
         monkeypatch.setenv("RAY_ADDRESS", address)
         assert f"{address} answers" in by_name(machine.ray_ready(Profile()))["ray"].found
     found = by_name(machine.ray_ready(Profile()))["ray"]
-    assert found.level == "fail" and f"nothing answers at {address}" in found.found
+    assert found.level == "fail" and f"no cluster answers at {address}" in found.found
 
 
 def test_a_ray_token_that_others_can_read(tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def test_slurm_that_would_do(fake):
     found = list(cluster.slurm(on_slurm()))
     assert set(levels(found)) == {"ok"}
     assert by_name(found)["partition"].found == "the default, main: 2 nodes idle, each gpu:a100:4, limit 1-00:00:00"
-    assert "squeue and what jobs write down are used" in by_name(found)["accounting"].found
+    assert "squeue and the jobs' own records are used" in by_name(found)["accounting"].found
 
 
 def test_commands_that_are_missing(fake):
@@ -257,7 +257,7 @@ def test_a_controller_that_is_down(fake, scontrol):
 def test_partitions(fake):
     fake()
     found = [one for one in cluster.slurm(on_slurm(partition="gpux")) if one.name == "partition"]
-    assert found[0].level == "fail" and found[0].todo == "set slurm.partition; there are: main, old"
+    assert found[0].level == "fail" and found[0].todo == "set slurm.partition; valid: main, old"
     profile = on_slurm(stages={"distill": {"partition": "old"}})
     found = [one for one in cluster.slurm(profile) if one.name == "partition"]
     assert levels(found) == ["ok", "warn"] and "the partition is down" in found[1].found

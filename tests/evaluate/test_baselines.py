@@ -117,7 +117,7 @@ def test_a_damaged_choice_is_named(pipeline):
     file = pipeline.run.results.parent / "chosen" / "herding.json"
     file.parent.mkdir(parents=True)
     file.write_text("{")
-    with pytest.raises(RunDirError, match=r"herding\.json: is not a choice of images"):
+    with pytest.raises(RunDirError, match=r"herding\.json: is not a selection of images"):
         pipeline.evaluate("herding")
 
 

@@ -71,7 +71,7 @@ def test_what_else_differs_between_sources_is_said(run):
     notes = protocol_notes(results.read(run.results))
     assert notes[0].endswith("the learned alpha: Distilled (LAD); distill.alpha: Random real.")
     assert (
-        notes[1] == "Another protocol than Distilled (LAD): Random real: batch 4 (there 8), momentum 0.5 (there 0.9)."
+        notes[1] == "Protocol differs from Distilled (LAD): Random real: batch 4 (there 8), momentum 0.5 (there 0.9)."
     )
     assert notes[1] in (run.report / "index.html").read_text()
 

@@ -201,7 +201,7 @@ def test_the_card_says_what_a_reader_must_know(tmp_path, hf):
 def test_an_imported_set_claims_no_method(tmp_path):
     export(make_set(method="imported", dataset="list/train", iteration=0), "hf", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "Method: imported." in text and "arXiv" not in text and "Whoever made the set" in text
+    assert "Method: imported." in text and "arXiv" not in text and "The set's author" in text
 
 
 @pytest.mark.parametrize("form", FORMS)

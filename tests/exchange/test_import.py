@@ -77,7 +77,7 @@ def test_a_set_as_datm_saves_it_is_evaluated_here(theirs, brought, lad, job, tmp
         ended = lad(verb, job, "--out", tmp_path / "run", "--set", "evaluate.baselines=[]")
         assert ended.exit_code == 0, ended.output
         assert "Distilled (imported)" in ended.output and "was imported, not made by this run" in ended.output
-    assert "is there (imported)" in ended.output
+    assert "exists (imported)" in ended.output
     assert (tmp_path / "run" / "distilled" / "meta.json").read_bytes() == before
     kinds = [
         event["kind"] if "kind" in event else event["event"] for event in read_events(tmp_path / "run" / "events.jsonl")
@@ -251,7 +251,7 @@ def test_parquet_of_other_code_is_refused(tmp_path):
     with pytest.raises(DistilledError, match="'label' holds string"):
         tables.read(tmp_path)
     pq.write_table(pa.table({"label": [0, 1], "label_logits": [[0.5], [0.5, 1.0]], "whitened": [[0.5], [0.5]]}), file)
-    with pytest.raises(DistilledError, match="'label_logits' holds lists of several lengths"):
+    with pytest.raises(DistilledError, match="'label_logits' holds lists of different lengths"):
         tables.read(tmp_path)
 
 
@@ -355,7 +355,7 @@ def test_a_set_that_is_there_is_kept_unless_forced(theirs, brought, lad, job, tm
     first = lad_dist.load(tmp_path / "run").images
     other = theirs(images=torch.randn(20, 1, 8, 8))
     ended = brought(other)
-    assert ended.exit_code == 6 and "run/distilled: is there already and is not replaced" in ended.output
+    assert ended.exit_code == 6 and "run/distilled: already exists and is not replaced" in ended.output
     assert torch.equal(lad_dist.load(tmp_path / "run").images, first)
     results = tmp_path / "run" / "evaluation" / "results.json"
     assert len(json.loads(results.read_text())["rows"]) == 2

@@ -251,7 +251,7 @@ def test_the_record_counts_repeated_epochs_once(told):
     events = list(read_events(told.path))
     assert events[0]["host"] == "host" and events[0]["pid"] == events[1]["pid"] == 42
     assert "pid" not in events[-3] and events[-1]["elsewhere"] is True and "elsewhere" not in events[-2]
-    assert "expert-0001: it is gone; tried again from its last part (1 of 3)" in told.out.getvalue()
+    assert "expert-0001: it is gone; retried from its last part (1 of 3)" in told.out.getvalue()
 
 
 def test_what_a_stage_with_failures_ends_with(told):
@@ -259,7 +259,7 @@ def test_what_a_stage_with_failures_ends_with(told):
     told.record.failed(Failure(2, "NaN", "NumericalError", "Traceback: where it was\n"), 4)
     error = told.record.error(4)
     assert isinstance(error, NumericalError) and error.exit_code == 7
-    assert str(error).startswith("1 expert failed 4 times: expert 2: NaN; what was finished before is kept")
+    assert str(error).startswith("1 expert failed 4 times: expert 2: NaN; finished work is kept")
     assert told.out.getvalue().count("Traceback: where it was") == 1
     told.record.failed(Failure(0, "gone"), 4)
     told.record.finished(1)
@@ -608,7 +608,7 @@ def test_a_buffer_that_refuses_every_write_ends_the_fleet(fleet, told):
 def test_parts_that_are_written_where_the_driver_does_not_see_them(fleet, monkeypatch):
     monkeypatch.setattr("lad_dist.experts.fleet.SEEN_SECONDS", 0.01)
     monkeypatch.setattr("lad_dist.experts.fleet.WAIT_SECONDS", 0.01)
-    with pytest.raises(StorageError, match=r"/somewhere: lacks what an actor has written.*share under one name"):
+    with pytest.raises(StorageError, match=r"/somewhere: lacks parts that an actor wrote there.*share under one name"):
         fleet("cpu")._finished(1)
 
 

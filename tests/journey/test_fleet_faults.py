@@ -395,7 +395,7 @@ def test_a_full_disk_ends_the_fleet_at_once(lad, fleet_job, undisturbed, look, t
         wait_until(lambda: not session(process.pid), 10, str(session(process.pid)))  # the dashboard's modules, last
     finally:
         kill_session(process.pid)
-    assert "tried again" not in ended.out
+    assert "retried" not in ended.out
     happened = look.events(run)
     assert len(of(happened, "expert-failed")) in (1, 2)  # the other actor may meet it at the same moment
     assert not of(happened, "expert-restarted")

@@ -154,7 +154,7 @@ def test_the_digest_does_not_depend_on_how_parts_are_cut(lad, job, finished):
 
 
 def test_verify(lad, finished):
-    assert lad("buffer", "verify", finished).succeeds().out == "8 parts, 14 checkpoints, all whole\n"
+    assert lad("buffer", "verify", finished).succeeds().out == "8 parts, 14 checkpoints, all intact\n"
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])

@@ -89,7 +89,7 @@ def test_ranks_of_a_distillation(ranks, nodes, gpus, made):
     ({"slurm_dependency": "afterok:7"}, "slurm_dependency: is set by lad-dist; valid: the field slurm.dependency"),
     ({"slurm_additional_parameters": {"dependency": "afterok:7"}}, "dependency: is set by lad-dist; valid: the field slurm.dep"),
     ({"slurm_additional_parameters": {"cpus-per-task": 7}}, "cpus-per-task: is set by lad-dist; valid: the field slurm.cpus_per"),
-    ({"slurm_additional_parameters": "nice"}, "'nice' is no mapping; valid: sbatch's long options"),
+    ({"slurm_additional_parameters": "nice"}, "'nice' is not a mapping; valid: sbatch's long options"),
     ({"slurm_job_name": "x"}, "slurm_job_name: is set by lad-dist; leave it out"),
     ({"mail-type": "FAIL"}, "mail-type: has no prefix slurm_; valid: for example slurm_exclude"),
 ])  # fmt: skip

@@ -14,11 +14,11 @@ def test_gpus_of_several_kinds_are_counted():
 
 
 @pytest.mark.parametrize(("asked", "said"), [
-    ({"mem_gb": 600, "gpus_per_node": 8}, "memory (mem_gb): 600 GB a node are asked for, gpu has 503 GB at most; "
-                                          "GPUs (gpus_per_node): 8 a node are asked for, gpu has 6 at most"),
-    ({"tasks_per_node": 8, "cpus_per_task": 9}, "cores (cpus_per_task): 72 a node are asked for, gpu has 64 at most"),
-    ({"nodes": 3}, "nodes: 3 are asked for, gpu has 2"),
-    ({"nodes": 2, "gpus_per_node": 1}, "1 of gpu's nodes have the memory, cores and GPUs together, 2 are asked for"),
+    ({"mem_gb": 600, "gpus_per_node": 8}, "memory (mem_gb): 600 GB per node requested, gpu has at most 503 GB; "
+                                          "GPUs (gpus_per_node): 8 per node requested, gpu has at most 6"),
+    ({"tasks_per_node": 8, "cpus_per_task": 9}, "cores (cpus_per_task): 72 per node requested, gpu has at most 64"),
+    ({"nodes": 3}, "nodes: 3 requested, gpu has 2"),
+    ({"nodes": 2, "gpus_per_node": 1}, "1 of gpu's nodes have the memory, cores and GPUs together, 2 are requested"),
     ({"nodes": 1, "gpus_per_node": 6, "mem_gb": 500}, None),
 ])  # fmt: skip
 def test_what_is_lacking(asked, said):

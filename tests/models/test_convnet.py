@@ -33,7 +33,7 @@ def test_sizes_and_outputs_equal_the_textbook_network(channels, size, classes, w
 
 @pytest.mark.parametrize(("channels", "size", "depth"), [(3, 4, 3), (1, 3, 3), (3, 7, 3)])
 def test_too_many_blocks_are_refused(channels, size, depth):
-    with pytest.raises(DataError, match=rf"model\.depth: {depth} blocks halve {size}x{size} images to nothing"):
+    with pytest.raises(DataError, match=rf"model\.depth: {depth} blocks halve {size}x{size} images to zero"):
         ConvNet(channels, size, 10, 4, depth)
 
 

@@ -120,19 +120,19 @@ def test_the_other_networks_with_instance_norm(name):
 
 
 @pytest.mark.parametrize(("factory", "said"), [
-    (lambda c, s, k: Small(c, s, k, nn.BatchNorm2d(5)), "has buffers (layers.1.running_mean and 2 more), which no trajectory"),
+    (lambda c, s, k: Small(c, s, k, nn.BatchNorm2d(5)), "has buffers (layers.1.running_mean and 2 more), which trajectories"),
     (lambda c, s, k: Small(c, s, k, nn.BatchNorm2d(5, track_running_stats=False)), "depend on the others of its batch"),
     (lambda c, s, k: nn.Sequential(nn.Flatten(), nn.Linear(81, k)), "its classifier 'classifier' is no such module; valid: an "),
     (lambda c, s, k: Small(c, s, k, bias=False), "its classifier 'classifier' is Linear of ['classifier.weight']"),
-    (lambda c, s, k: Small(c, s, k + 1), "gives (4, 5) for 4 images; valid: logits of shape (images, 4)"),
+    (lambda c, s, k: Small(c, s, k + 1), "returns (4, 5) for 4 images; valid: logits of shape (images, 4)"),
     (lambda c, s, k: Small(c + 1, s, k), "on images of 1x9x9: RuntimeError"),
-    (Drawn, "gives other logits every time; valid: nothing drawn"),
-    (lambda c, s, k: Small(c, s, k, nn.Dropout()), "gives other logits every time"),
-    (Sharp, "its logits are not what 'classifier' gives"),
-    (Unused, "parameter spare takes no part in the logits"),
+    (Drawn, "its logits differ between calls; valid: nothing random"),
+    (lambda c, s, k: Small(c, s, k, nn.Dropout()), "its logits differ between calls"),
+    (Sharp, "its logits are not the output of one call of 'classifier'"),
+    (Unused, "parameter spare does not affect the logits"),
     (frozen, "parameter layers.0.bias is frozen"),
     (Once, "has no second derivative"),
-    (lambda c, s, k: "net", "gave a str; valid: a callable (channels, size, classes) -> nn.Module"),
+    (lambda c, s, k: "net", "returned a str; valid: a callable (channels, size, classes) -> nn.Module"),
     (lambda c, s: None, "raised TypeError"),
     ("net", "is a str; valid: a callable (channels, size, classes) -> nn.Module"),
 ])  # fmt: skip
@@ -157,9 +157,9 @@ def test_for_evaluation_batch_norm_is_welcome_and_logits_are_looked_at(mine):
     good = mine(lambda c, s, k: Small(c, s, k, nn.BatchNorm2d(5)))
     net = network(good, 1, 9, 4, seed=0, purpose=("test",))
     assert net.training and float(net.layers[1].running_mean.abs().sum()) == 0
-    with pytest.raises(RecipeError, match=r"^evaluate\.architectures: mine_\d+:net: gives other logits every time"):
+    with pytest.raises(RecipeError, match=r"^evaluate\.architectures: mine_\d+:net: its logits differ between calls"):
         network(mine(lambda c, s, k: Small(c, s, k, nn.Dropout())), 1, 9, 4, seed=0, purpose=("test",))
-    with pytest.raises(RecipeError, match=r"^evaluate\.architectures: mine_\d+:net: gives \(2, 5\) for 2 images"):
+    with pytest.raises(RecipeError, match=r"^evaluate\.architectures: mine_\d+:net: returns \(2, 5\) for 2 images"):
         network(mine(lambda c, s, k: Small(c, s, k + 1)), 1, 9, 4, seed=0, purpose=("test",))
 
 

@@ -71,7 +71,7 @@ def test_the_distilled_set_of_two_ranks_is_that_of_one(pipeline_of):
     both, said = pipeline_of("both"), io.StringIO()
     both.screen = Screen(Console(file=said, width=200))
     same(over(both, 2, threads=MANY), alone)
-    assert f"threads: 2 ranks x {MANY} threads are more than the " in said.getvalue()
+    assert f"threads: 2 ranks x {MANY} threads exceed the " in said.getvalue()
     again = over(pipeline_of("again"), 2)
     for name in ("images", "label_logits"):  # the same number of ranks, the same bits
         assert torch.equal(getattr(again, name), getattr(DistilledSet.load(both.run.distilled), name))
@@ -187,7 +187,7 @@ def test_torchrun_starts_the_ranks_as_well(pipeline_of, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("initial images") == 1
-    assert done.stdout.count(f"threads: 2 ranks x {MANY} threads are more than the ") == 1
+    assert done.stdout.count(f"threads: 2 ranks x {MANY} threads exceed the ") == 1
     same(DistilledSet.load(under.run.distilled), alone)
 
 
@@ -205,7 +205,7 @@ def test_a_rank_that_never_comes(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29871")
     began = time.monotonic()
     with (
-        pytest.raises(RankError, match=r"rank 0 of 2: could not meet the others at 127\.0\.0\.1:29871"),
+        pytest.raises(RankError, match=r"rank 0 of 2: could not connect to the others at 127\.0\.0\.1:29871"),
         ranks.joined(ranks.ProcessRank(0, 2, 0), torch.device("cpu"), timeout=2),
     ):
         raise AssertionError("there is no other rank")

@@ -64,7 +64,7 @@ def test_a_plan_in_words():
         "12586 weights",
         "gradient path: keep",
         "trajectory buffer",
-        "one rank in all, keep",
+        "one rank, total, keep",
     ):
         assert word in re.sub(r"\s+", " ", ended.output)
 
@@ -76,7 +76,7 @@ def test_a_plan_makes_nothing(tmp_path):
 
 def test_what_auto_will_pick_is_what_fits():
     made = planned(CIFAR, "--set", "distill.memory_gb=16")
-    assert made["path"] == "recompute" and "hold 70." in made["why"]
+    assert made["path"] == "recompute" and "need 70." in made["why"]
     assert planned(CIFAR, "--set", "distill.memory_gb=80", "--gpu", "h200")["path"] == "keep"
     assert planned(CIFAR, "--gpu", "a100", "--ranks", "8")["path"] == "keep", "a rank holds an eighth"
 
@@ -223,7 +223,7 @@ def test_data_that_are_here_are_looked_at():
 
 
 def test_unknown_data_that_are_not_here():
-    with pytest.raises(DataError, match="must be here"):
+    with pytest.raises(DataError, match="must be on this machine"):
         dataset_info(DataConfig(dataset="parquet", train="nowhere.parquet", test="nowhere.parquet"))
 
 
@@ -234,7 +234,7 @@ def test_a_calibration_measures_this_device():
     ended = lad("digits-lt", "--calibrate", "1", "--threads", "1", "--json")
     assert ended.exit_code == 0, ended.output
     made = json.loads(ended.stdout)
-    assert {rate["source"] for rate in made["rates"]} == {"measured here just now"}
+    assert {rate["source"] for rate in made["rates"]} == {"measured now on this machine"}
     assert all(0 < rate["seconds"] < 30 for rate in made["rates"])
 
 

@@ -93,7 +93,7 @@ def test_a_damaged_choice_is_refused(tmp_path):
     assert Team.load(file) == Team(2, "why")
     for text in ("", "[]", '{"threads": 0, "why": ""}', '{"threads": "2", "why": ""}', '{"threads": true, "why": ""}'):
         file.write_text(text)
-        with pytest.raises(RunDirError, match=r"threads.json: is not a choice of threads"):
+        with pytest.raises(RunDirError, match=r"threads.json: is not a record of threads"):
             Team.load(file)
 
 

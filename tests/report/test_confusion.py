@@ -26,9 +26,9 @@ def test_rows_are_true_classes_and_columns_predicted_ones() -> None:
         )
     }
     wrong, right, first = (
-        cells["&lt;d&gt; taken for a: 25.0 %"],
-        cells["&lt;d&gt; taken for &lt;d&gt;: 75.0 %"],
-        cells["a taken for a: 100.0 %"],
+        cells["&lt;d&gt; predicted as a: 25.0 %"],
+        cells["&lt;d&gt; predicted as &lt;d&gt;: 75.0 %"],
+        cells["a predicted as a: 100.0 %"],
     )
     assert len(cells) == 5
     assert wrong[0] == first[0] and wrong[1] == right[1] > first[1] and right[0] > wrong[0]

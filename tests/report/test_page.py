@@ -195,7 +195,7 @@ def test_a_run_of_before_alignment_and_confusion_were_recorded_has_the_rest(make
     _, page = report(recipe, run)
     svgs = [str(attrs.get("aria-label")) for attrs in page.all("svg")]
     assert "Matching loss" in svgs and not [s for s in svgs if "Confusion" in s or "class group" in s]
-    assert "Gradient alignment" not in page.words and "taken for which" not in page.words
+    assert "Gradient alignment" not in page.words and "classes are confused" not in page.words
 
 
 def test_the_alignment_is_drawn_for_each_group_that_has_it(make_run: MakeRun) -> None:
@@ -271,7 +271,9 @@ def test_published_figures_stand_beside_the_runs_own(make_run: MakeRun) -> None:
 )
 def test_nothing_published_stands_beside_another_experiment(make_run: MakeRun, changes: Any, sets: Any) -> None:
     _, page = report(*make_run(**{"factor": 100.0, "n_max": 5000, "ipc": 10, **changes}, sets=sets))
-    assert "Beside published figures" not in page.words and "published" not in {c for row in page.rows for c in row}
+    assert "Comparison with published figures" not in page.words and "published" not in {
+        c for row in page.rows for c in row
+    }
 
 
 def test_an_empty_run_folder_is_reported(make_run: MakeRun) -> None:
@@ -380,7 +382,7 @@ def test_accuracy_on_the_way(make_run):
     history = read_history(read_events(run.events))
     assert history.early_curve("tail") == [(10, 0.25), (20, None), (30, 0.5)]
     write_report(recipe, run)
-    assert "Accuracy on the way" in (run.root / "report" / "index.html").read_text()
+    assert "Accuracy during distillation" in (run.root / "report" / "index.html").read_text()
     Events(run.events).emit("distill-started", iteration=15)
     assert list(read_history(read_events(run.events)).early) == [10]  # measured again when the run comes by again
 
@@ -388,4 +390,4 @@ def test_accuracy_on_the_way(make_run):
 def test_no_accuracy_on_the_way(make_run):
     recipe, run = make_run()
     write_report(recipe, run)
-    assert "Accuracy on the way" not in (run.root / "report" / "index.html").read_text()
+    assert "Accuracy during distillation" not in (run.root / "report" / "index.html").read_text()

@@ -97,12 +97,12 @@ def test_a_cancelled_chain_is_completed_by_the_same_command(slurm, lad, referenc
     subprocess.run(["scancel", ids["experts"]], check=True)
     out, err = lad.ended(waiting, code=11)
     assert re.search(rf"error: experts, job {ids['experts']}_\d: cancelled", err) and "scancel" in err
-    assert "not begun, since they need it: distill, evaluate, report" in err
+    assert "not started, as they need it: distill, evaluate, report" in err
     assert all(slurm.state(ids[stage]) == "CANCELLED" for stage in ids if stage != "distill")
     status, _ = lad("status", run, "--watch")
     assert f"experts, job {ids['experts']}_0: cancelled (scancel)" in status
     why = r"experts: its jobs have ended and it is not done \(missing: 0, 1\)"
-    assert re.search(rf"distill, job {ids['distill']}: did not begin: {why}", status)
+    assert re.search(rf"distill, job {ids['distill']}: did not start: {why}", status)
     assert f"evaluate, job {ids['evaluate']}_0: cancelled, since a stage before it did not finish" in status
     slurm.nothing_left(*ids.values())
 
@@ -159,12 +159,12 @@ def test_jobs_are_known_by_their_ids_and_ending_ones_are_not_queued(slurm, lad):
     assert slurm.state(ids["experts"]) == "CANCELLED"  # its last process is gone
     subprocess.run(["scancel", f"{again['experts']}_1"], check=True)
     out, _ = lad.ended(waiting, code=0)
-    assert f"submitted again, since what it waited for has ended: distill, job {ids['distill']}" in out
+    assert f"submitted again, since its dependency has ended: distill, job {ids['distill']}" in out
     assert f"already queued: experts, job {ids['experts']}" not in out
     assert slurm.state(f"{again['experts']}_1") == "CANCELLED" and (run / "report/index.html").exists()
     assert "nothing was submitted" in lad("run", job, "--on", lad.profile(), "--out", run, "--wait")[0]
     status, _ = lad("status", run)
-    assert f"experts, job {again['experts']}_1: cancelled (scancel) on n" in status and "done all the same" in status
+    assert f"experts, job {again['experts']}_1: cancelled (scancel) on n" in status and "done nevertheless" in status
     output = dict(re.findall(r"^(\w+): job .*\n  output: (/.*|'/.*)$", out, re.MULTILINE))
     said = {stage: subprocess.run(f"cat {files}", shell=True, capture_output=True, text=True).stdout
             for stage, files in output.items()}  # fmt: skip
@@ -353,7 +353,7 @@ def test_a_job_that_died_without_a_word_is_noticed(slurm, lad):
             os.kill(pid, signal.SIGKILL)
     _, err = lad.ended(waiting, code=11, timeout=60)
     assert time.monotonic() - began < 30
-    assert "failed on n" in err and "not begun, since they need it: distill, evaluate, report" in err
+    assert "failed on n" in err and "not started, as they need it: distill, evaluate, report" in err
     slurm.nothing_left(*members.stdout.split())
 
 
@@ -385,5 +385,5 @@ def test_submitting_again_and_cancel(slurm, lad):
         while slurm.state(number) != "CANCELLED":
             assert time.monotonic() < deadline
             time.sleep(0.2)
-    assert "none of its jobs is queued or at work" in lad("cancel", run)[0]
+    assert "no job of this run is queued or running" in lad("cancel", run)[0]
     slurm.nothing_left(*ids.values())

@@ -35,7 +35,7 @@ def test_all_is_well(slurm, lad, monkeypatch):
 
 
 def test_an_unknown_partition(slurm, lad):
-    examined(slurm, lad, lad.profile(partition="gpux"), 12, "gpux: unknown here -> set slurm.partition; there are: main",
+    examined(slurm, lad, lad.profile(partition="gpux"), 12, "gpux: unknown here -> set slurm.partition; valid: main",
              "error: 1 check failed: partition")  # fmt: skip
 
 
@@ -60,9 +60,9 @@ def test_asking_for_more_than_there_is(slurm, lad):
     """Each stage is told which resource the partition cannot give."""
     stages = {"experts": {"mem_gb": 900}, "distill": {"gpus_per_node": 8, "tasks_per_node": 1}, "evaluate": {"cpus_per_task": 9},
               "report": {"mem_gb": 1}}  # fmt: skip
-    said = ("memory (mem_gb): 900 GB a node are asked for, main has 7.81 GB at most",
-            "GPUs (gpus_per_node): 8 a node are asked for, main has 2 at most",
-            "cores (cpus_per_task): 9 a node are asked for, main has 4 at most")  # fmt: skip
+    said = ("memory (mem_gb): 900 GB per node requested, main has at most 7.81 GB",
+            "GPUs (gpus_per_node): 8 per node requested, main has at most 2",
+            "cores (cpus_per_task): 9 per node requested, main has at most 4")  # fmt: skip
     out = examined(slurm, lad, lad.profile(stages=stages), 12, "Requested node configuration is not available", *said)
     for stage, lacks in zip(("experts", "distill", "evaluate"), said, strict=True):
         assert re.search(rf"^fail  {stage} .*{re.escape(lacks)}", out, re.MULTILINE)

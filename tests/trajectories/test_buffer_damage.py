@@ -97,7 +97,7 @@ def test_gaps_are_reported_with_the_expert(write):
     problems = Buffer(folder).verify(lines.append)
     text = about(folder / "representation/expert-0007", problems)
     assert "2 epochs before epoch 9 are missing (4, 5)" in text
-    assert len(lines) == 4 + 1 and "2 checkpoints are sound" in lines[0] and lines[-1] == problems[0]
+    assert len(lines) == 4 + 1 and "2 checkpoints are intact" in lines[0] and lines[-1] == problems[0]
 
 
 def forged(folder, meta, rows, name):

@@ -108,7 +108,7 @@ def test_a_part_deleted_after_listing_is_named(write):
     folder = write(3)
     buffer = Buffer(folder)
     shutil.rmtree(folder / "representation")
-    with pytest.raises(TrajectoryError, match=r"epochs-0000-0003.parquet: the part has gone"):
+    with pytest.raises(TrajectoryError, match=r"epochs-0000-0003.parquet: the part was removed"):
         buffer.read("representation", 7, 0)
 
 

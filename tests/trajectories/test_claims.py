@@ -275,9 +275,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(claims, "open", refuse, raising=False)
     assert foreign(tmp_path, NAME, "me").owner == "other"
-    refused = pytest.raises(
-        StorageError, match=rf"{NAME}\.json: the claim cannot be kept there: Permission denied; valid"
-    )
+    refused = pytest.raises(StorageError, match=rf"{NAME}\.json: the claim cannot be written: Permission denied; valid")
     with refused, hold(tmp_path, NAME, "me"):
         pytest.fail("not reached")
 

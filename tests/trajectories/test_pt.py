@@ -97,7 +97,7 @@ def test_export_replaces_nothing(full, tmp_path):
     old = tmp_path / "pt" / "classifier" / "replay_buffer_7.pt"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"precious")
-    with pytest.raises(TrajectoryError, match=r"replay_buffer_7\.pt: is there already"):
+    with pytest.raises(TrajectoryError, match=r"replay_buffer_7\.pt: already exists"):
         export_pt(full, tmp_path / "pt")
     assert old.read_bytes() == b"precious" and not (tmp_path / "pt" / "representation").exists()
     assert len(export_pt(full, tmp_path / "pt", ["representation"])) == 1
@@ -227,7 +227,7 @@ def test_one_stage_and_single_files(small_experts, tmp_path, monkeypatch):
     assert code == 0 and [p.name for p in (tmp_path / "peers").iterdir()] == ["representation"], said
     into = ["--out", "mine", "--threads", 1, "--device", "cpu"]
     code, said = lad("buffer", "import", recipe, "peers", *into)
-    assert code == 5 and "error: peers: holds no folder classifier/" in said
+    assert code == 5 and "error: peers: has no folder classifier/" in said
     code, said = lad("buffer", "import", recipe, "peers/representation", *into)
     assert code == 5 and "--stage representation" in said
     code, said = lad("buffer", "import", recipe, "nowhere", *into)

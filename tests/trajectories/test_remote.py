@@ -362,7 +362,7 @@ def test_an_upload_that_arrives_short_is_not_published(uri, meta, weights, monke
 
 def test_a_bucket_that_does_not_exist(server, meta):
     for use in (Buffer, lambda where: PartWriter(where, meta, "representation", 7)):
-        with pytest.raises(TrajectoryError, match=r"^s3://nowhere/a\S*: there is no bucket nowhere; make it"):
+        with pytest.raises(TrajectoryError, match=r"^s3://nowhere/a\S*: bucket nowhere does not exist; create it"):
             use(at(server, "nowhere/a"))
 
 

@@ -212,7 +212,7 @@ def test_files_that_are_there_are_not_replaced(tmp_path, meta, trained):
     (tmp_path / "out" / "classifier").mkdir(parents=True)
     there = tmp_path / "out" / "classifier" / "replay_buffer_7.pt"
     there.write_text("mine")
-    with pytest.raises(TrajectoryError, match=r"replay_buffer_7\.pt: is there already"):
+    with pytest.raises(TrajectoryError, match=r"replay_buffer_7\.pt: already exists"):
         export_pt(buffer, tmp_path / "out")
     assert there.read_text() == "mine" and not (tmp_path / "out" / "representation").exists()
     (tmp_path / "out" / "classifier" / "notes.txt").write_text("mine")
@@ -236,9 +236,9 @@ def test_an_interrupted_export_continues(tmp_path, meta, trained):
     export_pt(buffer, tmp_path / "out", experts_per_file=2)
     assert done.stat().st_mtime_ns == before.st_mtime_ns
     assert take(tmp_path / "out", tmp_path / "again", meta).digest() == buffer.digest()
-    with pytest.raises(TrajectoryError, match="of another export"):  # cut otherwise, so none of these files would fit
+    with pytest.raises(TrajectoryError, match="from another export"):  # cut otherwise, so none of these files would fit
         export_pt(buffer, tmp_path / "out", experts_per_file=3)
-    with pytest.raises(TrajectoryError, match="of another export"):  # other weights
+    with pytest.raises(TrajectoryError, match="from another export"):  # other weights
         export_pt(trained(range(4), "other"), tmp_path / "out", experts_per_file=2)
 
 
