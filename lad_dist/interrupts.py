@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,13 +28,15 @@ def as_exceptions() -> Iterator[None]:
 
     If the signal arrives while a library's C code calls Python, the library may report its own error instead (torch,
     reading the length of a sequence: ``ValueError``). Any such error after a signal becomes ``Interrupted``; our own
-    errors and those of the system (``OSError``) are raised unchanged. Has no effect in other threads, which receive no
-    signals.
+    errors and those of the system (``OSError``) are raised unchanged. Where Python must drop the exception (in a
+    finaliser, or in C code that cannot return one), the signal is sent again a moment later. Has no effect in other
+    threads, which receive no signals.
     """
     if not in_main_thread():
         yield
         return
     arrived: list[Interrupted] = []
+    received: list[int] = []
     postponed: set[int] = set()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -45,6 +48,8 @@ def as_exceptions() -> Iterator[None]:
         for s in _SIGNALS:  # a second Ctrl-C must not interrupt the saving that the first one started
             # Not SIG_IGN: a signal already received would print "ignored due to race condition", with a traceback.
             signal.signal(s, lambda number, frame: None)
+        postponed.discard(number)
+        received.append(number)
         arrived.append(
             Interrupted(
                 f"interrupted by {signal.Signals(number).name}; finished work is kept, and the same command continues"
@@ -52,7 +57,17 @@ def as_exceptions() -> Iterator[None]:
         )
         raise arrived[0]
 
+    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+        if not any(unraisable.exc_value is one for one in arrived):
+            return hook(unraisable)
+        arrived.clear()
+        for s in _SIGNALS:
+            signal.signal(s, stop)
+        postponed.add(received[-1])
+        _thread.start_new_thread(_send_again, (received[-1], postponed))
+
     previous = {s: signal.signal(s, stop) for s in _SIGNALS}
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         yield
         if postponed and not arrived:
@@ -65,6 +80,7 @@ def as_exceptions() -> Iterator[None]:
         raise
     finally:
         postponed.clear()
+        sys.unraisablehook = hook
         for s, handler in previous.items():
             signal.signal(s, handler)
 

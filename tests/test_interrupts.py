@@ -65,6 +65,40 @@ def test_a_signal_while_a_thread_starts(monkeypatch, then):
     assert time.monotonic() - began < 4
 
 
+class Finalised:
+    """Gets a signal where Python must drop the exception that the handler raises."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+
+
+@pytest.mark.parametrize("then", [0.0, 5.0])
+def test_a_signal_whose_exception_is_dropped_comes_again(monkeypatch, then):
+    complaints, before = [], sys.unraisablehook
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    ours, began = sys.unraisablehook, time.monotonic()
+    with pytest.raises(Interrupted, match="interrupted by SIGTERM"), as_exceptions():
+        Finalised()
+        time.sleep(then)  # with 0 the block may end before the signal comes again
+    assert complaints == [] and time.monotonic() - began < 4 and sys.unraisablehook is ours
+    monkeypatch.undo()
+    assert sys.unraisablehook is before
+
+
+def test_other_exceptions_that_are_dropped_are_told(monkeypatch):
+    class Broken:
+        def __del__(self):
+            raise ValueError("mine")
+
+    complaints = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    with as_exceptions():
+        Broken()
+    assert [str(c.exc_value) for c in complaints] == ["mine"]
+
+
 def test_a_signal_within_a_library_that_reports_an_error_of_its_own():
     """As torch does where it reads the shape of a sequence: its C code forgets the exception and raises another."""
     with pytest.raises(Interrupted, match="interrupted by SIGTERM") as raised, as_exceptions():
