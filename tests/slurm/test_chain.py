@@ -219,7 +219,7 @@ def wait_for_a_look(slurm: Any) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_a_time_limit_of_a_minute_in_the_middle_of_experts_and_distillation(slurm, lad):
     """A job that begins after one of SLURM's looks is warned at the next one, 30 s old: it has then 30 s left, below 10 + 30.
 
@@ -241,8 +241,8 @@ def test_a_time_limit_of_a_minute_in_the_middle_of_experts_and_distillation(slur
             wait_for_a_look(slurm)
         finally:
             subprocess.run(["scontrol", "update", "PartitionName=main", "State=UP"], check=True)
-        lad.ended(submitted)
-        lad.ended(reference)
+        lad.ended(submitted, 450)
+        lad.ended(reference, 450)
     for stage, progress in (("experts", "expert-epoch"), ("distill", "iteration")):
         number = jobs_of(run)[stage]
         (told,) = (run / "slurm" / "logs").glob(f"*/{number}/{number}_0_log.out")
