@@ -241,8 +241,8 @@ def test_a_time_limit_of_a_minute_in_the_middle_of_experts_and_distillation(slur
             wait_for_a_look(slurm)
         finally:
             subprocess.run(["scontrol", "update", "PartitionName=main", "State=UP"], check=True)
-        lad.ended(submitted, 450)
-        lad.ended(reference, 450)
+        lad.ended(submitted, timeout=450)
+        lad.ended(reference, timeout=450)
     for stage, progress in (("experts", "expert-epoch"), ("distill", "iteration")):
         number = jobs_of(run)[stage]
         (told,) = (run / "slurm" / "logs").glob(f"*/{number}/{number}_0_log.out")
