@@ -126,13 +126,18 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
     def labeller(self) -> Labeller:
         """Return the teachers: called with whitened images (B, C, H, H), they return label probabilities (B, K).
 
-        Label each augmented batch with them, in place of ``soft_labels``. Raises DistilledError if the set has none.
+        Label each augmented batch with them, in place of ``soft_labels``.
+
+        Raises:
+            DistilledError: the set has none, or their weights are not of their network.
+            RecipeError: their network cannot be built here.
         """
         if self.teachers is None:
             raise DistilledError(
                 f"the distilled set of {self.meta.dataset} carries no {TEACHERS}: an older version made it, or it was "
                 "imported without; valid: a set distilled with this version, or its soft_labels"
             )
+        self.teachers.check()
         return self.teachers
 
     def write(self, folder: Path) -> None:

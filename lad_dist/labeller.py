@@ -37,6 +37,7 @@ class Labeller:
         self, model: ModelConfig, shape: _Shape, weights: Sequence[dict[str, Tensor]], temperature: float
     ) -> None:
         self.model, self.shape, self.weights, self.temperature = model, shape, list(weights), temperature
+        self.where = FILE  # in messages
         self._network: nn.Module | None = None
 
     @torch.no_grad()
@@ -70,10 +71,10 @@ class Labeller:
 
     @classmethod
     def load(cls, path: Path) -> Labeller:
-        """Read a file written by ``save``.
+        """Read a file written by ``save``, without building its network, whose code may be elsewhere; see ``check``.
 
         Raises:
-            DistilledError: the file is missing, damaged or no file of teachers, or its weights are not of its network.
+            DistilledError: the file is missing, damaged or no file of teachers.
         """
         try:
             tensors, metadata = load_tensors(path)
@@ -90,17 +91,17 @@ class Labeller:
             raise DistilledError(f"{path}: is not a whole file of teachers ({_line(error)})") from error
         if not made.weights or made.temperature <= 0:
             raise DistilledError(f"{path}: holds no teachers, or a temperature of {made.temperature:g}; valid: above 0")
-        made.check(str(path))
+        made.where = str(path)
         return made
 
-    def check(self, where: str) -> None:
+    def check(self) -> None:
         """Raise DistilledError if a teacher's parameters are not those of the network; RecipeError if that cannot be built."""
         channels, size, classes = self.shape
         layout = Layout.of(build(self.model, channels, size, classes, seed=0, purpose=("template",)))
         expected = dict(zip(layout.names, layout.shapes, strict=True))
         for i, one in enumerate(self.weights):
             if {name: tuple(tensor.shape) for name, tensor in one.items()} != expected:
-                raise DistilledError(f"{where}: the weights of teacher {i} are not those of its network")
+                raise DistilledError(f"{self.where}: the weights of teacher {i} are not those of its network")
 
 
 def _by_teacher(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -10,7 +11,7 @@ import torch
 
 from lad_dist import load, results
 from lad_dist.data.prepare import prepare
-from lad_dist.errors import DistilledError
+from lad_dist.errors import DistilledError, RecipeError
 from lad_dist.evaluate.sources import training_set
 from lad_dist.exchange import tables
 from lad_dist.exchange.about import CARRIERS
@@ -110,7 +111,7 @@ def test_what_does_not_fit_is_refused(tmp_path, about, said):
     made().save(path)
     changed(path, about)
     with pytest.raises(DistilledError, match=f"{FILE}: .*({said})"):
-        Labeller.load(path)
+        Labeller.load(path).check()
 
 
 @pytest.mark.parametrize(("names", "said"), [
@@ -123,7 +124,19 @@ def test_tensors_that_are_no_teachers_are_refused(tmp_path, names, said):
     _, metadata = load_tensors(path)
     save_tensors({name: torch.zeros(3) for name in names}, path, {"lad_dist_teachers": metadata["lad_dist_teachers"]})
     with pytest.raises(DistilledError, match=f"{FILE}: .*{said}"):
-        Labeller.load(path)
+        Labeller.load(path).check()
+
+
+def test_a_set_whose_network_is_elsewhere_loads_and_its_teachers_say_what_is_missing(run):
+    path = run.run.distilled / FILE
+    changed(path, {"model": {"network": "nowhere_at_all:Net"}})
+    doc = json.loads((run.run.distilled / "meta.json").read_text())
+    doc["sha256"][FILE] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (run.run.distilled / "meta.json").write_text(json.dumps(doc))
+    distilled = load(run.run.distilled)
+    assert len(distilled) == 20
+    with pytest.raises(RecipeError, match="nowhere_at_all"):
+        distilled.labeller()
 
 
 def test_another_kind_of_file_is_refused(tmp_path):

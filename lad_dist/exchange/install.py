@@ -85,6 +85,8 @@ def install(
         raise DistilledError(
             f"{incoming.where}: its teachers are of {shape} (channels, side, classes), not of the recipe's data"
         )
+    if teachers is not None:
+        teachers.check()
     whole = DistilledSet(images_SCHH, logits_SK, classes_S, meta, data.whitening.to("cpu"), teachers=teachers)
     whole.validate(str(incoming.where))
     with run.publish_folder(run.distilled) as temporary:
