@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lad_dist.cli import terminal
-from lad_dist.cli.options import JobOptions
+from lad_dist.cli.options import JobOptions, JsonOption
 
 if TYPE_CHECKING:
     from lad_dist.pipeline import Pipeline
@@ -44,7 +44,7 @@ RunOrBuffer = Annotated[str, typer.Argument(metavar="DIR", help="A run folder, a
 
 def inspect(
     folder: RunOrBuffer,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
     digest: Annotated[
         bool, typer.Option("--digest/--no-digest", help="Open every part to compute the digest of all weights.")
     ] = True,
@@ -59,10 +59,7 @@ def inspect(
     else:
         found = buffer.inspect(digest=False)
     if as_json:
-        import json
-
-        typer.echo(json.dumps(found, indent=1))
-        return
+        return terminal.print_json(found)
     from rich.table import Table
 
     table = Table("stage", "expert", "epochs", "parts", "MB")

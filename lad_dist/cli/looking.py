@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lad_dist.cli import terminal
+from lad_dist.cli.options import JsonOption
 
 
 def status(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until every stage is done.")] = False,
     every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Interval of --watch.")] = 2.0,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a run has done, what it is doing, and its results so far."""
     from lad_dist import status as of_runs
-    from lad_dist.errors import Interrupted
+    from lad_dist.errors import Interrupted, RecipeError
     from lad_dist.interrupts import as_exceptions
 
+    if as_json and watch:
+        raise RecipeError("--json: prints one document; valid: without --watch")
+    if as_json:
+        return terminal.print_json(of_runs.read_status(folder).document())
     if not watch:
         of_runs.print_status(of_runs.read_status(folder), terminal.stdout())
         return
@@ -53,19 +59,24 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also make a page: results, curves and images side by side.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """The results of several runs in one table, and, with --out, on one page."""
-    from lad_dist.status import compare_notes, compare_table
+    from lad_dist.status import compare_document, compare_notes, compare_table
 
-    screen = terminal.stdout()
-    screen.print(compare_table(folders))
-    for note in compare_notes(folders):
-        screen.print(note, soft_wrap=True)
+    screen, table = terminal.stdout(), compare_table(folders)
+    if as_json:
+        terminal.print_json(compare_document(folders))
+    else:
+        screen.print(table)
+        for note in compare_notes(folders):
+            screen.print(note, soft_wrap=True)
     if out is not None:
         from lad_dist.report.compare import write_comparison
 
         write_comparison(folders, out)
-        screen.print(f"page: {out}", soft_wrap=True)
+        if not as_json:
+            screen.print(f"page: {out}", soft_wrap=True)
 
 
 def jobs(
@@ -74,6 +85,7 @@ def jobs(
         typer.Argument(metavar="[WORD...]", help="Only recipes whose names contain all words; `show NAME` prints one."),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="One line per recipe.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """The recipes that ship with lad-dist; those that differ only in imbalance factor and IPC share a line."""
     from rich.padding import Padding
@@ -83,6 +95,8 @@ def jobs(
     from lad_dist.errors import RecipeError
 
     wanted = words or []
+    if wanted[:1] == ["show"] and as_json:
+        raise RecipeError("--json: lists recipes; valid: without show, which prints a recipe's YAML")
     if wanted[:1] == ["show"]:
         for name in wanted[1:]:
             typer.echo(catalog.find_job(name).recipe.read_text(encoding="utf-8"), nl=False)
@@ -92,6 +106,8 @@ def jobs(
     found = {name: file for name, file in catalog.jobs().items() if all(word in name for word in wanted)}
     if not found:
         raise RecipeError(f"jobs: no recipe's name has {' and '.join(wanted)} in it; `lad-dist jobs` lists them")
+    if as_json:
+        return terminal.print_json([_described(name, file) for name, file in found.items()])
     screen, groups = terminal.stdout(), dict[tuple[str, str], list[str]]()
     for name, file in found.items():
         family = name if every or wanted else catalog.family(name)
@@ -105,19 +121,41 @@ def jobs(
         screen.print(Padding(purpose, (0, 0, 0, 4), expand=False))
 
 
+def _described(name: str, file: Path) -> dict[str, Any]:
+    """Return what ``jobs --json`` prints of a recipe."""
+    from lad_dist import catalog, recipe_file
+
+    recipe = recipe_file.load(file)
+    natural = recipe.data.imbalance == "natural"
+    return {
+        "name": name,
+        "purpose": catalog.purpose(file),
+        "dataset": recipe.data.dataset,
+        "imbalance_factor": None if natural else recipe.data.imbalance_factor,
+        "ipc": recipe.ipc,
+        "method": recipe.method,
+        "file": str(file),
+    }
+
+
 def _each(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def clusters() -> None:
+def clusters(as_json: JsonOption = False) -> None:
     """The cluster profiles that ship with lad-dist."""
     from rich.table import Table
 
     from lad_dist import catalog, recipe_file
     from lad_dist.profile import Profile
 
-    table = Table("name", "purpose", "launcher", "device")
+    table, rows = Table("name", "purpose", "launcher", "device"), []
     for name, file in catalog.profiles().items():
         profile = recipe_file.validated(Profile, recipe_file.read_document(file), str(file))
-        table.add_row(name, catalog.purpose(file), profile.launcher, profile.device)
+        rows.append((name, catalog.purpose(file), profile.launcher, profile.device))
+        table.add_row(*rows[-1])
+    if as_json:
+        return terminal.print_json(
+            [dict(zip(("name", "purpose", "launcher", "device"), row, strict=True)) for row in rows]
+        )
     terminal.stdout().print(table)

@@ -49,6 +49,8 @@ FleetOption = Annotated[
     typer.Option(help="Train the experts by Ray actors (on) or in this process (off); overrides the profile's fleet."),
 ]
 
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
 RanksOption = Annotated[
     int | None,
     typer.Option(

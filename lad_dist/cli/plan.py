@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lad_dist.cli import terminal
-from lad_dist.cli.options import JobOptions
+from lad_dist.cli.options import JobOptions, JsonOption
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +27,9 @@ def plan(
         float, typer.Option(min=0.5, metavar="SECONDS", help="How long to measure this device.")
     ] = 10.0,
     no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="Take rates from a table instead.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Memory, disk and hours of every stage; refuses what cannot fit, and says what would make it fit."""
-    import json
-
     from lad_dist.errors import RecipeError
     from lad_dist.interrupts import as_exceptions
     from lad_dist.plan.dataset_info import dataset_info
@@ -46,7 +44,7 @@ def plan(
         seconds = None if no_calibrate else calibrate
         made = make_plan(recipe, dataset_info(recipe.data), place, device, buffer, seconds)
     if as_json:
-        terminal.stdout().print(json.dumps(made.to_json(), indent=1), soft_wrap=True)
+        terminal.print_json(made.to_json())
     else:
         from lad_dist.plan.show import tables
 

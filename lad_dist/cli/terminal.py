@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,11 @@ def stdout() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, markup=False, emoji=False)
+
+
+def print_json(document: object) -> None:
+    """Print one JSON document for other programs, never wrapped or styled."""
+    typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
 
 
 def stderr() -> Console:

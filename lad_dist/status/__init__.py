@@ -11,6 +11,7 @@ during the run and after it was killed. Completion is determined from the files 
 
 from lad_dist.status.read import SILENT_SECONDS, Follower, RunStatus, StageStatus, read_status
 from lad_dist.status.show import (
+    compare_document,
     compare_notes,
     compare_table,
     print_results,
@@ -26,6 +27,7 @@ __all__ = [
     "Follower",
     "RunStatus",
     "StageStatus",
+    "compare_document",
     "compare_notes",
     "compare_table",
     "print_results",

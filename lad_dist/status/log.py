@@ -46,7 +46,7 @@ class StageLog:
 
 
 @dataclass
-class ExpertLog:
+class ExpertState:
     """One expert since its stage's last start. ``last`` holds the newest value of every reported field."""
 
     expert: int
@@ -67,7 +67,7 @@ class RunLog:
 
     def __init__(self) -> None:
         self.stages: dict[str, StageLog] = {}
-        self.experts: dict[int, ExpertLog] = {}
+        self.experts: dict[int, ExpertState] = {}
         self.epoch_seconds: dict[str, deque[float]] = {}  # of the latest epochs, by stage
         self.ray: Event | None = None
         self.error: str | None = None
@@ -103,7 +103,7 @@ class RunLog:
             self.experts, self.epoch_seconds, self.ray = {}, {}, None
 
     def _add_expert(self, kind: str, event: Event) -> None:
-        expert = self.experts.setdefault(event["expert"], ExpertLog(event["expert"]))
+        expert = self.experts.setdefault(event["expert"], ExpertState(event["expert"]))
         if kind == "expert-epoch":
             self.stages.setdefault("experts", StageLog()).add(event)
             stage, epoch = str(event.get("stage")), event.get("epoch")

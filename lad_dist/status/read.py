@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lad_dist import recipe_file, results
 from lad_dist.errors import LadDistError
@@ -15,7 +15,7 @@ from lad_dist.progress import EventTail, clock
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
 from lad_dist.slurm_jobs import SlurmQueue
-from lad_dist.status.log import ExpertLog, RunLog, StageLog
+from lad_dist.status.log import ExpertState, RunLog, StageLog
 
 if TYPE_CHECKING:
     from lad_dist.trajectories.reader import Buffer
@@ -55,6 +55,22 @@ class RunStatus:
     notes: tuple[str, ...] = ()
     version: tuple[object, ...] = ()
     over: bool = False
+
+    def document(self) -> dict[str, Any]:
+        """Return the status as plain values for JSON; accuracies are fractions, averaged over seeds."""
+        return {
+            "folder": str(self.folder),
+            "name": self.recipe.name,
+            "method": self.recipe.method,
+            "recipe_hash": self.recipe.recipe_hash(),
+            "finished": self.finished,
+            "ended": self.ended,
+            "error": self.error,
+            "stages": [asdict(stage) for stage in self.stages],
+            "experts": list(self.experts),
+            "notes": list(self.notes),
+            "results": results.summary(self.rows),
+        }
 
     @property
     def finished(self) -> bool:
@@ -256,12 +272,12 @@ def _pace(log: RunLog, wanted: dict[Stage, int], left: dict[Stage, int], active:
     return [f"{_number(3600 * at_a_time / one)} experts per hour", f"about {clock(remaining / at_a_time)} left"]
 
 
-def _to_tell(x: ExpertLog, stage: State) -> bool:
+def _to_tell(x: ExpertState, stage: State) -> bool:
     """Return whether an expert not in training must be shown: it failed, or waits for a retry."""
     return stage != "done" and (x.state == "failed" or (x.state == "waiting" and stage == "running"))
 
 
-def _expert_line(x: ExpertLog, wanted: dict[Stage, int], width: int, now: float) -> str:
+def _expert_line(x: ExpertState, wanted: dict[Stage, int], width: int, now: float) -> str:
     last = x.last
     name = f"expert {x.expert:{width}}  "
     where = "/".join(str(last[k]) for k in ("host", "pid") if last.get(k) is not None)

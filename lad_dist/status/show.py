@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -16,7 +17,7 @@ from lad_dist.progress import shortened
 from lad_dist.recipe import Recipe
 from lad_dist.report import tables
 from lad_dist.results import ranking
-from lad_dist.results.paired import Paired, paired
+from lad_dist.results.paired import Paired, gains, paired
 from lad_dist.rundir import RunDir
 from lad_dist.status.read import RunStatus, State
 
@@ -152,6 +153,51 @@ def _short(row: results.Row) -> str:
         _, comma, how = title.partition(",")
         title = f"{methods.title(row['method'])}{comma}{how}"
     return title if row["architecture"] == "convnet" else f"{title}, {row['architecture']}"
+
+
+def compare_document(runs: Sequence[Path]) -> dict[str, Any]:
+    """Return a comparison as plain values for JSON: each run's results and gains, and differences to the first run.
+
+    Accuracies are fractions; differences are of networks paired by seed. Raises RunDirError if a results file is
+    damaged.
+    """
+    every = [(folder, results.read(RunDir.existing(folder).results)) for folder in runs]
+    (first, reference), *others = every
+    return {
+        "runs": [
+            {
+                "run": str(folder),
+                "results": results.summary(rows),
+                "gains": [
+                    {"over": gain.reference, "architecture": gain.architecture}
+                    | {figure: _plain(one) for figure, one in gain.figures.items()}
+                    for gain in gains(rows)
+                ],
+            }
+            for folder, rows in every
+        ],
+        "pairs": [
+            {"run": str(folder), "minus": str(first), "not_comparable": results.not_comparable(rows, reference) or None}
+            | {"differences": _differences(rows, reference)}
+            for folder, rows in others
+        ],
+    }
+
+
+def _differences(rows: Sequence[results.Row], reference: Sequence[results.Row]) -> list[dict[str, Any]]:
+    if results.not_comparable(rows, reference):
+        return []
+    return [
+        {"architecture": architecture, "figure": figure} | _plain(found)
+        for architecture in dict.fromkeys(row["architecture"] for row in rows)
+        for figure in ("overall", "tail")
+        if (found := paired(results.of_one_way(rows), results.of_one_way(reference), figure, architecture=architecture))
+        is not None
+    ]
+
+
+def _plain(found: Paired) -> dict[str, Any]:
+    return {"mean": found.mean, "error": found.error, "seeds": list(found.seeds)}
 
 
 def compare_notes(runs: Sequence[Path]) -> Iterator[str]:
