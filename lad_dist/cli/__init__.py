@@ -5,7 +5,7 @@
     stages.py     run, experts, distill, evaluate, report
     plan.py       plan
     doctor.py     doctor
-    cluster.py    cancel, and the other verbs on SLURM
+    cluster.py    logs, cancel, and the other verbs on SLURM
     looking.py    status, compare, tensorboard, jobs, clusters
     buffers.py    buffer inspect, buffer verify, buffer export, buffer import
     exchange.py   export, import
@@ -39,6 +39,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     plan.plan,
     doctor.doctor,
     looking.status,
+    cluster.logs,
     cluster.cancel,
     looking.compare,
     looking.tensorboard,

@@ -354,6 +354,8 @@ def test_a_job_that_died_without_a_word_is_noticed(slurm, lad):
     _, err = lad.ended(waiting, code=11, timeout=60)
     assert time.monotonic() - began < 30
     assert "failed on n" in err and "not started, as they need it: distill, evaluate, report" in err
+    text, _ = lad("logs", run, "experts", "--follow")
+    assert text.startswith("==> ") and f"{ids['experts']}_0_0_log.out <==" in text and "experts: " in text
     slurm.nothing_left(*members.stdout.split())
 
 
