@@ -12,7 +12,7 @@ DEMO := runs/demo
 .PHONY: demo test lint types unit campaign docs install develop clean
 
 demo: install
-	@$(BIN)/python benchmarks/demo.py --out $(DEMO)
+	@$(BIN)/lad-dist demo --out $(DEMO)
 
 test: lint types unit
 

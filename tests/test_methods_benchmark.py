@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 
-import pytest
-
 
 def write_run(folder, values: dict[str, list[float]], lr: float = 0.05) -> None:
     rows = [
@@ -47,14 +45,3 @@ def test_the_gain_is_the_mean_over_seeds_of_paired_differences(benchmark_module,
     assert lines["lad, starting set"][5] == "60.0 ± 0.0" and lines["lad, starting set"][9] == ""
     assert lines["datm"][9] == "" and "datm, starting set" not in lines
     assert lines["random real, soft labels"][5] == "40.0 ± 0.0"
-
-
-@pytest.mark.parametrize("script", ["demo.py"])
-def test_the_demo_measures_starting_sets(script):
-    from pathlib import Path
-
-    from lad_dist.recipe import Recipe
-
-    text = (Path(__file__).parents[1] / "benchmarks" / script).read_text()
-    assert "evaluate.baselines=[initial]" in text
-    assert {"initial", "random-soft"} <= set(Recipe().evaluate.baselines)

@@ -1,6 +1,7 @@
 """The command line: ``lad-dist VERB JOB``. Commands only; ``pipeline.py`` describes what they do.
 
     options.py    options of the verbs that work on a job (JOB, --out, --set, --on, ...), declared once
+    demo.py       demo
     init.py       init
     stages.py     run, experts, distill, evaluate, report
     plan.py       plan
@@ -23,13 +24,14 @@ from typing import Annotated
 import typer
 
 from lad_dist import __version__
-from lad_dist.cli import buffers, cluster, doctor, exchange, init, looking, plan, stages, terminal
+from lad_dist.cli import buffers, cluster, demo, doctor, exchange, init, looking, plan, stages, terminal
 from lad_dist.cli.options import default_out, expanded
 from lad_dist.cores import wait_asleep
 
 __all__ = ["app", "default_out", "main"]
 
 VERBS: tuple[Callable[..., None], ...] = (
+    demo.demo,
     init.init,
     stages.run,
     stages.experts,
