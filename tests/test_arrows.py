@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Arrows point down only: a room imports from rooms of a greater number, or from itself.
 LEVEL = {
-    "cli": 0, "api": 0, "doctor": 1, "status": 1, "launch": 1, "plan": 2, "pipeline": 2, "starter": 2,
+    "cli": 0, "api": 0, "doctor": 1, "status": 1, "launch": 1, "view": 1, "plan": 2, "pipeline": 2, "starter": 2,
     "experts": 3, "distill": 3, "evaluate": 3, "report": 3, "exchange": 3,
     "teachers": 3.5,
     "trajectories": 4, "distilled": 4, "labeller": 4, "data": 4, "models": 4,
@@ -22,7 +22,8 @@ LEVEL = {
 }  # fmt: skip
 STAGES = ("experts", "distill", "evaluate", "report")
 SAME_LEVEL = {  # within a level, only these
-    ("distilled", "data"), ("distilled", "labeller"), ("labeller", "models"), ("launch", "status"), ("doctor", "launch"),
+    ("distilled", "data"), ("distilled", "labeller"), ("labeller", "models"), ("launch", "status"), ("view", "status"),
+    ("doctor", "launch"),
     ("loggers", "callbacks"), ("loggers", "errors"), ("loggers", "plugins"), ("loggers", "progress"), ("loggers", "recipe"),
     ("extras", "errors"), ("slurm_jobs", "rundir"), ("slurm_jobs", "errors"),
     ("pipeline", "plan"),  # the number of threads

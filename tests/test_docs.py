@@ -23,6 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = {  # what in a command tells why it is not run
     r"^make ": "is what runs the tests, or takes minutes; tests/test_deployment_files.py and CI run them",
     r"--on (?!local)|^doctor --on|^cancel |^logs ": "needs a cluster; tests/slurm runs these verbs on a SLURM of two nodes",
+    r"^view ": "serves until Ctrl-C; tests/test_view.py",
     r"--watch": "goes on until a run ends; tests/test_status.py",
     r"s3://": "needs a bucket; tests/trajectories/test_remote.py has one",
     r"my-recipe\.yaml|/data/|--replay RUN|their-files|runs/theirs": "names something of the reader's; tests of these verbs make it",

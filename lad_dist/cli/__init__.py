@@ -7,7 +7,7 @@
     plan.py       plan
     doctor.py     doctor
     cluster.py    logs, cancel, and the other verbs on SLURM
-    looking.py    status, compare, tensorboard, jobs, clusters
+    looking.py    status, view, compare, tensorboard, jobs, clusters
     buffers.py    buffer inspect, buffer verify, buffer export, buffer import
     exchange.py   export, import
     terminal.py   output, and the types of ``errors.py`` as one message and an exit code
@@ -43,6 +43,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     looking.status,
     cluster.logs,
     cluster.cancel,
+    looking.view,
     looking.compare,
     looking.tensorboard,
     exchange.export,

@@ -37,6 +37,26 @@ def status(
         raise typer.Exit(how_one_leaves.exit_code) from None
 
 
+def view(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free one.")] = 0,
+    every: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Interval of the page's reload.")] = 5.0,
+) -> None:
+    """Serve a run's report on this machine's loopback address, as it is now, until Ctrl-C."""
+    import threading
+
+    from lad_dist.errors import Interrupted
+    from lad_dist.interrupts import as_exceptions
+    from lad_dist.view import served
+
+    try:
+        with as_exceptions(), served(folder, port, every) as address:
+            typer.echo(f"{address}\n(Ctrl-C ends it; from another machine: ssh -L PORT:127.0.0.1:PORT)")
+            threading.Event().wait()
+    except Interrupted as how_one_leaves:
+        raise typer.Exit(how_one_leaves.exit_code) from None
+
+
 def tensorboard(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
     watch: Annotated[bool, typer.Option("--watch", help="Continue until every stage is done.")] = False,
