@@ -54,13 +54,14 @@ def blocks() -> list[str]:
 
 def test_the_blocks_of_the_page_run_one_after_the_other(tmp_path):
     pytest.importorskip("tensorboard", reason="a block writes for TensorBoard, which is not installed")
-    first, profile, callback, data = blocks()
+    first, profile, callback, teachers, data = blocks()
     small = ('"n_max": 120}', '"n_max": 20}, "model": {"width": 4, "depth": 2}, "experts": {"count": 1, "epochs": 3, '
              '"classifier_epochs": 2, "epochs_per_part": 9}, "distill": {"iterations": 3, "student_steps": 2, '
              '"student_steps_classifier": 2, "start_epoch_max": 1, "lr_images": 0.1, "lr_alpha": 0}, '
              '"evaluate": {"seeds": 1, "epochs": 2, "full_epochs": 1}')  # fmt: skip
     assert small[0] in first
-    said = executed("\n".join([first.replace(*small), profile, callback]), tmp_path)
+    said = executed("\n".join([first.replace(*small), profile, callback, teachers, "print(tuple(p.shape))"]), tmp_path)
     assert "distilled convnet 0 " in said and "report/index.html" in said
+    assert re.search(r"^\(\d+, 10\)$", said, re.MULTILINE)  # the teachers' labels
     assert (tmp_path / "runs/ipc5/distilled").is_dir() and list((tmp_path / "logs").glob("events*"))
     compile(data, "birds.py", "exec")
