@@ -1,6 +1,8 @@
 # make demo   install into .venv, then distil digits-LT and show what the result is worth
 # make test   install into .venv, then every check
 # make campaign   300 seeded cases of bad input, into runs/campaign; repeat it to go on after a stop
+# make dist   wheel and sdist, into dist/, the same bytes each time; TAG=vX.Y.Z checks the version
+# make try-dist   the wheel in an environment of its own: the demo
 # make docs   the documentation site, into site/: open site/index.html
 # PYTHON names the interpreter that .venv is made with (3.11 or newer).
 
@@ -9,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test lint types unit campaign docs install develop clean
+.PHONY: demo test lint types unit campaign dist try-dist docs install develop clean
 
 demo: install
 	@$(BIN)/lad-dist demo --out $(DEMO)
@@ -28,6 +30,17 @@ unit: develop
 
 campaign: develop
 	$(BIN)/python -m tests.campaign.campaign --seed 0 --cases 300 --out runs/campaign
+
+dist: develop
+	@test -z "$(TAG)" || $(BIN)/python -c 'import lad_dist, sys; v = "v" + lad_dist.__version__; \
+		sys.exit(0 if "$(TAG)" == v else "the tag is $(TAG), the version " + v)'
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} $(BIN)/python -m hatchling build -d dist
+
+try-dist:
+	rm -rf dist/venv && $(PYTHON) -m venv dist/venv
+	dist/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(echo dist/*.whl)[all]"
+	cd dist && venv/bin/lad-dist demo --out demo
 
 docs: $(VENV)/installed-for-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -61,4 +74,4 @@ $(VENV)/installed-for-docs: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs site dist .pytest_cache .mypy_cache .ruff_cache
