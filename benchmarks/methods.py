@@ -222,7 +222,7 @@ def cost(args: argparse.Namespace, runs: list[Run]) -> str:
                     shown = "own" if factor is None else f"{factor:g}"
                     lines.append(f"| {method} | {shown} | {ipc} | {' | '.join(medians)} |")
     whole = sum(sum(seconds_of(args, run).values()) for run in runs)
-    lines += ["", f"Everything together, baselines and experts included: {whole / 3600:.1f} hours of one thread."]
+    lines += ["", f"All stages of these runs together: {whole / 3600:.1f} hours of one thread."]
     return "\n".join(lines)
 
 

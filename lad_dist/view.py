@@ -7,6 +7,7 @@ user of the machine cannot read the page.
 from __future__ import annotations
 
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -59,6 +60,13 @@ class LivePage:
         return file.read_bytes() if name in (page.SYNTHETIC, page.INITIAL) and file.is_file() else None
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Print nothing where a browser has gone away before its answer; a traceback otherwise."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
 @contextmanager
 def served(folder: Path, port: int, every: float) -> Iterator[str]:
     """Serve the page of a run while the block runs; yields its address. ``port`` 0: any free one.
@@ -98,7 +106,7 @@ def served(folder: Path, port: int, every: float) -> Iterator[str]:
             """Print nothing: the address holds the token."""
 
     try:
-        server = ThreadingHTTPServer((LOOPBACK, port), Handler)
+        server = _Server((LOOPBACK, port), Handler)
     except OSError as error:
         raise StorageError(f"--port {port}: {error.strerror or error}; valid: a free port, or 0 for any") from error
     thread = threading.Thread(target=server.serve_forever, name="view", daemon=True)

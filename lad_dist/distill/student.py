@@ -230,9 +230,9 @@ class _Steps:
         """Return (this rank's part of g, its loss, its backward)."""
         if not len(batch.rows_B):
             return torch.zeros_like(w), w.new_zeros(()), None
-        return self._step(batch, w)
+        return self._graphed_step(batch, w)
 
-    def _step(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor, Back]:
+    def _graphed_step(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor, Back]:
         images_BCHH, views_BCHH = batch.views(self.synthetic, with_graph=True)
         labels_BK = self.labels(batch).requires_grad_()
         weights_K, w = self.phase.class_weights_K, w.detach().requires_grad_()
@@ -279,7 +279,7 @@ class _ClassifierSteps(_Steps):
         super().__init__(student, synthetic, phase)
         self._keep, self._shapes = keep, student.classifier_shapes()
 
-    def _step(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor, Back]:
+    def _graphed_step(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor, Back]:
         images_BCHH, features_BD = self._features(batch, self._keep)
         gradient_w, loss = self._gradient(batch, w, features_BD.detach(), self.labels(batch))
         kept = (images_BCHH, features_BD) if self._keep else None
@@ -308,7 +308,7 @@ class _ClassifierSteps(_Steps):
 class _CapturedSteps(_Steps):
     """*captured*: steps and their backwards are functions of tensors, with no autograd graph between them."""
 
-    def _step(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor, Back]:
+    def _graphed_step(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor, Back]:
         captured, function = self.student.captured, self.student.step_function
         weights_P = self.phase.start_P if self.phase.classifier_only else None
         others = [t for t in (self.phase.class_weights_K, weights_P) if t is not None]

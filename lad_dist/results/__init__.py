@@ -115,7 +115,9 @@ def wanted(recipe: Recipe, run: RunDir) -> list[str]:
     left_out = ("initial",) if imported or _without_start(run.distilled / "tensors.safetensors") else ()
     own = ("distilled-teacher",) if (run.distilled / "teachers.safetensors").is_file() else ()
     return [
-        s for s in dict.fromkeys(sources) if s not in left_out and (not imported or s in own or not uses_experts(s))
+        s
+        for s in dict.fromkeys(sources)
+        if base_source(s) not in left_out and (not imported or s in own or not uses_experts(s))
     ]
 
 
@@ -126,7 +128,7 @@ def labelled_by_experts(source: Source) -> bool:
 
 def labelled_online(source: Source) -> bool:
     """Return whether the experts label every augmented batch of a source."""
-    return source.endswith("-teacher")
+    return source.removesuffix("-plain").endswith("-teacher")
 
 
 def uses_experts(source: Source) -> bool:
@@ -136,7 +138,9 @@ def uses_experts(source: Source) -> bool:
 
 def base_source(source: Source) -> str:
     """Return the source without its endings for labels and augmentation: ``random`` of ``random-soft-plain``."""
-    for ending in ("-plain", "-soft", "-teacher", "-hard", "-adsa"):
+    if source in DISTILLED:
+        return "distilled"
+    for ending in ("-plain", "-soft", "-teacher"):
         source = source.removesuffix(ending)
     return source
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
 
 from lad_dist import results
 from lad_dist.data.augment import apply, draw
+from lad_dist.distilled import DistilledSet
 from lad_dist.errors import TrajectoryError
 from lad_dist.evaluate.measure import planned_rows
 from lad_dist.evaluate.sources import drawn_as, settings_of, training_set
@@ -172,3 +174,23 @@ def test_a_run_measures_them_and_an_imported_set_has_no_experts_for_them(pipelin
     assert results.wanted(pipeline.recipe, pipeline.run) == ["distilled", "distilled-teacher"]
     (pipeline.run.distilled / "teachers.safetensors").unlink()
     assert results.wanted(pipeline.recipe, pipeline.run) == ["distilled"]
+
+
+def test_sources_and_what_they_are_made_of():
+    assert [results.base_source(s) for s in SOURCES] == ["distilled", "initial", "random", "herding"]
+    assert results.base_source("distilled-hard") == "distilled" and results.base_source("semi-hard") == "semi-hard"
+    assert (
+        results.labelled_online("mine:pick-teacher-plain")
+        and results.base_source("mine:pick-teacher-plain") == "mine:pick"
+    )
+
+
+def test_a_set_of_an_older_version_has_no_start_to_label(pipeline_of):
+    pipeline = pipeline_of(evaluate={"baselines": ["initial", "initial-teacher", "random-teacher"]})
+    pipeline.distill()
+    old = DistilledSet.load(pipeline.run.distilled)
+    old.initial_label_logits = None
+    shutil.rmtree(pipeline.run.distilled)
+    pipeline.run.distilled.mkdir()
+    old.write(pipeline.run.distilled)
+    assert results.wanted(pipeline.recipe, pipeline.run) == ["distilled", "random-teacher"]
