@@ -40,11 +40,14 @@ class Labeller:
         self.where = FILE  # in messages
         self._network: nn.Module | None = None
 
-    @torch.no_grad()
     def __call__(self, images_BCHH: Tensor) -> Tensor:
+        return torch.softmax(self.logits(images_BCHH) / self.temperature, dim=1)
+
+    @torch.no_grad()
+    def logits(self, images_BCHH: Tensor) -> Tensor:
+        """Return the teachers' mean logits (B, K) on whitened images (B, C, H, H)."""
         network = self._built(images_BCHH.device)
-        logits = torch.stack([functional.logits(network, views, images_BCHH) for views in self.weights])
-        return torch.softmax(logits.mean(dim=0) / self.temperature, dim=1)
+        return torch.stack([functional.logits(network, views, images_BCHH) for views in self.weights]).mean(dim=0)
 
     def _built(self, device: torch.device) -> nn.Module:
         """Return the network on the images' device, with the weights moved there."""

@@ -47,6 +47,10 @@ _LAD = "Zhao et al., Distilling Long-tailed Datasets, CVPR 2025, arXiv:2408.1450
 _FREPO = "Zhou et al., Dataset Distillation using Neural Feature Regression, NeurIPS 2022, arXiv:2206.00719"
 _DATM = "Guo et al., Towards Lossless Dataset Distillation via Difficulty-Aligned Trajectory Matching, ICLR 2024, arXiv:2310.05773"
 _MTT = "Cazenavette et al., Dataset Distillation by Matching Training Trajectories, CVPR 2022, arXiv:2203.11932"
+_RLDD = "Rethinking Long-tailed Dataset Distillation, AAAI 2026, arXiv:2511.18858"
+_SRE2L = (
+    "Yin et al., Squeeze, Recover and Relabel: Dataset Condensation at ImageNet Scale, NeurIPS 2023, arXiv:2306.13092"
+)
 _TESLA = "Cui et al., Scaling Up Dataset Distillation to ImageNet-1K with Constant Memory, ICML 2023, arXiv:2211.10586"
 
 METHODS: dict[str, Method] = {
@@ -66,6 +70,26 @@ METHODS: dict[str, Method] = {
             "lambda_regression": 1.0,
         },
         (_LAD, _FREPO),
+    ),
+    "aligned": Method(  # experts are teachers: see jobs/*-aligned.yaml for their settings
+        "Statistical alignment",
+        {
+            "matching": "joint",
+            "weighted_loss": False,
+            "labels": "soft",
+            "lambda_representation": 0.0,
+            "lambda_classifier": 0.0,
+            "lambda_statistics": 1.0,
+            "iterations": 75,
+            "optimizer": "adam",
+            "schedule": "cosine",
+            "lr_images": 0.05,
+            "momentum_images": 0.5,
+            "lr_labels": 0.2,
+            "momentum_labels": 0.5,
+            "initial": "real-crops",
+        },
+        (_RLDD, _SRE2L),
     ),
     "datm": Method(
         "DATM",

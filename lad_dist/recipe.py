@@ -54,7 +54,7 @@ BASELINES = (
 BASELINE_NAMES = Name(BASELINES, "lad_dist.baselines", endings=("-teacher", "-soft", "-plain"))
 Baseline = Annotated[Text, AfterValidator(BASELINE_NAMES)]
 Method = Annotated[Text, AfterValidator(Name(tuple(METHODS), GROUP))]
-PhaseName = Literal["representation", "classifier", "regression"]
+PhaseName = Literal["representation", "classifier", "regression", "statistics"]
 
 
 Affects = Literal["experts", "distill", "evaluate", "nothing"]
@@ -142,6 +142,10 @@ class AugmentConfig(_Section):
         description="operations to draw from, module:attribute too; one given twice is drawn twice as often; an empty list "
         "switches augmentation off",
     )
+    compose: Literal["one", "all"] = Field(
+        "one",
+        description="one: one operation per batch, as in DSA; all: every operation on every batch, in their order",
+    )
     flip: Annotated[Float, Field(ge=0, le=1)] = Field(0.5, description="probability of a horizontal flip")
     scale: Annotated[Float, Field(ge=1, le=4)] = Field(1.2, description="scale factors lie in [1/scale, scale]")
     rotate: Annotated[Float, Field(ge=0, le=180)] = Field(15.0, description="degrees to either side")
@@ -164,12 +168,39 @@ class ExpertsConfig(_Section):
         "several distillations share one buffer",
     )
     epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(100, description="epochs of the representation stage")
-    classifier_epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(10, description="epochs of the classifier stage")
+    classifier_epochs: Annotated[Int, Field(ge=0, le=MOST)] = Field(
+        10, description="epochs of the classifier stage; 0 leaves it out, where the method does not use it"
+    )
     batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(256, description="images per step")
     lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="SGD learning rate, representation stage")
     classifier_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="SGD learning rate, classifier stage")
     weight_decay: Annotated[Float, Field(ge=0)] = Field(5e-3, description="representation stage")
     classifier_weight_decay: Annotated[Float, Field(ge=0)] = Field(0.0, description="classifier stage")
+    momentum: Annotated[Float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Nesterov momentum, representation stage; it starts anew with each epoch, so that the weights are an expert's "
+        "whole state",
+    )
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="of lr, representation stage; cosine falls to 0 at the last epoch"
+    )
+    warmup_epochs: Annotated[Int, Field(ge=0, le=MOST)] = Field(
+        0, description="epochs over which lr rises from 0, representation stage"
+    )
+    logit_adjustment: Annotated[Float, Field(ge=0)] = Field(
+        0.0,
+        description="tau of the logit-adjusted loss (arXiv 2007.07314), representation stage: 1 makes a balanced expert of one "
+        "stage, as a teacher should be; 0: the plain loss",
+    )
+    cutmix: Annotated[Float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the batches mixed by CutMix (arXiv 1905.04899), representation stage"
+    )
+    mixup: Annotated[Float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the batches mixed by mixup (arXiv 1710.09412), representation stage"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the convolutions of convnet; bfloat16 is faster where the processor has it"
+    )
     gsam_rho: Annotated[Float, Field(ge=0)] = Field(
         0.01, description="GSAM perturbation radius; 0 trains with plain SGD"
     )
@@ -246,6 +277,17 @@ class DistillConfig(_Section):
         "soft",
         description="what the regression predicts: the mean soft labels of the classifier experts, or the classes",
     )
+    lambda_statistics: Annotated[Float, Field(ge=0)] = Field(
+        0.0,
+        description="weight of the statistics phase (RLDD, arXiv 2511.18858): the set's images must have the layer statistics of "
+        "the class-balanced training set under an expert's last checkpoint, and be classified right by it",
+    )
+    statistics_weight: Annotated[Float, Field(ge=0)] = Field(
+        0.01, description="weight of the statistics beside the cross-entropy, statistics phase"
+    )
+    statistics_first: Annotated[Float, Field(ge=0)] = Field(
+        10.0, description="factor on the statistics of the first convolution's input, which are the pixels'"
+    )
     student_steps: Annotated[Int, Field(ge=1, le=MOST)] = Field(80, description="N, representation (or joint) phase")
     student_steps_classifier: Annotated[Int, Field(ge=1, le=MOST)] = Field(80, description="N, classifier phase")
     batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(
@@ -291,10 +333,17 @@ class DistillConfig(_Section):
         description="memory available to auto; default: 60% of the free memory of the device",
         json_schema_extra=_NOTHING,
     )
-    initial: Literal["real-correct", "real-herded", "real-random"] = Field(
+    initial: Literal["real-correct", "real-herded", "real-random", "real-crops"] = Field(
         "real-correct",
         description="real images that an expert classifies correctly, at random or by herding on its features; "
-        "or any real images of the class",
+        "any real images of the class; or random crops of them, the ones with the least cross-entropy under an expert",
+    )
+    initial_crops: Annotated[Int, Field(ge=1, le=1000)] = Field(
+        5, description="initial real-crops: crops of every training image to choose from"
+    )
+    initial_from: Text | None = Field(
+        None,
+        description="a run folder, or a distilled set's folder: start from its images and labels instead of real ones",
     )
     initial_labels: Literal["correct-experts", "one-expert"] = Field(
         "correct-experts",
@@ -467,7 +516,9 @@ class Recipe(_Section):
         found: list[PhaseName] = ["representation"] if d.lambda_representation > 0 else []
         if self.uses_classifier_experts and d.lambda_classifier > 0:
             found.append("classifier")
-        return (*found, "regression") if d.lambda_regression > 0 else tuple(found)
+        found += ["regression"] if d.lambda_regression > 0 else []
+        found += ["statistics"] if d.lambda_statistics > 0 else []
+        return tuple(found)
 
     @property
     def can_grow(self) -> bool:
@@ -506,7 +557,14 @@ class Recipe(_Section):
 _LATER = {
     "data": ("normalize_before_zca", "test_fraction", "source"),
     "model": ("network",),
+    "augment": ("compose",),
+    "experts": ("momentum", "schedule", "warmup_epochs", "logit_adjustment", "cutmix", "mixup", "precision"),
     "distill": (
+        "lambda_statistics",
+        "statistics_weight",
+        "statistics_first",
+        "initial_crops",
+        "initial_from",
         "initial_labels",
         "lambda_regression",
         "regression_batch",
@@ -596,6 +654,19 @@ def _cross_faults(recipe: Recipe) -> list[str]:
         faults.append("distill.lambda_representation: every phase has weight 0; at least one must be above 0")
     if d.lambda_regression > 0:
         faults += _regression_faults(recipe)
+    if d.lambda_statistics > 0 and recipe.buffer.start_after is not None:
+        faults.append("buffer.start_after: the statistics phase uses all experts' last checkpoints; remove it")
+    if e.classifier_epochs == 0 and recipe.uses_classifier_experts:
+        faults.append(
+            f"experts.classifier_epochs: 0, but method {recipe.method} (distill.matching decoupled) needs classifier experts; "
+            "valid: 1 or more, or a method of one stage"
+        )
+    if e.cutmix + e.mixup > 1:
+        faults.append(
+            f"experts.mixup: {e.mixup:g} and experts.cutmix {e.cutmix:g} are shares of the same batches; at most 1 together"
+        )
+    if e.warmup_epochs > e.epochs:
+        faults.append(f"experts.warmup_epochs: {e.warmup_epochs} is above experts.epochs {e.epochs}")
     last = d.start_epoch_max - 1 + d.window_epochs
     if "representation" in recipe.phases and last > e.epochs:
         faults.append(
@@ -657,8 +728,9 @@ def _network_faults(recipe: Recipe) -> list[str]:
             for field in ("width", "depth")
             if getattr(m, field) != ModelConfig.model_fields[field].default  # a saved recipe spells it out
         ]
-    if recipe.distill.precision != "float32":
-        faults.append(f"distill.precision: {recipe.distill.precision} is convnet's; valid with {m.network}: float32")
+    for section, precision in (("distill", recipe.distill.precision), ("experts", recipe.experts.precision)):
+        if precision != "float32":
+            faults.append(f"{section}.precision: {precision} is convnet's; valid with {m.network}: float32")
     return faults
 
 

@@ -1,6 +1,6 @@
 """DSA: differentiable augmentation with explicit parameters (Zhao and Bilen, ICML 2021, arXiv 2102.08259).
 
-One operation is drawn per batch, its parameters per image. Drawing (``draw``) and applying (``apply``) are separate:
+One operation is drawn per batch (or all are applied, ``augment.compose``), its parameters per image. Drawing (``draw``) and applying (``apply``) are separate:
 the draws are NumPy numbers of a counter-based generator, so a rank that holds only some rows of a batch applies the
 same parameters to them as a single process would. User-defined operations (``Augmentation``) get their numbers in the
 same way.
@@ -45,23 +45,36 @@ class Augmentation(Protocol):
 class Draw:
     """One operation and its parameters for each image of a batch; ``values_BD`` has D numbers per image.
 
+    ``then``: the draws of further operations, applied after it (``augment.compose`` all).
+
     color: brightness offset, saturation factor, contrast factor. crop: rows and columns shifted. cutout: centre row and
     column. flip: 1 to flip. scale: factors along x and y. rotate: radians. none: nothing. Others: uniform in [0, 1].
     """
 
     operation: str
     values_BD: np.ndarray
+    then: tuple[Draw, ...] = ()
 
     def rows(self, index: slice | np.ndarray) -> Draw:
         """Return the draw of some images of the batch."""
-        return Draw(self.operation, self.values_BD[index])
+        return Draw(self.operation, self.values_BD[index], tuple(one.rows(index) for one in self.then))
 
 
 def draw(rng: np.random.Generator, config: AugmentConfig, batch: int, size: int) -> Draw:
-    """Draw one operation, uniform among ``config.operations``, and parameters for ``batch`` images of side ``size``."""
+    """Draw one operation, uniform among ``config.operations``, and parameters for ``batch`` images of side ``size``.
+
+    With ``config.compose`` all, draw parameters for every operation.
+    """
     if not config.operations:
         return Draw("none", np.zeros((batch, 0)))
+    if config.compose == "all":
+        first, *others = (_parameters(operation, rng, config, batch, size) for operation in config.operations)
+        return Draw(first.operation, first.values_BD, tuple(others))
     operation = config.operations[int(rng.integers(len(config.operations)))]
+    return _parameters(operation, rng, config, batch, size)
+
+
+def _parameters(operation: str, rng: np.random.Generator, config: AugmentConfig, batch: int, size: int) -> Draw:
     if operation not in _RANGES:
         return Draw(operation, rng.random((batch, _numbers(operation))))
     uniform_B3 = rng.random((batch, _NUMBERS))
@@ -111,6 +124,12 @@ def apply(images_BCHH: Tensor, drawn: Draw) -> Tensor:
     """Return the augmented images, differentiable with respect to ``images_BCHH``; same shape and type."""
     if drawn.operation == "none" or len(images_BCHH) == 0:
         return images_BCHH
+    for one in (drawn, *drawn.then):
+        images_BCHH = _applied(images_BCHH, one)
+    return images_BCHH
+
+
+def _applied(images_BCHH: Tensor, drawn: Draw) -> Tensor:
     values_BD = torch.as_tensor(drawn.values_BD, dtype=images_BCHH.dtype, device=images_BCHH.device)
     if drawn.operation in _OPERATIONS:
         return _OPERATIONS[drawn.operation](images_BCHH, values_BD)

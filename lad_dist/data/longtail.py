@@ -54,6 +54,13 @@ def within_class_order(n: int) -> Indices:
     return np.random.RandomState(_ORDER_SEED).permutation(n).astype(np.int64)
 
 
+def log_priors(counts: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Return log pi_y of every class by its images, shape (K,); a class without images gets a very small finite value."""
+    n_K = np.asarray(counts, dtype=np.float64)
+    priors_K: npt.NDArray[np.float64] = np.log(np.maximum(n_K, 1e-12) / n_K.sum())
+    return priors_K
+
+
 def select(
     labels_N: Indices, counts: Sequence[int], held_out: int = 0, class_names: Sequence[str] | None = None
 ) -> Indices:

@@ -87,7 +87,12 @@ class Early:
         derivatives.
         """
         d, phases = self._recipe.distill, self._recipe.phases
-        of = {"representation": d.student_steps, "classifier": d.student_steps_classifier, "regression": 1}
+        of = {
+            "representation": d.student_steps,
+            "classifier": d.student_steps_classifier,
+            "regression": 1,
+            "statistics": 1,
+        }
         steps = sum(of[phase] for phase in phases)
         sets = 1 if self._start_tried else 2
         return self.budget.allows(sets * seconds_per_iteration * self._measure.batches / steps)

@@ -33,8 +33,10 @@ def complete(buffer: Buffer, last_epochs: Mapping[Stage, int], count: int) -> tu
 
 
 def all_stages(recipe: Recipe) -> dict[Stage, int]:
-    """Return the last epoch of both expert stages."""
-    return {"representation": recipe.experts.epochs, "classifier": recipe.experts.classifier_epochs}
+    """Return the last epoch of each expert stage that the recipe has."""
+    e = recipe.experts
+    stages: dict[Stage, int] = {"representation": e.epochs, "classifier": e.classifier_epochs}
+    return {stage: last for stage, last in stages.items() if last}
 
 
 def needed_stages(recipe: Recipe) -> dict[Stage, int]:

@@ -22,11 +22,12 @@ from torch import Tensor
 from lad_dist import methods
 from lad_dist.data import augment
 from lad_dist.data.prepare import PreparedData
+from lad_dist.distill import statistics
 from lad_dist.distill.alignment import alignment
 from lad_dist.distill.early import Early
 from lad_dist.distill.live import LiveExperts
 from lad_dist.distill.memory import choose_path, faster
-from lad_dist.distill.precision import cosines_to_float32, set_precision
+from lad_dist.distill.precision import cosines_to_float32
 from lad_dist.distill.regression import RealBatches, RegressionResult, kept_features, regress
 from lad_dist.distill.replay import ReplayRecord, check_not_replayed
 from lad_dist.distill.shards import Share
@@ -37,6 +38,7 @@ from lad_dist.distill.update import Gradients
 from lad_dist.distill.windows import Window, Windows
 from lad_dist.errors import Interrupted, NumericalError, TrajectoryError
 from lad_dist.interrupts import StopFlag, deferred
+from lad_dist.models.convolution import set_precision
 from lad_dist.models.network import build
 from lad_dist.progress import Events, Screen
 from lad_dist.ranks import ALONE, Ranks
@@ -102,6 +104,7 @@ def distill(context: Context, data: PreparedData | None, early: Early | None = N
             live.wait(c.screen, c.events)
         work = stack.enter_context(closing(Distillation(c, facts, buffer, live)))
         work.prepare_regression(data)
+        work.prepare_statistics(data)
         _distill(work, data, early)
 
 
@@ -189,6 +192,7 @@ class Distillation:
         self._clock, self.save_due = SaveClock(), False
         self._class_of_s = torch.from_numpy(self.share.classes(recipe.ipc)).to(device)
         self._real: RealBatches | None = None
+        self._targets: dict[int, statistics.Target] = {}
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -234,6 +238,15 @@ class Distillation:
             teacher = mean_logits(self.recipe, data, self.student, self.windows)
         self._real = RealBatches(self.recipe, data, teacher)
 
+    def prepare_statistics(self, data: PreparedData | None) -> None:
+        """Measure the training images under every teacher on rank 0, which alone has them. All ranks call it."""
+        if "statistics" not in self.recipe.phases:
+            return
+        for expert in self.windows.experts:
+            theta_P = self.windows.teacher(expert)
+            made = None if data is None else statistics.measure(self.student, theta_P, data)
+            self._targets[expert] = self.ranks.share(made) or _never()
+
     def recorded_path(self, iteration: int) -> GradientPath | None:
         """Return the gradient path of the replayed run, if the recipe does not set one."""
         if self.record is None or self.recipe.distill.gradient != "auto" or iteration >= len(self.record.paths):
@@ -247,7 +260,7 @@ class Distillation:
             return recorded, "the replayed run took it"
         phases, here = self.phases(state.iteration), self.ranks.gather(host_name()).count(host_name())
         if not phases:
-            return "keep", "no student is trained in the regression phase"
+            return "keep", f"no student is trained in the {self.recipe.phases[0]} phase"
         chosen = choose_path(self.recipe, self.student, state.optimizers.synthetic_set(), phases[0].phase, here)
         every = self.ranks.gather(chosen)
         fitting, why = next((one for one in every if one[0] == "recompute"), every[0])
@@ -314,18 +327,23 @@ class Distillation:
         results = [(p, self.student.run(synthetic, p.phase, path)) for p in phases]
         drawn: list[list[str | int]] = [[p.stage, p.window.expert, p.window.epoch] for p in phases]
         gradients: list[tuple[float, Gradients]] = [(p.weight, result) for p, result in results]
-        regression = None
+        others: dict[PhaseName, RegressionResult | statistics.StatisticsResult] = {}
         if "regression" in self.recipe.phases:
             at = self.windows.checkpoint(state.iteration)
-            regression = self._regress(synthetic, at.start_P, state.iteration)
+            others["regression"] = self._regress(synthetic, at.start_P, state.iteration)
             drawn.append(["regression", at.expert, at.epoch])
-            gradients.append((self.recipe.distill.lambda_regression, regression))
+            gradients.append((self.recipe.distill.lambda_regression, others["regression"]))
+        if "statistics" in self.recipe.phases:
+            expert, epoch = self.windows.choose("statistics", state.iteration)
+            others["statistics"] = self._align(synthetic, expert, state.iteration)
+            drawn.append(["statistics", expert, epoch])
+            gradients.append((self.recipe.distill.lambda_statistics, others["statistics"]))
         agreed = self._agree(results, gradients)
         self.save_due = agreed.save
         self._check_finite(state, drawn, [g for _, g in gradients], agreed)
         kept, figures, aligned = self._copy(state), self._figures(results, agreed), self._alignment(state, results)
-        if regression is not None:
-            figures |= {"loss_regression": float(regression.loss), "accuracy_regression": float(regression.accuracy)}
+        for phase, other in others.items():
+            figures |= {f"loss_{phase}": float(other.loss), f"accuracy_{phase}": float(other.accuracy)}
         with deferred():  # includes the event: an iteration without its record could not be replayed
             state.optimizers.step(gradients, state.iteration)
             if float(self.ranks.total(torch.tensor(0.0 if state.finite() else 1.0, device=self.device))) == 0:
@@ -364,6 +382,24 @@ class Distillation:
         kept_D = kept_features(self.recipe, real.features_RD.shape[1], iteration)
         ridge = self.recipe.distill.regression_ridge
         return regress(self.student, synthetic, batch, places, theta_P, real, ridge, kept_D)
+
+    def _align(self, synthetic: SyntheticSet, expert: int, iteration: int) -> statistics.StatisticsResult:
+        """Run the statistics phase of an iteration. All ranks call it."""
+        (batch,), (places,) = self._batches("statistics", iteration, 1)
+        (rows,) = self._rows("statistics", iteration, 1)
+        labels_B = torch.from_numpy(rows // self.recipe.ipc)
+        d, theta_P = self.recipe.distill, self.windows.teacher(expert)
+        return statistics.align(
+            self.student,
+            synthetic,
+            batch,
+            places,
+            labels_B,
+            theta_P,
+            self._targets[expert],
+            d.statistics_weight,
+            d.statistics_first,
+        )
 
     def _agree(
         self, results: list[tuple[NamedPhase, PhaseResult]], gradients: list[tuple[float, Gradients]]
@@ -417,14 +453,9 @@ class Distillation:
 
         Batches split fresh permutations of the set, drawn again when used up; each batch has its own augmentation.
         """
-        count, seed = self.classes * self.recipe.ipc, self.recipe.seed
-        size = min(self.recipe.distill.batch, count)
-        generator = rng(seed, "distill", iteration, "batches", phase)
-        chunks: list[np.ndarray] = []
-        while len(chunks) < steps:
-            chunks += np.split(generator.permutation(count), range(size, count, size))
+        seed = self.recipe.seed
         batches, places = [], []
-        for step, rows in enumerate(chunks[:steps]):
+        for step, rows in enumerate(self._rows(phase, iteration, steps)):
             drawn = augment.draw(
                 rng(seed, "distill", iteration, "augment", phase, step), self.recipe.augment, len(rows), self.size
             )
@@ -432,6 +463,16 @@ class Distillation:
             batches.append(Batch(torch.from_numpy(own).to(self.device), part, len(rows)))
             places.append(torch.from_numpy(at).to(self.device))
         return batches, places
+
+    def _rows(self, phase: PhaseName, iteration: int, steps: int) -> list[np.ndarray]:
+        """Return the rows of each whole batch of a phase; equal on every rank."""
+        count = self.classes * self.recipe.ipc
+        size = min(self.recipe.distill.batch, count)
+        generator = rng(self.recipe.seed, "distill", iteration, "batches", phase)
+        chunks: list[np.ndarray] = []
+        while len(chunks) < steps:
+            chunks += np.split(generator.permutation(count), range(size, count, size))
+        return chunks[:steps]
 
     def _check_finite(
         self, state: State, drawn: list[list[str | int]], gradients: list[Gradients], agreed: _Agreed

@@ -9,15 +9,8 @@ import torch
 from torch import nn
 
 from lad_dist.distill.student import GradientPath, Phase, Student, SyntheticSet
-from lad_dist.models.convolution import Convolution
+from lad_dist.models.convolution import set_precision
 from lad_dist.ranks import Ranks
-
-
-def set_precision(module: nn.Module, name: str) -> None:
-    """Set the precision of the convolutions of ``module``: "float32" or "bfloat16"."""
-    for each in module.modules():
-        if isinstance(each, Convolution):
-            each.rounded = name == "bfloat16"
 
 
 @contextmanager

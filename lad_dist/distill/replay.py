@@ -100,7 +100,9 @@ class ReplayRecord:
         for i, windows in enumerate(self.windows):
             for phase, expert, epoch in windows:
                 rows: list[tuple[Stage, int]] = [("representation", epoch)]
-                if phase != "regression":
+                if phase == "statistics":
+                    rows = [backbone, last]
+                elif phase != "regression":
                     rows = [(phase, epoch), (phase, epoch + length)]
                 if phase == "classifier":
                     rows.append(backbone)

@@ -19,10 +19,12 @@ from torch import Tensor
 from lad_dist import __version__
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distill import initial
+from lad_dist.distill.crops import best_crops
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Student
 from lad_dist.distill.windows import Windows
 from lad_dist.distilled import DistilledMeta, DistilledSet
+from lad_dist.errors import DistilledError
 from lad_dist.labeller import Labeller
 from lad_dist.models import functional
 from lad_dist.progress import Events, Screen
@@ -53,8 +55,13 @@ def first_set(
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Return (images (S, C, H, H), label logits (S, K), label statistics), on the CPU.
 
-    The images are real ones, labelled with the experts' logits.
+    The images are real ones or crops of them, labelled with the experts' logits, or those of another set
+    (``distill.initial_from``).
     """
+    if recipe.distill.initial_from is not None:
+        return _set_from(Path(recipe.distill.initial_from), recipe, data, screen, events)
+    if recipe.distill.initial == "real-crops":
+        return _crops(recipe, data, student, windows, screen, events)
     stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
     d, cache = recipe.distill, dict[int, Tensor]()
 
@@ -93,6 +100,42 @@ def first_set(
     return images_SCHH.cpu(), logits_SK, source
 
 
+def _crops(
+    recipe: Recipe, data: PreparedData, student: Student, windows: Windows, screen: Screen, events: Events
+) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """``first_set`` for ``distill.initial`` real-crops: the labels are the mean logits of all experts."""
+    d = recipe.distill
+    teachers = labeller(recipe, data, student, windows, most=len(windows.experts))
+    images_SCHH, indices_S, repeats = best_crops(data, teachers.logits, recipe.ipc, d.initial_crops, recipe.seed)
+    if d.labels == "hard":
+        classes_S = data.splits.train.labels_N[torch.from_numpy(indices_S)]
+        logits_SK = initial.HARD_LABEL_LOGIT * torch.nn.functional.one_hot(classes_S, data.classes).float()
+    else:
+        on_device = images_SCHH.to(data.device)
+        logits_SK = torch.cat([teachers.logits(x) for x in on_device.split(512)]).cpu() / d.label_temperature
+    source = {"images_no_expert_classified": 0, "images_repeated": repeats}
+    events.emit("initial-set", indices=indices_S.tolist(), experts=list(windows.experts), **source)
+    screen.say(f"distill: {len(images_SCHH)} initial images: crops of real ones; {repeats} repeated")
+    return images_SCHH, logits_SK, source
+
+
+def _set_from(
+    folder: Path, recipe: Recipe, data: PreparedData, screen: Screen, events: Events
+) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """``first_set`` for ``distill.initial_from``. Raises DistilledError if that set is of other data or another IPC."""
+    folder = folder / "distilled" if (folder / "recipe.yaml").is_file() else folder
+    other = DistilledSet.load(folder)
+    images, where = data.splits.train, f"distill.initial_from: {folder}"
+    if other.meta.data_fingerprint != images.fingerprint():
+        raise DistilledError(f"{where}: was made from other training images than this recipe's")
+    if other.meta.ipc != recipe.ipc:
+        raise DistilledError(f"{where}: has {other.meta.ipc} images per class; valid: a set of ipc {recipe.ipc}")
+    source = {"images_no_expert_classified": 0, "images_repeated": 0}
+    events.emit("initial-set", indices=[], experts=[], taken_from=other.meta.recipe_hash, **source)
+    screen.say(f"distill: starts from the set in {folder} ({other.meta.method}, iteration {other.meta.iteration})")
+    return other.images.clone(), other.label_logits.clone(), source
+
+
 def mean_logits(
     recipe: Recipe, data: PreparedData, student: Student, windows: Windows
 ) -> Callable[[np.ndarray], Tensor]:
@@ -112,10 +155,11 @@ def mean_logits(
     return of
 
 
-def labeller(recipe: Recipe, data: PreparedData, student: Student, windows: Windows) -> Labeller:
-    """Return the experts that a distilled set carries as teachers: the first of those that label images."""
-    stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
-    weights = [windows.last(stage, expert).cpu() for expert in windows.experts[:MOST_TEACHERS]]
+def labeller(
+    recipe: Recipe, data: PreparedData, student: Student, windows: Windows, most: int = MOST_TEACHERS
+) -> Labeller:
+    """Return the first ``most`` experts that label images; by default those that a distilled set carries."""
+    weights = [windows.teacher(expert).cpu() for expert in windows.experts[:most]]
     return labeller_of(recipe, data, student.layout, weights)
 
 

@@ -62,6 +62,7 @@ class Windows:
             "representation": (d.start_epoch_min, self.start_bound(iteration)),
             "classifier": (0, d.classifier_start_epoch_max),
             "regression": (0, self._recipe.regression_epochs),
+            "statistics": (self._recipe.experts.epochs, self._recipe.experts.epochs + 1),
         }[phase]
         return expert, int(generator.integers(low, high))
 
@@ -86,6 +87,8 @@ class Windows:
             expert, epoch = self.choose(phase, iteration)
             if phase == "regression":
                 rows += self._rows("representation", expert, epoch)
+            elif phase == "statistics":
+                rows += self._rows(*self._last(expert))
             else:
                 rows += [row for at in (epoch, epoch + length) for row in self._rows(phase, expert, at)]
         self.checkpoints.prefetch(rows)
@@ -108,6 +111,16 @@ class Windows:
         """Return an expert's final weights (P,)."""
         e = self._recipe.experts
         return self.weights(stage, expert, e.epochs if stage == "representation" else e.classifier_epochs)
+
+    def teacher(self, expert: int) -> Tensor:
+        """Return the final weights (P,) of the stage that labels images."""
+        return self.weights(*self._last(expert))
+
+    def _last(self, expert: int) -> Row:
+        e = self._recipe.experts
+        if self._recipe.uses_classifier_experts:
+            return "classifier", expert, e.classifier_epochs
+        return "representation", expert, e.epochs
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lad_dist.data import augment
+from lad_dist.data.longtail import log_priors
 from lad_dist.errors import NumericalError
 from lad_dist.models.convnet import ConvNet
 from lad_dist.models.stacked import StackedConvNets
@@ -225,5 +226,4 @@ def _log_priors(images: TrainingSet, classes: int) -> Tensor:
     which no label names, gets the smallest finite value.
     """
     assert images.labels_S is not None
-    counts_K = np.bincount(images.labels_S, minlength=classes).astype(np.float64)
-    return torch.from_numpy(np.log(np.maximum(counts_K, 1e-12) / counts_K.sum()))
+    return torch.from_numpy(log_priors(np.bincount(images.labels_S, minlength=classes).tolist()))

@@ -1,12 +1,13 @@
 """Train one expert, both stages: a function of (recipe, expert id) that writes checkpoints to the buffer, without Ray.
 
 Any process that trains expert 7 writes the same rows: its initialisation, image order and augmentation are
-counter-based (``seeds.py``), and plain SGD has no state but the weights. So an expert continues from its last published
+counter-based (``seeds.py``), and SGD has no state but the weights: momentum starts anew with each epoch. So an expert continues from its last published
 checkpoint, bit for bit on a CPU with the same number of threads, and training it twice does no harm.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Generator, Iterable
@@ -21,12 +22,15 @@ from torch import Tensor, nn
 
 from lad_dist import __version__
 from lad_dist.data import augment
+from lad_dist.data.longtail import log_priors
+from lad_dist.data.mixing import Mixed, draw_mix, mix
 from lad_dist.data.prepare import PreparedData
 from lad_dist.errors import NumericalError, TrajectoryError
-from lad_dist.experts.gsam import LossOf, gsam_gradient, sgd_step
+from lad_dist.experts.gsam import LossOf, gsam_gradient, nesterov_step, sgd_step
 from lad_dist.experts.sampling import class_aware_order, shuffled_order
 from lad_dist.models import functional
 from lad_dist.models.convnet import flat_parameters
+from lad_dist.models.convolution import set_precision
 from lad_dist.models.layout import Layout
 from lad_dist.models.network import build
 from lad_dist.recipe import Recipe
@@ -48,12 +52,28 @@ class Epoch:
     images_per_second: float
 
 
-def network_loss(module: nn.Module, layout: Layout, images_BCHH: Tensor, labels_B: Tensor) -> LossOf:
-    """Return the cross-entropy of the whole network on one batch, as a function of all weights (P,)."""
+def network_loss(
+    module: nn.Module,
+    layout: Layout,
+    images_BCHH: Tensor,
+    labels_B: Tensor,
+    mixed: Mixed | None = None,
+    shift_K: Tensor | None = None,
+) -> LossOf:
+    """Return the cross-entropy of the whole network on one batch, as a function of all weights (P,).
+
+    ``mixed``: the images are mixed with others (``mixing.mix``), whose labels share the loss. ``shift_K``: added to the
+    logits in the loss, as the logit-adjusted loss does.
+    """
 
     def loss_of(weights_P: Tensor) -> tuple[Tensor, Tensor]:
         logits_BK = functional.logits(module, layout.views(weights_P), images_BCHH)
-        return F.cross_entropy(logits_BK, labels_B), logits_BK
+        shifted_BK = logits_BK if shift_K is None else logits_BK + shift_K
+        loss = F.cross_entropy(shifted_BK, labels_B)
+        if mixed is not None:
+            others_B = labels_B[mixed.others_B]
+            loss = mixed.share * loss + (1 - mixed.share) * F.cross_entropy(shifted_BK, others_B)
+        return loss, logits_BK
 
     return loss_of
 
@@ -95,9 +115,12 @@ class ExpertTrainer:
         images = data.splits.train
         shape = (images.channels, images.size, images.num_classes)
         self.module = build(recipe.model, *shape, seed=0, purpose=("template",)).to(data.device)
+        set_precision(self.module, recipe.experts.precision)
         self.layout = Layout.of(self.module)
         self.meta = buffer_meta(recipe, data, self.layout)
         self._labels_N = images.labels_N.numpy()
+        tau = recipe.experts.logit_adjustment
+        self._shift_K = torch.from_numpy(tau * log_priors(data.counts)).float().to(data.device) if tau else None
 
     def remaining(self, experts: range) -> list[int]:
         """Return the experts whose checkpoints are not all in the buffer."""
@@ -146,6 +169,9 @@ class ExpertTrainer:
     def _train_stage(self, stage: Stage, expert: int, start_P: Tensor | None) -> Generator[Epoch, None, Tensor]:
         e = self.recipe.experts
         last = e.epochs if stage == "representation" else e.classifier_epochs
+        if last == 0:  # no classifier stage
+            assert start_P is not None
+            return start_P
         buffer = self._buffer()
         done = buffer.last_contiguous_epoch(stage, expert)
         weights_P = self._initial(expert) if start_P is None else start_P.clone()
@@ -195,7 +221,9 @@ class ExpertTrainer:
             if representation
             else class_aware_order(order_rng, self._labels_N, e.draws_per_class)
         )
-        lr, decay = (e.lr, e.weight_decay) if representation else (e.classifier_lr, e.classifier_weight_decay)
+        decay = e.weight_decay if representation else e.classifier_weight_decay
+        steps = -(-len(order) // e.batch)
+        mixing, velocity_P = rng(e.seed, *counters, "mix"), None
         trained = self.layout.span("all" if representation else "classifier")
         loss_sum = torch.zeros((), device=self.data.device)
         correct = torch.zeros((), device=self.data.device)
@@ -205,17 +233,32 @@ class ExpertTrainer:
             drawn = augment.draw(
                 rng(e.seed, *counters, "augment", step), self.recipe.augment, len(rows_B), images_BCHH.shape[2]
             )
-            views_BCHH = augment.apply(images_BCHH, drawn)
+            views_BCHH, mixed = augment.apply(images_BCHH, drawn), None
+            if representation:
+                mixed = draw_mix(mixing, e.cutmix, e.mixup, len(rows_B), views_BCHH.shape[2])
+                views_BCHH = views_BCHH if mixed is None else mix(views_BCHH, mixed)
             loss_of = (
-                network_loss(self.module, self.layout, views_BCHH, labels_B)
+                network_loss(self.module, self.layout, views_BCHH, labels_B, mixed, self._shift_K)
                 if representation
                 else classifier_loss(self.module, self.layout, weights_P, views_BCHH, labels_B)
             )
             gsam = gsam_gradient(loss_of, weights_P[trained], e.gsam_rho, e.gsam_alpha)
-            weights_P[trained] = sgd_step(weights_P[trained], gsam.gradient_P, lr, decay)
+            lr = self.rate(epoch, step, steps) if representation else e.classifier_lr
+            if representation and e.momentum:
+                stepped_P, velocity_P = nesterov_step(weights_P, gsam.gradient_P, velocity_P, lr, decay, e.momentum)
+                weights_P[trained] = stepped_P
+            else:
+                weights_P[trained] = sgd_step(weights_P[trained], gsam.gradient_P, lr, decay)
             loss_sum += gsam.loss * len(rows_B)
             correct += (gsam.logits_BK.argmax(dim=1) == labels_B).sum()
         return float(loss_sum) / len(order), float(correct) / len(order), len(order)
+
+    def rate(self, epoch: int, step: int, steps: int) -> float:
+        """Return the representation stage's learning rate at a step (from 0) of an epoch (from 1) of ``steps`` steps."""
+        e = self.recipe.experts
+        passed = epoch - 1 + step / steps
+        rate = e.lr if e.schedule == "constant" else e.lr * (1 + math.cos(math.pi * passed / e.epochs)) / 2
+        return rate * min(1.0, (passed + 1 / steps) / e.warmup_epochs) if e.warmup_epochs else rate
 
 
 def buffer_meta(recipe: Recipe, data: PreparedData, layout: Layout) -> BufferMeta:

@@ -39,6 +39,13 @@ class Convolution(nn.Conv2d):
         return out
 
 
+def set_precision(module: nn.Module, name: str) -> None:
+    """Set the precision of the convolutions of ``module``: "float32" or "bfloat16"."""
+    for each in module.modules():
+        if isinstance(each, Convolution):
+            each.rounded = name == "bfloat16"
+
+
 class _ConvolutionForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, padding: tuple[int, int], low: bool) -> Tensor:

@@ -242,7 +242,7 @@ class _Times:
             "experts/classifier": (min(recipe.experts.batch, info.train), expert_threads),
             "evaluate/train": (min(recipe.evaluate.batch, self.total), rank_threads),
         }
-        if not {"classifier", "regression"} & set(recipe.phases):
+        if not {"classifier", "regression", "statistics"} & set(recipe.phases):
             del self.kinds[f"classifier/{path}"]
         if "representation" not in recipe.phases:
             del self.kinds[f"representation/{path}"]

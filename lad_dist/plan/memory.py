@@ -91,13 +91,13 @@ def phases_of(recipe: Recipe, shapes: Shapes, batches: Batches, path: str, devic
     """Return ``phase_bytes`` of every phase of the recipe, by name.
 
     The regression phase: a classifier step's graph on the synthetic batch, or a graph-free pass over the real images,
-    features of both, and matrices of the batch size.
+    features of both, and matrices of the batch size. The statistics phase: a training step's graph on the batch.
     """
     d = recipe.distill
     steps = {"representation": d.student_steps, "classifier": d.student_steps_classifier}
     found: dict[str, int] = {}
     for phase in recipe.phases:
-        if phase != "regression":
+        if phase in steps:
             found[phase] = phase_bytes(shapes, batches, phase, path, steps[phase], device)
     if "regression" in recipe.phases:
         batch = min(d.batch, batches.total)
@@ -105,6 +105,8 @@ def phases_of(recipe: Recipe, shapes: Shapes, batches: Batches, path: str, devic
         real = 4 * int(d.regression_batch * (shapes.image * _IMAGES_PER_STEP + 2 * shapes.largest))
         synthetic = phase_bytes(shapes, batches, "classifier", path, 1, device)
         found["regression"] = max(synthetic, real) + 4 * (3 * features + 4 * batch**2)
+    if "statistics" in recipe.phases:
+        found["statistics"] = phase_bytes(shapes, batches, "classifier", path, 1, device)
     return found
 
 

@@ -92,7 +92,8 @@ def _narrower(doc: dict[str, Any], floor: int) -> bool:
 def _fit_windows(doc: dict[str, Any]) -> None:
     """Limit windows to the epochs that are left, and candidates and live experts to what there is."""
     d, e = doc["distill"], doc["experts"]
-    d["window_epochs"] = min(d["window_epochs"], e["epochs"], e["classifier_epochs"])
+    classifier_epochs = e["classifier_epochs"] or e["epochs"]
+    d["window_epochs"] = min(d["window_epochs"], e["epochs"], classifier_epochs)
     d["start_epoch_max"] = min(d["start_epoch_max"], e["epochs"] - d["window_epochs"] + 1)
     d["start_epoch_min"] = min(d["start_epoch_min"], d["start_epoch_max"] - 1)
     if d["start_epoch_max_first"] is not None:
@@ -100,9 +101,7 @@ def _fit_windows(doc: dict[str, Any]) -> None:
             d["start_epoch_min"] + 1, min(d["start_epoch_max_first"], d["start_epoch_max"])
         )
     d["start_epoch_growth"] = min(d["start_epoch_growth"], d["iterations"])
-    d["classifier_start_epoch_max"] = min(
-        d["classifier_start_epoch_max"], e["classifier_epochs"] - d["window_epochs"] + 1
-    )
+    d["classifier_start_epoch_max"] = min(d["classifier_start_epoch_max"], classifier_epochs - d["window_epochs"] + 1)
     if d["regression_epoch_max"] is not None:
         d["regression_epoch_max"] = min(d["regression_epoch_max"], e["epochs"] + 1)
     if d["select"] != "last":

@@ -126,6 +126,10 @@ def phases_of(recipe: Recipe, shapes: Shapes, path: str, step_of: Callable[[str]
             found.append(
                 PhaseCost(name, path, 1, features, 1, StepTime(step.per_image, step.per_step + real, step.launch))
             )
+        elif name == "statistics":  # forward and backward over the batch; sums of its images' statistics
+            step = step_of(f"classifier/{path}")
+            vectors = 4 * min(d.batch, total) * shapes.statistics
+            found.append(PhaseCost(name, path, 1, vectors, 1, step))
         else:
             sums = 2 if path == "recompute" and name == "representation" else 1
             found.append(PhaseCost(name, path, steps[name], bytes_per_sum[name], sums, step_of(f"{name}/{path}")))

@@ -72,6 +72,12 @@ class Shapes:
         return self.width * feature_side(self.size, self.channels, self.depth) ** 2
 
     @property
+    def statistics(self) -> int:
+        """Statistics of an image in the statistics phase: two per channel and 4x4 patch of each convolution's input."""
+        channels = self.channels + self.width * (self.depth - 1)
+        return 2 * (channels + sum((side // 4) ** 2 for side in self.sides))
+
+    @property
     def classifier(self) -> int:
         """Weights and biases of the classifier."""
         return (self.features + 1) * self.classes
