@@ -42,16 +42,24 @@ BASELINES = (
     "full",
     "full-balanced",
     "full-logit-adjusted",
+    "teachers",
     "distilled-hard",
     "distilled-plain",
+    "distilled-stored",
     "distilled-teacher",
+    "initial-hard",
+    "initial-adsa",
+    "initial-stored",
     "initial-teacher",
+    "random-soft-adsa",
+    "random-stored",
     "random-teacher",
+    "herding-stored",
     "herding-teacher",
     "random-soft-plain",
     "random-plain",
 )
-BASELINE_NAMES = Name(BASELINES, "lad_dist.baselines", endings=("-teacher", "-soft", "-plain"))
+BASELINE_NAMES = Name(BASELINES, "lad_dist.baselines", endings=("-adsa", "-stored", "-teacher", "-soft", "-plain"))
 Baseline = Annotated[Text, AfterValidator(BASELINE_NAMES)]
 Method = Annotated[Text, AfterValidator(Name(tuple(METHODS), GROUP))]
 PhaseName = Literal["representation", "classifier", "regression", "statistics"]
@@ -409,8 +417,9 @@ class EvaluateConfig(_Section):
         ("initial", "random-soft", "random", "full"),
         description="what `run` measures beside the distilled set: the set it started from (initial), real images chosen at the "
         "same IPC with hard or with the experts' labels (...-soft), ways to train on the whole long-tailed set, the distilled "
-        "images with hard labels, a set without augmentation (...-plain), a set whose augmented batches the experts label anew "
-        "(...-teacher), or module:attribute, which also takes these endings",
+        "images with hard labels, a set without augmentation (...-plain), a set with stored views, each with its own label "
+        "(...-stored), a set whose augmented batches the experts label anew (...-teacher), the labelling experts themselves "
+        "(teachers), or module:attribute, which also takes these endings",
     )
     split: Literal["test", "validation"] = Field("test", description="split that accuracy is measured on")
     architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = Field(
@@ -421,8 +430,38 @@ class EvaluateConfig(_Section):
     norm: Literal["instance", "batch"] = Field(
         "instance", description="normalisation of convnet, vgg11, resnet18 and alexnet when they are evaluated"
     )
+    protocol: Literal["lad", "rldd"] = Field(
+        "lad",
+        description="how networks are trained on a small set, as a preset of the fields of this section (docs/evaluation.md); "
+        "each reports the last epoch",
+    )
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="on a small set (set by protocol)")
+    schedule: Literal["half", "late"] = Field(
+        "half",
+        description="half: lr times decay at half of the epochs; late: halved at 80, 90 and 95 % (set by protocol)",
+    )
+    augmentation: Literal["dsa", "randaugment"] = Field(
+        "dsa", description="dsa: by `augment`; randaugment: with random resized crops and flips (set by protocol)"
+    )
+    cutmix: Annotated[Float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the batches mixed by CutMix (set by protocol)"
+    )
+    label_loss: Literal["cross-entropy", "logits"] = Field(
+        "cross-entropy",
+        description="logits: where a teacher labels, the squared distance to its logits and 0.025 of the classes' cross-entropy "
+        "(set by protocol)",
+    )
+    ema: Annotated[Float, Field(ge=0, lt=1)] = Field(
+        0.0, description="decay of the moving average of the weights, which is then measured (set by protocol)"
+    )
     teachers: Annotated[Int, Field(ge=1)] | None = Field(
         None, description="experts whose mean logits label the batches of ...-teacher; default: all, at most 4"
+    )
+    teachers_from: Text | None = Field(
+        None, description="a run folder on the same images, whose experts label instead of this run's"
+    )
+    stored_views: Annotated[Int, Field(ge=1, le=MOST)] = Field(
+        20, description="augmented views of an image, each with a stored label, of ...-stored"
     )
     label_adjustment: Literal["none", "adsa"] = Field(
         "none",
@@ -438,9 +477,22 @@ class EvaluateConfig(_Section):
         "CPU if one network's batch is so small that this is faster, and a trial gives the same bits",
     )
 
-    def teachers_of(self, experts: ExpertsConfig) -> int:
-        """Return the number of experts that label the batches of ...-teacher."""
-        return min(experts.count, MOST_TEACHERS if self.teachers is None else self.teachers)
+
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "lad": {},
+    "rldd": {
+        "batch": 25,
+        "lr": 0.001,
+        "weight_decay": 0.01,
+        "optimizer": "adamw",
+        "schedule": "late",
+        "augmentation": "randaugment",
+        "cutmix": 1.0,
+        "label_loss": "logits",
+        "ema": 0.99,
+    },
+}
+"""Fields of ``evaluate`` that a protocol sets; ``lad`` has the defaults. RLDD: arXiv 2511.18858."""
 
 
 class Recipe(_Section):
@@ -496,6 +548,14 @@ class Recipe(_Section):
         if name is None or not isinstance(evaluate, dict) or evaluate.get("architectures") is not None:
             return doc
         return {**doc, "evaluate": {**evaluate, "architectures": (name,)}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_protocol(cls, doc: Any) -> Any:
+        evaluate = doc.get("evaluate") if isinstance(doc, dict) else None
+        if not isinstance(evaluate, dict) or evaluate.get("protocol") not in PROTOCOLS:
+            return doc
+        return {**doc, "evaluate": {**PROTOCOLS[evaluate["protocol"]], **evaluate}}
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Recipe:
@@ -574,6 +634,17 @@ _LATER = {
         "regression_targets",
         "optimizer",
         "schedule",
+    ),
+    "evaluate": (
+        "protocol",
+        "optimizer",
+        "schedule",
+        "augmentation",
+        "cutmix",
+        "label_loss",
+        "ema",
+        "teachers_from",
+        "stored_views",
     ),
 }
 

@@ -19,7 +19,7 @@ from lad_dist.labeller import Labeller
 from lad_dist.models import functional
 from lad_dist.models.layout import Layout
 from lad_dist.models.network import build
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import MOST_TEACHERS, Recipe
 from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import Stage
 
@@ -58,27 +58,37 @@ def labeller_of(recipe: Recipe, data: PreparedData, layout: Layout, weights: Seq
 class Teachers:
     """The last checkpoints of all experts of a recipe.
 
-    They are of the classifier stage, or for a method without one (DATM, MTT) of the representation stage. ``named``
-    returns their description for a row's settings.
+    They are of the classifier stage, or for a method without one (DATM, MTT, aligned) of the representation stage.
+    ``run``: the name of their run, if it is not the one that they label for.
     """
 
-    def __init__(self, recipe: Recipe, data: PreparedData, buffer: Buffer) -> None:
+    def __init__(self, recipe: Recipe, data: PreparedData, buffer: Buffer, run: str | None = None) -> None:
         images = data.splits.train
-        self._recipe, self._data, self._buffer = recipe, data, buffer
+        self._recipe, self._data, self._buffer, self._run = recipe, data, buffer, run
         shape = (images.channels, images.size, images.num_classes)
         self._network = build(recipe.model, *shape, seed=0, purpose=("template",)).to(data.device)
         self._layout = Layout.of(self._network)
         check_network(buffer, self._layout)
         self.stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
 
-    @staticmethod
-    def named(recipe: Recipe, count: int | None = None) -> str:
+    def name(self, count: int | None = None) -> str:
         """Return ``mean logits of 10 classifier experts, epoch 10, temperature 1``; ``count``: of the first experts."""
-        e, classifier = recipe.experts, recipe.uses_classifier_experts
-        stage, last = ("classifier", e.classifier_epochs) if classifier else ("representation", e.epochs)
-        used = e.count if count is None else min(count, e.count)
-        experts = f"{used} {stage} expert{'s' * (used > 1)}"
-        return f"mean logits of {experts}, epoch {last}, temperature {recipe.distill.label_temperature:g}"
+        e, classifier = self._recipe.experts, self.stage == "classifier"
+        last = e.classifier_epochs if classifier else e.epochs
+        used = e.count if count is None else count
+        experts = f"{used} {self.stage} expert{'s' * (used > 1)}"
+        adjusted = "" if classifier or not e.logit_adjustment else f", logit adjustment {e.logit_adjustment:g}"
+        of = "" if self._run is None else f" of {self._run} ({self._recipe.experts_hash()[:8]})"
+        temperature = f"temperature {self._recipe.distill.label_temperature:g}"
+        return f"mean logits of {experts}{of}, epoch {last}{adjusted}, {temperature}"
+
+    def count(self, asked: int | None) -> int:
+        """Return the number of experts that label batches: ``asked``, by default at most MOST_TEACHERS."""
+        return min(self._recipe.experts.count, MOST_TEACHERS if asked is None else asked)
+
+    def bytes(self, asked: int | None) -> int:
+        """Return the size of their weights as float32."""
+        return 4 * self._layout.size * self.count(asked)
 
     def soft_labels(self, indices: np.ndarray) -> Tensor:
         """Return probabilities (S, K) for training images.
@@ -96,13 +106,13 @@ class Teachers:
         mean_SK = total_SK / self._recipe.experts.count
         return torch.softmax(mean_SK / self._recipe.distill.label_temperature, dim=1)
 
-    def labeller(self, count: int) -> Labeller:
-        """Return the first ``count`` experts, which label images as ``soft_labels`` does.
+    def labeller(self, asked: int | None) -> Labeller:
+        """Return the first experts (see ``count``), which label images as ``soft_labels`` does.
 
         Raises:
             TrajectoryError: a checkpoint is missing or damaged; names it.
         """
-        used = range(min(self._recipe.experts.count, count))
+        used = range(self.count(asked))
         return labeller_of(self._recipe, self._data, self._layout, [self._weights(expert) for expert in used])
 
     def _weights(self, expert: int) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lad_dist import __version__, results
 from lad_dist.data.prepare import PreparedData
@@ -23,11 +23,11 @@ from lad_dist.data.prepared import PreparedSet
 from lad_dist.errors import NumericalError
 from lad_dist.evaluate import tune
 from lad_dist.evaluate.accuracy import accuracy
-from lad_dist.evaluate.labels import adsa
 from lad_dist.evaluate.sources import (
+    adjusted_by,
     description,
     drawn_as,
-    load_distilled,
+    labeller,
     of_everything,
     settings_of,
     training_set,
@@ -140,7 +140,8 @@ def planned_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
     """
     common, planned, candidates = _common(recipe, data, run, source), [], candidate_rows(recipe, data, run, source)
     fixed = settings_of(recipe, data, run, source)
-    for architecture in dict.fromkeys(recipe.evaluate.architectures):
+    networks = results.networks(recipe, source)
+    for architecture in dict.fromkeys(name for name, _ in networks):
         settings = {**common["settings"], "network": _network_settings(recipe, architecture)}
         rule = {"lr_rule": common["lr_rule"]}
         mine = [row for row in candidates if row["architecture"] == architecture]
@@ -151,13 +152,16 @@ def planned_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
             rule = {"lr_rule": "chosen on validation images", "chosen_from": pairs}
         planned += [
             {**common, **rule, "architecture": architecture, "seed": seed, "settings": settings}
-            for seed in range(recipe.evaluate.seeds)
+            for name, seed in networks
+            if name == architecture
         ]
     return planned
 
 
 def candidate_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> list[results.Row]:
     """Return the rows of tune.py's candidates, numbered by ``seed``; empty if there is nothing to choose."""
+    if source == results.TEACHERS:
+        return []
     fixed = settings_of(recipe, data, run, source)
     pairs = tune.candidates(recipe, data, run, source, fixed)
     if len(pairs) == 1:
@@ -210,7 +214,7 @@ def _drawn(row: results.Row) -> int | str:
 def settings_in(row: results.Row) -> Settings:
     """Return the training settings stored in a row."""
     said = row["settings"]
-    names = [field.name for field in fields(Settings) if field.name != "augment"]
+    names = [field.name for field in fields(Settings) if field.name != "augment" and field.name in said]
     return Settings(**{name: said[name] for name in names}, augment=AugmentConfig.model_validate(said["augment"]))
 
 
@@ -250,7 +254,7 @@ class _Work:
     def _together(self, architecture: str, rows: Sequence[results.Row]) -> bool:
         """Return whether to train the networks of ``rows`` together; in auto mode only if rows stay bit-identical."""
         e, m, images = self.recipe.evaluate, self.recipe.model, self.data.splits.train
-        if architecture != "convnet" or e.norm != "instance" or e.together == "off":
+        if architecture != "convnet" or e.norm != "instance" or e.together == "off" or e.protocol != "lad":
             return False
         if e.together == "on":
             return True
@@ -276,6 +280,9 @@ class _Work:
         """
         if not rows:
             return
+        if self.source == results.TEACHERS:
+            label = labeller(self.recipe, self.data, self.run, self.source)
+            return self._publish(rows[0] | self._found(rows[0], label.logits) | {"train_images": None})
         began, checked = time.perf_counter(), time.monotonic()
         networks = [self._network(row) for row in rows]
         sets = self._sets(rows)
@@ -297,22 +304,28 @@ class _Work:
                 raise
             return self._publish({**rows[0], **dict.fromkeys(results.FIGURES), "overall": 0.0, "error": str(error)})
         for row, made, images, loss in zip(rows, networks, sets, losses, strict=True):
-            found = asdict(accuracy(made, self.test, self.data.counts))
             measured: results.Row = {
-                **row,
-                **found,
-                "per_class": list(found["per_class"]),
-                "confusion": [list(line) for line in found["confusion"]],
+                **self._found(row, made),
                 **self._labels(),
                 "train_loss": loss,
                 "train_images": images.count,
                 "seconds": round((time.perf_counter() - began) / len(rows), 3),
                 "together": len(rows),
-                "device": str(self.data.device),
-                "host": platform.node(),
-                "versions": {"lad_dist": __version__, "torch": torch.__version__},
             }
             self._publish(measured)
+
+    def _found(self, row: results.Row, logits_of: Callable[[Tensor], Tensor]) -> results.Row:
+        """Return the row with what ``logits_of`` reaches on the split, and where it was measured."""
+        found = asdict(accuracy(logits_of, self.test, self.data.counts))
+        return {
+            **row,
+            **found,
+            "per_class": list(found["per_class"]),
+            "confusion": [list(line) for line in found["confusion"]],
+            "device": str(self.data.device),
+            "host": platform.node(),
+            "versions": {"lad_dist": __version__, "torch": torch.__version__},
+        }
 
     def _publish(self, measured: results.Row) -> None:
         results.put(table_of(self.run, [measured]), measured)
@@ -356,7 +369,5 @@ class _Work:
 
     def _labels(self) -> results.Row:
         """Return the label adjustment's tau, if the source has one."""
-        if self.source != "distilled-adsa":
-            return {}
-        distilled = load_distilled(self.recipe, self.data, self.run)
-        return {"label_tau": adsa(distilled.label_logits, distilled.labels, self.data.counts)[1]}
+        tau = adjusted_by(self.recipe, self.data, self.run, self.source)
+        return {} if tau is None else {"label_tau": tau}

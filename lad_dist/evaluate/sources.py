@@ -4,12 +4,16 @@
     distilled-adsa          its images, with soft labels adjusted for the long tail (labels.py)
     distilled-hard          its images, with their class as label
     distilled-plain         the distilled set, trained on without augmentation
-    initial                 the set that distillation started from: its real images with their soft labels
+    initial                 the set that distillation started from: its images with their soft labels
+    initial-hard, -adsa     its images with their class as label, and with soft labels adjusted for the long tail
     random, k-center, ...   real images at the same IPC (baselines.py)
     random-soft, ...        the images of random and of herding, labelled by the experts (teachers.py)
     random-plain, ...       the images of random, and of random-soft, without augmentation
     module:attribute        real images selected by user code; also with -soft, -plain and -soft-plain
+    random-soft-adsa        with soft labels adjusted for the long tail
+    ...-stored              images of a source, with the experts' labels of evaluate.stored_views views of each
     ...-teacher             images of a source; the experts label each augmented batch (teachers.py)
+    teachers                nothing: the labelling experts, measured as one network
     full                    the whole long-tailed set
     full-balanced           the same, with class-balanced sampling
     full-logit-adjusted     the same, with the logit-adjusted loss
@@ -24,21 +28,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lad_dist import results
+from lad_dist import recipe_file, results
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distilled import DistilledSet
-from lad_dist.errors import DistilledError
+from lad_dist.errors import DistilledError, RecipeError
 from lad_dist.evaluate import baselines
 from lad_dist.evaluate.labels import adsa
+from lad_dist.evaluate.stored import StoredViews
+from lad_dist.evaluate.strong import strong_augmentation
 from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train
 from lad_dist.labeller import Labeller
 from lad_dist.models.network import build
@@ -68,7 +74,7 @@ def drawn_as(source: Source) -> str:
 
 def _chosen(source: Source) -> bool:
     """Return whether the source's images are selected in a feature space, once for all seeds."""
-    return drawn_as(source) not in ("distilled", "full", "random")
+    return drawn_as(source) not in ("distilled", "full", "random", results.TEACHERS)
 
 
 def check_baseline(source: Source) -> None:
@@ -92,6 +98,8 @@ def settings_of(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
         if source.endswith("-plain")
         else recipe.augment,
     }
+    if source == results.TEACHERS:
+        return Settings(epochs=0, batch=0, lr=0.0, **common)
     if of_everything(source):
         return Settings(
             epochs=e.full_epochs,
@@ -102,7 +110,18 @@ def settings_of(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
             **common,
         )
     learned = load_distilled(recipe, data, run).lr if of_distilled(source) else recipe.distill.alpha
-    return Settings(epochs=e.epochs, batch=e.batch, lr=learned if e.lr is None else e.lr, **common)
+    return Settings(
+        epochs=e.epochs,
+        batch=e.batch,
+        lr=learned if e.lr is None else e.lr,
+        optimizer=e.optimizer,
+        schedule=e.schedule,
+        augmentation=e.augmentation,
+        cutmix=e.cutmix,
+        label_loss=e.label_loss,
+        ema=e.ema,
+        **common,
+    )
 
 
 def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> results.Row:
@@ -114,19 +133,21 @@ def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
         "split": recipe.evaluate.split,
         "selection": distilled.meta.selection if distilled else "none",
         "method": distilled.meta.method if distilled else source,
-        "ipc": None if of_everything(source) else recipe.ipc,
+        "ipc": None if of_everything(source) or source == results.TEACHERS else recipe.ipc,
         "set_id": _set_id(recipe, run, source),
         "lr_rule": _lr_rule(recipe, source),
-        "settings": asdict(settings) | {"augment": settings.augment.model_dump(mode="json"), "labels": _labels(source)},
-        "label_adjustment": "adsa" if source == "distilled-adsa" else "none",
+        "settings": settings.document() | {"labels": _labels(source)},
+        "label_adjustment": "adsa" if results.labels_adjusted(source) else "none",
         "keeps": keeps(recipe, data, run, source),
     }
     if _chosen(source):
         row["settings"]["chosen_by"] = baselines.feature_space(recipe, run).name
     if results.labelled_by_experts(source):
-        row["settings"]["labelled_by"] = Teachers.named(recipe)
-    elif results.labelled_online(source):
+        row["settings"]["labelled_by"] = _teachers(recipe, data, run).name()
+    elif results.uses_experts(source):
         row["settings"]["labelled_by"] = _labeller_name(recipe, data, run, source)
+    if results.labels_stored(source):
+        row["settings"]["stored_views"] = recipe.evaluate.stored_views
     return row
 
 
@@ -136,16 +157,18 @@ def keeps(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> di
     Distilled and starting sets are whitened float32 images; real ones are stored as 8 bits a channel. A hard label is one
     byte (two above 256 classes), a soft one K float32 numbers, a teacher the float32 weights of one network.
     """
+    if source == results.TEACHERS:
+        return {"images": 0, "labels": 0, "teachers": labeller(recipe, data, run, source).bytes}
     images, small = data.splits.train, not of_everything(source)
     count = recipe.ipc * data.classes if small else len(images)
     pixels = images.channels * images.size**2 * (4 if of_distilled(source) else 1)
     kept = {"images": count * pixels, "labels": count * (1 if data.classes <= 256 else 2), "teachers": 0}
     if results.labelled_online(source):
-        if _carries_its_own(run, source):
+        if _carries_its_own(recipe, run, source):
             return kept | {"labels": 0, "teachers": load_distilled(recipe, data, run).labeller().bytes}
-        shapes = Buffer(run.trajectories, recipe.experts_hash()).meta.parameters
-        weights = sum(math.prod(shape) for _, shape in shapes)
-        return kept | {"labels": 0, "teachers": 4 * weights * recipe.evaluate.teachers_of(recipe.experts)}
+        return kept | {"labels": 0, "teachers": _teachers(recipe, data, run).bytes(recipe.evaluate.teachers)}
+    if results.labels_stored(source):
+        return kept | {"labels": 4 * count * data.classes * recipe.evaluate.stored_views}
     return kept | ({"labels": 4 * count * data.classes} if _labels(source) != "hard" else {})
 
 
@@ -157,19 +180,31 @@ def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
         RunDirError, TrajectoryError: see ``baselines.chosen_real``.
         TrajectoryError: a labelling expert is missing in the run's buffer, or damaged.
     """
+    images = _training_set(recipe, data, run, source, seed)
+    if recipe.evaluate.augmentation == "randaugment" and not of_everything(source):
+        images = replace(images, strong=strong_augmentation(data.whitening, recipe.augment))
+    if results.labels_stored(source):
+        views = StoredViews(images, labeller(recipe, data, run, source), recipe, seed)
+        return replace(images, stored=views)
     if results.labelled_online(source):
-        images = training_set(recipe, data, run, results.base_source(source), seed)
-        return replace(images, label_views=_labeller(recipe, data, run, source))
-    if source == "initial":
-        return _starting_set(load_distilled(recipe, data, run), data, run)
+        label = labeller(recipe, data, run, source)
+        return replace(images, label_views=lambda x: label.logits(x) / label.temperature)
+    return images
+
+
+def _training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int | str) -> TrainingSet:
+    """``training_set`` without online and stored labels and strong augmentation."""
+    if results.labelled_online(source) or results.labels_stored(source):
+        source = results.base_source(source)
     if of_distilled(source):
         distilled = load_distilled(recipe, data, run)
-        images_SCHH, p_SK = distilled.images.to(data.device), distilled.soft_labels
-        if source == "distilled-adsa":
-            p_SK, _ = adsa(distilled.label_logits, distilled.labels, data.counts)
-        elif source == "distilled-hard":
+        images_SCHH, logits_SK = _images_and_logits(distilled, run, source)
+        p_SK = F.softmax(logits_SK, dim=1)
+        if results.labels_adjusted(source):
+            p_SK, _ = adsa(logits_SK, distilled.labels, data.counts)
+        elif source.endswith("-hard"):
             p_SK = F.one_hot(distilled.labels, data.classes).float()
-        return TrainingSet(rows_of(images_SCHH, p_SK.to(data.device)), len(images_SCHH))
+        return TrainingSet(rows_of(images_SCHH.to(data.device), p_SK.to(data.device)), len(images_SCHH))
     if of_everything(source):
         return everything(data)
     of = drawn_as(source)
@@ -180,37 +215,69 @@ def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
     chosen = torch.from_numpy(picked)
     if results.labelled_by_experts(source):
         p_SK = _teachers(recipe, data, run).soft_labels(picked).to(data.device)
+        if results.labels_adjusted(source):
+            p_SK, _ = adsa(p_SK.clamp_min(1e-30).log(), data.splits.train.labels_N[chosen].to(p_SK.device), data.counts)
+            p_SK = p_SK.to(data.device)
         return TrainingSet(lambda rows: (data.train.batch(chosen[rows])[0], p_SK[rows.to(p_SK.device)]), len(chosen))
     return TrainingSet(lambda rows: _with_hard_labels(data, chosen[rows]), len(chosen))
 
 
+def adjusted_by(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> float | None:
+    """Return tau of a distilled or starting set's adjusted labels; None for other sources."""
+    if not (results.labels_adjusted(source) and of_distilled(source)):
+        return None
+    distilled = load_distilled(recipe, data, run)
+    return adsa(_images_and_logits(distilled, run, source)[1], distilled.labels, data.counts)[1]
+
+
 def _teachers(recipe: Recipe, data: PreparedData, run: RunDir) -> Teachers:
-    return Teachers(recipe, data, Buffer(run.trajectories, recipe.experts_hash()))
+    """Return the experts that label: the run's own, or those of ``evaluate.teachers_from``.
+
+    Raises RecipeError if these are of other images or another whitening.
+    """
+    if recipe.evaluate.teachers_from is None:
+        return Teachers(recipe, data, Buffer(run.trajectories, recipe.experts_hash()))
+    other = RunDir.existing(Path(recipe.evaluate.teachers_from))
+    theirs = recipe_file.load(other.recipe)
+    buffer = Buffer(other.trajectories, theirs.experts_hash())
+    where = f"evaluate.teachers_from: {other.root}"
+    if not buffer.parts:
+        raise RecipeError(f"{where}: holds no experts yet; `lad-dist experts {other.root}` trains them")
+    if buffer.meta.data_fingerprint != data.splits.train.fingerprint():
+        raise RecipeError(f"{where}: its experts are from other training images; valid: a run on the same ones")
+    for field in ("whitening", "zca_eps", "normalize_before_zca"):
+        if getattr(theirs.data, field) != getattr(recipe.data, field):
+            raise RecipeError(f"{where}: has another data.{field}; valid: a run with the same whitening")
+    return Teachers(theirs, data, buffer, other.root.name)
 
 
-def _carries_its_own(run: RunDir, source: Source) -> bool:
+def _carries_its_own(recipe: Recipe, run: RunDir, source: Source) -> bool:
     """Return whether a source's teachers come with the set: those of an imported one, whose experts are elsewhere."""
-    return of_distilled(source) and results.is_imported(run)
+    return recipe.evaluate.teachers_from is None and of_distilled(source) and results.is_imported(run)
 
 
-def _labeller(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> Labeller:
-    if _carries_its_own(run, source):
+def labeller(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> Labeller:
+    """Return the teachers of a source. Raises as ``training_set``."""
+    if _carries_its_own(recipe, run, source):
         return load_distilled(recipe, data, run).labeller()
-    return _teachers(recipe, data, run).labeller(recipe.evaluate.teachers_of(recipe.experts))
+    return _teachers(recipe, data, run).labeller(recipe.evaluate.teachers)
 
 
 def _labeller_name(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> str:
-    if not _carries_its_own(run, source):
-        return Teachers.named(recipe, recipe.evaluate.teachers_of(recipe.experts))
+    if not _carries_its_own(recipe, run, source):
+        teachers = _teachers(recipe, data, run)
+        return teachers.name(teachers.count(recipe.evaluate.teachers))
     own = load_distilled(recipe, data, run).labeller()
     return f"mean logits of {len(own.weights)} teachers that came with the set, temperature {own.temperature:g}"
 
 
-def _starting_set(distilled: DistilledSet, data: PreparedData, run: RunDir) -> TrainingSet:
+def _images_and_logits(distilled: DistilledSet, run: RunDir, source: Source) -> tuple[Tensor, Tensor]:
+    """Return images (S, C, H, H) and label logits (S, K) of the distilled set, or of what it started from."""
+    if results.base_source(source) == "distilled":
+        return distilled.images, distilled.label_logits
     if distilled.initial_label_logits is None:
         raise DistilledError(_no_start(distilled, run))
-    images_SCHH, p_SK = distilled.initial_images.to(data.device), F.softmax(distilled.initial_label_logits, dim=1)
-    return TrainingSet(rows_of(images_SCHH, p_SK.to(data.device)), len(images_SCHH))
+    return distilled.initial_images, distilled.initial_label_logits
 
 
 def _no_start(distilled: DistilledSet, run: RunDir) -> str:
@@ -248,6 +315,8 @@ def load_distilled(recipe: Recipe, data: PreparedData, run: RunDir) -> Distilled
 
 def _lr_rule(recipe: Recipe, source: Source) -> str:
     """Return the origin of the learning rate in ``settings_of``."""
+    if source == results.TEACHERS:
+        return "none"
     if of_everything(source):
         return "evaluate.full_lr"
     if recipe.evaluate.lr is not None:
@@ -258,7 +327,9 @@ def _lr_rule(recipe: Recipe, source: Source) -> str:
 def _labels(source: Source) -> str:
     if results.labelled_online(source):
         return "teacher"
-    if source == "distilled-adsa":
+    if results.labels_stored(source):
+        return "stored"
+    if results.labels_adjusted(source):
         return "soft, adjusted by ADSA"
     return (
         "soft"

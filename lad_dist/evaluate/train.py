@@ -1,7 +1,8 @@
 """Train a fresh network on a small or large set; the measurement behind every evaluation.
 
-The published protocol: SGD with momentum, the learning rate divided by ten at half of the epochs, soft cross-entropy,
-DSA.
+The protocol of LAD: SGD with momentum, the learning rate divided by ten at half of the epochs, soft cross-entropy, DSA.
+The protocol of RLDD: AdamW, the learning rate halved late, RandAugment, random resized crops, flips and CutMix, the
+teacher's logits, and a moving average of the weights. ``Settings`` has the parts of both.
 
 Shapes: R networks trained together, S training images, B of one batch, C channels, H side, K classes.
 """
@@ -9,25 +10,28 @@ Shapes: R networks trained together, S training images, B of one batch, C channe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lad_dist.data import augment
 from lad_dist.data.longtail import log_priors
+from lad_dist.data.mixing import draw_mix, mix
 from lad_dist.errors import NumericalError
 from lad_dist.models.convnet import ConvNet
 from lad_dist.models.stacked import StackedConvNets
-from lad_dist.recipe import AugmentConfig
+from lad_dist.recipe import AugmentConfig, without_later_defaults
 from lad_dist.seeds import rng
 
 BatchOf = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps row numbers (B,) to images (B, C, H, H) and label probabilities (B, K), both on the training device."""
 
 Counters = tuple[int | str, ...]
+CLASS_LOSS = 0.025  # RLDD's weight of the cross-entropy on the classes, beside the squared distance to the logits
 _TRIAL_EPOCHS = 3  # momentum takes effect from the second on
 
 
@@ -41,13 +45,17 @@ class TrainingSet:
     """Training set of one network: ``count`` images, served by ``batch_of``.
 
     ``labels_S`` are their classes, needed by class-balanced sampling and logit adjustment. ``label_views`` returns the
-    label probabilities (B, K) of augmented images (B, C, H, H), in place of those that ``batch_of`` serves.
+    label logits (B, K) of augmented images (B, C, H, H), in place of the labels that ``batch_of`` serves; ``stored``
+    the augmented images (S, C, H, H) and their label logits (S, K) of an epoch, in place of augmentation. ``strong``
+    augments whitened images by draws of (seed, counters), where ``Settings.augmentation`` asks for it.
     """
 
     batch_of: BatchOf
     count: int
     labels_S: np.ndarray | None = None
     label_views: Callable[[Tensor], Tensor] | None = None
+    stored: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    strong: Callable[[Tensor, int, Counters], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,11 @@ class Settings:
     """Training settings of one network; with the network and the set, everything needed to reproduce its row.
 
     ``sampling``: an epoch is every image once, or as many images drawn class-balanced. ``logit_adjustment``: tau of the
-    logit-adjusted loss, 0 for the plain one.
+    logit-adjusted loss, 0 for the plain one. ``schedule``: the learning rate times ``decay`` at half of the epochs, or
+    halved at 80, 90 and 95 %. ``augmentation``: DSA of the recipe, or RandAugment with crops and flips. ``cutmix``: share
+    of the batches that are mixed. ``label_loss``: soft cross-entropy, or where a teacher labels the squared distance to
+    its logits and CLASS_LOSS times the cross-entropy on the classes. ``ema``: decay of the weights' moving average that
+    is measured; 0: none.
     """
 
     epochs: int
@@ -67,6 +79,21 @@ class Settings:
     augment: AugmentConfig
     sampling: Literal["shuffled", "class-balanced"] = "shuffled"
     logit_adjustment: float = 0.0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    schedule: Literal["half", "late"] = "half"
+    augmentation: Literal["dsa", "randaugment"] = "dsa"
+    cutmix: float = 0.0
+    label_loss: Literal["cross-entropy", "logits"] = "cross-entropy"
+    ema: float = 0.0
+
+    def document(self) -> dict[str, Any]:
+        """Return the settings as plain values; later-added fields only where they differ from LAD's protocol."""
+        doc = asdict(self)
+        for name in ("optimizer", "schedule", "augmentation", "cutmix", "label_loss", "ema"):
+            if doc[name] == getattr(type(self), name):
+                del doc[name]
+        own = self.augment.model_dump(mode="json")
+        return doc | {"augment": without_later_defaults("augment", own)}
 
 
 def train(
@@ -151,49 +178,129 @@ def _train(
 ) -> list[float]:
     """Shared loop: the loss is the sum of the networks' losses, whose gradients are independent."""
     count, device = sets[0].count, next(module.parameters()).device
-    sgd = torch.optim.SGD(
-        module.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, [settings.epochs // 2 + 1], gamma=settings.decay)
+    optimizer, schedule = _optimizer(module, settings)
+    average = _average(module, settings)
     module.train()
     losses_R = torch.zeros(len(sets), device=device)
     shift_RK: list[Tensor] | None = None
     for epoch in range(settings.epochs):
         orders = [_order(s, settings, seed, c, epoch) for s, c in zip(sets, counters, strict=True)]
         draws = [rng(seed, "evaluate", *c, "augment", epoch) for c in counters]
+        stored = [None if s.stored is None else s.stored(epoch) for s in sets]
         losses_R = torch.zeros(len(sets), device=device)
-        for rows in zip(*(order.split(settings.batch) for order in orders), strict=True):
-            batches = [s.batch_of(rows_B) for s, rows_B in zip(sets, rows, strict=True)]
-            views = [
-                augment.apply(x, augment.draw(g, settings.augment, len(x), x.shape[2]))
-                for (x, _), g in zip(batches, draws, strict=True)
+        for step, rows in enumerate(zip(*(order.split(settings.batch) for order in orders), strict=True)):
+            batches = [
+                _batch(s, kept, rows_B, settings, g, seed, (*c, epoch, step))
+                for s, kept, rows_B, g, c in zip(sets, stored, rows, draws, counters, strict=True)
             ]
+            views = [batch.views_BCHH for batch in batches]
             logits_RBK = module(torch.stack(views)) if stacked else module(views[0]).unsqueeze(0)
             if settings.logit_adjustment:
                 if shift_RK is None:
                     shift_RK = [_log_priors(s, logits_RBK.shape[2]).to(logits_RBK) for s in sets]
                 logits_RBK = logits_RBK + settings.logit_adjustment * torch.stack(shift_RK).unsqueeze(1)
-            p_RBK = torch.stack(
-                [
-                    p if s.label_views is None else s.label_views(x)
-                    for s, x, (_, p) in zip(sets, views, batches, strict=True)
-                ]
-            )
-            terms_RBK = p_RBK * logits_RBK.log_softmax(dim=2)
-            # Network by network: the summation order over all of them depends on their number.
-            losses = torch.cat([-terms.sum(dim=(1, 2)) for terms in terms_RBK.split(1)]) / len(rows[0])
-            sgd.zero_grad(set_to_none=True)
+            losses = _losses(logits_RBK, batches, settings)
+            optimizer.zero_grad(set_to_none=True)
             losses.sum().backward()
-            sgd.step()
+            optimizer.step()
+            if average is not None:
+                average.update_parameters(module)
             losses_R += losses.detach() * len(rows[0])
         schedule.step()
         on_epoch()
+    if average is not None:
+        module.load_state_dict(average.module.state_dict())
     module.eval()
     means = [total / count for total in losses_R.tolist()]
     for mean, of in zip(means, counters, strict=True):
         if not np.isfinite(mean):
             raise NumericalError(f"evaluation, {of}: the training loss is {mean}; try a smaller evaluate.lr")
     return means
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Augmented images (B, C, H, H) and label probabilities (B, K).
+
+    ``logits_BK``, where a teacher labelled them: its logits. ``classes_BK``: the classes, mixed as the images are.
+    """
+
+    views_BCHH: Tensor
+    p_BK: Tensor
+    logits_BK: Tensor | None
+    classes_BK: Tensor
+
+
+def _batch(
+    images: TrainingSet,
+    stored: tuple[Tensor, Tensor] | None,
+    rows_B: Tensor,
+    settings: Settings,
+    draws: np.random.Generator,
+    seed: int,
+    counters: Counters,
+) -> _Batch:
+    images_BCHH, p_BK = images.batch_of(rows_B)
+    logits_BK = None
+    if stored is not None:
+        views_BCHH, logits_BK = (whole[rows_B.to(whole.device)] for whole in stored)
+    elif settings.augmentation == "randaugment":
+        assert images.strong is not None
+        views_BCHH = images.strong(images_BCHH, seed, (*counters, "strong"))
+    else:
+        views_BCHH = augment.apply(
+            images_BCHH, augment.draw(draws, settings.augment, len(images_BCHH), images_BCHH.shape[2])
+        )
+    mixed = None
+    if settings.cutmix:
+        mixed = draw_mix(
+            rng(seed, "evaluate", *counters, "mix"), settings.cutmix, 0.0, len(rows_B), views_BCHH.shape[2]
+        )
+    if mixed is not None:
+        views_BCHH = mix(views_BCHH, mixed)
+        p_BK = mixed.share * p_BK + (1 - mixed.share) * p_BK[mixed.others_B.to(p_BK.device)]
+    if images.label_views is not None:
+        logits_BK = images.label_views(views_BCHH)
+    elif logits_BK is not None and mixed is not None:  # stored before they were mixed
+        p = logits_BK.softmax(dim=1)
+        logits_BK = (mixed.share * p + (1 - mixed.share) * p[mixed.others_B.to(p.device)]).clamp_min(1e-12).log()
+    return _Batch(views_BCHH, p_BK if logits_BK is None else logits_BK.softmax(dim=1), logits_BK, p_BK)
+
+
+def _losses(logits_RBK: Tensor, batches: Sequence[_Batch], settings: Settings) -> Tensor:
+    """Return the mean loss of each network's batch (R,)."""
+    if settings.label_loss == "logits" and all(b.logits_BK is not None for b in batches):
+        targets_RBK = torch.stack([b.logits_BK for b in batches if b.logits_BK is not None])
+        squares_R = (logits_RBK - targets_RBK).square().mean(dim=(1, 2))
+        classes_RBK = torch.stack([b.classes_BK for b in batches])
+        return squares_R - CLASS_LOSS * (classes_RBK * logits_RBK.log_softmax(dim=2)).sum(dim=2).mean(dim=1)
+    p_RBK = torch.stack([b.p_BK for b in batches])
+    terms_RBK = p_RBK * logits_RBK.log_softmax(dim=2)
+    # Network by network: the summation order over all of them depends on their number.
+    return torch.cat([-terms.sum(dim=(1, 2)) for terms in terms_RBK.split(1)]) / logits_RBK.shape[1]
+
+
+def _optimizer(
+    module: nn.Module, settings: Settings
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    made: torch.optim.Optimizer
+    if settings.optimizer == "adamw":
+        made = torch.optim.AdamW(module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    else:
+        made = torch.optim.SGD(
+            module.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    milestones, factor = [settings.epochs // 2 + 1], settings.decay
+    if settings.schedule == "late":
+        milestones, factor = [round(share * settings.epochs) for share in (0.8, 0.9, 0.95)], 0.5
+    return made, torch.optim.lr_scheduler.MultiStepLR(made, milestones, gamma=factor)
+
+
+def _average(module: nn.Module, settings: Settings) -> AveragedModel | None:
+    """Return the moving average of the weights, if the settings ask for one."""
+    if settings.ema == 0:
+        return None
+    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
 
 
 def _order(images: TrainingSet, settings: Settings, seed: int, counters: Counters, epoch: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Train one expert, both stages: a function of (recipe, expert id) that writes checkpoints to the buffer, without Ray.
 
 Any process that trains expert 7 writes the same rows: its initialisation, image order and augmentation are
-counter-based (``seeds.py``), and SGD has no state but the weights: momentum starts anew with each epoch. So an expert continues from its last published
-checkpoint, bit for bit on a CPU with the same number of threads, and training it twice does no harm.
+counter-based (``seeds.py``), and SGD has no state but the weights: momentum starts anew with each epoch. So an expert
+continues from its last published checkpoint, bit for bit on a CPU with the same number of threads, and training it
+twice does no harm.
 """
 
 from __future__ import annotations

@@ -91,8 +91,7 @@ def experts_left(recipe: Recipe, trajectories: Path | str) -> list[int]:
 
 def _networks(recipe: Recipe, sources: Sequence[str]) -> set[tuple[str, str, int]]:
     """Return (source, architecture, seed) of every network that the evaluation trains."""
-    e = recipe.evaluate
-    return {(s, a, seed) for s in sources for a in e.architectures for seed in range(e.seeds)}
+    return {(source, *network) for source in sources for network in results.networks(recipe, source)}
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from lad_dist.plan.scaling import (
     scaling,
 )
 from lad_dist.plan.shapes import Shapes
-from lad_dist.recipe import Recipe
-from lad_dist.results import WHOLE, base_source, labelled_online
+from lad_dist.recipe import MOST_TEACHERS, Recipe
+from lad_dist.results import TEACHERS, WHOLE, base_source, labelled_online
 
 if TYPE_CHECKING:
     import torch
@@ -390,13 +390,15 @@ class _Times:
         if e.tune_epochs:  # the choice is not known yet
             epochs, most = max(e.tune_epochs), "at most "
         for source in dict.fromkeys(("distilled", *e.baselines)):
+            if source == TEACHERS:  # trains nothing
+                continue
             whole = source in WHOLE
             count, images, batch = epochs, self.total, e.batch
             if whole:
                 count, images, batch = e.full_epochs, self.info.train, e.full_batch
             epoch = _epoch(step, images, batch)
             if labelled_online(source):  # a forward pass by each teacher; a step is three
-                epoch *= 1 + e.teachers_of(self.recipe.experts) / 3
+                epoch *= 1 + min(self.recipe.experts.count, e.teachers or MOST_TEACHERS) / 3
             bound = "" if whole else most
             how = f"{e.seeds} networks, {bound}{count} epochs on {images} images, {count * epoch:.3g} s each"
             sources += [(source, turns * count * epoch, how), *self._tuning(source, epoch, whole)]

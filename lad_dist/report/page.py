@@ -102,8 +102,8 @@ def _missing(found: Contents) -> list[str]:
         done, total = max(found.history.iterations, default=0), found.recipe.distill.iterations
         notes.append(f"There is no distilled set yet ({done:,} of {total:,} iterations are recorded).")
     wanted = found.wanted
-    networks = found.recipe.evaluate.seeds * len(set(found.recipe.evaluate.architectures))
     for source in wanted:
+        networks = len(results.networks(found.recipe, source))
         have = results.planned_among(found.rows, source, found.recipe)
         if have < networks:
             notes.append(f"{tables.source_name(source)}: {have} of {networks} networks are measured.")

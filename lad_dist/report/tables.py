@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lad_dist import methods
-from lad_dist.results import DISTILLED, WHOLE, base_source, by_way, labelled_by_experts, labelled_online, of_one_way
+from lad_dist.results import (
+    DISTILLED,
+    WHOLE,
+    base_source,
+    by_way,
+    labelled_by_experts,
+    labelled_online,
+    labels_adjusted,
+    labels_stored,
+    of_one_way,
+)
 from lad_dist.results.paired import gains, points
 
 if TYPE_CHECKING:
@@ -24,22 +34,30 @@ SOURCES = {
     "distilled-adsa": "Distilled, labels adjusted (ADSA)",
     "distilled-hard": "Distilled, hard labels",
     "distilled-plain": "Distilled, no augmentation",
+    "distilled-stored": "Distilled, stored labels",
     "distilled-teacher": "Distilled, teacher labels",
     "initial": "Starting set",
+    "initial-hard": "Starting set, hard labels",
+    "initial-adsa": "Starting set, labels adjusted (ADSA)",
+    "initial-stored": "Starting set, stored labels",
     "initial-teacher": "Starting set, teacher labels",
     "random-soft": "Random real, soft labels",
+    "random-soft-adsa": "Random real, soft labels adjusted (ADSA)",
     "random-soft-plain": "Random real, soft labels, no augmentation",
+    "random-stored": "Random real, stored labels",
     "random-teacher": "Random real, teacher labels",
     "random": "Random real",
     "random-plain": "Random real, no augmentation",
     "k-center": "Real, k-center greedy",
     "herding-soft": "Real, herding, soft labels",
+    "herding-stored": "Real, herding, stored labels",
     "herding-teacher": "Real, herding, teacher labels",
     "herding": "Real, herding",
     "graph-cut": "Real, graph-cut",
     "full": "Whole long-tailed set",
     "full-balanced": "Whole set, class-balanced sampling",
     "full-logit-adjusted": "Whole set, logit-adjusted loss",
+    "teachers": "The teachers themselves",
 }
 MAIN_SOURCES = (  # sources in the page's first tables
     "distilled",
@@ -280,28 +298,34 @@ def published_lines(published: Iterable[PublishedFigure], summaries: Iterable[Ro
 def label_notes(rows: Iterable[Row]) -> list[str]:
     """Describe each adjustment of labels after distillation, one sentence each; may be empty."""
     rows = list(rows)
-    taus = sorted({row["label_tau"] for row in rows if row.get("label_adjustment") == "adsa"})
+    taus = sorted({row["label_tau"] for row in rows if row.get("label_tau") is not None})
     found = ", ".join(f"{tau:g}" for tau in taus)
     adjusted = [
-        f"{SOURCES['distilled-adsa']}: the same images and networks, with soft labels adjusted for the long tail after "
-        f"distillation (ADSA, arXiv 2511.17914; tau {found})."
+        "Labels adjusted (ADSA): the same images and networks, with soft labels adjusted for the long tail (arXiv 2511.17914"
+        + (f"; tau {found})." if found else ").")
     ]
-    return [*(adjusted if taus else []), *_teacher_notes(rows)]
+    any_adjusted = any(row.get("label_adjustment") == "adsa" for row in rows)
+    return [*(adjusted if any_adjusted else []), *_teacher_notes(rows)]
 
 
 def _teacher_notes(rows: Sequence[Row]) -> list[str]:
     """State who labels the augmented batches, and what that adds to the bytes a user keeps."""
-    online = [row for row in rows if labelled_online(row["source"]) and row.get("keeps")]
+    online = [
+        row for row in rows if (labelled_online(row["source"]) or labels_stored(row["source"])) and row.get("keeps")
+    ]
     if not online:
         return []
     by = ", ".join(dict.fromkeys(str(row["settings"]["labelled_by"]) for row in online))
     kept = dict.fromkeys(
-        f"{source_name(row['source'])} {_megabytes(row['keeps']['images'])} and {_megabytes(row['keeps']['teachers'])}"
+        f"{source_name(row['source'])} {_megabytes(row['keeps']['images'])} and "
+        f"{_megabytes(row['keeps']['teachers'] + row['keeps']['labels'])}"
         for row in online
     )
+    stored = any(labels_stored(row["source"]) for row in online)
+    views = " (stored labels: on some views of each image)" if stored else ""
     return [
-        f"Teacher labels: {by}, on every augmented batch; a user keeps images and teachers: {', '.join(kept)}. With other "
-        "labels a user keeps the images and their labels only."
+        f"Teacher labels: {by}, on every augmented batch{views}; a user keeps images and teachers or stored labels: "
+        f"{', '.join(kept)}. With other labels a user keeps the images and one label each."
     ]
 
 
@@ -315,6 +339,7 @@ def source_name(source: str) -> str:
         return SOURCES[source]
     own = base_source(source)
     soft = ", soft labels" * labelled_by_experts(source) + ", teacher labels" * labelled_online(source)
+    soft += ", stored labels" * labels_stored(source) + ", adjusted (ADSA)" * labels_adjusted(source)
     return f"{own}{soft}{', no augmentation' * source.endswith('-plain')}"
 
 

@@ -73,30 +73,41 @@ SOURCES = (
     "distilled-adsa",
     "distilled-hard",
     "distilled-plain",
+    "distilled-stored",
     "distilled-teacher",
     "initial",
+    "initial-hard",
+    "initial-adsa",
+    "initial-stored",
     "initial-teacher",
     "random-soft",
+    "random-soft-adsa",
     "random-soft-plain",
+    "random-stored",
     "random-teacher",
     "random",
     "random-plain",
     "k-center",
     "herding-soft",
+    "herding-stored",
     "herding-teacher",
     "herding",
     "graph-cut",
     "full",
     "full-balanced",
     "full-logit-adjusted",
+    "teachers",
 )
 """Training sources, in the order of every table.
 
-``distilled-adsa`` and ``distilled-hard`` are the distilled images with adjusted and with hard labels, ``initial`` is
-the set that distillation started from, ``...-soft`` are real images with the experts' mean logits as labels,
-``...-teacher`` are images whose augmented batches the experts label anew, ``...-plain`` is a set without augmentation;
-``full-...`` are other ways to train on the whole long-tailed set.
+``initial`` is the set that distillation started from, ``...-hard`` are images with their class as label, ``...-adsa``
+with adjusted soft labels, ``...-soft`` are real images with the experts' mean logits as labels, ``...-stored`` are
+images with the experts' labels of some augmented views, ``...-teacher`` are images whose augmented batches the experts
+label anew, ``...-plain`` is a set without augmentation;
+``full-...`` are other ways to train on the whole long-tailed set. ``teachers``, which trains nothing, are the experts
+that label, measured as one network.
 """
+TEACHERS = "teachers"
 
 DISTILLED = tuple(source for source in SOURCES if source.startswith("distilled"))
 WHOLE = tuple(source for source in SOURCES if source.startswith("full"))
@@ -113,7 +124,7 @@ def wanted(recipe: Recipe, run: RunDir) -> list[str]:
     sources = ["distilled", *(["distilled-adsa"] if e.label_adjustment == "adsa" else []), *e.baselines]
     imported = is_imported(run)  # no known initialisation, and no expert to label images
     left_out = ("initial",) if imported or _without_start(run.distilled / "tensors.safetensors") else ()
-    own = ("distilled-teacher",) if (run.distilled / "teachers.safetensors").is_file() else ()
+    own = ("distilled-stored", "distilled-teacher") if (run.distilled / "teachers.safetensors").is_file() else ()
     return [
         s
         for s in dict.fromkeys(sources)
@@ -123,7 +134,17 @@ def wanted(recipe: Recipe, run: RunDir) -> list[str]:
 
 def labelled_by_experts(source: Source) -> bool:
     """Return whether a source is real images with one soft label each, by the experts."""
-    return source.removesuffix("-plain").endswith("-soft")
+    return source.removesuffix("-plain").removesuffix("-adsa").endswith("-soft")
+
+
+def labels_stored(source: Source) -> bool:
+    """Return whether a source has labels of the experts for some augmented views of each image."""
+    return source.endswith("-stored")
+
+
+def labels_adjusted(source: Source) -> bool:
+    """Return whether a source's soft labels are adjusted by ADSA."""
+    return source.removesuffix("-plain").endswith("-adsa")
 
 
 def labelled_online(source: Source) -> bool:
@@ -133,14 +154,14 @@ def labelled_online(source: Source) -> bool:
 
 def uses_experts(source: Source) -> bool:
     """Return whether training on a source needs the experts."""
-    return labelled_by_experts(source) or labelled_online(source)
+    return labelled_by_experts(source) or labelled_online(source) or labels_stored(source) or source == TEACHERS
 
 
 def base_source(source: Source) -> str:
     """Return the source without its endings for labels and augmentation: ``random`` of ``random-soft-plain``."""
     if source in DISTILLED:
         return "distilled"
-    for ending in ("-plain", "-soft", "-teacher"):
+    for ending in ("-plain", "-adsa", "-hard", "-soft", "-stored", "-teacher"):
         source = source.removesuffix(ending)
     return source
 
@@ -154,9 +175,16 @@ def check_source(source: str) -> Source:
 
 def planned_among(rows: Iterable[Row], source: str, recipe: Recipe) -> int:
     """Count the networks of a source requested by the recipe among ``rows``, which may hold others too."""
-    e = recipe.evaluate
-    asked = {(source, a, seed) for a in e.architectures for seed in range(e.seeds)}
+    asked = {(source, *network) for network in networks(recipe, source)}
     return sum(_key(row) in asked for row in rows)
+
+
+def networks(recipe: Recipe, source: Source) -> list[tuple[str, int]]:
+    """Return (architecture, seed) of every network that the recipe measures a source by."""
+    e = recipe.evaluate
+    if source == TEACHERS:
+        return [(recipe.model.network, 0)]
+    return [(a, seed) for a in dict.fromkeys(e.architectures) for seed in range(e.seeds)]
 
 
 def _without_start(tensors: Path) -> bool:

@@ -19,6 +19,11 @@ STARTING_SET = "initial"
 REFERENCES = {
     STARTING_SET: "distilled",
     "random-soft": "distilled",
+    "initial-hard": "distilled-hard",
+    "initial-adsa": "distilled-adsa",
+    "random-soft-adsa": "distilled-adsa",
+    "initial-stored": "distilled-stored",
+    "random-stored": "distilled-stored",
     "initial-teacher": "distilled-teacher",
     "random-teacher": "distilled-teacher",
 }

@@ -116,7 +116,6 @@ class Follower:
         rows = results.read(run.results)
         experts, lines = _experts(recipe, log, self._shelf, now)
         stages = [experts, _distill(recipe, run, log, now)]
-        wanted = recipe.evaluate.seeds * len(set(recipe.evaluate.architectures))
         measured = [row["source"] for row in rows]
         for source in dict.fromkeys([*results.wanted(recipe, run), *measured]):
             tuning = log.stages.get(f"tune {source}")
@@ -124,6 +123,7 @@ class Follower:
                 state = _state(tuning, tuning.ended is not None, True, now, log.last)
                 what = "learning rate and epochs, chosen on validation images"
                 stages.append(StageStatus(f"tune {source}", state, what))
+            wanted = len(results.networks(recipe, source))
             done, name = results.planned_among(rows, source, recipe), f"evaluate {source}"
             more = measured.count(source) - done
             detail = f"{done} of {wanted} networks" + (f", and {more} more" if more else "")

@@ -1,0 +1,50 @@
+"""Stored labels: k augmented views of each image, with the teachers' logits of each view.
+
+What a user keeps is the images and k x K numbers per image: the views are recomputed from the images, as their
+augmentation depends on (seed, view) alone. FKD (Shen and Xing, ECCV 2022, arXiv 2112.01528) and SRe2L (arXiv
+2306.13092) store labels in this way.
+
+Shapes: S images, C channels, H side, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lad_dist.data import augment
+from lad_dist.evaluate.train import TrainingSet
+from lad_dist.labeller import Labeller
+from lad_dist.recipe import Recipe
+from lad_dist.seeds import rng
+
+_ROWS = 512  # images augmented and labelled at a time
+
+
+class StoredViews:
+    """Called with an epoch, returns the views (S, C, H, H) of all images in that epoch and their label logits (S, K).
+
+    Epoch e trains on view e modulo ``evaluate.stored_views``. ``images``: the set without its labels.
+    """
+
+    def __init__(self, images: TrainingSet, label: Labeller, recipe: Recipe, seed: int | str) -> None:
+        self._images, self._label, self._recipe, self._seed = images, label, recipe, seed
+        self._logits: dict[int, Tensor] = {}  # by view
+
+    def __call__(self, epoch: int) -> tuple[Tensor, Tensor]:
+        view = epoch % self._recipe.evaluate.stored_views
+        views_SCHH = torch.cat([self._views(rows, view) for rows in torch.arange(self._images.count).split(_ROWS)])
+        if view not in self._logits:
+            logits = [self._label.logits(x) / self._label.temperature for x in views_SCHH.split(_ROWS)]
+            self._logits[view] = torch.cat(logits)
+        return views_SCHH, self._logits[view]
+
+    def _views(self, rows: Tensor, view: int) -> Tensor:
+        images_BCHH, _ = self._images.batch_of(rows)
+        counters = ("stored", self._seed, view, int(rows[0]))
+        if self._recipe.evaluate.augmentation == "randaugment":
+            assert self._images.strong is not None
+            return self._images.strong(images_BCHH, self._recipe.seed, counters)
+        draws = rng(self._recipe.seed, "evaluate", *counters)
+        config, size = self._recipe.augment, images_BCHH.shape[2]
+        return augment.apply(images_BCHH, augment.draw(draws, config, len(rows), size))
