@@ -36,7 +36,7 @@ class ExpertEpoch:
 class Iteration:
     """Distillation has completed iteration ``number``, counted from 1.
 
-    ``losses``: by phase (representation, classifier, regression). ``alpha``: the student's learning rate.
+    ``losses``: by phase (representation, classifier, regression, statistics). ``alpha``: the student's learning rate.
     """
 
     number: int

@@ -1,9 +1,9 @@
 """DSA: differentiable augmentation with explicit parameters (Zhao and Bilen, ICML 2021, arXiv 2102.08259).
 
 One operation is drawn per batch (or all are applied, ``augment.compose``), its parameters per image. Drawing (``draw``)
-and applying (``apply``) are separate: the draws are NumPy numbers of a counter-based generator, so a rank that holds only some rows of a batch applies the
-same parameters to them as a single process would. User-defined operations (``Augmentation``) get their numbers in the
-same way.
+and applying (``apply``) are separate: the draws are NumPy numbers of a counter-based generator, so a rank that holds
+only some rows of a batch applies the same parameters to them as a single process would. User-defined operations
+(``Augmentation``) get their numbers in the same way.
 
 Shapes: B images, C channels, H side in pixels, D numbers per image.
 """

@@ -32,8 +32,6 @@ def draw_mix(rng: np.random.Generator, cutmix: float, mixup: float, batch: int, 
 
     ``cutmix``, ``mixup``: their probabilities, at most 1 together.
     """
-    if cutmix == 0 and mixup == 0:
-        return None
     which, share = rng.random(), float(rng.beta(1.0, 1.0))
     if which >= cutmix + mixup:
         return None

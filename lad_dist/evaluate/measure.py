@@ -282,7 +282,9 @@ class _Work:
             return
         if self.source == results.TEACHERS:
             label = labeller(self.recipe, self.data, self.run, self.source)
-            return self._publish(rows[0] | self._found(rows[0], label.logits) | {"train_images": None})
+            return self._publish(
+                rows[0] | self._found(rows[0], label.logits) | {"train_loss": None, "train_images": None}
+            )
         began, checked = time.perf_counter(), time.monotonic()
         networks = [self._network(row) for row in rows]
         sets = self._sets(rows)

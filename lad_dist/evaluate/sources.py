@@ -188,7 +188,7 @@ def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
         return replace(images, stored=views)
     if results.labelled_online(source):
         label = labeller(recipe, data, run, source)
-        return replace(images, label_views=lambda x: label.logits(x) / label.temperature)
+        return replace(images, label_views=label, label_logits=lambda x: label.logits(x) / label.temperature)
     return images
 
 

@@ -45,8 +45,8 @@ class TrainingSet:
     """Training set of one network: ``count`` images, served by ``batch_of``.
 
     ``labels_S`` are their classes, needed by class-balanced sampling and logit adjustment. ``label_views`` returns the
-    label logits (B, K) of augmented images (B, C, H, H), in place of the labels that ``batch_of`` serves; ``stored``
-    the augmented images (S, C, H, H) and their label logits (S, K) of an epoch, in place of augmentation. ``strong``
+    label probabilities (B, K) of augmented images (B, C, H, H), in place of those that ``batch_of`` serves, and
+    ``label_logits`` the logits behind them; ``stored`` the augmented images (S, C, H, H) and their label logits (S, K) of an epoch, in place of augmentation. ``strong``
     augments whitened images by draws of (seed, counters), where ``Settings.augmentation`` asks for it.
     """
 
@@ -54,6 +54,7 @@ class TrainingSet:
     count: int
     labels_S: np.ndarray | None = None
     label_views: Callable[[Tensor], Tensor] | None = None
+    label_logits: Callable[[Tensor], Tensor] | None = None
     stored: Callable[[int], tuple[Tensor, Tensor]] | None = None
     strong: Callable[[Tensor, int, Counters], Tensor] | None = None
 
@@ -259,8 +260,10 @@ def _batch(
     if mixed is not None:
         views_BCHH = mix(views_BCHH, mixed)
         p_BK = mixed.share * p_BK + (1 - mixed.share) * p_BK[mixed.others_B.to(p_BK.device)]
-    if images.label_views is not None:
-        logits_BK = images.label_views(views_BCHH)
+    if images.label_logits is not None and settings.label_loss == "logits":
+        logits_BK = images.label_logits(views_BCHH)
+    elif images.label_views is not None:
+        return _Batch(views_BCHH, images.label_views(views_BCHH), None, p_BK)
     elif logits_BK is not None and mixed is not None:  # stored before they were mixed
         p = logits_BK.softmax(dim=1)
         logits_BK = (mixed.share * p + (1 - mixed.share) * p[mixed.others_B.to(p.device)]).clamp_min(1e-12).log()

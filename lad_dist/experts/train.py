@@ -224,7 +224,8 @@ class ExpertTrainer:
         )
         decay = e.weight_decay if representation else e.classifier_weight_decay
         steps = -(-len(order) // e.batch)
-        mixing, velocity_P = rng(e.seed, *counters, "mix"), None
+        mixing = rng(e.seed, *counters, "mix") if representation and e.cutmix + e.mixup else None
+        velocity_P = None
         trained = self.layout.span("all" if representation else "classifier")
         loss_sum = torch.zeros((), device=self.data.device)
         correct = torch.zeros((), device=self.data.device)
@@ -235,7 +236,7 @@ class ExpertTrainer:
                 rng(e.seed, *counters, "augment", step), self.recipe.augment, len(rows_B), images_BCHH.shape[2]
             )
             views_BCHH, mixed = augment.apply(images_BCHH, drawn), None
-            if representation:
+            if mixing is not None:
                 mixed = draw_mix(mixing, e.cutmix, e.mixup, len(rows_B), views_BCHH.shape[2])
                 views_BCHH = views_BCHH if mixed is None else mix(views_BCHH, mixed)
             loss_of = (

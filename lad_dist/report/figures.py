@@ -134,6 +134,13 @@ def distill_charts(found: Contents) -> list[Figure]:
             scale=100.0,
         ),
         chart(
+            "Statistics loss",
+            [Line("statistics", "s4", history.curve("loss_statistics"))],
+            "loss",
+            "Cross-entropy of the set under a teacher, plus the weighted distance of its layer statistics from those of the "
+            "class-balanced training set.",
+        ),
+        chart(
             "Direction of the student",
             by_phase("cosine"),
             "cosine",

@@ -161,7 +161,9 @@ def base_source(source: Source) -> str:
     """Return the source without its endings for labels and augmentation: ``random`` of ``random-soft-plain``."""
     if source in DISTILLED:
         return "distilled"
-    for ending in ("-plain", "-adsa", "-hard", "-soft", "-stored", "-teacher"):
+    if source == "initial-hard":
+        return "initial"
+    for ending in ("-plain", "-adsa", "-soft", "-stored", "-teacher"):
         source = source.removesuffix(ending)
     return source
 

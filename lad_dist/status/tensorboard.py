@@ -117,7 +117,8 @@ def scalars(event: Event) -> Iterator[tuple[str, float, int]]:
     elif kind == "iteration":
         step = event["iteration"]
         found = {"distill/alpha": event.get("alpha"), "distill/seconds": event.get("seconds")}
-        found |= {f"distill/{name}/regression": event.get(f"{name}_regression") for name in ("loss", "accuracy")}
+        for phase in ("regression", "statistics"):
+            found |= {f"distill/{name}/{phase}": event.get(f"{name}_{phase}") for name in ("loss", "accuracy")}
         found |= {f"distill/{name}/{phase}": event.get(f"{name}_{phase}") for name in _OF_PHASE for phase in _PHASES}
         aligned = event.get("alignment") or {}
         found |= {f"alignment/{phase}/{name}": value for phase, of in aligned.items() for name, value in of.items()}
