@@ -81,7 +81,7 @@ class Cell:
 
 def options(args: argparse.Namespace, cell: Cell) -> list[str]:
     """The options of a cell's run."""
-    sets = [f"ipc={cell.ipc}", f"seed={cell.seed}", *args.set]
+    sets = [f"ipc={cell.ipc}", f"seed={cell.seed}"]
     sets += [] if cell.factor is None else [f"data.imbalance_factor={cell.factor:g}"]
     if cell.kind == "lad":
         sets += args.set_lad
@@ -98,6 +98,7 @@ def options(args: argparse.Namespace, cell: Cell) -> list[str]:
     if cell.kind == "hybrid":
         start = args.out / Cell("lad", cell.factor, cell.ipc, cell.seed).name
         sets += [f"distill.initial_from={start}"]
+    sets += args.set
     job = args.lad if cell.kind == "lad" else args.job
     out = [
         "--out",
