@@ -3,10 +3,10 @@
     python benchmarks/families.py cifar10-jpeg-lt-aligned --lad cifar10-jpeg-lt-laptop --set data.root=FOLDER --write
     python benchmarks/families.py digits-lt-aligned --lad digits-lt --ipc 1 2 5 --write
 
-The rows are sources of images (random and herded real ones, the starting set, LAD's, aligned ones); the columns are labels (hard, one
-fixed soft label, stored views, a teacher that labels every batch). The teachers are the experts of JOB, a recipe of method
-aligned, for all rows: LAD's images, made by the recipe --lad with experts of its own, are labelled by the same teachers. Each
-cell is trained by the same protocol (evaluate.* of JOB) and reports the last epoch on the test set; nothing is chosen on it.
+Images are random and herded real ones, the starting set, LAD's and aligned ones; labels are hard, one fixed soft label, stored
+views, and a teacher that labels every batch. The teachers are the experts of JOB, a recipe of method aligned, for all images:
+LAD's, made by the recipe --lad with experts of its own, are labelled by the same teachers. Each network is trained by the same
+protocol (evaluate.* of JOB) and measured on the test set after its last epoch; nothing is chosen on it.
 
 Every run is an ordinary run folder under --out, so an interrupted comparison continues where it was; teachers and experts are
 trained once per factor. --report-only makes the table of what is there, --write puts it into benchmarks/results/families-JOB.md.
@@ -199,8 +199,8 @@ def kept(groups: list[list[dict[str, Any]]]) -> str:
 def table(args: argparse.Namespace) -> str:
     """A row per factor, IPC, images and labels."""
     lines = [
-        "| network | factor | IPC | images | labels | overall (head/medium/tail) | over random real, same labels | MB kept: images + "
-        "labels + teachers | s a network | seeds |",
+        "| network | factor | IPC | images | labels | overall (head/medium/tail) | over random real, same labels "
+        "| MB kept: images + labels + teachers | s a network | seeds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for architecture in ("convnet", *args.architectures):
@@ -300,10 +300,10 @@ def main() -> None:
     mine = {"--write", "--report-only", "--out", str(args.out)}
     shown = " ".join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a not in mine)])
     text = (
-        f"# {recipe.name}: images x labels\n\n{date.today().isoformat()}, {cpu()}, {args.workers} processes of one thread; command: "
-        f"`python benchmarks/{shown}`.\nPercent; mean over seeds (each the mean of its networks) ± the standard deviation over seeds; "
-        "head, medium and tail\nare thirds of the classes by training count. Last epoch, test set. Teachers: the experts of "
-        f"{recipe.name}, for all rows.\n\n{table(args)}\n\n{costs(args)}\n"
+        f"# {recipe.name}: images x labels\n\n{date.today().isoformat()}, {cpu()}, {args.workers} processes of one thread; "
+        f"command: `python benchmarks/{shown}`.\nPercent; mean over seeds (each the mean of its networks) ± the standard "
+        "deviation over seeds; head, medium and tail\nare thirds of the classes by training count. Last epoch, test set. "
+        f"Teachers: the experts of {recipe.name}, for all rows.\n\n{table(args)}\n\n{costs(args)}\n"
     )
     print(text)
     if args.write:

@@ -46,8 +46,9 @@ class TrainingSet:
 
     ``labels_S`` are their classes, needed by class-balanced sampling and logit adjustment. ``label_views`` returns the
     label probabilities (B, K) of augmented images (B, C, H, H), in place of those that ``batch_of`` serves, and
-    ``label_logits`` the logits behind them; ``stored`` the augmented images (S, C, H, H) and their label logits (S, K) of an epoch, in place of augmentation. ``strong``
-    augments whitened images by draws of (seed, counters), where ``Settings.augmentation`` asks for it.
+    ``label_logits`` the logits behind them; ``stored`` the augmented images (S, C, H, H) and their label logits (S, K)
+    of an epoch, in place of augmentation. ``strong`` augments whitened images by draws of (seed, counters), where
+    ``Settings.augmentation`` asks for it.
     """
 
     batch_of: BatchOf

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lad_dist import methods
 from lad_dist.results import (
     DISTILLED,
+    TEACHERS,
     WHOLE,
     base_source,
     by_way,
@@ -129,7 +130,9 @@ def result_lines(summaries: Iterable[Row]) -> list[ResultLine]:
 
 
 def trained(row: Row) -> str:
-    """Format epochs and learning rate of a row's settings or of a summary: ``300, 0.0103``."""
+    """Format epochs and learning rate of a row's settings or of a summary: ``300, 0.0103``; nothing if untrained."""
+    if row["source"] == TEACHERS:
+        return ""
     of = row if "epochs" in row else row.get("settings") or {}
     known = [str(of["epochs"])] if of.get("epochs") is not None else []
     return ", ".join([*known, *([f"{of['lr']:.3g}"] if of.get("lr") is not None else [])])
@@ -137,7 +140,7 @@ def trained(row: Row) -> str:
 
 def trained_unlike(rows: Iterable[Row]) -> bool:
     """Return whether small sets differ in training epochs or learning rates, which a table must then show."""
-    return len({trained(row) for row in rows if row["source"] not in WHOLE}) > 1
+    return len({trained(row) for row in rows if row["source"] not in (*WHOLE, TEACHERS)}) > 1
 
 
 def protocol_notes(rows: Iterable[Row]) -> list[str]:
@@ -150,6 +153,8 @@ def protocol_notes(rows: Iterable[Row]) -> list[str]:
     schedules: dict[str, set[str]] = {"small": set(), "whole": set()}
     first: Row | None = None
     for row in (members[0] for members in by_way(rows).values()):  # type: ignore[arg-type]
+        if row["source"] == TEACHERS:  # trains nothing
+            continue
         title = source_title(row) if row["architecture"] == "convnet" else f"{source_title(row)}, {row['architecture']}"
         if row.get("lr_rule"):
             rules.setdefault(str(row["lr_rule"]), []).append((source_title(row), title))
@@ -183,8 +188,9 @@ def _comparable_settings(row: Row) -> dict[str, str]:
     """Return the settings shared by all sources of one protocol; epochs and rate are in the tables themselves."""
     s = row.get("settings") or {}
     found = {name: s[name] for name in ("batch", "momentum", "weight_decay", "decay") if name in s}
+    found |= {n: s.get(n, "as LAD's") for n in ("optimizer", "schedule", "cutmix", "label_loss", "ema")}
     if "augment" in s:
-        found["augmentation"] = "/".join(s["augment"].get("operations") or ["none"])
+        found["augmentation"] = s.get("augmentation") or "/".join(s["augment"].get("operations") or ["none"])
     if row["architecture"] == "convnet" and (s.get("network") or {}).get("norm"):
         found["norm"] = s["network"]["norm"]
     return {name: str(value) for name, value in {**found, "split": row.get("split")}.items()}
