@@ -138,7 +138,9 @@ def test_slow_libraries_are_imported_where_they_are_used():
         body = ast.parse(file.read_text()).body
         top = {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
         top |= {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
-        heavy = {"torchvision", "sklearn", "ray", "submitit", "numba", "triton", "huggingface_hub"} & {m.split(".")[0] for m in top}
+        heavy = {"torchvision", "sklearn", "ray", "submitit", "numba", "triton", "huggingface_hub"} & {
+            m.split(".")[0] for m in top
+        }
         assert not heavy or name_of(file) in OWN_FILE, (file, heavy)
 
 

@@ -54,7 +54,9 @@ class Preprocessing(StrEnum):
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of a distilled set.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run folder, the folder of a distilled set, or hf://OWNER/NAME.")
+    ],
     to: Annotated[
         ExportFormat,
         typer.Option(
@@ -67,14 +69,14 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
 ) -> None:
     """Write a run's distilled set as files that other tools read."""
-    from lad_dist.distilled import DistilledSet
+    from lad_dist import load
     from lad_dist.exchange.export import export as write
     from lad_dist.exchange.publishing import refuse_what_is_there
     from lad_dist.interrupts import as_exceptions
     from lad_dist.progress import Screen
 
-    source = run.expanduser()
-    distilled, target = DistilledSet.load(source), (out or _default_out(source, to)).expanduser()
+    target = (out or _default_out(run, to)).expanduser()
+    distilled = load(str(Path(run).expanduser()) if "://" not in run else run)
     refuse_what_is_there(target, force)
     screen = Screen(terminal.stdout())
     form: about.Form = to.value
@@ -89,9 +91,13 @@ def export(
     )
 
 
-def _default_out(source: Path, to: ExportFormat) -> Path:
-    """Return exports/RUN-FORM, named after the run folder even if its distilled set was given."""
-    whole = source.resolve()
+def _default_out(source: str, to: ExportFormat) -> Path:
+    """Return exports/RUN-FORM, named after the run folder even if its distilled set was given, or after the address."""
+    from lad_dist.sharing.address import parse
+
+    if "://" in source:
+        return Path("exports") / f"{parse(source).name}-{to}"
+    whole = Path(source).expanduser().resolve()
     return Path("exports") / f"{whole.parent.name if whole.name == 'distilled' else whole.name}-{to}"
 
 

@@ -38,9 +38,7 @@ def published_folder(out: Path) -> Iterator[Path]:
             if match and match[1] == host_name() and not process_lives(int(match[2])):
                 remove(leftover)
     except OSError as error:
-        raise StorageError(
-            f"{out}: cannot be written: {error.strerror or error}; choose another folder"
-        ) from error
+        raise StorageError(f"{out}: cannot be written: {error.strerror or error}; choose another folder") from error
     with RunDir(out.parent).publish_folder(out) as temporary:
         yield temporary
 

@@ -76,7 +76,9 @@ def _text(distilled: DistilledSet, measured: Sequence[dict[str, Any]], address: 
     meta, factor = distilled.meta, imbalance_factor(distilled)
     dataset = meta.dataset.split("/")[0]
     carried = "" if distilled.teachers is None else f" {len(distilled.teachers.weights)} networks that label augmented "
-    of_licence = "None is known: whoever publishes the set sets one." if license_name == "unknown" else license_name + "."
+    of_licence = (
+        "None is known: whoever publishes the set sets one." if license_name == "unknown" else license_name + "."
+    )
     return _TEXT.format(
         title=title(distilled),
         count=len(distilled),

@@ -6,6 +6,7 @@ The library's own environment counts: HF_TOKEN, HF_ENDPOINT, HF_HOME (its cache)
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ def download(address: HubAddress, names: Sequence[str], again: bool = False) -> 
     What is cached is not fetched again, unless ``again``. Raises SharingError.
     """
     api = _api(address)
-    with _explained(address, api):
+    with _explained(address, api), _bars_on_terminals():
         found = api.snapshot_download(
             address.repository,
             repo_type=_KIND,
@@ -59,7 +60,7 @@ def upload(
         raise SharingError(
             f"{address}: pushing needs a token of {api.endpoint}; valid: HF_TOKEN in the environment, or `hf auth login`"
         )
-    with _explained(address, api):
+    with _explained(address, api), _bars_on_terminals():
         api.create_repo(address.repository, repo_type=_KIND, private=private or None, exist_ok=True)
         info = api.repo_info(address.repository, repo_type=_KIND)
         if private and not info.private:
@@ -93,6 +94,21 @@ def _api(address: HubAddress) -> HfApi:
     from huggingface_hub import HfApi
 
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="lad-dist")
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Keep the library's progress bars out of logs and pipes."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 @contextmanager
