@@ -193,3 +193,23 @@ def test_a_set_is_exported_from_its_address(web, lad, tmp_path, monkeypatch):
     ended = lad("export", web, "--to", "pt")
     assert ended.exit_code == 0, ended.output
     assert torch.equal(torch.load("exports/birds-pt/images_best.pt"), lad_dist.load(web).images)
+
+
+def test_a_set_is_evaluated_from_its_address(pipeline_of, lad, tmp_path, monkeypatch):
+    """As the run that made it would measure it: the same images, labels, rate and teachers."""
+    from lad_dist import recipe_file
+
+    pipeline = pipeline_of("made", evaluate={"baselines": [], "seeds": 1})
+    pipeline.distill()
+    monkeypatch.chdir(tmp_path)
+    assert lad("push", "made", "digits").exit_code == 0
+    job = tmp_path / "job.yaml"
+    job.write_text(recipe_file.dump(pipeline.recipe))
+    ended = lad("import", job, (tmp_path / "digits").as_uri(), "--from", "set", "--out", "theirs")
+    assert ended.exit_code == 0, ended.output
+    there, here = lad_dist.load("made"), lad_dist.load("theirs")
+    assert torch.equal(there.images, here.images) and torch.equal(there.label_logits, here.label_logits)
+    assert there.lr == here.lr and len(there.teachers.weights) == len(here.teachers.weights)
+    assert here.meta.selection == there.meta.selection and here.meta.versions["method there"] == "lad"
+    other = lad("import", job, "digits", "--from", "set", "--out", "refused", "--set", "data.n_max=19")
+    assert other.exit_code == 6 and "was distilled from other training images" in other.stderr
