@@ -5,6 +5,7 @@ S images, K classes, C channels, H side.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +52,8 @@ class Incoming:
 
 def of_set(distilled: DistilledSet, where: str) -> Incoming:
     """Return a set of lad-dist's own, from the folder or address ``where``, bit for bit."""
+    digest = hashlib.sha256(distilled.images.contiguous().numpy().data)
+    digest.update(distilled.label_logits.contiguous().numpy().data)
     return Incoming(
         where,
         distilled.images,
@@ -58,7 +61,7 @@ def of_set(distilled: DistilledSet, where: str) -> Incoming:
         "logits",
         f"{where}, label_logits",
         distilled.lr,
-        f"{where} made by recipe {distilled.meta.recipe_hash}",
+        f"{where} sha256:{digest.hexdigest()}",
         distilled.labels.long(),
         about(distilled, "parquet"),
         distilled.teachers,

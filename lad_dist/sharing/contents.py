@@ -23,6 +23,7 @@ from lad_dist import recipe_file, results
 from lad_dist.distilled import FILES, META, DistilledSet
 from lad_dist.errors import SharingError
 from lad_dist.exchange.about import public_recipe
+from lad_dist.exchange.card import title
 from lad_dist.report import pictures
 from lad_dist.rundir import RunDir
 from lad_dist.sharing import card
@@ -33,6 +34,7 @@ NAMES = (CARD, SUMS, *SUMMED)  # the only files that are pushed or pulled
 _REQUIRED = (META, *(name for name in FILES if not name.startswith("teachers")))
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LINE = re.compile(r"(?P<sum>[0-9a-f]{64})  (?P<name>[\w.-]+)", re.ASCII)
+_SUM = re.compile(r"sha256:[0-9a-f]+")
 _UNKNOWN = "unknown"
 
 
@@ -66,15 +68,18 @@ def write(run: Path, folder: Path, address: str, license_name: str = _UNKNOWN) -
     if measured:
         (folder / RESULTS).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     shown = pictures.gallery(shared)
-    (folder / PICTURE).write_bytes(pictures.png_grid(shown, card.title(shared), shown.synthetic_GMHHC))
+    (folder / PICTURE).write_bytes(pictures.png_grid(shown, title(shared), shown.synthetic_GMHHC))
     (folder / CARD).write_text(card.card(shared, measured, address, license_name), encoding="utf-8")
     (folder / SUMS).write_text(sums(folder), encoding="utf-8")
     return shared
 
 
 def _versions(distilled: DistilledSet) -> dict[str, str]:
-    """Return the versions; of a file that the set was imported from the checksum, without its name."""
-    return {name: value[max(value.find("sha256:"), 0) :] for name, value in distilled.meta.versions.items()}
+    """Return the versions; of what the set was imported from the checksum, without the file's name."""
+    return {
+        name: ", ".join(_SUM.findall(value)) if name == "imported from" else value
+        for name, value in distilled.meta.versions.items()
+    }
 
 
 def summaries(run: Path) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def upload(
         )
     with _explained(address, api), _bars_on_terminals():
         api.create_repo(address.repository, repo_type=_KIND, private=private or None, exist_ok=True)
-        info = api.repo_info(address.repository, repo_type=_KIND)
+        info = api.dataset_info(address.repository)
         if private and not info.private:
             raise SharingError(f"{address}: is public already; valid: another name, or no --private")
         there = {file.rfilename for file in info.siblings or ()} - {*_OF_THE_HUB, card}
@@ -99,7 +99,7 @@ def _api(address: HubAddress) -> HfApi:
 @contextmanager
 def _bars_on_terminals() -> Iterator[None]:
     """Keep the library's progress bars out of logs and pipes."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if sys.stderr.isatty() or are_progress_bars_disabled():
         yield
