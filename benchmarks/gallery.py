@@ -53,6 +53,7 @@ Test accuracy in percent, overall (tail: the third of the classes with the fewes
 on one set. One distillation seed each, so differences of a point or two mean little; [results.md](results.md) has several
 seeds. A command that changes more of its recipe than `ipc` is a shorter run than the recipe's own. The starting set is the
 real images that the distillation began with, which are not in the gallery: where it is as good, distilling added nothing.
+A dash: not measured.
 
 | set | images | kB | {columns} |
 |---|---|---|{rules}|
@@ -133,7 +134,8 @@ def page() -> str:
 
 
 def _cell(folder: Path, source: str) -> str:
-    results: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
+    file = folder / "results.json"
+    results: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     found = next((row for row in results if row["source"] == source and row["architecture"] == "convnet"), None)
     return "–" if found is None else f"{100 * found['overall']:.1f} ({100 * found['tail']:.1f})"
 
