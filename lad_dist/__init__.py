@@ -39,9 +39,17 @@ def __getattr__(name: str) -> Any:
 def load(path: str | Path) -> DistilledSet:
     """The distilled set in a folder, as a ``torch.utils.data.Dataset`` that also unpacks to (images, soft labels, lr).
 
+    ``path`` may be an address: ``hf://OWNER/NAME``, ``hf://OWNER/NAME@REVISION`` or ``https://HOST/FOLDER``. Its
+    checksums are verified; what comes from the hub stays in that library's cache.
+
     Raises:
-        lad_dist.errors.DistilledError: the folder is not a whole distilled set.
+        lad_dist.errors.DistilledError: it is not a whole distilled set.
+        lad_dist.errors.SharingError: the address is wrong or cannot be reached, or a file of it is damaged.
     """
+    if isinstance(path, str) and (path.startswith("hf:") or "://" in path):
+        from lad_dist.sharing import transfer
+
+        return transfer.load(path)
     from lad_dist.distilled import DistilledSet
 
     return DistilledSet.load(path)

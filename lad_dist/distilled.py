@@ -2,7 +2,7 @@
 
 tensors.safetensors     images (S, C, H, H) float32, whitened; label_logits (S, K); labels (S,), the class of each image;
                         initial_images (S, C, H, H) and initial_label_logits (S, K), the initial values (an imported
-                        set has no initial_label_logits)
+                        or shared set has none)
 whitening.safetensors   see data/whitening.py
 teachers.safetensors    where there are experts: up to four, which label images (see labeller.py)
 meta.json               class names, learning rate, training counts, provenance, versions, checksums
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lad_dist.recipe import Recipe
 
 FORMAT_VERSION = 1
-_TENSORS, _WHITENING, _META = "tensors.safetensors", "whitening.safetensors", "meta.json"
+_TENSORS, _WHITENING, META = "tensors.safetensors", "whitening.safetensors", "meta.json"
 FILES = (_TENSORS, _WHITENING, TEACHERS)
 
 
@@ -93,8 +93,13 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         self.images, self.label_logits, self.labels = images_SCHH, label_logits_SK, labels_S
         self.meta, self.whitening = meta, whitening
-        self.initial_images = images_SCHH if initial_SCHH is None else initial_SCHH
         self.initial_label_logits, self.teachers = initial_logits_SK, teachers
+        self._initial_images = initial_SCHH
+
+    @property
+    def initial_images(self) -> Tensor:
+        """The images that the distillation started from, (S, C, H, H); the images themselves where they are not known."""
+        return self.images if self._initial_images is None else self._initial_images
 
     @property
     def soft_labels(self) -> Tensor:
@@ -146,8 +151,9 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             "images": self.images,
             "label_logits": self.label_logits,
             "labels": self.labels,
-            "initial_images": self.initial_images.clone(),
         }
+        if self._initial_images is not None:
+            tensors["initial_images"] = self._initial_images.clone()
         if self.initial_label_logits is not None:
             tensors["initial_label_logits"] = self.initial_label_logits
         save_tensors(tensors, folder / _TENSORS)
@@ -156,8 +162,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             self.teachers.save(folder / TEACHERS)
         sums = {name: _sha256(folder / name) for name in FILES if (folder / name).exists()}
         doc = {"format_version": FORMAT_VERSION, **asdict(self.meta)}
-        doc["sha256"] = {**sums, _META: _sha256_of_meta(doc)}
-        (folder / _META).write_text(json.dumps(doc, indent=1) + "\n", encoding="utf-8")
+        doc["sha256"] = {**sums, META: _sha256_of_meta(doc)}
+        (folder / META).write_text(json.dumps(doc, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> DistilledSet:
@@ -167,31 +173,34 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             DistilledError: a file is missing or damaged, or the parts are inconsistent; names the file.
         """
         folder = Path(path)
-        if not (folder / _META).is_file() and (folder / "distilled" / _META).is_file():
+        if not (folder / META).is_file() and (folder / "distilled" / META).is_file():
             folder = folder / "distilled"
-        meta, sums = _read_meta(folder / _META)
+        meta, sums = _read_meta(folder / META)
         carried = [TEACHERS] if TEACHERS in sums else []
         for name in (_TENSORS, _WHITENING, *carried):
             if not (folder / name).is_file():
                 raise DistilledError(
-                    f"{folder / name}: is missing; a distilled set has {_TENSORS}, {_WHITENING} and {_META}"
+                    f"{folder / name}: is missing; a distilled set has {_TENSORS}, {_WHITENING} and {META}"
                 )
             if _sha256(folder / name) != sums.get(name):
                 raise DistilledError(
-                    f"{folder / name}: does not match the checksum in {_META}: it is damaged or from another set"
+                    f"{folder / name}: does not match the checksum in {META}: it is damaged or from another set"
                 )
         try:
             tensors = parse_tensors((folder / _TENSORS).read_bytes())
             whitening = Whitening.load(folder / _WHITENING)
         except (SafetensorError, DataError) as error:
             raise DistilledError(f"{folder}: cannot be read: {error}") from error
+        lacking = [name for name in ("images", "label_logits", "labels") if name not in tensors]
+        if lacking:
+            raise DistilledError(f"{folder / _TENSORS}: lacks {', '.join(lacking)}: it is not of a distilled set")
         whole = cls(
             tensors["images"],
             tensors["label_logits"],
             tensors["labels"],
             meta,
             whitening,
-            tensors["initial_images"],
+            tensors.get("initial_images"),
             tensors.get("initial_label_logits"),
             Labeller.load(folder / TEACHERS) if carried else None,
         )
@@ -218,7 +227,7 @@ def _read_meta(path: Path) -> tuple[DistilledMeta, dict[str, str]]:
         doc = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise DistilledError(
-            f"{path.parent}: is not a distilled set (no {_META}); `lad-dist distill JOB` makes one"
+            f"{path.parent}: is not a distilled set (no {META}); `lad-dist distill JOB` makes one"
         ) from None
     except ValueError as error:
         raise DistilledError(f"{path}: is not valid JSON: {error}") from None
@@ -237,7 +246,7 @@ def _read_meta(path: Path) -> tuple[DistilledMeta, dict[str, str]]:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'sha256'}: {e['msg']}" for e in error.errors())
         raise DistilledError(f"{path}: {faults}") from None
-    if sums.get(_META) != own_sum:
+    if sums.get(META) != own_sum:
         raise DistilledError(f"{path}: does not match its own checksum: it was changed after it was written")
     return meta, sums
 

@@ -12,6 +12,7 @@
     |-- RankError               10   a rank of a distributed distillation is gone, or never joined
     |-- ClusterError            11   SLURM refused a job, cannot be reached, or a job of the chain did not finish
     |-- DoctorError             12   a check of `lad-dist doctor` failed
+    |-- SharingError            13   the address of a shared set is wrong, cannot be reached, or refuses
     `-- Interrupted            130   Ctrl-C or SIGTERM; finished work is kept
 
 Messages follow one pattern: *where* (file or field), *what* is wrong, *what* is valid or what to do.
@@ -96,6 +97,12 @@ class DoctorError(LadDistError):
     """Checks of the environment failed; the message names them."""
 
     exit_code = 12
+
+
+class SharingError(LadDistError):
+    """A distilled set cannot be pushed to or pulled from an address."""
+
+    exit_code = 13
 
 
 class Interrupted(LadDistError):

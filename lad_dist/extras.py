@@ -1,4 +1,4 @@
-"""Optional packages (``pip install 'lad-dist[ray,slurm,fast]'``): whether they are there, and the error where they are not."""
+"""Optional packages (``pip install 'lad-dist[ray,slurm,fast,hub]'``): whether they are there, and the error where they are not."""
 
 from __future__ import annotations
 

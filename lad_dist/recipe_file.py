@@ -266,6 +266,10 @@ def _shown(value: Any) -> str:
 
 def dump(recipe: BaseModel, header: str = "") -> str:
     """Format the resolved recipe as YAML with all fields; ``header`` becomes comment lines."""
-    doc = recipe.model_dump(mode="json")
+    return as_yaml(recipe.model_dump(mode="json"), header)
+
+
+def as_yaml(doc: dict[str, Any], header: str = "") -> str:
+    """Format a document as YAML; ``header`` becomes comment lines."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     return comment + yaml.dump(doc, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

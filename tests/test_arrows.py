@@ -13,6 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Arrows point down only: a room imports from rooms of a greater number, or from itself.
 LEVEL = {
     "cli": 0, "api": 0, "doctor": 1, "status": 1, "launch": 1, "view": 1, "plan": 2, "pipeline": 2, "starter": 2,
+    "sharing": 2.5,
     "experts": 3, "distill": 3, "evaluate": 3, "report": 3, "exchange": 3,
     "teachers": 3.5,
     "trajectories": 4, "distilled": 4, "labeller": 4, "data": 4, "models": 4,
@@ -104,6 +105,7 @@ def test_stages_never_import_each_other(stage):
 @pytest.mark.parametrize(("package", "allowed"), [
     ("ray", {"lad_dist.experts.fleet"}),
     ("submitit", {"lad_dist.launch.slurm"}),
+    ("huggingface_hub", {"lad_dist.sharing.hub"}),
     ("numba", {"lad_dist.models.compiled"}),
     ("triton", {"lad_dist.models.compiled_gpu"}),
     ("torch.distributed", {"lad_dist.ranks"}),
@@ -136,7 +138,9 @@ def test_slow_libraries_are_imported_where_they_are_used():
         body = ast.parse(file.read_text()).body
         top = {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
         top |= {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
-        heavy = {"torchvision", "sklearn", "ray", "submitit", "numba", "triton"} & {m.split(".")[0] for m in top}
+        heavy = {"torchvision", "sklearn", "ray", "submitit", "numba", "triton", "huggingface_hub"} & {
+            m.split(".")[0] for m in top
+        }
         assert not heavy or name_of(file) in OWN_FILE, (file, heavy)
 
 

@@ -25,6 +25,7 @@ NOT_RUN = {  # what in a command tells why it is not run
     r"--on (?!local)|^doctor --on|^cancel |^logs ": "needs a cluster; tests/slurm runs these verbs on a SLURM of two nodes",
     r"^view ": "serves until Ctrl-C; tests/test_view.py",
     r"--watch": "goes on until a run ends; tests/test_status.py",
+    r"hf://": "needs the hub; tests/sharing has one on 127.0.0.1",
     r"s3://": "needs a bucket; tests/trajectories/test_remote.py has one",
     r"my-recipe\.yaml|/data/|--replay RUN|their-files|runs/theirs": "names something of the reader's; tests of these verbs make it",
     r"tune_lr": "trains dozens of networks; tests/evaluate/test_tune.py does so with small ones",

@@ -10,6 +10,7 @@
     looking.py    status, view, compare, tensorboard, jobs, clusters
     buffers.py    buffer inspect, buffer verify, buffer export, buffer import
     exchange.py   export, import
+    sharing.py    push, pull
     terminal.py   output, and the types of ``errors.py`` as one message and an exit code
 
 A verb is a function, listed in ``VERBS`` in the order of ``--help``. Slow modules are imported inside the functions, so
@@ -24,7 +25,7 @@ from typing import Annotated
 import typer
 
 from lad_dist import __version__
-from lad_dist.cli import buffers, cluster, demo, doctor, exchange, init, looking, plan, stages, terminal
+from lad_dist.cli import buffers, cluster, demo, doctor, exchange, init, looking, plan, sharing, stages, terminal
 from lad_dist.cli.options import default_out, expanded
 from lad_dist.cores import wait_asleep
 
@@ -48,6 +49,8 @@ VERBS: tuple[Callable[..., None], ...] = (
     looking.tensorboard,
     exchange.export,
     exchange.import_,
+    sharing.push,
+    sharing.pull,
     looking.jobs,
     looking.clusters,
 )

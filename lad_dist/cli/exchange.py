@@ -14,6 +14,7 @@ from lad_dist.cli.options import JobOptions
 
 if TYPE_CHECKING:
     from lad_dist.data.whitening import Kind
+    from lad_dist.distilled import DistilledSet
     from lad_dist.exchange import about
     from lad_dist.exchange.incoming import Incoming
     from lad_dist.pipeline import Pipeline
@@ -35,6 +36,7 @@ class Readable(StrEnum):
     pt = "pt"
     parquet = "parquet"
     hf = "hf"
+    set = "set"
 
 
 class Labels(StrEnum):
@@ -54,7 +56,9 @@ class Preprocessing(StrEnum):
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of a distilled set.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run folder, the folder of a distilled set, or hf://OWNER/NAME.")
+    ],
     to: Annotated[
         ExportFormat,
         typer.Option(
@@ -67,14 +71,13 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
 ) -> None:
     """Write a run's distilled set as files that other tools read."""
-    from lad_dist.distilled import DistilledSet
     from lad_dist.exchange.export import export as write
     from lad_dist.exchange.publishing import refuse_what_is_there
     from lad_dist.interrupts import as_exceptions
     from lad_dist.progress import Screen
 
-    source = run.expanduser()
-    distilled, target = DistilledSet.load(source), (out or _default_out(source, to)).expanduser()
+    target = (out or _default_out(run, to)).expanduser()
+    distilled = _load(run)
     refuse_what_is_there(target, force)
     screen = Screen(terminal.stdout())
     form: about.Form = to.value
@@ -89,18 +92,35 @@ def export(
     )
 
 
-def _default_out(source: Path, to: ExportFormat) -> Path:
-    """Return exports/RUN-FORM, named after the run folder even if its distilled set was given."""
-    whole = source.resolve()
+def _load(place: str) -> DistilledSet:
+    """Return the distilled set of a folder or an address. Raises DistilledError, SharingError."""
+    from lad_dist import load
+
+    return load(place if "://" in place else Path(place).expanduser())
+
+
+def _default_out(source: str, to: ExportFormat) -> Path:
+    """Return exports/RUN-FORM, named after the run folder even if its distilled set was given, or after the address."""
+    from lad_dist.sharing.address import parse
+
+    if "://" in source:
+        return Path("exports") / f"{parse(source).name}-{to}"
+    whole = Path(source).expanduser().resolve()
     return Path("exports") / f"{whole.parent.name if whole.name == 'distilled' else whole.name}-{to}"
 
 
 def import_(
     asked: JobOptions,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the set.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="The folder of the set; with --from set also its address.")
+    ],
     from_: Annotated[
         Readable,
-        typer.Option("--from", help="pt: images_best.pt, labels_best.pt, lr_best.pt; parquet, hf: what export wrote."),
+        typer.Option(
+            "--from",
+            help="pt: images_best.pt, labels_best.pt, lr_best.pt; parquet, hf: what export wrote; "
+            "set: a distilled or shared set, as hf://OWNER/NAME.",
+        ),
     ] = Readable.pt,
     labels: Annotated[Labels | None, typer.Option(help="What labels_best.pt holds; default: detected.")] = None,
     lr: Annotated[float | None, typer.Option(help="The learning rate to train with; default: that of the set.")] = None,
@@ -118,7 +138,7 @@ def import_(
     from lad_dist.launch import local
     from lad_dist.progress import Screen
 
-    incoming = _read(folder.expanduser(), from_, labels, lr)
+    incoming = _read(folder, from_, labels, lr)
     recipe, profile = asked.recipe(), asked.profile()
     out, screen = asked.folder(recipe), Screen(terminal.stdout())
     is_new = not out.exists()
@@ -131,17 +151,25 @@ def import_(
         raise
 
 
-def _read(folder: Path, form: Readable, labels: Labels | None, lr: float | None) -> Incoming:
-    """Read the set in a folder. Raises DistilledError."""
+def _read(place: str, form: Readable, labels: Labels | None, lr: float | None) -> Incoming:
+    """Read the set in a folder or at an address. Raises DistilledError, SharingError."""
+    from dataclasses import replace
+
     from lad_dist.errors import DistilledError
     from lad_dist.exchange import pt, tables
 
     if lr is not None:
         pt.check_rate(lr, "--lr")
+    folder = Path(place).expanduser()
     if form is Readable.pt:
         return pt.read(folder, lr, None if labels is None else labels.value)
     if labels is not None:
         raise DistilledError(f"--labels {labels}: --from {form} holds logits and says so; --labels is for --from pt")
+    if form is Readable.set:
+        from lad_dist.exchange.incoming import of_set
+
+        found = of_set(_load(place), place)
+        return found if lr is None else replace(found, lr=lr)
     return tables.read(folder, lr)
 
 

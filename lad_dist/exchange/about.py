@@ -21,6 +21,8 @@ CARRIERS = ("folder", "parquet", "hf")  # forms that hold whitening and teachers
 FORMAT = "lad-dist distilled set 1"
 IMPORTED = "imported"  # value of ``DistilledMeta.method``, and of an unknown ``selection``
 _LONGEST_NAME = 60
+_OF_MACHINE = ("root", "train", "test", "download")  # fields of a recipe's data
+_PATH = re.compile(r"[/\\~$]")  # in text of a recipe, whose other values are names and ``module:attribute``
 
 _OF_DATASET = {
     "digits": "Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998",
@@ -40,9 +42,6 @@ def is_hard(distilled: DistilledSet) -> bool:
 def about(distilled: DistilledSet, form: Form) -> dict[str, Any]:
     """Return the content of lad_dist.json: counts, shapes, learning rate, whitening, provenance, citations."""
     meta, whitening = distilled.meta, distilled.whitening
-    recipe = {**meta.recipe}
-    if isinstance(recipe.get("data"), dict):  # the local data path is private
-        recipe["data"] = {k: v for k, v in recipe["data"].items() if k not in ("root", "download")}
     how: dict[str, Any] = {"kind": whitening.kind, "eps": whitening.eps}
     if whitening.kind == "standardize":
         how |= {"mean": whitening.mean.tolist(), "std": whitening.inverse.tolist()}
@@ -70,10 +69,21 @@ def about(distilled: DistilledSet, form: Form) -> dict[str, Any]:
         else {"file": TEACHERS, "count": len(carried.weights), "temperature": carried.temperature},
         "data_fingerprint": meta.data_fingerprint,
         "recipe_hash": meta.recipe_hash,
-        "recipe": recipe,
+        "recipe": public_recipe(meta.recipe),
         "versions": meta.versions,
         "cite": citations(distilled),
     }
+
+
+def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe without what is of the machine alone: the folders of its data, and any other path."""
+    clean: dict[str, Any] = {}
+    for name, value in recipe.items():
+        if isinstance(value, dict):
+            clean[name] = public_recipe(value)
+        elif name not in _OF_MACHINE and not (isinstance(value, str) and _PATH.search(value)):
+            clean[name] = value
+    return clean
 
 
 def imbalance_factor(distilled: DistilledSet) -> float | None:

@@ -70,7 +70,7 @@ def _head(distilled: DistilledSet) -> dict[str, Any]:
     """Return the front matter for ``datasets`` and the hub. ``license`` is left to the set's publisher."""
     features = [_yaml_feature(name, feature) for name, feature in hf_features(distilled).items()]
     return {
-        "pretty_name": _title(distilled),
+        "pretty_name": title(distilled),
         "tags": ["dataset-distillation", "long-tailed", "lad-dist"],
         "task_categories": ["image-classification"],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": HF_FILE}]}],
@@ -98,7 +98,7 @@ def _text(distilled: DistilledSet) -> str:
     )
     iterations = f", iteration {meta.iteration:,}, chosen by: {meta.selection}" if meta.iteration else ""
     return _TEXT.format(
-        title=_title(distilled),
+        title=title(distilled),
         count=f"{len(distilled):,}",
         ipc=meta.ipc,
         classes=len(meta.class_names),
@@ -121,7 +121,8 @@ def _text(distilled: DistilledSet) -> str:
     )
 
 
-def _title(distilled: DistilledSet) -> str:
+def title(distilled: DistilledSet) -> str:
+    """Return the set's name for people."""
     return f"Distilled {distilled.meta.dataset.split('/')[0]}, {distilled.meta.ipc} images per class"
 
 

@@ -5,6 +5,7 @@ S images, K classes, C channels, H side.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lad_dist.distilled import DistilledSet
 from lad_dist.errors import DistilledError
+from lad_dist.exchange.about import about
 from lad_dist.labeller import Labeller
 
 Labels = Literal["logits", "probabilities", "indices"]
@@ -27,7 +30,7 @@ _SUM_WITHIN = 1e-3  # tolerance on the sum 1 of a row of probabilities; half pre
 class Incoming:
     """An imported set. ``labels``: by ``kind``, logits or probabilities float32 (S, K), or class indices int64 (S,)."""
 
-    where: Path
+    where: Path | str
     images_SCHH: Tensor
     labels: Tensor
     kind: Labels
@@ -45,6 +48,24 @@ class Incoming:
         if self.kind == "probabilities":
             return self.labels.clamp_min(_SMALLEST).log()
         return _HARD_LABEL_LOGIT * F.one_hot(self.labels, classes).float()
+
+
+def of_set(distilled: DistilledSet, where: str) -> Incoming:
+    """Return a set of lad-dist's own, from the folder or address ``where``, bit for bit."""
+    digest = hashlib.sha256(distilled.images.contiguous().numpy().data)
+    digest.update(distilled.label_logits.contiguous().numpy().data)
+    return Incoming(
+        where,
+        distilled.images,
+        distilled.label_logits,
+        "logits",
+        f"{where}, label_logits",
+        distilled.lr,
+        f"{where} sha256:{digest.hexdigest()}",
+        distilled.labels.long(),
+        about(distilled, "parquet"),
+        distilled.teachers,
+    )
 
 
 def kind_of(labels: Tensor, asked: Labels | None, where: str) -> Labels:

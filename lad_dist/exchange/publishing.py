@@ -24,6 +24,13 @@ def published_export(out: Path, force: bool) -> Iterator[Path]:
         StorageError: it cannot be written.
     """
     refuse_what_is_there(out, force)
+    with published_folder(out) as temporary:
+        yield temporary
+
+
+@contextmanager
+def published_folder(out: Path) -> Iterator[Path]:
+    """Publish a folder by rename, replacing an older one. Raises StorageError where it cannot be written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for leftover in out.parent.glob(".tmp-*"):
@@ -31,9 +38,7 @@ def published_export(out: Path, force: bool) -> Iterator[Path]:
             if match and match[1] == host_name() and not process_lives(int(match[2])):
                 remove(leftover)
     except OSError as error:
-        raise StorageError(
-            f"{out}: cannot be written: {error.strerror or error}; choose another folder with --out"
-        ) from error
+        raise StorageError(f"{out}: cannot be written: {error.strerror or error}; choose another folder") from error
     with RunDir(out.parent).publish_folder(out) as temporary:
         yield temporary
 
