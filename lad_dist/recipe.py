@@ -192,6 +192,12 @@ class BufferConfig(_Section):
         description="experts that must be complete before distillation begins, which then adds new ones as they finish; "
         "default: all, so that the set depends on the recipe alone",
     )
+    keep: Literal["all", "windows"] = Field(
+        "all",
+        description="epochs that a new buffer keeps; windows: only those that this recipe's windows, regression and teachers "
+        "read, so that other windows need other experts; an existing buffer stays as it is",
+        json_schema_extra=_NOTHING,
+    )
     cache_mb: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         128,
         description="MiB of decoded checkpoints that each distillation process caches in host memory",
@@ -506,6 +512,7 @@ class Recipe(_Section):
 _LATER = {
     "data": ("normalize_before_zca", "test_fraction", "source"),
     "model": ("network",),
+    "buffer": ("keep",),
     "distill": (
         "initial_labels",
         "lambda_regression",
