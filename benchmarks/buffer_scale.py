@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -76,8 +77,8 @@ def meta_of(recipe: Recipe) -> BufferMeta:
     )
 
 
-def grow(folder: Path, first: int, last: int) -> dict[str, float]:
-    """Add experts ``first`` to ``last`` - 1 with their events to the run in ``folder``; seconds and bytes."""
+def grow(folder: Path, first: int, last: int) -> None:
+    """Add experts ``first`` to ``last`` - 1 with their events to the run in ``folder``."""
     from lad_dist.progress import Events
     from lad_dist.rundir import RunDir
     from lad_dist.trajectories import PartWriter
@@ -85,7 +86,7 @@ def grow(folder: Path, first: int, last: int) -> dict[str, float]:
 
     recipe = recipe_of(last)
     run, meta = RunDir.open(folder, recipe), meta_of(recipe)
-    began, sync = time.perf_counter(), os.fsync
+    sync = os.fsync
     os.fsync = lambda handle: None  # this machine's disk is not what is measured
     lasts = {"representation": EPOCHS, "classifier": CLASSIFIER_EPOCHS}
     events = Events(run.events)
@@ -105,7 +106,6 @@ def grow(folder: Path, first: int, last: int) -> dict[str, float]:
         events.emit("expert-finished", expert=expert)
     events.emit("stage-finished", stage="experts")
     os.fsync = sync
-    return {"seconds": (CLOCK() - began) / (last - first)}
 
 
 # What the fresh processes do. Each prints one JSON object.
@@ -276,17 +276,21 @@ def measure_s3(folder: Path, server: str, experts: int, layout: str) -> dict[str
 
 def run_all(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     layouts: dict[str, dict[int, Any]] = {"written": {}, "compacted": {}, "pruned": {}}
-    found: dict[str, Any] = {"write": {}, "layouts": layouts, "s3": {"written": {}, "compacted": {}}, "upkeep": {}}
+    found: dict[str, Any] = {"layouts": layouts, "s3": {"written": {}, "compacted": {}}, "upkeep": {}}
     first = 0
     with s3_server() if asked.s3 else _no_server() as server:
         for experts in asked.experts:
-            found["write"][experts] = grow(folder / "run", first, experts)
+            run = folder / f"r{experts}"
+            if not run.exists():
+                if first:
+                    shutil.copytree(folder / f"r{first}", run)
+                grow(run, first, experts)
             first = experts
-            layouts["written"][experts] = measure(folder / "run", experts, asked.repeats)
-            if asked.upkeep:
+            layouts["written"][experts] = measure(run, experts, asked.repeats)
+            if experts <= asked.upkeep_most:
                 found["upkeep"][experts] = after_upkeep(asked, folder, experts, found, server)
             if server is not None:
-                found["s3"]["written"][experts] = measure_s3(folder / "run", server, experts, "written")
+                found["s3"]["written"][experts] = measure_s3(run, server, experts, "written")
     return found
 
 
@@ -294,11 +298,9 @@ def after_upkeep(
     asked: argparse.Namespace, folder: Path, experts: int, found: dict[str, Any], server: str | None
 ) -> dict[str, float]:
     """Measure copies of the run, compacted and pruned; seconds of the two commands."""
-    import shutil
-
     seconds = {}
     copy = folder / "copy"
-    shutil.copytree(folder / "run", copy)
+    shutil.copytree(folder / f"r{experts}", copy)
     seconds["compact"] = command(1, "buffer", "compact", str(copy))
     found["layouts"]["compacted"][experts] = measure(copy, experts, asked.repeats)
     if server is not None:
@@ -330,7 +332,7 @@ def report(asked: argparse.Namespace, found: dict[str, Any]) -> str:
         f"pyarrow {pyarrow.__version__}; one thread.",
         f"- {EPOCHS + 1} + {CLASSIFIER_EPOCHS + 1} checkpoints an expert, a tiny network, {PER_PART} epochs a part as experts "
         "write them; an event log of 112 lines an expert beside it.",
-        "- Seconds of the processor, the least of fresh processes; a window is two checkpoints of one expert, start epochs below 20, the median.",
+        "- Seconds of the processor, the least of fresh processes; a window: two checkpoints of one expert, the median.",
         "",
     ]
     titles = {
@@ -367,7 +369,9 @@ def report(asked: argparse.Namespace, found: dict[str, Any]) -> str:
             "|---" * (len(counts) + 1) + "|",
         ]
         for verb in ("compact", "prune"):
-            lines.append(f"| `buffer {verb}` | " + " | ".join(f"{found['upkeep'][n][verb]:.1f}" for n in counts) + " |")
+            lines.append(
+                f"| `buffer {verb}` | " + " | ".join(f"{found['upkeep'][n][verb]:.1f}" for n in found["upkeep"]) + " |"
+            )
         lines.append("")
     if found["s3"]["written"]:
         lines += ["## In a store (moto's server, same machine; by the clock)", ""]
@@ -435,7 +439,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default 3)")
     parser.add_argument("--folder", type=Path, help="where to put the files meanwhile; default: the temporary folder")
     parser.add_argument("--s3", action=argparse.BooleanOptionalAction, default=True, help="measure moto's server too")
-    parser.add_argument("--upkeep", action=argparse.BooleanOptionalAction, default=True, help="compact and prune too")
+    parser.add_argument(
+        "--upkeep-most", type=int, default=1000, help="compact and prune buffers of up to so many experts"
+    )
+    parser.add_argument("--keep", type=Path, help="make the runs here, leave them, and use those that are here")
     parser.add_argument("--json", type=Path, help="write what was measured into this file")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.parent.name}/{RESULTS.name}")
     parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
@@ -445,8 +452,11 @@ def main() -> None:
     if asked.measure:
         print(json.dumps(MEASURES[asked.measure](asked.location, asked.experts[0])))
         return
-    with tempfile.TemporaryDirectory(prefix="buffer-scale-", dir=asked.folder) as name:
-        found = run_all(asked, Path(name))
+    if asked.keep:
+        found = run_all(asked, asked.keep)
+    else:
+        with tempfile.TemporaryDirectory(prefix="buffer-scale-", dir=asked.folder) as name:
+            found = run_all(asked, Path(name))
     text = report(asked, found)
     if asked.json:
         asked.json.write_text(json.dumps(found))

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from lad_dist.cli import app
 from lad_dist.errors import StorageError, TrajectoryError
 from lad_dist.recipe import Recipe
+from lad_dist.rundir import RunDir
 from lad_dist.trajectories import Buffer, PartWriter, claims, files, kept, upkeep
 from lad_dist.trajectories.kept import Kept
 from lad_dist.trajectories.replay import export_pt
@@ -27,7 +30,7 @@ def filled(write, recipe_meta):
     """Two complete experts and one that has only begun."""
     for expert in (0, 1):
         for stage, last in LAST.items():
-            folder = write(last, stage=stage, expert=expert, per_part=4, meta=recipe_meta)
+            write(last, stage=stage, expert=expert, per_part=4, meta=recipe_meta)
     return write(6, expert=2, per_part=4, meta=recipe_meta)
 
 
@@ -107,7 +110,7 @@ def test_what_was_pruned_is_named_once(filled, tmp_path):
     more = Kept({"representation": ((2, 8), (12, 12)), "classifier": ((0, 1),)})
     with pytest.raises(TrajectoryError, match=r"keeps only .*this recipe needs representation epochs 2 to 8; valid"):
         upkeep.prune(buffer, more)
-    with pytest.raises(TrajectoryError, match="replay_buffer_N.pt files hold every epoch"):
+    with pytest.raises(TrajectoryError, match=r"replay_buffer_N\.pt files hold every epoch"):
         export_pt(buffer, tmp_path / "out")
     (filled / "kept.json").write_text("[")
     with pytest.raises(TrajectoryError, match=r"kept\.json: says which epochs"):
@@ -146,3 +149,45 @@ def test_what_a_recipe_needs():
     assert kept.needed(regression).spans["representation"] == ((0, 21), (100, 100))
     both = kept.needed(recipe).together(kept.needed(regression))
     assert both.spans["representation"] == ((0, 21), (100, 100)) and not both.lacking(kept.needed(recipe))
+
+
+@pytest.fixture
+def run_folder(tmp_path, meta, weights):
+    """A run of a small recipe, whose experts are made up."""
+    recipe = Recipe.model_validate(
+        {
+            "data": {"dataset": "digits"},
+            "experts": {"count": 2, "epochs": 12, "classifier_epochs": 3},
+            "distill": {"start_epoch_max": 4, "window_epochs": 1},
+        }
+    )
+    run = RunDir.open(tmp_path / "run", recipe)
+    meta = replace(meta, experts_hash=recipe.experts_hash(), recipe=recipe.experts_document())
+    for expert in (0, 1):
+        for stage, last in LAST.items():
+            with PartWriter(run.trajectories, meta, stage, expert, 3) as writer:
+                for epoch in range(last + 1):
+                    writer.append(epoch, weights(stage, expert, epoch))
+    return run
+
+
+def test_the_commands(run_folder, tmp_path):
+    def invoked(*words, typed=None):
+        return CliRunner().invoke(app, ["buffer", *words], input=typed)
+
+    where = str(run_folder.root)
+    assert "14 parts before, 4 now" in invoked("compact", where).stdout
+    asked = invoked("prune", where, typed="n\n")
+    assert (
+        asked.exit_code == 1
+        and "frees about" in asked.stdout
+        and len(Buffer(run_folder.trajectories).epochs("representation", 0)) == 13
+    )
+    pruned = invoked("prune", where, "--yes")
+    assert pruned.exit_code == 0, pruned.output
+    assert Buffer(run_folder.trajectories).epochs("representation", 1) == (0, 1, 2, 3, 4, 12)
+    assert "keeps:   only representation epochs 0 to 4, 12" in invoked("inspect", where).stdout
+    unknown = invoked("prune", str(run_folder.trajectories), "--yes")
+    assert isinstance(unknown.exception, TrajectoryError) or "which epochs are needed is not known" in unknown.output
+    other = invoked("prune", str(run_folder.trajectories), "--for", "digits-lt", "--yes")
+    assert other.exit_code != 0
