@@ -78,6 +78,7 @@ class Pipeline:
 
         e, device = self.recipe.experts, self.device.type
         trainer = ExpertTrainer(self.recipe, self.data, self.run.trajectories)
+        trainer.declare_kept()
         left = trainer.left(range(e.count))
         todo = [expert for expert, epochs in left.items() if epochs]
         if not todo:

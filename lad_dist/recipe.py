@@ -231,6 +231,12 @@ class BufferConfig(_Section):
         description="experts that must be complete before distillation begins, which then adds new ones as they finish; "
         "default: all, so that the set depends on the recipe alone",
     )
+    keep: Literal["all", "windows"] = Field(
+        "all",
+        description="epochs that a new buffer keeps; windows: only those that this recipe's windows, regression and teachers "
+        "read, so that other windows need other experts; an existing buffer stays as it is",
+        json_schema_extra=_NOTHING,
+    )
     cache_mb: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         128,
         description="MiB of decoded checkpoints that each distillation process caches in host memory",
@@ -619,6 +625,7 @@ _LATER = {
     "model": ("network",),
     "augment": ("compose",),
     "experts": ("momentum", "schedule", "warmup_epochs", "logit_adjustment", "cutmix", "mixup", "precision"),
+    "buffer": ("keep",),
     "distill": (
         "lambda_statistics",
         "statistics_weight",

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from lad_dist import pipeline as pipeline_module
 from lad_dist import ranks, recipe_file, results
 from lad_dist.distilled import DistilledSet
-from lad_dist.errors import RunDirError
+from lad_dist.errors import RunDirError, TrajectoryError
 from lad_dist.launch.chain import StageSelection, stages_left
 from lad_dist.pipeline import open_pipeline
 from lad_dist.profile import Profile
@@ -133,6 +133,34 @@ def test_more_experts_before_anything_is_distilled(pipeline_of, grown):
     assert set(trained) == {2}
 
 
+def test_a_run_that_keeps_windows_only_grows_and_equals_one_that_keeps_all(pipeline_of, grown, small_recipe):
+    narrow = {"distill": {"iterations": 2, "start_epoch_max": 1, "window_epochs": 1}, "buffer": {"keep": "windows"}}
+    first = grown(**narrow)
+    first.experts()
+    buffer, epochs = Buffer(first.run.trajectories), first.recipe.experts.epochs
+    assert buffer.epochs("representation", 0) == (0, 1, epochs) and buffer.verify() == []
+    first.distill()
+    everything = pipeline_of("all", distill=narrow["distill"])
+    everything.distill()
+    assert first.recipe.experts_hash() == everything.recipe.experts_hash()
+    assert small_recipe().recipe_hash() == small_recipe(buffer={"keep": "all"}).recipe_hash()
+    assert same_set(first.run.distilled, everything.run.distilled)
+    more = grown(**{**narrow, "distill": {**narrow["distill"], "iterations": 4}})
+    more.experts()
+    more.distill()
+    assert DistilledSet.load(more.run.distilled).meta.iteration == 4
+    trained = [e for e in read_events(more.run.events) if e["kind"] == "expert-epoch"]
+    assert len(trained) == 2 * (epochs + more.recipe.experts.classifier_epochs)
+
+
+def test_other_windows_of_a_run_that_keeps_its_own_only(grown):
+    grown(distill={"start_epoch_max": 1, "window_epochs": 1}, buffer={"keep": "windows"}).experts()
+    wider = grown(distill={"start_epoch_max": 2, "window_epochs": 1}, buffer={"keep": "windows"})
+    for stage in (wider.experts, wider.distill):
+        with pytest.raises(TrajectoryError, match=r"keeps only .*needs representation epochs 0 to 2; valid"):
+            stage()
+
+
 def test_before_anything_is_distilled_all_of_distillation_may_change(pipeline_of, grown):
     first = pipeline_of("run")
     more = grown(ipc=3, seed=7, method="datm", distill={"iterations": 2, "schedule": "cosine"})
@@ -233,7 +261,7 @@ def test_every_field_says_what_it_affects():
             stages[name] = affects(name)
     nothing = {name for name, stage in stages.items() if stage == "nothing"}
     assert nothing == {
-        "name", "data.root", "data.download", "experts.epochs_per_part", "buffer.cache_mb", "distill.gradient",
+        "name", "data.root", "data.download", "experts.epochs_per_part", "buffer.cache_mb", "buffer.keep", "distill.gradient",
         "distill.memory_gb", "distill.checkpoint_every", "distill.early_evaluation",
     }  # fmt: skip
     assert {stages[n] for n in ("ipc", "seed", "method", "experts.count", "buffer.start_after")} == {"distill"}

@@ -8,7 +8,7 @@
     doctor.py     doctor
     cluster.py    logs, cancel, and the other verbs on SLURM
     looking.py    status, view, compare, tensorboard, jobs, clusters
-    buffers.py    buffer inspect, buffer verify, buffer export, buffer import
+    buffers.py    buffer inspect, verify, compact, prune, export, import
     exchange.py   export, import
     sharing.py    push, pull
     terminal.py   output, and the types of ``errors.py`` as one message and an exit code
@@ -57,6 +57,8 @@ VERBS: tuple[Callable[..., None], ...] = (
 BUFFER_VERBS: tuple[Callable[..., None], ...] = (
     buffers.inspect,
     buffers.verify,
+    buffers.compact,
+    buffers.prune,
     buffers.export,
     buffers.import_,
 )

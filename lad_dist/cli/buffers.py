@@ -1,4 +1,4 @@
-"""``lad-dist buffer VERB``: inspect trajectory buffers, export them to other tools' files, or import those."""
+"""``lad-dist buffer VERB``: inspect and rewrite trajectory buffers, export them to other tools' files, or import those."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ def inspect(
     lines = [
         f"{found['folder']}: {found['parts']} parts, {found['checkpoints']} checkpoints, {size}",
         f"experts: {found['meta']['experts_hash']}",
+        *([] if found["kept"] == "all" else [f"keeps:   only {buffer.kept}"]),
         *([f"digest:  {found['digest']}"] if digest else []),
     ]
     terminal.stdout().print("\n".join(lines), soft_wrap=True)
@@ -86,6 +87,78 @@ def verify(folder: RunOrBuffer) -> None:
         raise typer.Exit(1)
     checkpoints = sum(part.last - part.first + 1 for part in buffer.parts)
     typer.echo(f"{len(buffer.parts)} parts, {checkpoints} checkpoints, all intact")
+
+
+def compact(
+    folder: RunOrBuffer,
+    epochs_per_part: Annotated[
+        int, typer.Option(min=1, help="More make fewer files, and a window reads a larger footer.")
+    ] = 25,
+) -> None:
+    """Rewrite the parts of complete experts as fewer, larger ones: the same checkpoints and digest.
+
+    New parts are there before old ones go, so a stopped call continues, and running distillations read on. Refused
+    while experts are trained or imported here.
+    """
+    from lad_dist.interrupts import as_exceptions
+    from lad_dist.progress import Screen
+    from lad_dist.trajectories import upkeep
+
+    buffer = _buffer(folder)
+    with as_exceptions(), Screen(terminal.stderr()).task("compact", len(buffer.keys), "experts") as task:
+        before, after = upkeep.compact(buffer, epochs_per_part, task.advance)
+    typer.echo(f"{before} parts before, {after} now")
+
+
+def prune(
+    folder: RunOrBuffer,
+    for_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for", metavar="JOB", help="Keep what this recipe or run reads; repeatable. Default: DIR, a run."
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove the epochs that no window, regression or teacher of the given recipes reads; says how much that frees.
+
+    Name every recipe that shares the buffer. Others get an error afterwards, if they need more. Refused while experts
+    are trained or imported here.
+    """
+    from lad_dist import catalog, recipe_file
+    from lad_dist.errors import TrajectoryError
+    from lad_dist.interrupts import as_exceptions
+    from lad_dist.progress import Screen
+    from lad_dist.trajectories import kept, upkeep
+
+    buffer = _buffer(folder)
+    files = [catalog.find_job(job).recipe for job in for_ or ()]
+    own = Path(folder).expanduser() / "recipe.yaml"
+    if own.is_file():
+        files.append(own)
+    if not files:
+        raise TrajectoryError(
+            f"{buffer.folder}: which epochs are needed is not known; valid: --for JOB, or a run folder"
+        )
+    needed, hash_ = None, buffer.meta.experts_hash
+    for recipe, file in ((recipe_file.load(file), file) for file in files):
+        if recipe.experts_hash() != hash_:
+            raise TrajectoryError(
+                f"{file}: has other experts than {buffer.folder}; valid: recipes that share its experts"
+            )
+        needed = kept.needed(recipe) if needed is None else needed.together(kept.needed(recipe))
+    assert needed is not None
+    plan = upkeep.plan_prune(buffer, needed)
+    parts = len(plan.removed) + len(plan.rewritten)
+    typer.echo(
+        f"{buffer.folder}: keeps {needed}; frees about {plan.bytes / 1e6:,.1f} of "
+        f"{sum(map(buffer.size_of, buffer.parts)) / 1e6:,.1f} MB in {parts} parts"
+    )
+    if not yes:
+        typer.confirm("Other windows will need new experts. Remove them?", abort=True)
+    with as_exceptions(), Screen(terminal.stderr()).task("prune", parts, "parts") as task:
+        upkeep.prune(buffer, needed, task.advance)
+    typer.echo(f"{len(buffer.parts)} parts, {sum(map(buffer.size_of, buffer.parts)) / 1e6:,.1f} MB")
 
 
 def export(

@@ -46,6 +46,7 @@ from lad_dist.recipe import PhaseName, Recipe
 from lad_dist.rundir import RunDir, host_name
 from lad_dist.seeds import rng
 from lad_dist.teachers import check_network
+from lad_dist.trajectories.kept import needed as needed_epochs
 from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import Stage
 
@@ -97,6 +98,7 @@ def distill(context: Context, data: PreparedData | None, early: Early | None = N
     facts = c.ranks.share(None if data is None else DataFacts.of(data))
     assert facts is not None, "rank 0 has the data"
     buffer = Buffer(c.run.trajectories, expected_hash=c.recipe.experts_hash())
+    buffer.check_keeps(needed_epochs(c.recipe))
     with ExitStack() as stack:
         live = None
         if c.recipe.buffer.start_after is not None and c.record is None:

@@ -36,6 +36,7 @@ from lad_dist.models.layout import Layout
 from lad_dist.models.network import build
 from lad_dist.recipe import Recipe
 from lad_dist.seeds import rng
+from lad_dist.trajectories import kept
 from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import BufferMeta, Stage
 from lad_dist.trajectories.writer import PartWriter
@@ -123,6 +124,13 @@ class ExpertTrainer:
         tau = recipe.experts.logit_adjustment
         self._shift_K = torch.from_numpy(tau * log_priors(data.counts)).float().to(data.device) if tau else None
 
+    def declare_kept(self) -> None:
+        """Begin a new buffer with ``buffer.keep``: windows. One that has parts or says what it keeps stays as it is."""
+        if self.recipe.buffer.keep == "windows":
+            buffer = self._buffer()
+            if buffer.kept.all and not buffer.parts:
+                kept.write(buffer.filesystem, buffer.root, kept.needed(self.recipe))
+
     def remaining(self, experts: range) -> list[int]:
         """Return the experts whose checkpoints are not all in the buffer."""
         left = self.left(experts)
@@ -145,6 +153,7 @@ class ExpertTrainer:
     def _buffer(self) -> Buffer:
         """Open the buffer. Raises TrajectoryError if it belongs to another recipe, or if the images have changed."""
         buffer = Buffer(self.folder, expected_hash=self.meta.experts_hash)
+        buffer.check_keeps(kept.needed(self.recipe))
         changed = self.meta.differences(buffer.meta) if buffer.parts else []
         if changed:
             raise TrajectoryError(

@@ -98,7 +98,7 @@ class Follower:
 
     def __init__(self, folder: Path) -> None:
         self.run = RunDir.existing(folder)
-        self._tail, self._log = EventTail(self.run.events), RunLog()
+        self._tail, self._log = EventTail(self.run.events, skim=True), RunLog()
         self._recipe: tuple[object, Recipe] | None = None
         self._shelf = _Shelf(self.run)
         self._queue = SlurmQueue(self.run)

@@ -155,6 +155,18 @@ def foreign(location: Path | str, name: str, owner: str) -> Claim | None:
     return Claim(record.host, record.pid, record.since, record.owner)
 
 
+def others(location: Path | str, owner: str, prefix: str = "expert-") -> dict[str, Claim]:
+    """Return the live claims of other owners whose names begin with ``prefix``. Raises as ``foreign``."""
+    filesystem, root = files.resolve(location)
+    names = [entry.path for entry in files.list_files(filesystem, f"{root}/claims")]
+    found = {}
+    for name in (n.removesuffix(".json") for n in names if n.startswith(prefix) and n.endswith(".json")):
+        claim = foreign(location, name, owner)
+        if claim is not None:
+            found[name] = claim
+    return found
+
+
 def _refresh(place: _Place, mine: _Record, ended: threading.Event) -> None:
     while not ended.wait(REFRESH_SECONDS):
         try:

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -199,13 +199,14 @@ def list_files(filesystem: fs.FileSystem, folder: str) -> list[Entry]:
         )
         raise TrajectoryError(f"{where}: cannot be listed ({_first_line(cause)}); valid: a {valid}") from cause
     for each in found:
-        if each.type == fs.FileType.Directory and each.path.endswith(".parquet"):
+        if each.size is None and each.path.endswith(".parquet") and each.type == fs.FileType.Directory:
             raise TrajectoryError(
                 f"{name_of(filesystem, each.path)}: is a folder where a trajectory part is valid; remove it and run "
                 "`lad-dist experts` again, which redoes the epochs of a part"
             )
     prefix = folder.rstrip("/") + "/"
-    return sorted(Entry(f.path.removeprefix(prefix), _stamp(f)) for f in found if f.type == fs.FileType.File)
+    # Only files have sizes; asking 20,000 entries for their types takes as long as the rest.
+    return sorted(Entry(f.path.removeprefix(prefix), _stamp(f)) for f in found if f.size is not None)
 
 
 def stamp(filesystem: fs.FileSystem, path: str) -> Stamp | None:
@@ -225,7 +226,7 @@ def is_lasting(cause: BaseException | None) -> bool:
 
 
 @contextmanager
-def _storage_errors(path: str) -> Iterator[None]:
+def _storage_errors(path: str, what: str = "published") -> Iterator[None]:
     try:
         yield
     except OSError as cause:
@@ -233,7 +234,7 @@ def _storage_errors(path: str) -> Iterator[None]:
         kind = "bucket exists and accepts your writes" if of_the_store(cause) else "folder exists and accepts files"
         advice = _ADVICE.get(cause.errno or 0, f"make sure that the {kind}")
         raise StorageError(
-            f"{path}: could not be published: {reason}; {advice} and run the same command again. Parts "
+            f"{path}: could not be {what}: {reason}; {advice} and run the same command again. Parts "
             "published before are intact; only the epochs of this one will be redone"
         ) from cause
 
@@ -249,6 +250,13 @@ def publish(filesystem: fs.FileSystem, path: str, write: Callable[[BinaryIO], No
             _publish_file(path, write)
         else:
             _publish_object(filesystem, path, write)
+
+
+def remove(filesystem: fs.FileSystem, paths: Iterable[str]) -> None:
+    """Remove files; one that is already gone is no error. Raises ``StorageError`` if the file system refuses."""
+    for path in paths:
+        with _storage_errors(name_of(filesystem, path), "removed"), suppress(FileNotFoundError):
+            filesystem.delete_file(path)
 
 
 def temporary_name(path: str) -> str:

@@ -27,6 +27,7 @@ from pyarrow import fs
 from lad_dist.errors import TrajectoryError
 from lad_dist.trajectories import files
 from lad_dist.trajectories.schema import (
+    COLUMNS,
     KEY_COLUMNS,
     META_KEY,
     VECTOR_COLUMN,
@@ -191,7 +192,7 @@ def load_footer(filesystem: fs.FileSystem, path: str, name: PartName) -> Footer:
         parquet = pq.ParquetFile(
             pa.BufferReader(_MAGIC + footer), thrift_string_size_limit=limit, thrift_container_size_limit=limit
         ).metadata
-        meta = BufferMeta.from_metadata(parquet.metadata, path)
+        meta = parsed_meta((parquet.metadata or {}).get(META_KEY), path)
         result = Footer(name, path, stamp, meta, parquet, data_sum, data_end)
         _check_rows(result)
         return replace(result, row_sums=_row_sums(parquet.metadata.get(_ROW_SUMS), path, name))
@@ -209,6 +210,21 @@ def read_row_sums(filesystem: fs.FileSystem, path: str, name: PartName) -> RowSu
         if meta is None:
             raise damaged(path, "its footer has no lad_dist metadata")
         return RowSums(meta, _row_sums(_value(footer, _ROW_SUMS), path, name))
+
+
+_PARSED: dict[bytes, BufferMeta] = {}  # the parts of a buffer repeat few metadata
+_MOST_PARSED = 64
+
+
+def parsed_meta(text: bytes | None, path: str) -> BufferMeta:
+    """Return a part's metadata from their JSON; parts with equal JSON share one object. Raises ``TrajectoryError``."""
+    known = _PARSED.get(text or b"")
+    if known is None:
+        known = BufferMeta.from_metadata({} if text is None else {META_KEY: text}, path)
+        if len(_PARSED) >= _MOST_PARSED:
+            _PARSED.clear()
+        _PARSED[text or b""] = known
+    return known
 
 
 def _row_sums(text: bytes | None, path: str, name: PartName) -> tuple[bytes, ...] | None:
@@ -257,44 +273,47 @@ def _read_footer(filesystem: fs.FileSystem, path: str) -> tuple[bytes, int, str]
 
 
 def _check_rows(footer: Footer) -> None:
-    """Check the footer against the part's name and the file's length, without reading data."""
+    """Check the footer against the part's name and its first row against the file's length, without reading data.
+
+    ``read_row`` checks the row that it reads.
+    """
     parquet, name, path = footer.parquet, footer.name, footer.path
     rows = name.last - name.first + 1
-    expected = arrow_schema(footer.meta).remove_metadata()
+    expected = COLUMNS
     if not parquet.schema.to_arrow_schema().remove_metadata().equals(expected):
         raise damaged(path, f"its columns are not those of a trajectory part; valid: {', '.join(expected.names)}")
     if parquet.num_rows != rows or parquet.num_row_groups != rows:
         raise damaged(
             path, f"it holds {parquet.num_rows} rows in {parquet.num_row_groups} row groups where its name says {rows}"
         )
-    length = footer.meta.vector_length(name.stage)
-    for epoch in range(name.first, name.last + 1):
-        group = parquet.row_group(footer.row_group(epoch))
-        columns = [group.column(i) for i in range(group.num_columns)]
-        key = [column.statistics for column in columns if column.path_in_schema in KEY_COLUMNS]
-        if any(s is None or not s.has_min_max or s.min != s.max for s in key):
-            raise damaged(path, f"epoch {epoch}: its key is not in the footer")
-        if tuple(s.min for s in key) != (name.stage, name.expert, epoch):
-            raise damaged(
-                path,
-                f"it holds {[s.min for s in key]} where its name says {[name.stage, name.expert, epoch]}; "
-                "was it renamed?",
-            )
-        for column in columns:
-            values = length if column.path_in_schema == VECTOR_LEAF else 1
-            start, size = column.data_page_offset, column.total_compressed_size
-            within = len(_MAGIC) <= start and size >= 0 and start + size <= footer.data_end
-            if (
-                column.num_values != values
-                or not within
-                or not 0 <= column.total_uncompressed_size <= 8 * values + _SLACK
-            ):
-                raise damaged(path, f"epoch {epoch}: column {column.path_in_schema} has impossible sizes or offsets")
+    _check_row(footer, name.first)
+
+
+def _check_row(footer: Footer, epoch: int) -> None:
+    """Check one row's key, sizes and offsets in the footer."""
+    name, path, length = footer.name, footer.path, footer.meta.vector_length(footer.name.stage)
+    group = footer.parquet.row_group(footer.row_group(epoch))
+    columns = [group.column(i) for i in range(group.num_columns)]
+    key = [column.statistics for column in columns if column.path_in_schema in KEY_COLUMNS]
+    if any(s is None or not s.has_min_max or s.min != s.max for s in key):
+        raise damaged(path, f"epoch {epoch}: its key is not in the footer")
+    if tuple(s.min for s in key) != (name.stage, name.expert, epoch):
+        raise damaged(
+            path,
+            f"it holds {[s.min for s in key]} where its name says {[name.stage, name.expert, epoch]}; was it renamed?",
+        )
+    for column in columns:
+        values = length if column.path_in_schema == VECTOR_LEAF else 1
+        start, size = column.data_page_offset, column.total_compressed_size
+        within = len(_MAGIC) <= start and size >= 0 and start + size <= footer.data_end
+        if column.num_values != values or not within or not 0 <= column.total_uncompressed_size <= 8 * values + _SLACK:
+            raise damaged(path, f"epoch {epoch}: column {column.path_in_schema} has impossible sizes or offsets")
 
 
 def read_row(filesystem: fs.FileSystem, footer: Footer, epoch: int, columns: Sequence[str]) -> pa.Table:
     """Read columns of one row from that row's bytes only, verifying page checksums. Raises ``TrajectoryError``."""
     with damage_named(footer.path), files.open_for_reading(filesystem, footer.path) as source:
+        _check_row(footer, epoch)
         opened = pq.ParquetFile(source, metadata=footer.parquet, pre_buffer=False, page_checksum_verification=True)
         table = opened.read_row_group(footer.row_group(epoch), columns=list(columns), use_threads=False)
         if table.num_rows != 1:

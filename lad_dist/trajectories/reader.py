@@ -17,8 +17,9 @@ import pyarrow as pa
 from lad_dist.errors import TrajectoryError
 from lad_dist.location import shown
 from lad_dist.trajectories import files, part
+from lad_dist.trajectories import kept as kept_epochs
+from lad_dist.trajectories.kept import Kept
 from lad_dist.trajectories.schema import (
-    META_KEY,
     STAGES,
     VECTOR_COLUMN,
     BufferMeta,
@@ -33,12 +34,13 @@ _Result = TypeVar("_Result")
 # A footer of ten epochs takes about 80 KiB of memory and half a millisecond to read: a rank caches at most 40 MiB of
 # them.
 KEPT_FOOTERS = 512
+ROWS_PER_FOOTER = 10  # on average; larger parts count as several
 _BATCH = 256  # parts per progress report of a digest
 _READ_AT_ONCE = 16  # footers read concurrently: an object store takes tens of ms per request, a local file 0.1
 
 
 class Buffer:
-    """The checkpoints in a folder or under a URI.
+    """The checkpoints in a folder or under a URI. ``kept``: the epochs that it keeps (``kept.py``).
 
     Opening lists names only; a part's footer is read on first use and cached. The index comes from the parts' names at
     the last ``refresh``; files with other names are ignored. A checkpoint in several parts is equal in all of them by
@@ -51,12 +53,15 @@ class Buffer:
     """
 
     def __init__(self, folder: Path | str, expected_hash: str | None = None) -> None:
-        self.folder = shown(folder)
+        self.folder, self.location = shown(folder), folder
         self.expected_hash = expected_hash
         self.filesystem, self.root = files.resolve(folder)
+        self.kept = kept_epochs.ALL
+        self._kept_stamp: files.Stamp | None = None
         self._entries: dict[PartName, files.Stamp] = {}
         self._index: dict[tuple[Stage, int], tuple[PartName, ...]] = {}
         self._footers: dict[PartName, part.Footer] = {}
+        self._footer_rows = 0
         self._footers_lock = threading.Lock()
         self._reference: tuple[str, BufferMeta] | None = None  # path and metadata of the first opened part
         self.refresh()
@@ -64,14 +69,20 @@ class Buffer:
     def refresh(self) -> int:
         """List the folder again; return the number of new parts. Raises ``TrajectoryError`` if it cannot be listed."""
         entries: dict[PartName, files.Stamp] = {}
+        kept_stamp: files.Stamp | None = None
         for entry in files.list_files(self.filesystem, self.root):
             name = parse_part_path(entry.path)
             if name is not None:
                 entries[name] = entry.stamp
+            elif entry.path == kept_epochs.NAME:
+                kept_stamp = entry.stamp
         index: dict[tuple[Stage, int], list[PartName]] = {}
         for name in sorted(entries):
             index.setdefault((name.stage, name.expert), []).append(name)
         new = len(entries.keys() - self._entries.keys())
+        if kept_stamp != self._kept_stamp:
+            self.kept = kept_epochs.read(self.filesystem, self.root)
+            self._kept_stamp = kept_stamp
         self._entries, self._index = entries, {key: tuple(names) for key, names in index.items()}
         return new
 
@@ -79,6 +90,19 @@ class Buffer:
     def parts(self) -> tuple[PartName, ...]:
         """The parts at the last ``refresh``, in order of preference."""
         return tuple(sorted(self._entries))
+
+    @property
+    def keys(self) -> tuple[tuple[Stage, int], ...]:
+        """(stage, expert) of all experts with at least one checkpoint, in order."""
+        return tuple((stage, expert) for stage in STAGES for expert in self.experts(stage))
+
+    def parts_of(self, stage: Stage, expert: int) -> tuple[PartName, ...]:
+        """Return the parts of one expert and stage."""
+        return self._index.get((stage, expert), ())
+
+    def size_of(self, name: PartName) -> int:
+        """Return a part's bytes at the last ``refresh``."""
+        return self._entries[name].size
 
     @property
     def meta(self) -> BufferMeta:
@@ -102,46 +126,61 @@ class Buffer:
         return self._find(stage, expert, epoch) is not None
 
     def last_contiguous_epoch(self, stage: Stage, expert: int) -> int | None:
-        """Return the largest E such that epochs 0..E are present, to resume from; None if epoch 0 is missing."""
+        """Return the largest present E before which no epoch that the buffer keeps is missing; None without one.
+
+        It is the epoch to resume from. In a buffer that keeps all epochs, 0..E are present.
+        """
         last = -1
-        for epoch in self.epochs(stage, expert):
-            if epoch != last + 1:
+        for name in self._index.get((stage, expert), ()):
+            if self.kept.any(stage, last + 1, name.first - 1):
                 break
-            last = epoch
+            last = max(last, name.last)
         return last if last >= 0 else None
+
+    def check_keeps(self, needed: Kept) -> None:
+        """Raise ``TrajectoryError`` if the buffer does not keep all that ``needed`` has."""
+        lacking = self.kept.lacking(needed)
+        if lacking:
+            spans = "; ".join(f"{stage} epochs {kept_epochs.shown(each)}" for stage, each in lacking.items())
+            raise TrajectoryError(
+                f"{self.folder}: keeps only {self.kept} (buffer.keep, or `lad-dist buffer prune`), and this recipe needs {spans}; "
+                "valid: windows and epochs within what is kept, or experts of another buffer or run folder"
+            )
 
     def read(self, stage: Stage, expert: int, epoch: int) -> npt.NDArray[np.float32]:
         """Read the weights of one checkpoint: a new float32 array of shape (vector_length(stage),).
 
         Raises ``TrajectoryError`` if the checkpoint is missing, or its part is damaged or was made by another recipe.
         """
-        name = self._require(stage, expert, epoch)
-        return self._retried(name, lambda footer: part.vector(footer, self._row(footer, epoch, [VECTOR_COLUMN])))
+        return self._read(
+            stage, expert, epoch, lambda footer: part.vector(footer, self._row(footer, epoch, [VECTOR_COLUMN]))
+        )
 
     def read_checkpoint(self, stage: Stage, expert: int, epoch: int) -> Checkpoint:
         """Read one checkpoint with its metrics. Raises as ``read`` does."""
-        name = self._require(stage, expert, epoch)
-        return self._retried(name, lambda footer: part.checkpoint(self.filesystem, footer, epoch))
+        return self._read(stage, expert, epoch, lambda footer: part.checkpoint(self.filesystem, footer, epoch))
 
     def digest(self, report: Callable[[int], None] | None = None) -> str:
-        """Compute the SHA-256 over (stage, expert, epoch, SHA-256 of little-endian float32 weights) of all checkpoints.
+        """Compute the SHA-256 over (stage, expert, epoch, SHA-256 of little-endian float32 weights) of the checkpoints.
 
-        Checkpoints are in key order. The digest does not depend on how epochs are split into parts, on duplicates, or
-        on metrics. Reads the parts' footers, which hold row checksums, and the rows of parts of earlier versions, which
-        lack them. ``report`` is called with the number of parts read since its last call. Raises ``TrajectoryError``.
+        Checkpoints are in key order, and those that the buffer keeps. The digest does not depend on how epochs are split
+        into parts, on duplicates, or on metrics. Reads the parts' footers, which hold row checksums, and the rows of
+        parts of earlier versions, which lack them. ``report`` is called with the number of parts read since its last
+        call. Raises ``TrajectoryError``.
         """
         total, known = hashlib.sha256(), set[bytes]()
         shares = [share for stage in STAGES for expert in self.experts(stage) for share in self._shares(stage, expert)]
-        with ThreadPoolExecutor(1 if files.is_local(self.filesystem) else _READ_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+            read = map if files.is_local(self.filesystem) else pool.map  # a thread would only wait for this one
             for begin in range(0, len(shares), _BATCH):
                 batch = shares[begin : begin + _BATCH]
-                sums = pool.map(self._row_sums, (name for name, _ in batch))
+                sums = read(self._row_sums, (name for name, _ in batch))
                 for (name, epochs), found in zip(batch, sums, strict=True):
                     if found.meta not in known:
                         path = f"{self.root}/{name}"
-                        self._check_origin(path, BufferMeta.from_metadata({META_KEY: found.meta}, path))
+                        self._check_origin(path, part.parsed_meta(found.meta, path))
                         known.add(found.meta)
-                    for epoch in epochs:
+                    for epoch in epochs if self.kept.all else (e for e in epochs if self.kept.has(name.stage, e)):
                         total.update(f"{name.stage}/{name.expert}/{epoch}\n".encode())
                         total.update(found.sums[epoch - name.first] if found.sums else self._computed_sum(name, epoch))
                 if report:
@@ -184,6 +223,7 @@ class Buffer:
             "bytes": sum(stamp.size for stamp in self._entries.values()),
             "rows": sum(name.last - name.first + 1 for name in self._entries),
             "checkpoints": sum(len(self.epochs(*key)) for key in self._index),
+            "kept": {stage: [list(span) for span in spans] for stage, spans in self.kept.spans.items()} or "all",
             "stages": stages,
             "meta": meta,
         }
@@ -205,11 +245,22 @@ class Buffer:
         loaded = part.load_footer(self.filesystem, path, name)
         self._check_origin(loaded.path, loaded.meta)
         with self._footers_lock:
-            self._footers.pop(name, None)
+            self._drop_footer(name)
             self._footers[name] = loaded
-            while len(self._footers) > KEPT_FOOTERS:
-                self._footers.pop(next(iter(self._footers)))  # the oldest
+            self._footer_rows += name.last - name.first + 1
+            while len(self._footers) > 1 and (
+                len(self._footers) > KEPT_FOOTERS or self._footer_rows > ROWS_PER_FOOTER * KEPT_FOOTERS
+            ):
+                self._drop_footer(next(iter(self._footers)))  # the oldest
         return loaded
+
+    def _drop_footer(self, name: PartName) -> None:
+        if self._footers.pop(name, None) is not None:
+            self._footer_rows -= name.last - name.first + 1
+
+    def meta_of(self, stage: Stage, expert: int, epoch: int) -> BufferMeta:
+        """Return the metadata of the part that holds a checkpoint. Raises as ``read``."""
+        return self.footer(self._require(stage, expert, epoch)).meta
 
     def _check_origin(self, path: str, meta: BufferMeta) -> None:
         """Raise ``TrajectoryError`` for a part of another recipe than the expected one or the first opened part's."""
@@ -238,6 +289,11 @@ class Buffer:
     def _require(self, stage: Stage, expert: int, epoch: int) -> PartName:
         name = self._find(stage, expert, epoch)
         if name is None:
+            if not self.kept.has(stage, epoch) and self.parts:
+                raise TrajectoryError(
+                    f"{self.folder}: {stage} expert {expert} epoch {epoch} is not kept: this buffer keeps only {self.kept}; "
+                    "valid: windows and epochs within these, or experts of another buffer or run folder"
+                )
             present = self.epochs(stage, expert)
             have = f"epochs {present[0]} to {present[-1]} of it" if present else f"experts {self._known(stage)}"
             raise TrajectoryError(
@@ -252,6 +308,20 @@ class Buffer:
 
     def _row(self, footer: part.Footer, epoch: int, columns: Sequence[str]) -> pa.Table:
         return part.read_row(self.filesystem, footer, epoch, columns)
+
+    def _read(self, stage: Stage, expert: int, epoch: int, read: Callable[[part.Footer], _Result]) -> _Result:
+        """Read a checkpoint; where its part is gone, list again once: another part may hold it now (``upkeep``)."""
+        name = self._require(stage, expert, epoch)
+        try:
+            return self._retried(name, read)
+        except TrajectoryError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            self.refresh()
+            other = self._find(stage, expert, epoch)
+            if other is None or other == name:
+                raise
+        return self._retried(other, read)
 
     def _retried(self, name: PartName, read: Callable[[part.Footer], _Result]) -> _Result:
         """Read with the part's footer; retry once with a fresh one if the part was replaced meanwhile."""

@@ -64,6 +64,11 @@ def complete_experts(buffer: Buffer, *stages: Stage) -> tuple[int, ...]:
     They have all epochs of each of ``stages``; the classifier stage also needs all of the representation stage, which
     gives the backbone. Raises ``TrajectoryError`` where the buffer is empty or its metadata cannot be read.
     """
+    if not buffer.kept.all:
+        raise TrajectoryError(
+            f"{buffer.folder}: keeps only {buffer.kept}, and replay_buffer_N.pt files hold every epoch; valid: a buffer that "
+            "keeps all of them"
+        )
     meta, wanted = buffer.meta, {"representation", *stages}
     needed = {stage: _last_epoch(meta, stage) for stage in STAGES if stage in wanted}
 

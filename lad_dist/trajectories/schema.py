@@ -120,6 +120,8 @@ class BufferMeta:
 
     def differences(self, other: BufferMeta) -> list[str]:
         """Return the names of fields, except ``versions``, in which two parts' metadata differ."""
+        if self is other:
+            return []
         mine, theirs = asdict(self), asdict(other)
         return [name for name in mine if name != "versions" and mine[name] != theirs[name]]
 
@@ -204,18 +206,19 @@ def parse_part_path(path: str) -> PartName | None:
     return name if name.first <= name.last and part_path(*name) == path else None
 
 
+COLUMNS = pa.schema(
+    [
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("expert", pa.int32(), nullable=False),
+        pa.field("epoch", pa.int32(), nullable=False),
+        pa.field(VECTOR_COLUMN, pa.list_(pa.field("element", pa.float32(), nullable=False)), nullable=False),
+        pa.field("loss", pa.float64()),
+        pa.field("accuracy", pa.float64()),
+        pa.field("seconds", pa.float64()),
+    ]
+)
+
+
 def arrow_schema(meta: BufferMeta) -> pa.Schema:
     """Return the schema of a part, with ``meta`` in its metadata."""
-    vector = pa.list_(pa.field("element", pa.float32(), nullable=False))
-    return pa.schema(
-        [
-            pa.field("stage", pa.string(), nullable=False),
-            pa.field("expert", pa.int32(), nullable=False),
-            pa.field("epoch", pa.int32(), nullable=False),
-            pa.field(VECTOR_COLUMN, vector, nullable=False),
-            pa.field("loss", pa.float64()),
-            pa.field("accuracy", pa.float64()),
-            pa.field("seconds", pa.float64()),
-        ],
-        metadata=meta.to_metadata(),
-    )
+    return COLUMNS.with_metadata(meta.to_metadata())

@@ -88,7 +88,7 @@ def _content_sum(row: Checkpoint) -> str:
 def _gaps(buffer: Buffer) -> Iterator[str]:
     for stage, expert in sorted({(name.stage, name.expert) for name in buffer.parts}):
         present = buffer.epochs(stage, expert)
-        missing = sorted(set(range(present[-1])) - set(present))
+        missing = [e for e in sorted(set(range(present[-1])) - set(present)) if buffer.kept.has(stage, e)]
         if missing:
             shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
             yield (

@@ -13,9 +13,17 @@ import numpy.typing as npt
 from pyarrow import fs
 
 from lad_dist.errors import NumericalError, StorageError, TrajectoryError
-from lad_dist.trajectories import files
+from lad_dist.trajectories import files, kept
 from lad_dist.trajectories.part import write_part
-from lad_dist.trajectories.schema import STAGES, BufferMeta, Checkpoint, Stage, expert_folder, part_path
+from lad_dist.trajectories.schema import (
+    STAGES,
+    BufferMeta,
+    Checkpoint,
+    Stage,
+    expert_folder,
+    parse_part_path,
+    part_path,
+)
 
 
 class PartWriter:
@@ -28,6 +36,9 @@ class PartWriter:
     As a context manager it publishes pending rows however the block ends: each is a whole checkpoint, checked when it
     was appended, so a resumed expert need not recompute it. The exception is a ``StorageError`` from the block: the
     same write would fail again.
+
+    In a buffer that does not keep all epochs (``kept.py``), only rows that it keeps are published, and the last of each
+    part to resume from, which is removed when a later part is there.
 
     ``folder``: a local folder or a URI (``files.resolve``).
     Raises ``TrajectoryError`` if an argument is out of bounds, or the location cannot be used.
@@ -49,6 +60,7 @@ class PartWriter:
         self._filesystem, self._root = files.resolve(folder)
         self._length = meta.vector_length(stage)
         meta.to_metadata()  # raises now rather than after the first epochs
+        self._kept = kept.read(self._filesystem, self._root)
         self._pending: list[Checkpoint] = []
         self._next_epoch: int | None = None
         _clean(self._filesystem, self._root, stage, expert)
@@ -78,11 +90,32 @@ class PartWriter:
         """Publish the pending rows as a part; return False if there are none. Raises ``StorageError``."""
         if not self._pending:
             return False
-        rows = tuple(self._pending)
-        name = part_path(self.stage, self.expert, rows[0].epoch, rows[-1].epoch)
-        files.publish(self._filesystem, f"{self._root}/{name}", partial(write_part, meta=self.meta, rows=rows))
+        for rows in self._published_rows():
+            name = part_path(self.stage, self.expert, rows[0].epoch, rows[-1].epoch)
+            files.publish(self._filesystem, f"{self._root}/{name}", partial(write_part, meta=self.meta, rows=rows))
+        if not self._kept.all:
+            self._remove_before(self._pending[-1].epoch)
         self._pending.clear()
         return True
+
+    def _published_rows(self) -> list[list[Checkpoint]]:
+        """Split the pending rows into parts: kept epochs, and the last one, to resume from."""
+        parts: list[list[Checkpoint]] = []
+        for row in self._pending:
+            keep = self._kept.has(self.stage, row.epoch)
+            if keep and parts and parts[-1][-1].epoch == row.epoch - 1:
+                parts[-1].append(row)
+            elif keep or row is self._pending[-1]:
+                parts.append([row])
+        return parts
+
+    def _remove_before(self, epoch: int) -> None:
+        """Remove this expert's parts before ``epoch`` without an epoch that the buffer keeps."""
+        folder = expert_folder(self.stage, self.expert)
+        found = (f"{folder}/{e.path}" for e in files.list_files(self._filesystem, f"{self._root}/{folder}"))
+        names = [name for name in map(parse_part_path, found) if name is not None]
+        passed = [n for n in names if n.last < epoch and not self._kept.any(self.stage, n.first, n.last)]
+        files.remove(self._filesystem, [f"{self._root}/{name}" for name in passed])
 
     def __enter__(self) -> PartWriter:
         return self
