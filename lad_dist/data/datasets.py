@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,18 +83,19 @@ class ImageSet:
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of shape, images and labels in order: equal where training would be equal.
 
-        It is computed once, which takes a second for a gigabyte: nobody writes into a set's tensors.
+        It is computed once, which takes seconds for gigabytes, and again if a tensor was written to.
         """
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return self._with_labels(decoded.pixel_digest(self.images_NCHW))
+        written = (self.images_NCHW._version, self.labels_N._version)
+        known = vars(self).get("_known")
+        if known is None or known[0] != written:
+            known = vars(self)["_known"] = written, self._with_labels(decoded.pixel_digest(self.images_NCHW))
+        return str(known[1])
 
     def with_pixel_digest(self, digest: hashlib._Hash | None) -> ImageSet:
         """Return this set, its fingerprint computed from the known ``decoded.pixel_digest`` of its images."""
         if digest is not None:
-            vars(self)["_fingerprint"] = self._with_labels(digest)
+            written = (self.images_NCHW._version, self.labels_N._version)
+            vars(self)["_known"] = written, self._with_labels(digest)
         return self
 
     def _with_labels(self, digest: hashlib._Hash) -> str:

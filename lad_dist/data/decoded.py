@@ -45,6 +45,7 @@ VARIABLE, OFF = "LAD_DIST_CACHE", "off"
 LEAST_IMAGES = 5000  # fewer decode in a second or two
 FORGOTTEN_SECONDS = 90 * 86400.0  # an entry that nobody has used for so long goes when another is written
 REPLACED_SECONDS = 7 * 86400.0  # and a data file that no entry names after this
+_FROM_FILES = ("tiny-imagenet", "image-folder", "list", "parquet")  # kinds of data sets, as the recipe names them
 _FORMAT = 1
 _CHUNK_BYTES = 64 * 2**20  # pixels decoded at a time on their way to the disk
 _SPARE_BYTES = 2**30  # disk space that an entry leaves free
@@ -79,6 +80,13 @@ def folder() -> Path | None:
 def is_kept(source: Source, count: int) -> bool:
     """Return whether ``count`` images of a source are worth an entry: read from files, and not few."""
     return count >= LEAST_IMAGES and isinstance(source, FileSource | ParquetSource) and folder() is not None
+
+
+def planned_bytes(dataset: str, counts: Sequence[int], values: int) -> int:
+    """Return the bytes that splits of ``counts`` images of ``values`` bytes will take here; 0 if nothing is kept."""
+    if dataset not in _FROM_FILES or folder() is None:
+        return 0
+    return sum(count * values for count in counts if count >= LEAST_IMAGES)
 
 
 def pixel_digest(images_NCHW: torch.Tensor) -> hashlib._Hash:

@@ -298,11 +298,13 @@ class _Work:
             return self._publish({**rows[0], **dict.fromkeys(results.FIGURES), "overall": 0.0, "error": str(error)})
         for row, made, images, loss in zip(rows, networks, sets, losses, strict=True):
             found = asdict(accuracy(made, self.test, self.data.counts))
+            pairs = [list(pair) for pair in found.pop("confusion_pairs")]
             measured: results.Row = {
                 **row,
                 **found,
                 "per_class": list(found["per_class"]),
                 "confusion": [list(line) for line in found["confusion"]],
+                **({"confusion_pairs": pairs} if pairs else {}),
                 **self._labels(),
                 "train_loss": loss,
                 "train_images": images.count,

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from small_datasets import picture, write_folders
+from typer.testing import CliRunner
 
+from lad_dist.cli import app
 from lad_dist.data import decoded, decoding
 from lad_dist.data.datasets import load_splits, look
 from lad_dist.errors import DataError, StorageError
@@ -238,3 +240,22 @@ def test_a_folder_that_cannot_be_cleared_is_named(data, cache, monkeypatch):
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(StorageError, match=r"cannot be removed: Permission denied"):
         decoded.clear()
+
+
+def test_the_verb_lists_and_clears(data, cache, monkeypatch):
+    said = CliRunner().invoke(app, ["cache"])
+    assert said.exit_code == 0 and f"0.0 MB in {cache}" in said.output
+    load_splits(data)
+    shown = json.loads(CliRunner().invoke(app, ["cache", "--json"]).output)
+    assert [entry["shape"] for entry in shown["entries"]] == [[7, 3, 8, 8]] * 2 and shown["folder"] == str(cache)
+    assert "7 of 3x8x8" in CliRunner().invoke(app, ["cache"]).output
+    assert f"freed in {cache}" in CliRunner().invoke(app, ["cache", "--clear"]).output and decoded.listed() == []
+    assert json.loads(CliRunner().invoke(app, ["cache", "--clear", "--json"]).output)["freed"] == 0
+    monkeypatch.setenv("LAD_DIST_CACHE", "off")
+    assert "LAD_DIST_CACHE is off" in CliRunner().invoke(app, ["cache"]).output
+
+
+def test_the_plan_says_where_and_how_large(cache):
+    assert decoded.planned_bytes("list", [115_846, 50_000], 12288) == 165_846 * 12288
+    assert decoded.planned_bytes("list", [3, 50_000], 12288) == 50_000 * 12288
+    assert decoded.planned_bytes("cifar10", [60_000, 10_000], 3072) == 0

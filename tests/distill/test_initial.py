@@ -119,9 +119,9 @@ def test_herding_chooses_among_the_correctly_classified():
     logits[0] = torch.tensor([0.0, 1.0])  # misclassified, though nearest to the mean of its class
     features = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
     features[0] = torch.nn.functional.normalize(features[:6], dim=1).mean(0)
-    chosen, repeated = choose_images(logits, labels, 2, 2, seed=0, features_ND=features)
+    chosen, repeated = choose_images(logits.argmax(1), labels, 2, 2, seed=0, features_ND=features)
     assert 0 not in chosen and repeated == 0 and labels[chosen].tolist() == [0, 0, 1, 1]
-    again, _ = choose_images(logits, labels, 2, 2, seed=99, features_ND=features)
+    again, _ = choose_images(logits.argmax(1), labels, 2, 2, seed=99, features_ND=features)
     assert again.tolist() == chosen.tolist()
 
 
