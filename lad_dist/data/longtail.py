@@ -9,6 +9,7 @@ K classes, c class index (0 is the head), n_c images of class c, N images in tot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +62,7 @@ def positions_by_class(labels_N: Indices, num_classes: int) -> list[Indices]:
     """
     ordered = np.argsort(labels_N, kind="stable").astype(np.int64)
     ends = np.searchsorted(labels_N[ordered], np.arange(num_classes + 1))
-    return [ordered[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    return [ordered[start:end] for start, end in pairwise(ends)]
 
 
 def select(

@@ -66,9 +66,9 @@ def choose_images(
 ) -> tuple[np.ndarray, int]:
     """Return (indices (classes * ipc,) class-major, number of repeats).
 
-    Chooses per class among the images that the chooser classifies correctly (``predicted_N``), at random or, with ``features_ND``, by
-    herding. Fewer than ``ipc`` of them are repeated in turn. If there are none (or no chooser), takes random images of
-    the class.
+    Chooses per class among the images that the chooser classifies correctly (by ``predicted_N``), at random or, with
+    ``features_ND``, by herding. Fewer than ``ipc`` of them are repeated in turn. If there are none (or no chooser),
+    takes random images of the class.
     """
     correct_N = np.ones(len(labels_N), dtype=bool)
     if predicted_N is not None:

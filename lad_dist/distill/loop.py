@@ -375,10 +375,7 @@ class Distillation:
         parts = zip(*(g.image_grad_SCHH.split(_ROWS) for _, g in gradients), strict=True)
         weights = [weight for weight, _ in gradients]
         squares_s = torch.cat(
-            [
-                weighted_sum(list(zip(weights, part, strict=True))).flatten(1).double().square().sum(1)
-                for part in parts
-            ]
+            [weighted_sum(list(zip(weights, part, strict=True))).flatten(1).double().square().sum(1) for part in parts]
         )
         squares_K = squares_s.new_zeros(self.classes).index_add_(0, self._class_of_s, squares_s)
         broken = [

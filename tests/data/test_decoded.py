@@ -142,7 +142,9 @@ def test_parquet_is_kept_too(config, tmp_path, cache, counted):
     from lad_dist.data.parquet import write_rows
 
     for split in ("train", "test"):
-        write_rows(tmp_path / f"{split}.parquet", {"image": [png(i) for i in range(6)], "label": [0, 1, 0, 1, 0, 1]}, {})
+        write_rows(
+            tmp_path / f"{split}.parquet", {"image": [png(i) for i in range(6)], "label": [0, 1, 0, 1, 0, 1]}, {}
+        )
     of_parquet = config(dataset="parquet", root=str(tmp_path), imbalance="natural")
     first, again = load_splits(of_parquet), load_splits(of_parquet)
     assert torch.equal(first.train.images_NCHW, again.train.images_NCHW) and len(counted) == 2
