@@ -19,12 +19,11 @@ import argparse
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -306,7 +305,7 @@ def distillation(work: Path, classes: int, ipc: int, size: int, width: int) -> d
         work_ = Distillation(
             context, DataFacts(3, size, counts, "0" * 64), Buffer(run.trajectories, recipe.experts_hash())
         )
-        before = anonymous()
+        before = peak()
         images = torch.randn(classes * ipc, 3, size, size)
         logits = torch.randn(classes * ipc, classes)
         state = State(recipe, images.clone(), logits.clone(), images, {}, initial_logits_SK=logits)
@@ -435,10 +434,10 @@ def measurements(busy: bool) -> dict[str, Measurement]:
     found["photographs"] = "photographs", ()
     for name, part in (("imagenet-lt", 1.0), ("imagenet-lt", 0.1), ("places-lt", 1.0), ("inaturalist", 1.0)):
         found[f"bookkeeping {name} x {part:g}"] = "bookkeeping", (name, part)
-    for classes, images, size in ((1000, 2000, 64), (1000, 2000, 32), (100, 2000, 32), (1000, 4000, 32)):
+    for classes, images, size in ((1000, 1000, 64), (1000, 1000, 32), (100, 1000, 32), (1000, 2000, 32)):
         found[f"expert {classes} classes, {images} images, {size}"] = "expert", (classes, images, size, FULL[3])
     for classes, ipc, size in (
-        (1000, 10, 64), (1000, 10, 32), (1000, 10, 16), (300, 10, 32), (100, 10, 32), (1000, 3, 32), (1000, 1, 32),
+        (1000, 10, 16), (300, 10, 16), (100, 10, 16), (1000, 3, 16), (1000, 1, 16), (1000, 10, 32), (1000, 10, 64),
     ):  # fmt: skip
         found[f"distillation {classes}, {ipc}, {size}"] = "distillation", (classes, ipc, size, FULL[3])
     for classes, size in ((1000, 64), (1000, 32), (100, 32), (8142, 32)):
@@ -449,29 +448,36 @@ def measurements(busy: bool) -> dict[str, Measurement]:
     return found
 
 
-def run_one(work: Path, function: str, arguments: Sequence[Any]) -> dict[str, Any]:
-    """Run a measurement in this process, with one thread."""
-    import torch
-
-    torch.set_num_threads(1)
-    chosen: Callable[..., dict[str, Any]] = globals()[function]
-    first = (work,) if function in ("load", "photographs", "distillation", "report") else ()
-    return chosen(*first, *arguments)
+def measured_file(work: Path, name: str) -> Path:
+    return work / "measured" / (name.replace(" ", "-") + ".json")
 
 
 def measured(work: Path, name: str, what: Measurement) -> dict[str, Any]:
-    """Return a measurement made in a process of its own; one that ``work`` has already is not made again."""
-    file = work / "measured" / (name.replace(" ", "-") + ".json")
+    """Return a measurement made in a process of its own; one that ``work`` has already is not made again.
+
+    The process is forked from this one, which has imported torch and computed nothing.
+    """
+    import torch
+
+    file = measured_file(work, name)
     if not file.exists():
-        function, arguments = what
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "LAD_DIST_CACHE": str(work / "cache"),
-                       "PYTHONPATH": str(ROOT)}  # fmt: skip
-        command = [sys.executable, __file__, "--work", str(work), "--call", function, json.dumps(arguments)]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        torch.set_num_threads(1)
         file.parent.mkdir(exist_ok=True)
-        file.write_text(done.stdout.splitlines()[-1], encoding="utf-8")
+        child = multiprocessing.get_context("fork").Process(target=run_one, args=(work, file, *what))
+        child.start()
+        child.join()
+        if child.exitcode != 0:
+            raise SystemExit(f"{name}: exit code {child.exitcode}")
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
+
+
+def run_one(work: Path, file: Path, function: str, arguments: Sequence[Any]) -> None:
+    """Run a measurement in this process, with one thread, and write it to ``file``."""
+    os.environ["LAD_DIST_CACHE"] = str(work / "cache")
+    chosen: Callable[..., dict[str, Any]] = globals()[function]
+    first = (work,) if function in ("load", "photographs", "distillation", "report") else ()
+    file.write_text(json.dumps(chosen(*first, *arguments)), encoding="utf-8")
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
@@ -482,39 +488,49 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 def table(found: dict[str, dict[str, Any]], busy: bool) -> str:
     """Return the page of results; ``busy``: a tenth was decoded, and the whole has made-up pixels."""
-    load_first, load_second = (found[f"load imagenet-lt, {turn} start"] for turn in ("first", "second"))
-    photo, full = found["photographs"], found["distillation 1000, 10, 64"]
-    trained, tested = found["expert 1000 classes, 2000 images, 64"], found["evaluation 1000, 64"]
-    page = found["report 1000"]
-    draws = found["bookkeeping imagenet-lt x 1"]["draws"]
-    each = trained["per image"]
-    tenth = found["load imagenet-lt x 0.1, first start"]
-    decoding = tenth["cpu"] / tenth["images"] * load_first["images"] if busy else load_first["cpu"]
-    count, wide = load_first["images"], f"width {FULL[3]}, 64x64, 1,000 classes"
-    rows = [
-        (f"decoding and keeping {count:,} made-up images",
-         f"{tenth['images']:,} images, scaled up" if busy else "all images, 64x64", seconds(decoding)),
-        (f"the same, of {IMAGENET_SIDES[0]}x{IMAGENET_SIDES[1]} pixels", f"{photo['images']} images, scaled up",
-         seconds(photo["cpu"] * count)),
-        ("the second start: kept images, checked and mapped", "all images, 64x64",
-         f"{seconds(load_second['cpu'])} ({seconds(load_second['wall'])} by the clock)"),
-        ("peak memory of loading, mapped file included", "all images, 64x64",
-         f"{gb(load_first['peak'])}, again {gb(load_second['peak'])}; {gb(load_second['anonymous'])} without the file"),
-        ("selecting images by label", "all labels", seconds(found["bookkeeping imagenet-lt x 1"]["seconds"]["selection"])),
+    wide, whole = f"width {FULL[3]}, 64x64, 1,000 classes", SHAPES["imagenet-lt"]
+    images = whole.images + whole.classes * whole.test
+    first, second = "load imagenet-lt, first start", "load imagenet-lt, second start"
+    tenth, labels = "load imagenet-lt x 0.1, first start", "bookkeeping imagenet-lt x 1"
+    full, expert_, evaluated = (
+        "distillation 1000, 10, 64",
+        "expert 1000 classes, 1000 images, 64",
+        "evaluation 1000, 64",
+    )
+    decoded = (
+        ("a tenth of each class, scaled up", lambda: found[tenth]["cpu"] / found[tenth]["images"] * images)
+        if busy
+        else ("all images, 64x64", lambda: found[first]["cpu"])
+    )
+    kept = "all images, 64x64" + (", made-up pixels in place of decoded ones" if busy else "")
+    rows: list[tuple[str, str, Callable[[], str]]] = [
+        (f"decoding and keeping {images:,} made-up images", decoded[0], lambda: seconds(decoded[1]())),
+        (f"decoding as many of {IMAGENET_SIDES[0]}x{IMAGENET_SIDES[1]} pixels", "100 images, scaled up",
+         lambda: seconds(found["photographs"]["cpu"] * images)),
+        ("all of a first start but decoding" if busy else "a first start", kept, lambda: seconds(found[first]["cpu"])),
+        ("a second start: files looked at, kept images checked and mapped", kept, lambda: seconds(found[second]["cpu"])),
+        ("peak memory of a first start", kept, lambda: gb(found[first]["peak"])),
+        ("peak memory of a second start, the mapped file included", kept,
+         lambda: f"{gb(found[second]['peak'])}, {gb(found[second]['anonymous'])} without the file"),
+        ("selecting images by label", "all labels", lambda: seconds(found[labels]["seconds"]["selection"])),
         ("the class-aware order of a classifier epoch", "all labels",
-         seconds(found["bookkeeping imagenet-lt x 1"]["seconds"]["class-aware order"])),
-        ("an expert's representation epoch, 115,846 images", f"2,000 images, scaled up; {wide}",
-         seconds(each["representation"] * 115_846)),
-        (f"an expert's classifier epoch, {draws:,} draws", f"2,000 images, scaled up; {wide}",
-         seconds(each["classifier"] * draws)),
-        ("an iteration: two phases of 2 steps of 100 images", f"10,000 synthetic images; {wide}", seconds(full["seconds"])),
-        ("its peak memory", f"the set is {gb(full['set'])}; {wide}", gb(full["peak"])),
-        ("its checkpoint", f"10,000 synthetic images; {wide}", seconds(full["checkpoint"])),
-        ("an evaluation's epoch on 10,000 images", f"1,000 images, scaled up; {wide}", seconds(tested["training"] * 10_000)),
-        ("measuring a network on 50,000 images", f"2,000 images, scaled up; {wide}", seconds(tested["measuring"] * 50_000)),
+         lambda: seconds(found[labels]["seconds"]["class-aware order"])),
+        (f"an expert's representation epoch, {whole.images:,} images", f"1,000 images, scaled up; {wide}",
+         lambda: seconds(found[expert_]["per image"]["representation"] * whole.images)),
+        ("an expert's classifier epoch, 1,280,000 draws", f"1,000 images, scaled up; {wide}",
+         lambda: seconds(found[expert_]["per image"]["classifier"] * 1_280_000)),
+        ("an iteration: two phases of 2 steps of 100 images", f"10,000 synthetic images; {wide}",
+         lambda: seconds(found[full]["seconds"])),
+        ("its peak memory", f"10,000 synthetic images; {wide}",
+         lambda: f"{gb(found[full]['peak'])}; the set is {gb(found[full]['set'])}"),
+        ("its checkpoint", f"10,000 synthetic images; {wide}", lambda: seconds(found[full]["checkpoint"])),
+        ("an evaluation's epoch on 10,000 images", f"1,000 images, scaled up; {wide}",
+         lambda: seconds(found[evaluated]["training"] * 10_000)),
+        ("measuring a network on 50,000 images", f"2,000 images, scaled up; {wide}",
+         lambda: seconds(found[evaluated]["measuring"] * 50_000)),
         ("the report", "1,000 classes, 1,000 iterations, 4 networks",
-         f"{seconds(page['report'])}, {page['page'] / 1e6:.2f} MB"),
-        ("the status", "1,000 classes, 1,000 iterations, 4 networks", seconds(page["status"])),
+         lambda: f"{seconds(found['report 1000']['report'])}, {found['report 1000']['page'] / 1e6:.2f} MB"),
+        ("the status", "1,000 classes, 1,000 iterations, 4 networks", lambda: seconds(found["report 1000"]["status"])),
     ]  # fmt: skip
     lines = [
         "# ImageNet-LT's size",
@@ -527,7 +543,7 @@ def table(found: dict[str, dict[str, Any]], busy: bool) -> str:
         "",
         "| what | measured on | cost |",
         "|---|---|---|",
-        *(f"| {a} | {b} | {c} |" for a, b, c in rows),
+        *(f"| {what} | {on} | {cell(cost)} |" for what, on, cost in rows),
         "",
         "## Other shapes",
         "",
@@ -546,6 +562,14 @@ def table(found: dict[str, dict[str, Any]], busy: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cell(of: Callable[[], str]) -> str:
+    """Return a cell of a table; a measurement that was left out is said to be missing."""
+    try:
+        return of()
+    except KeyError:
+        return "not measured"
+
+
 def other_shapes(found: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
         "Loading: of a part of each class (of no class fewer than two images); labels: all of them.",
@@ -554,16 +578,21 @@ def other_shapes(found: dict[str, dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for name, part in (("places-lt", 0.1), ("inaturalist", 0.05)):
-        first, second = (found.get(f"load {name} x {part:g}, {turn} start") for turn in ("first", "second"))
-        labels = found[f"bookkeeping {name} x 1"]
-        loading = "not measured | not measured"
-        if first is not None and second is not None:
-            loading = f"{seconds(first['cpu'])} of {first['images']:,} | {seconds(second['cpu'])}"
-        lines.append(
-            f"| {SHAPES[name].title} | {labels['classes']:,} | {labels['images']:,} | {loading} | "
-            f"{seconds(labels['seconds']['selection'])} | "
-            f"{seconds(labels['seconds']['class-aware order'])}, {labels['draws']:,} |"
+        first, second, of = (
+            f"load {name} x {part:g}, first start",
+            f"load {name} x {part:g}, second start",
+            SHAPES[name],
         )
+        labels = f"bookkeeping {name} x 1"
+        cells = (
+            lambda first=first: f"{seconds(found[first]['cpu'])} of {found[first]['images']:,}",
+            lambda second=second: seconds(found[second]["cpu"]),
+            lambda labels=labels: seconds(found[labels]["seconds"]["selection"]),
+            lambda labels=labels: (
+                f"{seconds(found[labels]['seconds']['class-aware order'])}, {found[labels]['draws']:,}"
+            ),
+        )
+        lines.append(f"| {of.title} | {of.classes:,} | {of.images:,} | {' | '.join(map(cell, cells))} |")
     return lines
 
 
@@ -571,25 +600,27 @@ def growth(found: dict[str, dict[str, Any]], busy: bool) -> list[str]:
     """Return the table of exponents, each with what it should be."""
 
     def fit(names: Sequence[tuple[float, str]], of: Callable[[dict[str, Any]], float]) -> str:
-        points = [(x, of(found[name])) for x, name in names]
+        points = [(x, of(found[name])) for x, name in names if name in found]
+        if len(points) < 2:
+            return "not measured"
         return f"{exponent(points):.2f} ({' to '.join(f'{x:,.0f}' for x in (points[0][0], points[-1][0]))})"
 
-    by_k = [(k, f"distillation {k}, 10, 32") for k in (100, 300, 1000)]
-    by_ipc = [(n, f"distillation 1000, {n}, 32") for n in (1, 3, 10)]
+    by_k = [(k, f"distillation {k}, 10, 16") for k in (100, 300, 1000)]
+    by_ipc = [(n, f"distillation 1000, {n}, 16") for n in (1, 3, 10)]
     by_pixels = [(side**2, f"distillation 1000, 10, {side}") for side in (16, 32, 64)]
-    loads = [(found[name]["images"], name) for name in
-             ("load imagenet-lt x 0.1, first start", "load imagenet-lt, first start")]  # fmt: skip
-    again = [(x, name.replace("first", "second")) for x, name in loads]
-    by_side = [(32, "load imagenet-lt x 0.1 at 32, first start"), (64, "load imagenet-lt x 0.1, first start"),
-               (128, "load imagenet-lt x 0.1 at 128, first start")]  # fmt: skip
-    sizes = [(side**2, name) for side, name in by_side if name in found]
-    labels = [
-        (found[name]["images"], name) for name in ("bookkeeping imagenet-lt x 0.1", "bookkeeping imagenet-lt x 1")
-    ]
-    many = [(found[name]["classes"], name) for name in ("bookkeeping imagenet-lt x 1", "bookkeeping inaturalist x 1")]
-    experts_n = [(n, f"expert 1000 classes, {n} images, 32") for n in (2000, 4000)]
-    experts_k = [(k, f"expert {k} classes, 2000 images, 32") for k in (100, 1000)]
-    experts_p = [(side**2, f"expert 1000 classes, 2000 images, {side}") for side in (32, 64)]
+
+    def at(x: str, *names: str) -> list[tuple[float, str]]:
+        return [(found[name][x], name) for name in names if name in found]
+
+    loads = at("images", "load imagenet-lt x 0.1, first start", "load imagenet-lt, first start")
+    again = at("images", "load imagenet-lt x 0.1, second start", "load imagenet-lt, second start")
+    sizes = [(32**2, "load imagenet-lt x 0.1 at 32, first start"), (64**2, "load imagenet-lt x 0.1, first start"),
+             (128**2, "load imagenet-lt x 0.1 at 128, first start")]  # fmt: skip
+    labels = at("images", "bookkeeping imagenet-lt x 0.1", "bookkeeping imagenet-lt x 1")
+    many = at("classes", "bookkeeping imagenet-lt x 1", "bookkeeping inaturalist x 1")
+    experts_n = [(n, f"expert 1000 classes, {n} images, 32") for n in (1000, 2000)]
+    experts_k = [(k, f"expert {k} classes, 1000 images, 32") for k in (100, 1000)]
+    experts_p = [(side**2, f"expert 1000 classes, 1000 images, {side}") for side in (32, 64)]
     evaluated = [(k, f"evaluation {k}, 32") for k in (100, 1000, 8142)]
     reports = [(k, f"report {k}") for k in (100, 1000, 8142)]
     dash = "–"
@@ -671,21 +702,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="scratch folder; measurements in it are not repeated")
     parser.add_argument("--make", choices=SHAPES, help="only make this data set")
     parser.add_argument("--scale", type=float, default=1.0, help="with --make: share of each class's images")
+    parser.add_argument("--kept", action="store_true", help="only measurements that FOLDER has")
     parser.add_argument("--busy", action="store_true", help="decode a tenth only: minutes instead of half an hour")
     parser.add_argument("--only", metavar="TEXT", help="only measurements whose name holds TEXT")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
-    parser.add_argument("--call", nargs=2, metavar=("FUNCTION", "JSON"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     work = asked.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    if asked.call:
-        print(json.dumps(run_one(work, asked.call[0], json.loads(asked.call[1]))))
-        return
     if asked.make:
         print(make(work, asked.make, asked.scale))
         return
     found = {}
     for name, what in measurements(asked.busy).items():
+        if asked.kept and not measured_file(work, name).exists():
+            continue
         if asked.only is None or asked.only in name:
             found[name] = measured(work, name, what)
             print(name, json.dumps(found[name]), flush=True)

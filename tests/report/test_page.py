@@ -433,7 +433,7 @@ def test_the_confusion_of_many_classes_is_drawn_in_blocks_and_its_worst_pairs_li
     text, page = many_classes(make_run)
     cells = [[" ".join(c.split()) for c in row] for row in page.rows]
     assert "Each cell holds 3 neighbouring classes." in page.words
-    assert ["class 299", HOSTILE[0].replace("  ", " "), "48.9"] in cells
+    assert any(row[:2] == ["class 299", HOSTILE[0]] and 48 < float(row[2]) < 50 for row in cells)
     drawings = re.findall(r'<svg role="img" aria-label="Confusion: distilled".*?</svg>', text, re.DOTALL)
     assert drawings[0].count("M") <= 100 * 100
 
