@@ -216,5 +216,5 @@ def _most_often(
     true, said = pairs // len(names), pairs % len(names)
     shares = np.bincount(which, weights=images_J) / total_K[true]
     shares[true == said] = 0
-    chosen = np.argsort(-shares, kind="stable")[:MOST_OFTEN]
-    return [(names[true[i]], names[said[i]], tables.percent(float(shares[i]))) for i in chosen if shares[i] > 0]
+    shown = [(int(true[i]), int(said[i]), float(shares[i])) for i in np.argsort(-shares, kind="stable")[:MOST_OFTEN]]
+    return [(names[t], names[s], tables.percent(share)) for t, s, share in shown if share > 0]
