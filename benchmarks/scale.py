@@ -457,10 +457,10 @@ def measured(work: Path, name: str, what: Measurement) -> dict[str, Any]:
 
     The process is forked from this one, which has imported torch and computed nothing.
     """
-    import torch
-
     file = measured_file(work, name)
     if not file.exists():
+        import torch
+
         torch.set_num_threads(1)
         file.parent.mkdir(exist_ok=True)
         child = multiprocessing.get_context("fork").Process(target=run_one, args=(work, file, *what))

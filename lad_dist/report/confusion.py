@@ -196,8 +196,8 @@ def _by_group(
 ) -> list[tuple[str, list[str]]]:
     """Return per true group: the percentage of its images predicted as a class of each group."""
     ends = np.cumsum([size for _, size in bands])
-    group_of = (np.searchsorted(ends, each, side="right") for each in (true_J, said_J))
-    into = _added_up(*group_of, images_J, len(bands))
+    true_group_J, said_group_J = (np.searchsorted(ends, each, side="right") for each in (true_J, said_J))
+    into = _added_up(true_group_J, said_group_J, images_J, len(bands))
     return [
         (name, [tables.percent(int(n) / int(row.sum())) if row.sum() else tables.MISSING for n in row])
         for (name, _), row in zip(bands, into, strict=True)
