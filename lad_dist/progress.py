@@ -250,7 +250,7 @@ def _fits(name: str, value: Any) -> bool:
         return value is None or _is_number(value)
     if name in ("counts", "pixel_gradient_norm"):
         return isinstance(value, list) and all(x is None or _is_number(x) for x in value)
-    if name == "peak_memory_bytes":
+    if name in ("peak_memory_bytes", "pixel_gradient_norms"):
         return isinstance(value, dict) and all(x is None or _is_number(x) for x in value.values())
     if name == "alignment":
         return isinstance(value, dict) and all(

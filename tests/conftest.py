@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,6 +23,12 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_kept() -> None:
+    """Data sets that tests read are not kept decoded in the user's cache; tests/data/test_decoded.py has its own."""
+    os.environ["LAD_DIST_CACHE"] = "off"
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@
     stages.py     run, experts, distill, evaluate, report
     plan.py       plan
     doctor.py     doctor
+    cache.py      cache
     cluster.py    logs, cancel, and the other verbs on SLURM
     looking.py    status, view, compare, tensorboard, jobs, clusters
     buffers.py    buffer inspect, verify, compact, prune, export, import
@@ -25,7 +26,7 @@ from typing import Annotated
 import typer
 
 from lad_dist import __version__
-from lad_dist.cli import buffers, cluster, demo, doctor, exchange, init, looking, plan, sharing, stages, terminal
+from lad_dist.cli import buffers, cache, cluster, demo, doctor, exchange, init, looking, plan, sharing, stages, terminal
 from lad_dist.cli.options import default_out, expanded
 from lad_dist.cores import wait_asleep
 
@@ -53,6 +54,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     sharing.pull,
     looking.jobs,
     looking.clusters,
+    cache.cache,
 )
 BUFFER_VERBS: tuple[Callable[..., None], ...] = (
     buffers.inspect,

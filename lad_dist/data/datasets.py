@@ -6,7 +6,6 @@ later.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lad_dist.data import decoded
 from lad_dist.data.arrays import cifar, digits, fashion_mnist
 from lad_dist.data.custom import custom
-from lad_dist.data.decoding import PixelFormat, decode, probe
+from lad_dist.data.decoding import PixelFormat, probe
 from lad_dist.data.folders import image_folder, image_list, tiny_imagenet
 from lad_dist.data.longtail import exponential_counts, hold_out, reserve_of, select
 from lad_dist.data.parquet import parquet
@@ -24,9 +24,9 @@ from lad_dist.data.sources import Indices, Labels, Source, check_labels
 from lad_dist.errors import DataError
 
 if TYPE_CHECKING:
-    from lad_dist.recipe import DataConfig
+    import hashlib
 
-_LOOK_AT_ONCE = 1024  # images decoded at a time, then discarded
+    from lad_dist.recipe import DataConfig
 
 Progress = Callable[[int, int], None]  # (images done, images in total)
 
@@ -81,9 +81,25 @@ class ImageSet:
         return tuple(torch.bincount(self.labels_N, minlength=self.num_classes).tolist())
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 (hex) of shape, images and labels in order: equal where training would be equal."""
-        digest = hashlib.sha256(repr(tuple(self.images_NCHW.shape)).encode())
-        digest.update(self.images_NCHW.contiguous().numpy().data)
+        """Return the SHA-256 (hex) of shape, images and labels in order: equal where training would be equal.
+
+        It is computed once, which takes seconds for gigabytes, and again if a tensor was written to.
+        """
+        written = (self.images_NCHW._version, self.labels_N._version)
+        known = vars(self).get("_known")
+        if known is None or known[0] != written:
+            known = vars(self)["_known"] = written, self._with_labels(decoded.pixel_digest(self.images_NCHW))
+        return str(known[1])
+
+    def with_pixel_digest(self, digest: hashlib._Hash | None) -> ImageSet:
+        """Return this set, its fingerprint computed from the known ``decoded.pixel_digest`` of its images."""
+        if digest is not None:
+            written = (self.images_NCHW._version, self.labels_N._version)
+            vars(self)["_known"] = written, self._with_labels(digest)
+        return self
+
+    def _with_labels(self, digest: hashlib._Hash) -> str:
+        digest = digest.copy()
         digest.update(self.labels_N.numpy().astype("<i8", copy=False).data)
         return digest.hexdigest()
 
@@ -129,35 +145,38 @@ def load_splits(config: DataConfig, on_progress: Progress | None = None) -> Data
         if on_progress is not None:
             on_progress(done, total)
 
+    cache_notes: list[str] = []
+
     def load(source: Source, indices: Indices, split: str) -> ImageSet:
+        found = decoded.load(source, indices, pixel_format, report)
+        cache_notes.extend([found.note] if found.note else [])
         return ImageSet(
-            images_NCHW=decode(source, indices, pixel_format, report),
+            images_NCHW=found.images_NCHW,
             labels_N=torch.from_numpy(source.labels_N[indices]),
             class_names=class_names,
             name=f"{config.dataset}/{split}",
-        )
+        ).with_pixel_digest(found.digest)
 
     return DataSplits(
         train=load(train, kept, "train"),
         validation=load(train, held_out, "validation") if len(held_out) else None,
         test=load(test, np.arange(len(test.labels_N), dtype=np.int64), "test"),
         full_counts=tuple(np.bincount(train.labels_N, minlength=len(class_names)).tolist()),
-        notes=(*train.notes, *test.notes),
+        notes=(*train.notes, *test.notes, *cache_notes),
     )
 
 
 def look(config: DataConfig) -> tuple[tuple[int, ...], int, PixelFormat]:
     """Return (training images per class, test images, pixel format) of ``load_splits`` without holding any image.
 
-    Every image is decoded and discarded, so whatever ``load_splits`` rejects is rejected here. Raises ``DataError`` as
-    it does.
+    Every image is decoded, unless it is kept decoded, so whatever ``load_splits`` rejects is rejected here; large sets
+    are kept for it (``decoded.py``). Raises ``DataError`` as it does.
     """
     o = _open(config)
     counts = np.bincount(o.train.labels_N[o.kept], minlength=len(o.class_names)).tolist()
-    everything = ((o.train, np.concatenate([o.kept, o.held_out])), (o.test, np.arange(len(o.test.labels_N))))
+    everything = (o.train, o.kept), (o.train, o.held_out), (o.test, np.arange(len(o.test.labels_N), dtype=np.int64))
     for source, indices in everything:
-        for i in range(0, len(indices), _LOOK_AT_ONCE):
-            decode(source, indices[i : i + _LOOK_AT_ONCE], o.pixels)
+        decoded.check(source, indices, o.pixels)
     return tuple(counts), len(o.test.labels_N), o.pixels
 
 

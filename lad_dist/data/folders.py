@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lad_dist.data.longtail import within_class_order
+from lad_dist.data.longtail import positions_by_class, within_class_order
 from lad_dist.data.sources import FileSource, data_root, existing_folder
 from lad_dist.errors import DataError
 
@@ -41,8 +41,7 @@ def split_by_class(source: FileSource, fraction: float) -> tuple[FileSource, Fil
     Test images are the first round(n * fraction) of each class's order, at least one and at most all but one.
     """
     test_N = np.zeros(len(source.labels_N), dtype=bool)
-    for label in np.unique(source.labels_N):
-        positions = np.flatnonzero(source.labels_N == label)
+    for positions in positions_by_class(source.labels_N, int(source.labels_N.max()) + 1):
         count = min(max(1, round(len(positions) * fraction)), len(positions) - 1)
         test_N[positions[within_class_order(len(positions))[:count]]] = True
     train, test = (

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from lad_dist.data import augment
 from lad_dist.data.herding import herd
+from lad_dist.data.longtail import positions_by_class
 from lad_dist.recipe import AugmentConfig
 from lad_dist.seeds import rng
 
 HARD_LABEL_LOGIT = 200.0  # softmax of one such logit among zeros is one-hot in float32
+PASS = 1024  # images of one forward pass: rows are split at its multiples, so that parts have the bits of the whole
+MOST_BYTES = 2**30  # of the experts' logits at a time
 _ATTEMPTS = 8  # augmentation draws per copy until it differs
 
 
@@ -36,6 +39,11 @@ class InitialSet:
     repeated: int
 
 
+def rows_at_a_time(experts: int, classes: int) -> int:
+    """Return how many images' logits of several experts to hold at a time: a multiple of ``PASS``."""
+    return max(1, MOST_BYTES // (4 * experts * classes * PASS)) * PASS
+
+
 def label_logits(expert_logits_ESK: Tensor, true_S: Tensor) -> tuple[Tensor, Tensor]:
     """Return (logits (S, K), number of correct experts (S,)).
 
@@ -49,7 +57,7 @@ def label_logits(expert_logits_ESK: Tensor, true_S: Tensor) -> tuple[Tensor, Ten
 
 
 def choose_images(
-    chooser_logits_NK: Tensor | None,
+    predicted_N: Tensor | None,
     labels_N: np.ndarray,
     ipc: int,
     classes: int,
@@ -58,16 +66,15 @@ def choose_images(
 ) -> tuple[np.ndarray, int]:
     """Return (indices (classes * ipc,) class-major, number of repeats).
 
-    Chooses per class among the images that the chooser classifies correctly, at random or, with ``features_ND``, by
-    herding. Fewer than ``ipc`` of them are repeated in turn. If there are none (or no chooser), takes random images of
-    the class.
+    Chooses per class among the images that the chooser classifies correctly (by ``predicted_N``), at random or, with
+    ``features_ND``, by herding. Fewer than ``ipc`` of them are repeated in turn. If there are none (or no chooser),
+    takes random images of the class.
     """
     correct_N = np.ones(len(labels_N), dtype=bool)
-    if chooser_logits_NK is not None:
-        correct_N = chooser_logits_NK.argmax(dim=1).cpu().numpy() == labels_N
+    if predicted_N is not None:
+        correct_N = predicted_N.cpu().numpy() == labels_N
     chosen, repeated = [], 0
-    for c in range(classes):
-        members = np.flatnonzero(labels_N == c)
+    for c, members in enumerate(positions_by_class(labels_N, classes)):
         usable = members[correct_N[members]]
         if features_ND is not None and len(usable):
             usable = usable[herd(features_ND[torch.from_numpy(usable)], ipc)]
@@ -90,11 +97,14 @@ def build(
     hard_labels: bool,
     one_expert: bool = False,
     features_of: Callable[[int], Tensor] | None = None,
+    predicted_of: Callable[[int], Tensor | None] | None = None,
 ) -> InitialSet:
     """Build the initial set.
 
     ``logits_of(expert, indices)`` returns logits of an expert's last checkpoint on training images.
     ``features_of(expert)``, if given, returns that expert's features (N, D) of all training images, for herding.
+    ``predicted_of(expert)``: the classes (N,) that it predicts for all training images, where their logits would not
+    fit; None: from ``logits_of``.
 
     One of ``experts``, drawn at random, chooses the images; all of them label them. An image that no expert classifies
     correctly is labelled with the mean logits of its class over these experts and the class's training images. With
@@ -103,8 +113,12 @@ def build(
     everything = np.arange(len(labels_N))
     drawn = experts[int(rng(seed, "initial", "chooser").integers(len(experts)))]
     chooser = drawn if only_correct else None
+    predicted_N: Tensor | None = None
+    if chooser is not None:
+        known = None if predicted_of is None else predicted_of(chooser)
+        predicted_N = logits_of(chooser, everything).argmax(dim=1) if known is None else known
     indices_S, repeated = choose_images(
-        None if chooser is None else logits_of(chooser, everything),
+        predicted_N,
         labels_N,
         ipc,
         classes,
@@ -117,16 +131,16 @@ def build(
         return InitialSet(indices_S, logits_SK, 0, repeated)
     if one_expert:
         return InitialSet(indices_S, logits_of(drawn, indices_S), 0, repeated)
-    logits_ESK = torch.stack([logits_of(e, indices_S) for e in experts])
-    logits_SK, count_S = label_logits(logits_ESK, true_S)
-    orphans = (count_S == 0).nonzero().flatten().tolist()
-    for c in sorted({int(true_S[i]) for i in orphans}):
-        members = np.flatnonzero(labels_N == c)
-        mean_K = torch.stack([logits_of(e, members).mean(dim=0) for e in experts]).mean(dim=0)
-        for i in orphans:
-            if int(true_S[i]) == c:
-                logits_SK[i] = mean_K
-    return InitialSet(indices_S, logits_SK, len(orphans), repeated)
+    parts: list[tuple[Tensor, Tensor]] = []
+    for part_S in np.split(indices_S, range(step := rows_at_a_time(len(experts), classes), len(indices_S), step)):
+        logits_ESK = torch.stack([logits_of(e, part_S) for e in experts])
+        parts.append(label_logits(logits_ESK, torch.from_numpy(labels_N[part_S])))
+    logits_SK, count_S = (torch.cat(each) for each in zip(*parts, strict=True))
+    orphan_S, members_of = count_S == 0, positions_by_class(labels_N, classes)
+    for c in true_S[orphan_S].unique().tolist():
+        mean_K = torch.stack([logits_of(e, members_of[c]).mean(dim=0) for e in experts]).mean(dim=0)
+        logits_SK[orphan_S & (true_S == c)] = mean_K
+    return InitialSet(indices_S, logits_SK, int(orphan_S.sum()), repeated)
 
 
 def vary_repeats(images_SCHH: Tensor, indices_S: np.ndarray, seed: int, config: AugmentConfig) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lad_dist import methods
 from lad_dist.data import augment
+from lad_dist.data.longtail import head_medium_tail
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distill import statistics
 from lad_dist.distill.alignment import alignment
@@ -34,7 +35,7 @@ from lad_dist.distill.shards import Share
 from lad_dist.distill.start import DataFacts, first_set, labeller, mean_logits, publish
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Batch, GradientPath, Phase, PhaseResult, Student, SyntheticSet
-from lad_dist.distill.update import Gradients
+from lad_dist.distill.update import Gradients, weighted_sum
 from lad_dist.distill.windows import Window, Windows
 from lad_dist.errors import Interrupted, NumericalError, TrajectoryError
 from lad_dist.interrupts import StopFlag, deferred
@@ -51,6 +52,8 @@ from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import Stage
 
 CHECKPOINT_SECONDS = 60.0  # between checkpoints, in addition to those of distill.checkpoint_every
+_ROWS = 1024  # images whose gradients are squared at a time
+_NORMS_BY_CLASS = 200  # classes up to which every iteration records each class's norm, else those of three groups
 _FIRST_SECONDS = 1.0  # until a process's first checkpoint
 
 
@@ -366,7 +369,7 @@ class Distillation:
                 gradient=path,
                 **figures,
                 alignment=aligned,
-                pixel_gradient_norm=[float(f"{x:.4g}") for x in agreed.class_squares_K.sqrt().tolist()],
+                **self._norms(agreed.class_squares_K.sqrt()),
             )
         if agreed.stop:
             raise Interrupted(
@@ -407,8 +410,11 @@ class Distillation:
         self, results: list[tuple[NamedPhase, PhaseResult]], gradients: list[tuple[float, Gradients]]
     ) -> _Agreed:
         """Combine what depends on every rank, or on rank 0's clock: one sum of 2 + 2 x phases + K numbers."""
-        squares_s = torch.stack([weight * g.image_grad_SCHH for weight, g in gradients]).sum(0).flatten(1).double()
-        squares_s = squares_s.square().sum(1)
+        parts = zip(*(g.image_grad_SCHH.split(_ROWS) for _, g in gradients), strict=True)
+        weights = [weight for weight, _ in gradients]
+        squares_s = torch.cat(
+            [weighted_sum(list(zip(weights, part, strict=True))).flatten(1).double().square().sum(1) for part in parts]
+        )
         squares_K = squares_s.new_zeros(self.classes).index_add_(0, self._class_of_s, squares_s)
         broken = [
             torch.stack([g.loss, g.alpha_gradient, g.image_grad_SCHH.sum(), g.label_grad_SK.sum()])
@@ -512,6 +518,13 @@ class Distillation:
             figures[f"norm_ratio_{p.stage}"] = float(r.match.norm_ratio)
             figures[f"student_loss_{p.stage}"] = student_loss
         return figures
+
+    def _norms(self, norms_K: Tensor) -> dict[str, Any]:
+        """Return the pixels' gradient norms: of each class, or if there are many the means of three groups."""
+        if self.classes <= _NORMS_BY_CLASS:
+            return {"pixel_gradient_norm": [float(f"{x:.4g}") for x in norms_K.tolist()]}
+        thirds = head_medium_tail(self.facts.counts)["by_thirds"]
+        return {"pixel_gradient_norms": {part: float(f"{norms_K[list(of)].mean():.4g}") for part, of in thirds.items()}}
 
     def _alignment(self, state: State, results: list[tuple[NamedPhase, PhaseResult]]) -> dict[str, dict[str, float]]:
         """Return ``alignment`` per phase, for the state before the step. Equal on every rank."""

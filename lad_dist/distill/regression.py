@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lad_dist.data import augment
+from lad_dist.data.longtail import positions_by_class
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distill.student import Batch, Student, SyntheticSet
 from lad_dist.models import functional
@@ -73,10 +74,8 @@ class RealBatches:
     def __init__(self, recipe: Recipe, data: PreparedData, teacher: Callable[[np.ndarray], Tensor] | None) -> None:
         self._recipe, self._data = recipe, data
         labels_N = data.splits.train.labels_N.numpy()
-        self._members = [np.flatnonzero(labels_N == c) for c in range(data.classes)]
-        self._targets_NK = torch.nn.functional.one_hot(torch.from_numpy(labels_N), data.classes).float()
-        if teacher is not None:
-            self._targets_NK = torch.softmax(teacher(np.arange(len(labels_N))), dim=1)
+        self._members = positions_by_class(labels_N, data.classes)
+        self._soft_NK = None if teacher is None else torch.softmax(teacher(np.arange(len(labels_N))), dim=1)
 
     @torch.no_grad()
     def features(self, student: Student, theta_P: Tensor, iteration: int) -> RealFeatures:
@@ -91,7 +90,12 @@ class RealBatches:
         )
         views_RCHH = augment.apply(images_RCHH, drawn)
         features_RD = functional.features(student.module, student.layout.views(theta_P), views_RCHH)
-        return RealFeatures(features_RD.cpu(), self._targets_NK[rows_R], labels_R.cpu())
+        hard_R = labels_R.cpu()
+        if self._soft_NK is None:
+            targets_RK = torch.nn.functional.one_hot(hard_R, len(self._members)).float()
+        else:
+            targets_RK = self._soft_NK[rows_R]
+        return RealFeatures(features_RD.cpu(), targets_RK, hard_R)
 
 
 def _some(draws: np.random.Generator, members: np.ndarray, count: int) -> np.ndarray:

@@ -63,12 +63,24 @@ def first_set(
     if recipe.distill.initial == "real-crops":
         return _crops(recipe, data, student, windows, screen, events)
     stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
-    d, cache = recipe.distill, dict[int, Tensor]()
+    d, cache, chosen_by = recipe.distill, dict[int, Tensor](), set[int]()
 
     def outputs(function: Output, expert: int, indices: np.ndarray | None = None) -> Tensor:
         return outputs_of(function, student.module, windows.last(stage, expert), data, indices)
 
+    fits = 4 * len(data.train) * data.classes <= initial.MOST_BYTES
+
+    def predicted_of(expert: int) -> Tensor | None:
+        if fits:
+            return None
+        passes = torch.arange(len(data.train)).split(initial.PASS)
+        said = torch.cat([outputs(functional.logits, expert, rows.numpy()).argmax(dim=1) for rows in passes])
+        chosen_by.add(expert)
+        return said
+
     def logits_of(expert: int, indices: np.ndarray) -> Tensor:
+        if expert in chosen_by:
+            return _of_whole_passes(lambda rows: outputs(functional.logits, expert, rows), indices, len(data.train))
         if len(indices) <= len(cache.get(expert, ())):
             return cache[expert][torch.from_numpy(indices)]
         logits = outputs(functional.logits, expert, indices)
@@ -86,6 +98,7 @@ def first_set(
         only_correct=d.initial != "real-random",
         hard_labels=d.labels == "hard",
         one_expert=d.initial_labels == "one-expert",
+        predicted_of=predicted_of,
         features_of=(lambda e: outputs(functional.features, e)) if d.initial == "real-herded" else None,
     )
     images_SCHH, _ = data.train.batch(torch.from_numpy(first.indices_S))
@@ -145,14 +158,34 @@ def mean_logits(
     """
     stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
 
-    def of(indices: np.ndarray) -> Tensor:
+    def of_part(indices: np.ndarray) -> Tensor:
         each = [
             outputs_of(functional.logits, student.module, windows.last(stage, e), data, indices)
             for e in windows.experts
         ]
         return torch.stack(each).mean(dim=0)
 
+    def of(indices: np.ndarray) -> Tensor:
+        step = initial.rows_at_a_time(len(windows.experts), data.classes)
+        return torch.cat([of_part(part) for part in np.split(indices, range(step, len(indices), step))])
+
     return of
+
+
+def _of_whole_passes(logits_of: Callable[[np.ndarray], Tensor], indices: np.ndarray, count: int) -> Tensor:
+    """Return logits (S, K) as a pass over all ``count`` images would give them, computing only the batches needed.
+
+    The last bit of a row depends on the batch it is computed in.
+    """
+    out_SK: Tensor | None = None
+    for number in np.unique(indices // initial.PASS).tolist():
+        start = number * initial.PASS
+        logits_BK = logits_of(np.arange(start, min(start + initial.PASS, count)))
+        here = np.flatnonzero(indices // initial.PASS == number)
+        out_SK = logits_BK.new_empty(len(indices), logits_BK.shape[1]) if out_SK is None else out_SK
+        out_SK[torch.from_numpy(here)] = logits_BK[torch.from_numpy(indices[here] - start)]
+    assert out_SK is not None, "a set has images"
+    return out_SK
 
 
 def labeller(

@@ -55,10 +55,10 @@ class Optimizers:
 
     def step(self, phases: Sequence[tuple[float, Gradients]], iteration: int = 0) -> None:
         """Step along the sum of lambda times each phase's gradient, with the learning rates of ``iteration``."""
-        self.images_SCHH.grad = torch.stack([lam * r.image_grad_SCHH for lam, r in phases]).sum(0)
+        self.images_SCHH.grad = weighted_sum([(lam, r.image_grad_SCHH) for lam, r in phases])
         self.alpha.grad = torch.stack([lam * r.alpha_gradient for lam, r in phases]).sum(0).to(self.alpha.dtype)
         if self._config.labels == "soft":
-            self.logits_SK.grad = torch.stack([lam * r.label_grad_SK for lam, r in phases]).sum(0)
+            self.logits_SK.grad = weighted_sum([(lam, r.label_grad_SK) for lam, r in phases])
         factor = schedule(self._config, iteration)
         for name, optimizer in self._optimizers.items():
             group = optimizer.param_groups[0]
@@ -96,6 +96,14 @@ class Optimizers:
 
     def _tensor(self, name: str) -> Tensor:
         return {"images": self.images_SCHH, "labels": self.logits_SK, "alpha": self.alpha}[name]
+
+
+def weighted_sum(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """Return the sum of weight times tensor, holding one product at a time; on a CPU it has the bits of a sum of all."""
+    total = torch.zeros_like(parts[0][1])
+    for weight, tensor in parts:
+        total.add_(weight * tensor)
+    return total
 
 
 def schedule(config: DistillConfig, iteration: int) -> float:

@@ -12,6 +12,7 @@ from lad_dist.data.longtail import head_medium_tail
 from lad_dist.data.prepared import PreparedSet
 
 ECE_BINS = 15
+MATRIX_CLASSES = 200  # up to which a row holds its whole confusion matrix
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Accuracy:
     are excluded from all means. ``head``, ``medium`` and ``tail`` are means of class accuracies over thirds of the
     classes, ordered by training count; ``by_count`` groups by many (> 100), medium (20 to 100) and few (< 20) training
     images. Empty groups are None. ``ece`` is the expected calibration error over 15 equal confidence bins.
-    ``confusion[true][predicted]`` counts images.
+    ``confusion[true][predicted]`` counts images. With more than ``MATRIX_CLASSES`` classes it is empty, as its size
+    would grow with their square; ``confusion_pairs`` then holds (true, predicted, images) wherever there are images.
     """
 
     overall: float
@@ -34,6 +36,7 @@ class Accuracy:
     by_count: dict[str, float | None]
     ece: float
     confusion: tuple[tuple[int, ...], ...]
+    confusion_pairs: tuple[tuple[int, int, int], ...] = ()
 
 
 @torch.no_grad()
@@ -42,17 +45,18 @@ def accuracy(
 ) -> Accuracy:
     """Measure the top-1 predictions of ``logits_of`` on a set; ``counts`` are the training images of each class."""
     classes = len(counts)
-    confusion_KK = torch.zeros(classes * classes, dtype=torch.int64)
-    confidence, right = [], []
+    confidence, right, told = [], [], []
     for rows in torch.arange(len(images)).split(batch):
         images_BCHH, labels_B = images.batch(rows)
         logits_BK = logits_of(images_BCHH)
         said_B = logits_BK.argmax(dim=1)
-        confusion_KK += torch.bincount((labels_B * classes + said_B).cpu(), minlength=classes * classes)
+        told.append((labels_B * classes + said_B).cpu())
         confidence.append(logits_BK.softmax(dim=1).gather(1, said_B.unsqueeze(1)).squeeze(1).cpu())
         right.append((said_B == labels_B).cpu())
-    confusion_KK = confusion_KK.view(classes, classes)
-    right_K, total_K = confusion_KK.diagonal(), confusion_KK.sum(dim=1)
+    pair_J, images_J = torch.cat(told).unique(return_counts=True)  # J pairs (true, predicted)
+    true_J, said_J = pair_J // classes, pair_J % classes
+    total_K = torch.zeros(classes, dtype=torch.int64).index_add_(0, true_J, images_J)
+    right_K = torch.zeros(classes, dtype=torch.int64).index_add_(0, true_J, images_J * (true_J == said_J))
     per_class = (right_K / total_K.clamp_min(1)).tolist()
     groups = head_medium_tail(counts)
 
@@ -70,8 +74,16 @@ def accuracy(
         tail=thirds["tail"],
         by_count={name: mean(members) for name, members in groups["by_count"].items()},
         ece=calibration_error(torch.cat(confidence), torch.cat(right)),
-        confusion=tuple(tuple(row) for row in confusion_KK.tolist()),
+        confusion=_matrix(pair_J, images_J, classes) if classes <= MATRIX_CLASSES else (),
+        confusion_pairs=()
+        if classes <= MATRIX_CLASSES
+        else tuple(zip(true_J.tolist(), said_J.tolist(), images_J.tolist(), strict=True)),
     )
+
+
+def _matrix(pair_J: Tensor, images_J: Tensor, classes: int) -> tuple[tuple[int, ...], ...]:
+    counts = torch.zeros(classes * classes, dtype=torch.int64).index_add_(0, pair_J, images_J)
+    return tuple(tuple(row) for row in counts.view(classes, classes).tolist())
 
 
 def calibration_error(confidence_N: Tensor, right_N: Tensor, bins: int = ECE_BINS) -> float:

@@ -319,11 +319,13 @@ class _Work:
     def _found(self, row: results.Row, logits_of: Callable[[Tensor], Tensor]) -> results.Row:
         """Return the row with what ``logits_of`` reaches on the split, and where it was measured."""
         found = asdict(accuracy(logits_of, self.test, self.data.counts))
+        pairs = [list(pair) for pair in found.pop("confusion_pairs")]
         return {
             **row,
             **found,
             "per_class": list(found["per_class"]),
             "confusion": [list(line) for line in found["confusion"]],
+            **({"confusion_pairs": pairs} if pairs else {}),
             "device": str(self.data.device),
             "host": platform.node(),
             "versions": {"lad_dist": __version__, "torch": torch.__version__},

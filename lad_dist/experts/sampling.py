@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from lad_dist.data.longtail import positions_by_class
+
 
 def shuffled_order(rng: np.random.Generator, count: int) -> np.ndarray:
     """Representation stage: each of ``count`` images once, shuffled."""
@@ -16,15 +18,14 @@ def class_aware_order(rng: np.random.Generator, labels_N: np.ndarray, draws_per_
     Classes come in shuffled cycles; each turn of a class takes ``draws_per_class`` consecutive draws from that class's
     own shuffled cycles. The length is (size of the largest class) * K draws; the last turn may be truncated.
     """
-    members = [np.flatnonzero(labels_N == c) for c in range(int(labels_N.max()) + 1)]
+    members = positions_by_class(labels_N, int(labels_N.max()) + 1)
     classes = len(members)
     length = max(len(m) for m in members) * classes
     turns = -(-length // draws_per_class)
-    class_of_turn = _cycles(rng, np.arange(classes), turns)
+    turns_of = positions_by_class(_cycles(rng, np.arange(classes), turns), classes)
     drawn = np.empty(turns * draws_per_class, dtype=np.int64)
     by_turn = drawn.reshape(turns, draws_per_class)
-    for c, positions in enumerate(members):
-        mine = np.flatnonzero(class_of_turn == c)
+    for positions, mine in zip(members, turns_of, strict=True):
         by_turn[mine] = _cycles(rng, positions, len(mine) * draws_per_class).reshape(len(mine), draws_per_class)
     return drawn[:length]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lad_dist import cores
+from lad_dist.data import decoded
 from lad_dist.distill.memory import FREE_FRACTION
 from lad_dist.errors import RecipeError
 from lad_dist.plan import limits, memory
@@ -187,6 +188,9 @@ def _needs(recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: Resourc
         Need("data", "unwhitened images (uint8)", "host", on_host),
         Need("data", "whitened training images and whitening", here, on_device),
     ]
+    kept = decoded.planned_bytes(recipe.data.dataset, [info.train, info.test], shapes.image)
+    if kept:
+        needs.append(Need("data", f"decoded images, kept in {decoded.folder()}", "disk", kept))
     if recipe.data.whitening == "zca":
         fit = memory.whitening_bytes(shapes, "zca")
         needs.append(Need("data", f"fitting ZCA, {shapes.image} x {shapes.image}", here, fit))

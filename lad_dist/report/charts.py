@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -244,11 +245,16 @@ def _class_bars(s: ClassSeries, i: int, of: int, names: Sequence[str], frame: Fr
 def _class_line(s: ClassSeries, frame: Frame) -> str:
     curve: Curve = [(c + 0.5, 100 * mean) for c, mean in enumerate(s.mean)]
     half = max(len(curve) // 40, 1)
+    sums = [0.0]
+    for accuracy in s.mean:
+        sums.append(sums[-1] + accuracy)
     mean: Curve = []
     for c in range(len(curve)):
-        near = s.mean[max(c - half, 0) : c + half + 1]
-        mean.append((c + 0.5, 100 * sum(near) / len(near)))
-    return _path(curve, frame, f"raw {s.colour}") + _path(mean, frame, f"line {s.colour}")
+        low, high = max(c - half, 0), min(c + half + 1, len(curve))
+        mean.append((c + 0.5, 100 * (sums[high] - sums[low]) / (high - low)))
+    return _path(thinned(curve, RAW_POINTS), frame, f"raw {s.colour}") + _path(
+        thinned(mean, SMOOTH_POINTS), frame, f"line {s.colour}"
+    )
 
 
 def _count_bars(names: Sequence[str], counts: Sequence[int], frame: Frame, slot: float) -> str:
@@ -258,6 +264,8 @@ def _count_bars(names: Sequence[str], counts: Sequence[int], frame: Frame, slot:
         y = frame.py(p)
         parts.append(f'<line class="grid" x1="{frame.left}" x2="{frame.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(text(frame.left - 7, y + 4, f"{10**p:,}", "end"))
+    if len(counts) > BARS_UP_TO:
+        return "".join([*parts, _count_area(counts, frame), upright_title(frame, "images (log)")])
     for c, count in enumerate(counts):
         y, x = frame.py(max(math.log10(max(count, 1)), 0.03)), frame.px(c) + slot * 0.1
         parts.append(
@@ -268,3 +276,15 @@ def _count_bars(names: Sequence[str], counts: Sequence[int], frame: Frame, slot:
             parts.append(text(frame.px(c + 0.5), y - 4, f"{count:,}", "middle"))
     parts.append(upright_title(frame, "images (log)"))
     return "".join(parts)
+
+
+def _count_area(counts: Sequence[int], frame: Frame) -> str:
+    """Draw many bars as one outline, of no more steps than the drawing has pixels; a step is its largest class."""
+    steps = min(len(counts), round(frame.right - frame.left))
+    edges = [i * len(counts) // steps for i in range(steps + 1)]
+    points = []
+    for start, end in pairwise(edges):
+        y = frame.py(max(math.log10(max(*counts[start:end], 1)), 0.03))
+        points.append(f"{frame.px(start):.1f} {y:.1f}H{frame.px(end):.1f}")
+    outline = "L".join(points)
+    return f'<path class="fill count" d="M{frame.left:.1f} {frame.bottom:.1f}L{outline}V{frame.bottom:.1f}z"/>'

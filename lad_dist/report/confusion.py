@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from markupsafe import Markup
 
 from lad_dist.data.longtail import head_medium_tail
@@ -16,11 +19,13 @@ from lad_dist.report.drawing import Frame, svg, text, text_width, upright_title
 
 NUMBERS_UP_TO = 12  # classes; up to this, cells have room for a number
 CELLS_UP_TO = 30  # classes; up to this, classes are named and drawn cell by cell
+MOST_CELLS = 100  # a side; neighbouring classes are drawn together above this
+MOST_OFTEN = 10  # pairs of classes that are listed as confused most often
 _LEVELS = 10  # of colour, if there are too many cells to draw one by one
 
 
 def confusion_chart(
-    title: str, names: Sequence[str], shares: Sequence[Sequence[float]], bands: Sequence[tuple[str, int]]
+    title: str, names: Sequence[str], shares: Sequence[Sequence[float]], bands: Sequence[tuple[str, float]]
 ) -> Markup:
     """Draw a confusion matrix: row = true class, column = predicted class, both in the given order (largest first).
 
@@ -88,8 +93,8 @@ def _confusion_levels(shares: Sequence[Sequence[float]], frame: Frame, slot: flo
     )
 
 
-def _confusion_bands(bands: Sequence[tuple[str, int]], frame: Frame, labelled: bool) -> str:
-    parts, start = [], 0
+def _confusion_bands(bands: Sequence[tuple[str, float]], frame: Frame, labelled: bool) -> str:
+    parts, start = [], 0.0
     for name, size in bands:
         if not size:
             continue
@@ -118,48 +123,98 @@ def _share_legend(left: float, most: float) -> str:
 
 @dataclass(frozen=True)
 class Confusion:
-    """A confusion matrix by class, and by groups: (true group, percentages predicted as each group)."""
+    """A confusion matrix by class, and by groups: (true group, percentages predicted as each group).
+
+    ``pairs``, if there are many classes: those confused most often, (true class, predicted class, percentage).
+    """
 
     title: str
     chart: Markup
     note: str
     groups: list[tuple[str, list[str]]]
+    pairs: list[tuple[str, str, str]]
 
 
 def confusion_charts(found: Contents) -> list[Confusion]:
     """Draw the distilled and whole sets' confusion on the first architecture, summed over networks that recorded it."""
     if not found.rows:
         return []
-    architecture = found.rows[0]["architecture"]
-    order = sorted(range(len(found.counts)), key=lambda c: -found.counts[c])
-    thirds = {name: of for name, of in head_medium_tail(found.counts)["by_thirds"].items() if of}
+    architecture, counts = found.rows[0]["architecture"], found.counts
+    order = sorted(range(len(counts)), key=lambda c: -counts[c])
+    rank_of = np.empty(len(order), dtype=np.int64)
+    rank_of[order] = np.arange(len(order))
+    thirds = {name: of for name, of in head_medium_tail(counts)["by_thirds"].items() if of}
     names, bands = [found.class_names[c] for c in order], [(name, len(of)) for name, of in thirds.items()]
+    cells = min(len(order), MOST_CELLS)
     out = []
     for key in ("distilled", "full"):
         told = [
-            row["confusion"]
+            pairs
             for row in found.main_rows
-            if (row["source"], row["architecture"]) == (key, architecture) and row.get("confusion")
+            if (row["source"], row["architecture"]) == (key, architecture) and len(pairs := _pairs(row))
         ]
         if not told:
             continue
-        total = [[sum(one[true][said] for one in told) for said in order] for true in order]
-        shares = [[n / (sum(row) or 1) for n in row] for row in total]
+        pairs_J3 = np.concatenate(told)
+        true_J, said_J, images_J = rank_of[pairs_J3[:, 0]], rank_of[pairs_J3[:, 1]], pairs_J3[:, 2]
+        drawn = _added_up(true_J * cells // len(order), said_J * cells // len(order), images_J, cells)
+        shares = (drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1)).tolist()
+        widths = [(name, size * cells / len(order)) for name, size in bands]
         title = f"Confusion: {tables.SOURCES[key][0].lower()}{tables.SOURCES[key][1:]}"
         networks = f"{len(told)} networks added up" if len(told) > 1 else "1 network"
         note = f"{architecture}, {networks}. A row is a true class; classes with the most training images first."
-        out.append(Confusion(title, confusion_chart(title, names, shares, bands), note, _by_group(total, bands)))
+        if cells < len(order):
+            note += f" Each cell holds {len(order) / cells:.3g} neighbouring classes."
+        chart = confusion_chart(title, names if cells == len(order) else [""] * cells, shares, widths)
+        often = _most_often(true_J, said_J, images_J, names) if len(order) > CELLS_UP_TO else []
+        out.append(Confusion(title, chart, note, _by_group(true_J, said_J, images_J, bands), often))
     return out
 
 
-def _by_group(total: list[list[int]], bands: list[tuple[str, int]]) -> list[tuple[str, list[str]]]:
+def _pairs(row: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+    """Return (true, predicted, images) of a row (J, 3), which has them, a matrix, or neither."""
+    if row.get("confusion_pairs"):
+        return np.array(row["confusion_pairs"], dtype=np.int64)
+    matrix = np.array(row.get("confusion") or np.zeros((0, 0)), dtype=np.int64)
+    true_J, said_J = matrix.nonzero()
+    return np.stack([true_J, said_J, matrix[true_J, said_J]], axis=1)
+
+
+def _added_up(
+    rows_J: npt.NDArray[np.int64], columns_J: npt.NDArray[np.int64], images_J: npt.NDArray[np.int64], cells: int
+) -> npt.NDArray[np.int64]:
+    """Return a (cells, cells) matrix of images."""
+    flat = np.bincount(rows_J * cells + columns_J, weights=images_J, minlength=cells * cells)
+    return flat.reshape(cells, cells).astype(np.int64)
+
+
+def _by_group(
+    true_J: npt.NDArray[np.int64],
+    said_J: npt.NDArray[np.int64],
+    images_J: npt.NDArray[np.int64],
+    bands: Sequence[tuple[str, int]],
+) -> list[tuple[str, list[str]]]:
     """Return per true group: the percentage of its images predicted as a class of each group."""
-    spans, start = [], 0
-    for name, size in bands:
-        spans.append((name, slice(start, start + size)))
-        start += size
-    out = []
-    for name, rows in spans:
-        into = [sum(sum(row[columns]) for row in total[rows]) for _, columns in spans]
-        out.append((name, [tables.percent(n / sum(into)) if sum(into) else tables.MISSING for n in into]))
-    return out
+    ends = np.cumsum([size for _, size in bands])
+    true_group_J, said_group_J = (np.searchsorted(ends, each, side="right") for each in (true_J, said_J))
+    into = _added_up(true_group_J, said_group_J, images_J, len(bands))
+    return [
+        (name, [tables.percent(int(n) / int(row.sum())) if row.sum() else tables.MISSING for n in row])
+        for (name, _), row in zip(bands, into, strict=True)
+    ]
+
+
+def _most_often(
+    true_J: npt.NDArray[np.int64],
+    said_J: npt.NDArray[np.int64],
+    images_J: npt.NDArray[np.int64],
+    names: Sequence[str],
+) -> list[tuple[str, str, str]]:
+    """Return the pairs of classes with the largest share of the true class's images, and its percentage."""
+    total_K = np.bincount(true_J, weights=images_J, minlength=len(names))
+    pairs, which = np.unique(true_J * len(names) + said_J, return_inverse=True)
+    true, said = pairs // len(names), pairs % len(names)
+    shares = np.bincount(which, weights=images_J) / total_K[true]
+    shares[true == said] = 0
+    shown = [(int(true[i]), int(said[i]), float(shares[i])) for i in np.argsort(-shares, kind="stable")[:MOST_OFTEN]]
+    return [(names[t], names[s], tables.percent(share)) for t, s, share in shown if share > 0]

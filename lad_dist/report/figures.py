@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from lad_dist.report.contents import Contents
 from lad_dist.report.history import History
 
 COLOURS = {"distilled": "s1", "random": "s2", "full": "s3", "initial": "s4"}
+ROWS_UP_TO, EXTREMES = 200, 10  # classes that a table lists; those at either end that it shows of more
 WIDE, NARROW = 1060, 420  # widths of the chart by class, for large and small screens
 PARTS = (("head", "head", "s1"), ("medium", "medium", "s2"), ("tail", "tail", "s3"))
 ALIGNED = (
@@ -68,21 +70,41 @@ def class_charts(found: Contents) -> list[tuple[str, Markup]]:
     ]
 
 
+ClassRow = tuple[str, str, str, list[str]]  # class, training images, group, accuracy by source
+
+
 def class_table(found: Contents) -> dict[str, Any] | None:
+    """Return the figures by class, largest class first; of many classes the best and the worst, and all to search in.
+
+    ``parts``: (title, rows) of each table; ``searched``: the rows as JSON, empty where the table has them all.
+    """
     by_source = _by_source(found)
     if not by_source:
         return None
     group_of = {c: name for name, of in head_medium_tail(found.counts)["by_thirds"].items() for c in of}
-    rows = [
+    order = sorted(range(len(found.counts)), key=lambda c: -found.counts[c])
+    rows: list[ClassRow] = [
         (
             found.class_names[c],
             f"{found.counts[c]:,}",
             group_of[c],
             [tables.spread([run[c] for run in of]) for of in by_source.values()],
         )
-        for c in sorted(range(len(found.counts)), key=lambda c: -found.counts[c])
+        for c in order
     ]
-    return {"sources": [tables.SOURCES[key] for key in by_source], "rows": rows}
+    parts, searched = [("", rows)], Markup("")
+    if len(rows) > ROWS_UP_TO:
+        source, of = next(iter(by_source.items()))
+        total = [sum(run[c] for run in of) for c in order]
+        best = sorted(range(len(rows)), key=lambda i: -total[i])  # of equal ones the class with more training images
+        parts = [
+            (f"{EXTREMES} classes of {word} accuracy, {tables.SOURCES[source]}", [rows[i] for i in chosen])
+            for word, chosen in (("highest", best[:EXTREMES]), ("lowest", best[-EXTREMES:]))
+        ]
+        plain = json.dumps([[name, count, group, *values] for name, count, group, values in rows], ensure_ascii=False)
+        # Safe: without "<" nothing can end the element that holds it.
+        searched = Markup(plain.replace("<", "\\u003c"))  # noqa: S704
+    return {"sources": [tables.SOURCES[key] for key in by_source], "parts": parts, "searched": searched}
 
 
 @dataclass(frozen=True)
@@ -199,7 +221,7 @@ def _gain_on_the_way(history: History) -> str:
 def _pixel_gradients(found: Contents) -> list[Line]:
     thirds = head_medium_tail(found.counts)["by_thirds"] if found.counts else {}
     return [
-        Line(label, colour, found.history.class_curve("pixel_gradient_norm", thirds[part]))
+        Line(label, colour, found.history.group_curve("pixel_gradient_norm", part, thirds[part]))
         for part, label, colour in PARTS
         if part in thirds
     ]

@@ -51,10 +51,15 @@ class History:
         known = [i for i in sorted(self.early) if self.early[i].get(name) is not None]
         return [(i, self.early[i].get(name)) for i in sorted(self.early)] if len(known) > 1 else []
 
-    def class_curve(self, name: str, classes: Sequence[int]) -> Curve:
-        """Return the mean over some classes of a per-class figure of the iterations."""
+    def group_curve(self, name: str, group: str, classes: Sequence[int]) -> Curve:
+        """Return a figure of a group of classes: ``name`` is recorded by class and averaged, ``names`` by group."""
         curve: Curve = []
         for i in sorted(self.iterations):
+            by_group = self.iterations[i].get(f"{name}s")
+            if by_group is not None:
+                if by_group.get(group) is not None:
+                    curve.append((i, by_group[group]))
+                continue
             per_class = self.iterations[i].get(name) or []
             values = [per_class[c] for c in classes if c < len(per_class) and per_class[c] is not None]
             if values:

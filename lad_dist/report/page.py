@@ -5,12 +5,16 @@ Everything comes from the run folder's files. Missing parts are omitted, and the
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from lad_dist import __version__, recipe_file, results
 from lad_dist.data.longtail import FEW_SHOT_BELOW, MANY_SHOT_ABOVE, head_medium_tail
@@ -46,7 +50,12 @@ def write_report(recipe: Recipe, run: RunDir) -> None:
 
 def render(found: Contents, shown: pictures.Gallery | None) -> str:
     """Return the page as HTML text."""
+    class_table, script = figures.class_table(found), Markup("")
+    if class_table is not None and class_table["searched"]:
+        script = Markup(files(__package__).joinpath("templates", "search.js").read_text(encoding="utf-8"))  # noqa: S704 - this package's own
     return template("page.html").render(
+        search_script=script,
+        script_policy=_script_policy(script),
         run=found,
         recipe=found.recipe,
         lead=_lead(found),
@@ -55,7 +64,7 @@ def render(found: Contents, shown: pictures.Gallery | None) -> str:
         published=_published(found),
         groups=_groups(found),
         class_charts=figures.class_charts(found),
-        class_table=figures.class_table(found),
+        class_table=class_table,
         confusions=confusion.confusion_charts(found),
         distill_charts=figures.distill_charts(found),
         alignment_charts=figures.alignment_charts(found),
@@ -81,6 +90,14 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
     )
     return environment.get_template(name)
+
+
+def _script_policy(script: str) -> Markup:
+    """Return what the page's Content-Security-Policy adds for its script, which alone may run; empty without one."""
+    if not script:
+        return Markup("")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return Markup("; script-src 'sha256-{}'").format(digest)
 
 
 def _lead(found: Contents) -> list[tuple[str, str]]:

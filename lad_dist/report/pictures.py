@@ -16,6 +16,7 @@ from torch import Tensor
 from lad_dist.distilled import DistilledSet
 
 MOST_CLASSES, MOST_IMAGES = 100, 10
+_MOST_PIXELS = 9_000_000  # of both strips together: above this fewer classes are shown, at least ten
 CELL = 64  # minimum pixels a side of an image in the PNG grid
 _LOSSLESS_PIXELS = 3_000_000  # above this, the page's copies are JPEG, so that it stays at a few megabytes
 _INK, _PAPER, _RULE = (40, 40, 40), (255, 255, 255), (225, 225, 225)
@@ -48,12 +49,15 @@ class Gallery:
 
 
 def gallery(distilled: DistilledSet) -> Gallery:
-    """Select at most ``MOST_CLASSES`` classes, largest first, and the first ``MOST_IMAGES`` images of each."""
+    """Select at most ``MOST_CLASSES`` classes, largest first, and the first ``MOST_IMAGES`` images of each.
+
+    Of large images fewer classes, so that the page stays at some megabytes.
+    """
     meta = distilled.meta
     order = sorted(range(len(meta.class_names)), key=lambda c: -meta.counts[c])
-    chosen = (
-        [order[i * len(order) // MOST_CLASSES] for i in range(MOST_CLASSES)] if len(order) > MOST_CLASSES else order
-    )
+    row = 2 * min(meta.ipc, MOST_IMAGES) * distilled.images.shape[-1] ** 2
+    most = max(10, min(MOST_CLASSES, _MOST_PIXELS // row))
+    chosen = [order[i * len(order) // most] for i in range(most)] if len(order) > most else order
     rows_GM = torch.stack([(distilled.labels == c).nonzero()[:, 0][: min(meta.ipc, MOST_IMAGES)] for c in chosen])
     return Gallery(
         tuple(meta.class_names[c] for c in chosen),

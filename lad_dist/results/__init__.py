@@ -115,7 +115,7 @@ _NAMES = Name(SOURCES, BASELINE_NAMES.group, BASELINE_NAMES.endings)
 
 FORMAT_VERSION = 2  # of results.json; version 1 has no checksum
 _KEY = ("source", "architecture", "seed")
-_ONLY_IN_ROWS = ("confusion",)  # K x K numbers
+_ONLY_IN_ROWS = ("confusion", "confusion_pairs")  # K x K numbers, or three for every pair that occurs
 
 
 def wanted(recipe: Recipe, run: RunDir) -> list[str]:

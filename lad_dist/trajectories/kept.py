@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 from pyarrow import fs
 
@@ -141,6 +142,11 @@ def _parsed(text: bytes, path: str) -> Kept:
 
 def write(filesystem: fs.FileSystem, root: str, kept: Kept) -> None:
     """Publish a buffer's ``kept.json``. Raises ``StorageError``."""
-    document = {"format_version": FORMAT_VERSION, **{stage: list(spans) for stage, spans in kept.spans.items()}}
+    document: dict[str, object] = {"format_version": FORMAT_VERSION}
+    document |= {stage: list(spans) for stage, spans in kept.spans.items()}
     text = json.dumps(document).encode()
-    files.publish(filesystem, f"{root}/{NAME}", lambda file: file.write(text) and None)
+
+    def written(file: BinaryIO) -> None:
+        file.write(text)
+
+    files.publish(filesystem, f"{root}/{NAME}", written)

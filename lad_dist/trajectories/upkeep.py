@@ -60,7 +60,9 @@ def compact(buffer: Buffer, epochs_per_part: int = EPOCHS_PER_PART, report: Repo
 def plan_prune(buffer: Buffer, needed: Kept) -> Pruning:
     """Return what ``prune`` would do. Raises ``TrajectoryError`` if ``needed`` was pruned before."""
     buffer.check_keeps(needed)
-    removed, rewritten, freed = [], [], 0
+    removed: list[PartName] = []
+    rewritten: list[PartName] = []
+    freed = 0
     for name in buffer.parts:
         stays = sum(needed.has(name.stage, epoch) for epoch in range(name.first, name.last + 1))
         rows, size = name.last - name.first + 1, buffer.size_of(name)

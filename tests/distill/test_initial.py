@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lad_dist.distill.initial import HARD_LABEL_LOGIT, build, choose_images, label_logits, vary_repeats
+from lad_dist.distill.start import _of_whole_passes
 from lad_dist.recipe import AugmentConfig
 
 LABELS = np.repeat([0, 1, 2], [6, 4, 3])
@@ -119,9 +120,9 @@ def test_herding_chooses_among_the_correctly_classified():
     logits[0] = torch.tensor([0.0, 1.0])  # misclassified, though nearest to the mean of its class
     features = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
     features[0] = torch.nn.functional.normalize(features[:6], dim=1).mean(0)
-    chosen, repeated = choose_images(logits, labels, 2, 2, seed=0, features_ND=features)
+    chosen, repeated = choose_images(logits.argmax(1), labels, 2, 2, seed=0, features_ND=features)
     assert 0 not in chosen and repeated == 0 and labels[chosen].tolist() == [0, 0, 1, 1]
-    again, _ = choose_images(logits, labels, 2, 2, seed=99, features_ND=features)
+    again, _ = choose_images(logits.argmax(1), labels, 2, 2, seed=99, features_ND=features)
     assert again.tolist() == chosen.tolist()
 
 
@@ -161,3 +162,37 @@ def test_a_copy_that_a_draw_left_as_it_was_is_drawn_again():
 
 def test_without_augmentation_copies_are_copies():
     assert torch.equal(vary_repeats(pictures(), INDICES, 5, AugmentConfig(operations=())), pictures())
+
+
+def test_parts_of_experts_logits_are_those_of_the_whole(monkeypatch):
+    """Many images times classes do not fit: then a part at a time, and predictions in place of logits."""
+    experts = {e: torch.randn(13, 3, generator=torch.Generator().manual_seed(e)) for e in range(3)}
+    asked = []
+
+    def logits_of(expert: int, indices: np.ndarray) -> torch.Tensor:
+        asked.append(len(indices))
+        return experts[expert][torch.from_numpy(indices)]
+
+    def start(**more):
+        return build(logits_of, range(3), LABELS, 4, 3, seed=0, only_correct=True, hard_labels=False, **more)
+
+    whole = start()
+    monkeypatch.setattr("lad_dist.distill.initial.PASS", 5)
+    monkeypatch.setattr("lad_dist.distill.initial.MOST_BYTES", 1)
+    asked.clear()
+    parts = start(predicted_of=lambda e: experts[e].argmax(1))
+    assert torch.equal(whole.logits_SK, parts.logits_SK) and np.array_equal(whole.indices_S, parts.indices_S)
+    assert whole.without_expert == parts.without_expert and 13 not in asked
+
+
+def test_rows_of_whole_passes_are_those_of_a_pass_over_everything(monkeypatch):
+    monkeypatch.setattr("lad_dist.distill.initial.PASS", 4)
+    table, asked = torch.randn(10, 3), []
+
+    def logits_of(rows: np.ndarray) -> torch.Tensor:
+        asked.append(rows.tolist())
+        return table[torch.from_numpy(rows)]
+
+    indices = np.array([9, 0, 3, 9, 8])
+    assert torch.equal(_of_whole_passes(logits_of, indices, 10), table[torch.from_numpy(indices)])
+    assert asked == [[0, 1, 2, 3], [8, 9]]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lad_dist.data.longtail import head_medium_tail
 from lad_dist.distill.initial import HARD_LABEL_LOGIT, vary_repeats
 from lad_dist.distill.loop import Distillation, SaveClock, class_weights
 from lad_dist.distill.start import DataFacts
@@ -381,6 +382,23 @@ def test_per_class_gradient_norms(pipeline_of, monkeypatch):
         norms = event["pixel_gradient_norm"]
         assert len(norms) == 10
         assert norms == pytest.approx([float(total[2 * c : 2 * c + 2].norm()) for c in range(10)], rel=1e-3)
+
+
+def test_of_many_classes_the_gradient_norms_are_by_group(pipeline_of, monkeypatch):
+    """An event's size must not grow with the classes: 10,000 iterations of 1,000 classes would take 100 MB."""
+    by_class, by_group = (
+        pipeline_of("whole", distill={"iterations": 1}),
+        pipeline_of("groups", distill={"iterations": 1}),
+    )
+    by_class.distill()
+    monkeypatch.setattr("lad_dist.distill.loop._NORMS_BY_CLASS", 9)
+    by_group.distill()
+    (norms,) = (event["pixel_gradient_norm"] for event in events(by_class, "iteration"))
+    (event,) = events(by_group, "iteration")
+    assert "pixel_gradient_norm" not in event
+    for part, of in head_medium_tail(by_group.data.counts)["by_thirds"].items():
+        expected = sum(norms[c] for c in of) / len(of)
+        assert event["pixel_gradient_norms"][part] == pytest.approx(expected, rel=1e-3)
 
 
 def test_windows_in_the_events_are_those_used(pipeline_of):

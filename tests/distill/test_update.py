@@ -10,7 +10,7 @@ from textbook import Momentum
 
 from lad_dist.distill.matching import Match
 from lad_dist.distill.student import PhaseResult
-from lad_dist.distill.update import Optimizers
+from lad_dist.distill.update import Optimizers, weighted_sum
 from lad_dist.recipe import DistillConfig
 
 LR, MOMENTUM, LAMBDAS = (3.0, 0.5, 0.01), (0.5, 0.9, 0.3), (0.7, 1.3)
@@ -143,3 +143,10 @@ def test_adam_equals_torch_and_survives_saving():
     for a, b, c in zip(values(ours), values(saved), (images, labels, ours.alpha), strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (20, 3, 32, 32), (101, 3, 7, 7), (13, 10)])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_weighted_sum_has_the_bits_of_a_sum_of_all(shape, count):
+    parts = [(0.1 * (i + 1), torch.randn(shape, generator=torch.Generator().manual_seed(i))) for i in range(count)]
+    assert torch.equal(weighted_sum(parts), torch.stack([weight * t for weight, t in parts]).sum(0))

@@ -93,3 +93,15 @@ def test_calibration_error_by_hand():
 def test_calibration_of_a_network_that_always_says_a_third():
     found = accuracy(lambda images: torch.zeros(len(images), 3), prepared([0, 1, 2, 0], [0] * 4), (9, 8, 7))
     assert found.overall == 0.5 and found.ece == pytest.approx(0.5 - 1 / 3)
+
+
+def test_of_many_classes_the_pairs_that_occur_say_what_the_matrix_does(monkeypatch):
+    whole = accuracy(read(6), prepared(LABELS, SAID), COUNTS)
+    monkeypatch.setattr("lad_dist.evaluate.accuracy.MATRIX_CLASSES", 5)
+    pairs = accuracy(read(6), prepared(LABELS, SAID), COUNTS, batch=2)
+    assert pairs.confusion == () and whole.confusion_pairs == ()
+    matrix = [[0] * 6 for _ in range(6)]
+    for true, said, images in pairs.confusion_pairs:
+        matrix[true][said] = images
+    assert matrix == [list(row) for row in whole.confusion]
+    assert (pairs.overall, pairs.balanced, pairs.per_class) == (whole.overall, whole.balanced, whole.per_class)

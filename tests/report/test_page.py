@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -19,10 +20,12 @@ import pytest
 from PIL import Image
 
 from lad_dist import results
+from lad_dist.data.longtail import head_medium_tail
 from lad_dist.distilled import DistilledSet
 from lad_dist.errors import DistilledError, RunDirError
 from lad_dist.progress import Events, read_events
 from lad_dist.recipe import Recipe
+from lad_dist.report import contents
 from lad_dist.report.history import read_history
 from lad_dist.report.page import write_report
 from lad_dist.rundir import RunDir
@@ -391,3 +394,75 @@ def test_no_accuracy_on_the_way(make_run):
     recipe, run = make_run()
     write_report(recipe, run)
     assert "Accuracy during distillation" not in (run.root / "report" / "index.html").read_text()
+
+
+def many_classes(make_run: MakeRun, **changes: Any) -> tuple[str, Page]:
+    """The page of a run of 300 classes, some of which have hostile names; confusion is recorded as pairs."""
+    names = [*HOSTILE, *(f"class {c}" for c in range(len(HOSTILE), 300))]
+    recipe, run = make_run(
+        classes=300, ipc=1, channels=3, whitening="standardize", n_max=1280, names=names, confusion=False, **changes
+    )
+    for row in results.read(run.results):
+        right = [round(100 * accuracy) for accuracy in row["per_class"]]
+        pairs = [[c, c, n] for c, n in enumerate(right)] + [[c, (c + 1) % 300, 100 - n] for c, n in enumerate(right)]
+        results.put(run.results, {**row, "confusion": [], "confusion_pairs": pairs})
+    return report(recipe, run)
+
+
+def test_of_many_classes_the_page_shows_both_ends_and_a_search_box(make_run: MakeRun) -> None:
+    text, page = many_classes(make_run)
+    cells = [[" ".join(c.split()) for c in row] for row in page.rows]
+    assert sum(row[2:3] in (["head"], ["medium"], ["tail"]) for row in cells) == 20
+    assert "10 classes of highest accuracy, Distilled" in page.words and "10 classes of lowest" in page.words
+    assert any(row[0] == "class 299" for row in cells) and not any(row[0] == "class 150" for row in cells)
+    assert [attrs.get("type") for attrs in page.all("input")] == ["search"]
+    (searched,) = re.findall(r'<script type="application/json" id="class-figures">(.*?)</script>', text, re.DOTALL)
+    rows = json.loads(searched)
+    assert len(rows) == 300 and {row[0] for row in rows} >= {*HOSTILE, "class 150"} and len(rows[0]) == 7
+
+
+def test_only_the_search_boxs_script_may_run(make_run: MakeRun) -> None:
+    text, page = many_classes(make_run)
+    assert len(page.all("script")) == 2 and "<script>alert" not in text
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'\"" in text
+
+
+def test_the_confusion_of_many_classes_is_drawn_in_blocks_and_its_worst_pairs_listed(make_run: MakeRun) -> None:
+    text, page = many_classes(make_run)
+    cells = [[" ".join(c.split()) for c in row] for row in page.rows]
+    assert "Each cell holds 3 neighbouring classes." in page.words
+    assert any(row[:2] == ["class 299", HOSTILE[0]] and 48 < float(row[2]) < 50 for row in cells)
+    drawings = re.findall(r'<svg role="img" aria-label="Confusion: distilled".*?</svg>', text, re.DOTALL)
+    assert drawings[0].count("M") <= 100 * 100
+
+
+def test_the_page_stays_small(make_run: MakeRun) -> None:
+    text, _ = many_classes(make_run, iterations=3)
+    assert len(text) < 900_000
+
+
+def test_few_classes_of_large_images_are_shown(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lad_dist.report import pictures as shown
+
+    monkeypatch.setattr(shown, "_MOST_PIXELS", 2 * 2 * 8 * 8 * 20)
+    _, page = report(*make_run(classes=30, channels=3, whitening="standardize"))
+    assert len(page.all("img")) == 20 * 2 * 2 and "20 of 30 classes" in page.words
+
+
+def test_gradient_norms_by_group_are_drawn_as_those_by_class(make_run: MakeRun) -> None:
+    recipe, run = make_run()
+    by_class, _ = report(recipe, run)
+    groups = head_medium_tail(tuple(contents.read(recipe, run).counts))["by_thirds"]
+    events = [json.loads(line) for line in run.events.read_text().splitlines()]
+    for event in events:
+        norms = event.pop("pixel_gradient_norm", None)
+        if norms:
+            event["pixel_gradient_norms"] = {part: sum(norms[c] for c in of) / len(of) for part, of in groups.items()}
+    run.events.write_text("".join(json.dumps(event) + "\n" for event in events))
+    by_group, _ = report(recipe, run)
+    drawn = [
+        re.findall(r'<svg role="img" aria-label="Gradient of the pixels".*?</svg>', t) for t in (by_class, by_group)
+    ]
+    assert drawn[0] == drawn[1] != []
