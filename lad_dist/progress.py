@@ -23,6 +23,7 @@ from lad_dist.callbacks import Event, Listener
 from lad_dist.errors import RunDirError
 
 PLAIN_SECONDS = 10.0  # interval between plain lines of one task
+ESTIMATE_STEPS, ESTIMATE_SECONDS = 3, 2.0  # what a rate and a time left rest on at least, after the first step
 MOST_ROWS = 20  # most worker lines shown at a time
 _SPARE_LINES = 3  # of a terminal's height: the bar, and the prompt or a last line
 _LOOKED_AT_AGAIN = 256  # bytes read again to detect a replaced file
@@ -420,25 +421,37 @@ def shortened(lines: Sequence[T], most: int = MOST_ROWS) -> list[T | str]:
 
 
 class _Rate:
-    """Steps per second of this process, measured up to the last step, so that the time left counts down in between."""
+    """Steps per second of this process, of which recent steps weigh more, and the time left.
+
+    The clock starts at the end of the first step, whose time holds what is done once (starting workers, compiling).
+    A step weighs as much as the time since then: the later half of the work has three quarters of the say.
+    """
 
     def __init__(self, done: int) -> None:
-        self.done, self._here = done, 0
+        self.done = done
         self._start = self._last = time.monotonic()
+        self._first: float | None = None
+        self._steps, self._weighed = 0, 0.0  # since the first step, and their sum by weight
 
     def count(self, steps: int) -> None:
         self.done += steps
-        self._here += steps
-        self._last = time.monotonic()
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        else:
+            self._steps += steps
+            self._weighed += steps * ((now + self._last) / 2 - self._first)
+        self._last = now
 
     def elapsed(self) -> float:
         return time.monotonic() - self._start
 
     def words(self, total: int) -> list[str]:
-        """Return rate and time left; empty before the first step."""
-        if not self._here:
+        """Return rate and time left; empty before they rest on ESTIMATE_STEPS steps and ESTIMATE_SECONDS."""
+        span = self._last - (self._last if self._first is None else self._first)
+        if self._steps < ESTIMATE_STEPS or span < ESTIMATE_SECONDS:
             return []
-        each = max(self._last - self._start, 1e-9) / self._here
+        each = span**2 / 2 / self._weighed
         left = max((total - self.done) * each - (time.monotonic() - self._last), 0.0)
         return [f"{1 / each:.1f}/s" if each <= 1 else f"{each:.1f} s each", f"{clock(left)} left"]
 
