@@ -141,7 +141,7 @@ def jobs(
             entries.append((family if len(names) > 1 else names[0], f"{factor:<30}{ipc}", purpose))
         _print_entries(entries, title)
     if not wanted:
-        terminal.stdout().print("\njobs WORD...: fewer; jobs --all: each; jobs show NAME: its YAML; run NAME: run it")
+        terminal.stdout().print("\njobs WORD... filters; jobs --all: an entry each; jobs show NAME: its YAML")
 
 
 def _print_entries(entries: Iterable[tuple[str, str, str]], title: str = "") -> None:
