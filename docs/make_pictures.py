@@ -21,12 +21,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 IMAGES = Path(__file__).parent / "images"
 LAD = [sys.executable, "-m", "lad_dist.cli"]
-COLUMNS, ROWS = 92, 200  # one screen holds all of the run's lines
+COLUMNS, ROWS = 100, 200  # one screen holds all of the run's lines
 FLEET = ["experts", "digits-lt", "--fleet", "on", "--set", "experts.count=8", "--set", "experts.epochs=400",
          "--set", "experts.classifier_epochs=100"]  # fmt: skip
 
@@ -75,8 +76,8 @@ def as_svg(prompt: str, screen: Any) -> str:
     for row in range(last + 1):
         cells = screen.buffer[row]
         line = Text(no_wrap=True)
-        for column in range(COLUMNS):
-            line.append(cells[column].data, style_of(cells[column]))
+        for style, run in groupby((cells[column] for column in range(COLUMNS)), style_of):
+            line.append("".join(cell.data for cell in run), style)
         line.rstrip()
         console.print(line)
     template = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)

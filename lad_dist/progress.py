@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 import rich.progress
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from lad_dist.callbacks import Event, Listener
@@ -25,6 +25,7 @@ from lad_dist.errors import RunDirError
 PLAIN_SECONDS = 10.0  # interval between plain lines of one task
 ESTIMATE_STEPS, ESTIMATE_SECONDS = 3, 2.0  # what a rate and a time left rest on at least, after the first step
 MOST_ROWS = 20  # most worker lines shown at a time
+_TITLE, _COUNT, _UNIT = 20, 5, 10  # characters kept for them, so that the bars of a run's stages stand below each other
 _SPARE_LINES = 3  # of a terminal's height: the bar, and the prompt or a last line
 _LOOKED_AT_AGAIN = 256  # bytes read again to detect a replaced file
 _FOLLOW_SECONDS = 0.2  # interval between reads of other processes' events
@@ -308,8 +309,15 @@ def _is_watched(console: Console) -> bool:
 
 
 def _live(console: Console, unit: str) -> _Live:
-    bar = SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)
-    return _Live(*bar, _RateColumn(), console=console)
+    columns = (
+        SpinnerColumn(),
+        TextColumn(f"[bold]{{task.description:<{_TITLE}}}"),
+        BarColumn(bar_width=20),
+        TextColumn(f"[green]{{task.completed:>{_COUNT}}}/{{task.total:<{_COUNT}}}"),
+        TextColumn(f"{unit:<{_UNIT}}"),
+        _RateColumn(),
+    )
+    return _Live(*columns, console=console)
 
 
 class _RateColumn(ProgressColumn):
@@ -447,7 +455,9 @@ class _Rate:
         return time.monotonic() - self._start
 
     def words(self, total: int) -> list[str]:
-        """Return rate and time left; empty before they rest on ESTIMATE_STEPS steps and ESTIMATE_SECONDS."""
+        """Return rate and time left, at the end the time taken; empty before they rest on enough steps and seconds."""
+        if self.done >= total:
+            return [f"in {clock(self._last - self._start)}"]
         span = self._last - (self._last if self._first is None else self._first)
         if self._steps < ESTIMATE_STEPS or span < ESTIMATE_SECONDS:
             return []
