@@ -3,8 +3,8 @@
 # ///
 """Makes docs/images from real runs: ``python docs/make_pictures.py {terminal,ray}``; needs lad-dist[all] beside the above.
 
-    terminal   the screen of `lad-dist run digits-lt`, as docs/images/run.svg (rich's export of what pyte's terminal shows)
-    ray        Ray's dashboard while a fleet trains experts, as docs/images/ray-*.png (needs Chromium)
+terminal   the screen of `lad-dist run digits-lt`, as docs/images/run.svg (rich's export of what pyte's terminal shows)
+ray        Ray's dashboard while a fleet trains experts, as docs/images/ray-*.png (needs Chromium)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 IMAGES = Path(__file__).parent / "images"
 LAD = [sys.executable, "-m", "lad_dist.cli"]
 COLUMNS, ROWS = 100, 200  # one screen holds all of the run's lines
-FLEET = ["experts", "digits-lt", "--fleet", "on", "--set", "experts.count=8", "--set", "experts.epochs=400",
+FLEET = ["experts", "digits-lt", "--fleet", "on", "--set", "experts.count=8", "--set", "experts.epochs=300",
          "--set", "experts.classifier_epochs=100"]  # fmt: skip
 
 

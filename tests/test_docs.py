@@ -112,7 +112,9 @@ def texts(tree: ast.AST) -> Iterator[str]:
 def test_the_tutorial_s_profile_is_one():
     from lad_dist.profile import Profile
 
-    (text,) = re.findall(r"^    name: my-slurm\n(?:    .*\n)+", (ROOT / "docs/first-slurm-job.md").read_text(), re.MULTILINE)
+    (text,) = re.findall(
+        r"^    name: my-slurm\n(?:    .*\n)+", (ROOT / "docs/first-slurm-job.md").read_text(), re.MULTILINE
+    )
     assert Profile.model_validate(yaml.safe_load(textwrap.dedent(text))).launcher == "slurm"
 
 

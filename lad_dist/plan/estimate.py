@@ -360,7 +360,9 @@ class _Times:
             step = self.step(kind)
             step = StepTime(step.per_image * sharing, step.per_step * sharing, step.launch)
             one = epochs * _epoch(step, images, e.batch)
-            how = f"{e.count} experts of {epochs} epochs on {images} images, {at_a_time} at a time, {duration(one)} each"
+            how = (
+                f"{e.count} experts of {epochs} epochs on {images} images, {at_a_time} at a time, {duration(one)} each"
+            )
             found.append(Duration("experts", what, rounds * one, how))
         return found
 
