@@ -25,7 +25,11 @@ from lad_dist.errors import RunDirError
 PLAIN_SECONDS = 10.0  # interval between plain lines of one task
 ESTIMATE_STEPS, ESTIMATE_SECONDS = 3, 2.0  # what a rate and a time left rest on at least, after the first step
 MOST_ROWS = 20  # most worker lines shown at a time
-_TITLE, _COUNT, _UNIT = 20, 5, 10  # characters kept for them, so that the bars of a run's stages stand below each other
+_TITLE, _COUNT, _UNIT = (
+    20,
+    11,
+    10,
+)  # characters kept for them, so that the bars of a run's stages stand below each other
 _SPARE_LINES = 3  # of a terminal's height: the bar, and the prompt or a last line
 _LOOKED_AT_AGAIN = 256  # bytes read again to detect a replaced file
 _FOLLOW_SECONDS = 0.2  # interval between reads of other processes' events
@@ -313,11 +317,18 @@ def _live(console: Console, unit: str) -> _Live:
         SpinnerColumn(),
         TextColumn(f"[bold]{{task.description:<{_TITLE}}}"),
         BarColumn(bar_width=20),
-        TextColumn(f"[green]{{task.completed:>{_COUNT}}}/{{task.total:<{_COUNT}}}"),
+        _CountColumn(),
         TextColumn(f"{unit:<{_UNIT}}"),
         _RateColumn(),
     )
     return _Live(*columns, console=console)
+
+
+class _CountColumn(ProgressColumn):
+    """Column with steps done and in all, ending at the unit."""
+
+    def render(self, task: rich.progress.Task) -> Text:
+        return Text(f"{int(task.completed)}/{int(task.total or 0)}".rjust(_COUNT), style="green", no_wrap=True)
 
 
 class _RateColumn(ProgressColumn):
