@@ -85,6 +85,11 @@ def family(name: str) -> str:
     return re.sub(r"-(f|ipc)\d+(?=-|$)", r"-\1*", name)
 
 
+def data_set(name: str) -> str:
+    """Return the data set that a recipe's name begins with: ``cifar10`` of ``cifar10-lt-f100-ipc10``."""
+    return name.partition("-lt")[0]
+
+
 def _unknown(kind: str, text: str, shipped: Mapping[str, Path], command: str) -> str:
     if "/" in text or text.endswith(_SUFFIXES):
         return f"{text}: no such file; valid: a {kind} file, or a name that `{command}` lists"

@@ -17,14 +17,20 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 import rich.progress
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from lad_dist.callbacks import Event, Listener
 from lad_dist.errors import RunDirError
 
 PLAIN_SECONDS = 10.0  # interval between plain lines of one task
+ESTIMATE_STEPS, ESTIMATE_SECONDS = 3, 2.0  # what a rate and a time left rest on at least, after the first step
 MOST_ROWS = 20  # most worker lines shown at a time
+_TITLE, _COUNT, _UNIT = (
+    20,
+    11,
+    10,
+)  # characters kept for them, so that the bars of a run's stages stand below each other
 _SPARE_LINES = 3  # of a terminal's height: the bar, and the prompt or a last line
 _LOOKED_AT_AGAIN = 256  # bytes read again to detect a replaced file
 _FOLLOW_SECONDS = 0.2  # interval between reads of other processes' events
@@ -336,8 +342,22 @@ def _is_watched(console: Console) -> bool:
 
 
 def _live(console: Console, unit: str) -> _Live:
-    bar = SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)
-    return _Live(*bar, _RateColumn(), console=console)
+    columns = (
+        SpinnerColumn(),
+        TextColumn(f"[bold]{{task.description:<{_TITLE}}}"),
+        BarColumn(bar_width=20),
+        _CountColumn(),
+        TextColumn(f"{unit:<{_UNIT}}"),
+        _RateColumn(),
+    )
+    return _Live(*columns, console=console)
+
+
+class _CountColumn(ProgressColumn):
+    """Column with steps done and in all, ending at the unit."""
+
+    def render(self, task: rich.progress.Task) -> Text:
+        return Text(f"{int(task.completed)}/{int(task.total or 0)}".rjust(_COUNT), style="green", no_wrap=True)
 
 
 class _RateColumn(ProgressColumn):
@@ -449,25 +469,39 @@ def shortened(lines: Sequence[T], most: int = MOST_ROWS) -> list[T | str]:
 
 
 class _Rate:
-    """Steps per second of this process, measured up to the last step, so that the time left counts down in between."""
+    """Steps per second of this process, of which recent steps weigh more, and the time left.
+
+    The clock starts at the end of the first step, whose time holds what is done once (starting workers, compiling).
+    A step weighs as much as the time since then: the later half of the work has three quarters of the say.
+    """
 
     def __init__(self, done: int) -> None:
-        self.done, self._here = done, 0
+        self.done = done
         self._start = self._last = time.monotonic()
+        self._first: float | None = None
+        self._steps, self._weighed = 0, 0.0  # since the first step, and their sum by weight
 
     def count(self, steps: int) -> None:
         self.done += steps
-        self._here += steps
-        self._last = time.monotonic()
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        else:
+            self._steps += steps
+            self._weighed += steps * ((now + self._last) / 2 - self._first)
+        self._last = now
 
     def elapsed(self) -> float:
         return time.monotonic() - self._start
 
     def words(self, total: int) -> list[str]:
-        """Return rate and time left; empty before the first step."""
-        if not self._here:
+        """Return rate and time left, at the end the time taken; empty before they rest on enough steps and seconds."""
+        if self.done >= total:
+            return [f"in {clock(self._last - self._start)}"]
+        span = self._last - (self._last if self._first is None else self._first)
+        if self._steps < ESTIMATE_STEPS or span < ESTIMATE_SECONDS:
             return []
-        each = max(self._last - self._start, 1e-9) / self._here
+        each = span**2 / 2 / self._weighed
         left = max((total - self.done) * each - (time.monotonic() - self._last), 0.0)
         return [f"{1 / each:.1f}/s" if each <= 1 else f"{each:.1f} s each", f"{clock(left)} left"]
 

@@ -169,11 +169,40 @@ def test_jobs_by_words_and_their_text():
         assert refused.exit_code == 2 and said in refused.stderr
 
 
-def test_clusters_lists_every_shipped_profile():
+def test_jobs_are_grouped_by_data_set(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = lad("jobs").output
+    titles = [line for line in shown.splitlines() if line and line[0] != " " and not line.startswith("jobs ")]
+    assert titles == sorted({catalog.data_set(name) for name in catalog.jobs()})
+    entries = [line for line in shown.splitlines() if " IPC " in line]
+    assert len(entries) > 10 and len({line.index("IPC") for line in entries}) == 1, "figures are aligned"
+
+
+def test_clusters_lists_every_shipped_profile(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     shown = lad("clusters").output
     assert "local" in catalog.profiles()
-    for name in catalog.profiles():
-        assert name in shown
+    for name, file in catalog.profiles().items():
+        assert name in shown and catalog.purpose(file) in re.sub(r"\s+", " ", shown)
+
+
+@pytest.mark.parametrize(("words", "offered"), [
+    ("lad-dist clu", ["clusters"]),
+    ("lad-dist run digits", ["digits-lt", "digits-lt-matching"]),
+    ("lad-dist run digits-lt --on slurm", ["slurm-a100", "slurm-small"]),
+    ("lad-dist run my-recipe.y", []),  # the shell offers files
+])  # fmt: skip
+def test_shells_complete_verbs_recipes_and_profiles(words, offered):
+    variables = {"_LAD_DIST_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    ended = CliRunner().invoke(cli.app, [], prog_name="lad-dist", env=variables)
+    assert ended.output.split() == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_asks_lad_dist(monkeypatch, shell):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    ended = lad("--show-completion", shell)
+    assert ended.exit_code == 0 and "_LAD_DIST_COMPLETE" in ended.output
 
 
 # Mirrors "every recipe is loaded by a test, recursively, and the test fails if it found none".

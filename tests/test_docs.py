@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,9 +28,13 @@ NOT_RUN = {  # what in a command tells why it is not run
     r"^view ": "serves until Ctrl-C; tests/test_view.py",
     r"--watch": "goes on until a run ends; tests/test_status.py",
     r"hf://": "needs the hub; tests/sharing has one on 127.0.0.1",
-    r"s3://": "needs a bucket; tests/trajectories/test_remote.py has one",
+    r"s3://|gs://": "needs a bucket; tests/trajectories/test_remote.py has one",
     r"my-recipe\.yaml|/data/|--replay RUN|their-files|runs/theirs": "names something of the reader's; tests of these verbs make it",
     r"tune_lr": "trains dozens of networks; tests/evaluate/test_tune.py does so with small ones",
+    r"digits-lt-matching": "trains for minutes; benchmarks/methods.py and the demo run it",
+    r"--buffers shared-experts": "is --buffers of other pages again; tests/test_pipeline.py shares experts",
+    r"--fleet on": "starts Ray; tests/experts/test_fleet.py",
+    r"^--install-completion": "writes into the home folder; tests/test_cli.py asks for the script",
     r"resnet18": "trains minutes; tests/models/test_zoo.py",
 }
 SMALL = {
@@ -61,11 +67,11 @@ def test_commands_exist(line):
 
     command = typer.main.get_command(app)
     for word in line.split():
-        if not hasattr(command, "commands"):
+        if not hasattr(command, "commands") or word.startswith("-"):
             break
         assert word in command.commands
         command = command.commands[word]
-    assert not hasattr(command, "commands")
+    assert not hasattr(command, "commands") or line.startswith("--")
     for option in re.findall(r"--[a-z-]+", line):
         assert any(option in p.opts for p in command.params), option
 
@@ -81,6 +87,36 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ +(.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], target
+
+
+def test_the_table_of_messages_quotes_what_the_code_says():
+    """Pieces around an ellipsis, in the texts of the sources."""
+    sources = (ROOT / "lad_dist").rglob("*.py")
+    ours = "\n".join(text for file in sources for text in texts(ast.parse(file.read_text(encoding="utf-8"))))
+    others = ("Killed", "No space left on device")  # the shell's, the system's
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [m for row in re.findall(r"^\| (`.+?) \| ", page, re.MULTILINE) for m in re.findall(r"`([^`]+)`", row)]
+    pieces = [piece for message in quoted for piece in re.split(r" ?\.\.\. ?", message) if message not in others]
+    assert len(pieces) > 20
+    assert [piece for piece in pieces if piece not in ours] == []
+
+
+def texts(tree: ast.AST) -> Iterator[str]:
+    """Text literals; of f-strings, what lies between the fields, joined by an ellipsis."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "...".join(str(part.value) for part in node.values if isinstance(part, ast.Constant))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_the_tutorial_s_profile_is_one():
+    from lad_dist.profile import Profile
+
+    (text,) = re.findall(
+        r"^    name: my-slurm\n(?:    .*\n)+", (ROOT / "docs/first-slurm-job.md").read_text(), re.MULTILINE
+    )
+    assert Profile.model_validate(yaml.safe_load(textwrap.dedent(text))).launcher == "slurm"
 
 
 def test_every_page_is_in_the_index():

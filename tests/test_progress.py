@@ -225,16 +225,50 @@ def test_a_live_board_removes_rows():
     assert "[bold]in brackets[/nope]" in last and "expert 0" not in last
 
 
-def test_the_time_left_counts_down_between_slow_steps(monkeypatch):
+@pytest.fixture
+def clocked(monkeypatch):
+    """A clock that a list sets, and a rate of a task of which 2 steps were done before."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    rate = progress._Rate(done=2)
-    assert rate.words(12) == []
-    now[0] = 60.0
-    rate.count(1)
-    assert rate.words(12) == ["60.0 s each", "9:00 left"]
-    now[0] = 119.0
-    assert rate.words(12) == ["60.0 s each", "8:01 left"]
+    return now, progress._Rate(done=2)
+
+
+def counted(now: list[float], rate: progress._Rate, *seconds: float) -> list[str]:
+    """Steps that took so long, one after the other; what is then said of 100."""
+    for each in seconds:
+        now[0] += each
+        rate.count(1)
+    return rate.words(100)
+
+
+def test_the_time_left_counts_down_between_slow_steps(clocked):
+    now, rate = clocked
+    assert counted(now, rate, 500, 60, 60, 60) == ["60.0 s each", "1:34:00 left"]
+    now[0] += 59
+    assert rate.words(100) == ["60.0 s each", "1:33:01 left"]
+
+
+def test_no_estimate_rests_on_the_start_or_on_few_steps(clocked):
+    now, rate = clocked
+    assert rate.words(100) == []
+    assert counted(now, rate, 15.1) == counted(now, rate, 0.06, 0.06) == [], "15 s of start-up are no rate"
+    assert counted(now, rate, *[0.06] * 30) == [], "of less than two seconds"
+    assert counted(now, rate, *[0.06] * 7) == ["16.7/s", "0:03 left"]
+
+
+def test_recent_steps_weigh_more(clocked):
+    now, rate = clocked
+    counted(now, rate, 5, *[2.0] * 10)
+    (each, _) = counted(now, rate, *[0.5] * 40)
+    assert each == "1.6/s", "the mean is 1.25, the present 2"
+
+
+def test_steps_that_come_at_once(clocked):
+    """As those of 8 experts of a fleet: nothing is said before the second round."""
+    now, rate = clocked
+    counted(now, rate, 12, *[0] * 7)
+    assert rate.words(100) == []
+    assert counted(now, rate, 10, *[0] * 7) == ["1.5/s", "0:55 left"]
 
 
 def test_what_is_said_is_never_read_as_markup():

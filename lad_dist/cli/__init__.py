@@ -68,7 +68,6 @@ BUFFER_VERBS: tuple[Callable[..., None], ...] = (
 app = typer.Typer(
     cls=terminal.Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -104,12 +104,11 @@ def jobs(
         list[str] | None,
         typer.Argument(metavar="[WORD...]", help="Only recipes whose names contain all words; `show NAME` prints one."),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="One line per recipe.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="One entry per recipe.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The recipes that ship with lad-dist; those that differ only in imbalance factor and IPC share a line."""
-    from rich.padding import Padding
-    from rich.text import Text
+    """The recipes that ship with lad-dist, by data set; those that differ only in imbalance factor and IPC share an entry."""
+    from itertools import groupby
 
     from lad_dist import catalog, recipe_file
     from lad_dist.errors import RecipeError
@@ -128,17 +127,34 @@ def jobs(
         raise RecipeError(f"jobs: no recipe's name has {' and '.join(wanted)} in it; `lad-dist jobs` lists them")
     if as_json:
         return terminal.print_json([_described(name, file) for name, file in found.items()])
-    screen, groups = terminal.stdout(), dict[tuple[str, str], list[str]]()
-    for name, file in found.items():
-        family = name if every or wanted else catalog.family(name)
-        groups.setdefault((family, catalog.purpose(file)), []).append(name)
-    for (family, purpose), names in groups.items():
-        recipes = [recipe_file.load(found[name]) for name in names]
-        natural = recipes[0].data.imbalance == "natural"
-        factors = "natural" if natural else f"factor {_each(f'{r.data.imbalance_factor:g}' for r in recipes)}"
-        title = family if len(names) > 1 else names[0]
-        screen.print(Text.assemble((title, "bold"), f"  {factors}; IPC {_each(str(r.ipc) for r in recipes)}"))
-        screen.print(Padding(purpose, (0, 0, 0, 4), expand=False))
+    for title, members in groupby(sorted(found, key=catalog.data_set), catalog.data_set):
+        families = dict[tuple[str, str], list[str]]()
+        for name in members:
+            family = name if every or wanted else catalog.family(name)
+            families.setdefault((family, catalog.purpose(found[name])), []).append(name)
+        entries = []
+        for (family, purpose), names in families.items():
+            recipes = [recipe_file.load(found[name]) for name in names]
+            natural = recipes[0].data.imbalance == "natural"
+            factor = "natural" if natural else f"factor {_each(f'{r.data.imbalance_factor:g}' for r in recipes)}"
+            ipc = f"IPC {_each(str(r.ipc) for r in recipes)}"
+            entries.append((family if len(names) > 1 else names[0], f"{factor:<30}{ipc}", purpose))
+        _print_entries(entries, title)
+    if not wanted:
+        terminal.stdout().print("\njobs WORD... filters; jobs --all: an entry each; jobs show NAME: its YAML")
+
+
+def _print_entries(entries: Iterable[tuple[str, str, str]], title: str = "") -> None:
+    """Print (name, figures, purpose) entries of two lines or more, below a title."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    screen = terminal.stdout()
+    if title:
+        screen.print(Text(title, "bold underline"))
+    for name, figures, purpose in entries:
+        screen.print(Text.assemble("  ", (f"{name:<28}", "bold"), figures))
+        screen.print(Padding(Text(purpose, "dim"), (0, 0, 0, 6), expand=False))
 
 
 def _described(name: str, file: Path) -> dict[str, Any]:
@@ -163,19 +179,16 @@ def _each(values: Iterable[str]) -> str:
 
 
 def clusters(as_json: JsonOption = False) -> None:
-    """The cluster profiles that ship with lad-dist."""
-    from rich.table import Table
-
+    """The cluster profiles that ship with lad-dist; ``--on NAME`` chooses one."""
     from lad_dist import catalog, recipe_file
     from lad_dist.profile import Profile
 
-    table, rows = Table("name", "purpose", "launcher", "device"), []
+    rows = []
     for name, file in catalog.profiles().items():
         profile = recipe_file.validated(Profile, recipe_file.read_document(file), str(file))
         rows.append((name, catalog.purpose(file), profile.launcher, profile.device))
-        table.add_row(*rows[-1])
     if as_json:
         return terminal.print_json(
             [dict(zip(("name", "purpose", "launcher", "device"), row, strict=True)) for row in rows]
         )
-    terminal.stdout().print(table)
+    _print_entries((name, f"launcher {launcher:<8}device {device}", about) for name, about, launcher, device in rows)

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -60,17 +60,46 @@ RanksOption = Annotated[
 ]
 
 
+def _starting(shipped: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Return a completion of shipped names; where none fits, shells complete file names."""
+    return lambda incomplete: [name for name in shipped() if name.startswith(incomplete)]
+
+
+def _jobs() -> Iterable[str]:
+    from lad_dist import catalog
+
+    return catalog.jobs()
+
+
+def _profiles() -> Iterable[str]:
+    from lad_dist import catalog
+
+    return catalog.profiles()
+
+
 @dataclass(frozen=True)
 class JobOptions:
     """Options of every verb that works on a job: what to run, where, and with which resources."""
 
-    job: Annotated[str, typer.Argument(metavar="JOB", help="A shipped job's name, a file, or a run folder.")]
+    job: Annotated[
+        str,
+        typer.Argument(
+            metavar="JOB",
+            help="A shipped job's name, a file, or a run folder.",
+            autocompletion=_starting(_jobs),
+        ),
+    ]
     out: Annotated[
         Path | None, typer.Option(help="The run folder; default: runs/NAME, with --set's options in its name.")
     ] = None
-    on: Annotated[str, typer.Option(metavar="PROFILE", help="Where to run: a shipped profile's name, or a file.")] = (
-        "local"
-    )
+    on: Annotated[
+        str,
+        typer.Option(
+            metavar="PROFILE",
+            help="Where to run: a shipped profile's name, or a file.",
+            autocompletion=_starting(_profiles),
+        ),
+    ] = "local"
     sets: Annotated[
         list[str] | None,
         typer.Option(

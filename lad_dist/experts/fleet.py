@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lad_dist.environment import environment
-from lad_dist.errors import ExpertError, RecipeError, StorageError, TrajectoryError
+from lad_dist.errors import ExpertError, LadDistError, RecipeError, StorageError, TrajectoryError
 from lad_dist.experts.actor import Claimed, ExpertActor, Finished, Orders, SharedData, Started
 from lad_dist.experts.cluster import (
     LOOPBACK,
@@ -142,10 +142,13 @@ def _started(profile: Profile, data_bytes: int, folder: Path) -> Cluster:
 
     It listens only on the loopback address and requires the token in ``folder``.
     """
+    arguments = own_arguments(profile, data_bytes, folder)
     with _loopback():
         try:
-            context: Any = ray.init(**own_arguments(profile, data_bytes, folder))
-        except (RuntimeError, ValueError, OSError, RayError) as error:
+            context: Any = ray.init(**arguments)
+        except LadDistError:
+            raise
+        except Exception as error:  # of no common type: a plain Exception where Ray's node does not start in time
             raise ExpertError(
                 f"ray: no cluster could be started on this machine: {first_line(error)}; lad-dist experts --fleet off "
                 "trains without one"

@@ -11,4 +11,5 @@ resources.py     where the job will run: devices, hosts, memory
 limits.py        what cannot fit, and the change that makes it fit
 estimate.py      the whole plan
 show.py          the plan as tables
+units.py         bytes and seconds as people read them
 """

@@ -29,6 +29,7 @@ from lad_dist.plan.scaling import (
     scaling,
 )
 from lad_dist.plan.shapes import Shapes
+from lad_dist.plan.units import duration, size
 from lad_dist.recipe import MOST_TEACHERS, Recipe
 from lad_dist.results import TEACHERS, WHOLE, base_source, labelled_online
 
@@ -176,7 +177,7 @@ def choose_path(recipe: Recipe, shapes: Shapes, free: int, batches: Batches) -> 
     path = "keep" if needed <= limit else "recompute"
     return (
         path,
-        f"the graphs of {d.student_steps} steps need {needed / 1e9:.2f} GB of the {limit / 1e9:.2f} GB available",
+        f"the graphs of {d.student_steps} steps need {size(needed)} of the {size(limit)} available",
     )
 
 
@@ -223,8 +224,8 @@ def _existing(folder: Path) -> Path:
 def _disk_words(disk: tuple[int, int | None], buffer: Path | None) -> str:
     needed, free = disk
     if free is None:
-        return f"{needed / 1e9:.3g} GB in an object store, whose free space is not checked"
-    return f"{needed / 1e9:.3g} GB are still to be written to {buffer}, where {free / 1e9:.3g} GB are free"
+        return f"{size(needed)} in an object store, whose free space is not checked"
+    return f"{size(needed)} still to be written to {buffer}, where {size(free)} are free"
 
 
 class _Times:
@@ -363,7 +364,9 @@ class _Times:
             step = self.step(kind)
             step = StepTime(step.per_image * sharing, step.per_step * sharing, step.launch)
             one = epochs * _epoch(step, images, e.batch)
-            how = f"{e.count} experts of {epochs} epochs on {images} images, {at_a_time} at a time, {one:.3g} s each"
+            how = (
+                f"{e.count} experts of {epochs} epochs on {images} images, {at_a_time} at a time, {duration(one)} each"
+            )
             found.append(Duration("experts", what, rounds * one, how))
         return found
 
@@ -375,7 +378,7 @@ class _Times:
             what = f"{phase.steps} steps on {share:.3g} images a rank"
             if phase.name == "regression":
                 what = f"{share:.3g} images a rank and {d.regression_batch} real ones"
-            how = f"{d.iterations} iterations of {what}, {seconds:.3g} s each"
+            how = f"{d.iterations} iterations of {what}, {duration(seconds)} each"
             if world > 1:
                 how += f" ({sums / seconds:.0%} of it waiting for sums)"
             found.append(Duration("distill", f"{phase.name} phase", d.iterations * seconds, how))
@@ -404,7 +407,7 @@ class _Times:
             if labelled_online(source):  # a forward pass by each teacher; a step is three
                 epoch *= 1 + min(self.recipe.experts.count, e.teachers or MOST_TEACHERS) / 3
             bound = "" if whole else most
-            how = f"{e.seeds} networks, {bound}{count} epochs on {images} images, {count * epoch:.3g} s each"
+            how = f"{e.seeds} networks, {bound}{count} epochs on {images} images, {duration(count * epoch)} each"
             sources += [(source, turns * count * epoch, how), *self._tuning(source, epoch, whole)]
         return [Duration("evaluate", what, seconds, how) for what, seconds, how in sources]
 

@@ -452,6 +452,18 @@ def test_processes_of_the_private_folder_are_ended_whoever_their_parent_is(tmp_p
         stranger.wait()
 
 
+def test_a_cluster_that_does_not_start_in_time_is_one_message(monkeypatch, tmp_path):
+    """Ray raises a plain Exception then."""
+
+    def init(**_):
+        raise Exception("The current node timed out during startup.")
+
+    fleet = import_module("lad_dist.experts.fleet")
+    monkeypatch.setattr(fleet.ray, "init", init)
+    with pytest.raises(ExpertError, match=r"no cluster could be started .*timed out.*--fleet off"):
+        fleet._started(Profile(threads=1), 0, tmp_path)
+
+
 def test_the_object_store_fits_the_images(monkeypatch):
     monkeypatch.setattr(cluster, "gpu_count", lambda: 0)
     mib = 2**20
