@@ -25,7 +25,7 @@ def cache(
 ) -> None:
     """The decoded images kept on this machine, for the next run on the same data set: where, and how large."""
     from lad_dist.data import decoded
-    from lad_dist.plan.show import size
+    from lad_dist.plan.units import size
 
     at = decoded.folder()
     if clear:
@@ -46,7 +46,7 @@ def cache(
 def _table(entries: Sequence[Kept]) -> Table:
     from rich.table import Table
 
-    from lad_dist.plan.show import size
+    from lad_dist.plan.units import size
 
     table = Table("images of", "pixels", "last used")
     table.add_column("size", justify="right")

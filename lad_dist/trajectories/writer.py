@@ -60,10 +60,10 @@ class PartWriter:
         self._filesystem, self._root = files.resolve(folder)
         self._length = meta.vector_length(stage)
         meta.to_metadata()  # raises now rather than after the first epochs
-        self._kept = kept.read(self._filesystem, self._root)
         self._pending: list[Checkpoint] = []
         self._next_epoch: int | None = None
         _clean(self._filesystem, self._root, stage, expert)
+        self._kept = kept.read(self._filesystem, self._root)
 
     def append(
         self,
