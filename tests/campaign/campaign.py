@@ -119,29 +119,55 @@ def preload() -> None:
     torch.set_num_threads(1)
 
 
-def call(command: list[str], folder: Path, limit: float) -> Outcome:
-    """Run ``lad-dist COMMAND`` in a forked process in ``folder``; kill its process group after ``limit`` seconds."""
+@dataclass
+class Forked:
+    """A running ``lad-dist`` in a forked process. ``pid`` is its process group and session, too."""
+
+    pid: int
+    out: Path
+    err: Path
+    began: float
+    code: int | None = None
+
+    def ended(self) -> bool:
+        """Whether it has ended; ``code`` then says how."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is not None
+
+    def outcome(self, limit: float) -> Outcome:
+        """What it did, ``limit`` seconds after its start at most: then its process group is killed."""
+        while not self.ended() and time.monotonic() - self.began < limit:
+            time.sleep(0.01)
+        code = self.code
+        if code is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        texts = [file.read_text(errors="replace") if file.exists() else "" for file in (self.out, self.err)]
+        return Outcome(code, *texts, round(time.monotonic() - self.began, 2))
+
+
+def start(
+    command: list[str], folder: Path, streams: tuple[str, str] = (".out", ".err"), prepare: Callable[[], None] | None = None
+) -> Forked:
+    """Start ``lad-dist COMMAND`` in a forked process in ``folder``, which calls ``prepare`` first."""
     folder.mkdir(parents=True, exist_ok=True)
-    out, err, began = folder / ".out", folder / ".err", time.monotonic()
+    out, err, began = folder / streams[0], folder / streams[1], time.monotonic()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        _in_child(command, folder, out, err)
-    while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended or time.monotonic() - began > limit:
-            break
-        time.sleep(0.01)
-    if not ended:
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status) if ended else None
-    texts = [file.read_text(errors="replace") if file.exists() else "" for file in (out, err)]
-    return Outcome(code, *texts, round(time.monotonic() - began, 2))
+        _in_child(command, folder, out, err, prepare)
+    return Forked(pid, out, err, began)
 
 
-def _in_child(command: list[str], folder: Path, out: Path, err: Path) -> None:
+def call(command: list[str], folder: Path, limit: float) -> Outcome:
+    """Run ``lad-dist COMMAND`` in a forked process in ``folder``; kill its process group after ``limit`` seconds."""
+    return start(command, folder).outcome(limit)
+
+
+def _in_child(command: list[str], folder: Path, out: Path, err: Path, prepare: Callable[[], None] | None) -> None:
     code = 70
     try:
         os.setsid()
@@ -153,6 +179,8 @@ def _in_child(command: list[str], folder: Path, out: Path, err: Path) -> None:
             os.dup2(handle, stream)
         sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(handle, "w", closefd=False)) for handle in (1, 2))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        if prepare is not None:
+            prepare()
         from lad_dist.cli import app
 
         app(command, prog_name="lad-dist")
