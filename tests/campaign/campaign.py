@@ -19,6 +19,7 @@ after a stop. The same seed makes the same cases.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import io
 import json
@@ -119,6 +120,27 @@ def preload() -> None:
     torch.set_num_threads(1)
 
 
+def warm(folder: Path) -> None:
+    """Run a tiny recipe in this process, so that its forks need not import or compile anything."""
+    import yaml
+
+    from lad_dist.cli import app
+    from tests.campaign.kinds import HERE, RECIPE
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "job.yaml").write_text(yaml.safe_dump(RECIPE))
+    command = ["run", str(folder / "job.yaml"), "--out", str(folder / "run"), "--fleet", "off", *HERE]
+    with contextlib.redirect_stdout(None):
+        try:
+            app(command, prog_name="lad-dist")
+        except SystemExit as ended:
+            if ended.code:
+                raise RuntimeError(f"a run of the campaign's recipe: exit code {ended.code}") from None
+    import torch.distributed.elastic.multiprocessing.api
+    import torch.distributed.launcher.api  # noqa: F401
+
+
 @dataclass
 class Forked:
     """A running ``lad-dist`` in a forked process. ``pid`` is its process group and session, too."""
@@ -149,7 +171,10 @@ class Forked:
 
 
 def start(
-    command: list[str], folder: Path, streams: tuple[str, str] = (".out", ".err"), prepare: Callable[[], None] | None = None
+    command: list[str],
+    folder: Path,
+    streams: tuple[str, str] = (".out", ".err"),
+    prepare: Callable[[], None] | None = None,
 ) -> Forked:
     """Start ``lad-dist COMMAND`` in a forked process in ``folder``, which calls ``prepare`` first."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -243,6 +268,7 @@ def campaign(
     journal, until = out / "cases.jsonl", time.monotonic() + (seconds or float("inf"))
     there = {record.case: record for record in read(journal)}
     preload()
+    warm(out / "warm")
     undamaged = kinds.Undamaged.made(out / f"undamaged-{seed}", limit)
     wanted = [f"{seed}-{kind}-{number:04d}" for kind, number in names]
     for name, (kind, number) in zip(wanted, names, strict=True):
@@ -293,6 +319,8 @@ def table(records: list[Record]) -> str:
 
 def main() -> int:
     """Exit code 1 where a case ended in a fault."""
+    from tests.campaign.kinds import KINDS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=300)
@@ -301,10 +329,12 @@ def main() -> int:
     )
     parser.add_argument("--limit", type=float, default=120, help="seconds per case")
     parser.add_argument("--seconds", type=float, help="begin no case after so many seconds")
+    parser.add_argument(
+        "--kind", action="append", choices=sorted(KINDS), help="only cases of this kind; may be repeated"
+    )
     asked = parser.parse_args()
-    from tests.campaign.kinds import KINDS
-
-    records = campaign(asked.out, asked.seed, case_names(KINDS, asked.cases), asked.limit, asked.seconds)
+    names = case_names(asked.kind or KINDS, asked.cases)
+    records = campaign(asked.out, asked.seed, names, asked.limit, asked.seconds)
     print(table(records))
     return int(any(record.verdict in FAULTS for record in records))
 

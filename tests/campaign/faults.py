@@ -1,7 +1,7 @@
 """Seeded faults at random moments of a run; then the same command again, which must end with the same bits.
 
     python -m tests.campaign.faults --seed 0 --out FOLDER
-    python -m tests.campaign.faults --seed 0 --out FOLDER --process 20 --store 0 --ranks 0 --fleet 0 --slurm 0
+    python -m tests.campaign.faults --seed 0 --out FOLDER --process 20 --group 0 --store 0 --ranks 0 --fleet 0 --slurm 0
 
 A case starts a run (or goes on with one whose earlier stages are done), waits until a stage is somewhere in its middle,
 and does one thing to it: ``FAULTS`` names them for each way to launch a run. What ended is judged, the fault is undone,
@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import shutil
 import sys
@@ -39,7 +38,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from tests.campaign.campaign import Outcome, preload
+from tests.campaign.campaign import Outcome, preload, warm
 from tests.campaign.kinds import RECIPE
 
 VERDICTS = (
@@ -66,12 +65,20 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "file times moved",
         "two drivers",
     ),
+    "group": ("killed", "two drivers"),
     "store": ("slow store", "failing store", "store away", "killed", "two drivers"),
     "ranks": ("rank killed", "rank stopped", "killed", "two drivers", "file size limit"),
     "fleet": ("actor killed", "killed", "node lost", "actor stopped", "two drivers"),
-    "slurm": ("job killed", "driver killed", "node daemon killed", "controller killed", "two drivers"),
+    "slurm": (
+        "job killed",
+        "driver killed",
+        "node daemon killed",
+        "task cancelled",
+        "controller killed",
+        "two drivers",
+    ),
 }
-COUNTS = {"process": 150, "store": 20, "ranks": 25, "fleet": 10, "slurm": 5}
+COUNTS = {"process": 150, "group": 8, "store": 20, "ranks": 25, "fleet": 8, "slurm": 6}
 AGAIN = 3  # how often the same command is given before a case counts as not continuing
 
 
@@ -334,9 +341,7 @@ def continued(
 # ------------------------------------------------------------------------------------------------------------------ all cases
 
 
-def campaign(
-    out: Path, seed: int, counts: dict[str, int], limit: float, seconds: float | None = None
-) -> list[Record]:
+def campaign(out: Path, seed: int, counts: dict[str, int], limit: float, seconds: float | None = None) -> list[Record]:
     """Run the cases that are not in ``out/faults.jsonl`` yet, for ``seconds`` at most; returns the records of all of them."""
     from tests.campaign import launches
 
@@ -345,7 +350,7 @@ def campaign(
     journal, until = out / "faults.jsonl", time.monotonic() + (seconds or float("inf"))
     there, wanted = {record.case: record for record in read(journal)}, []
     preload()
-    launches.warm(out / "warm")
+    warm(out / "warm")
     for name, count in counts.items():
         if not count:
             continue
@@ -370,7 +375,9 @@ def campaign(
                 with journal.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(vars(record)) + "\n")
                 if record.verdict in WRONG:
-                    print(f"{record.case}: {record.verdict}: {record.fault}, {record.at}\n    {record.note}", flush=True)
+                    print(
+                        f"{record.case}: {record.verdict}: {record.fault}, {record.at}\n    {record.note}", flush=True
+                    )
                 else:
                     shutil.rmtree(folder, ignore_errors=True)  # what shows a fault stays
     return [there[name] for name in wanted if name in there]

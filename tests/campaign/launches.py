@@ -1,6 +1,7 @@
 """The ways to launch a run that the campaign of faults disturbs, and how it does so.
 
     process   one process, forked from one that has run before: nothing is imported or compiled again
+    group     the same, where one user of a group begins and another goes on (only root can be both)
     store     the same, with its buffer in an S3 server (moto) behind a proxy that can be slow, fail, or be away
     ranks     a distillation and an evaluation over two ranks, which are forked as well
     fleet     experts by Ray actors of a private cluster, in fresh processes
@@ -35,7 +36,7 @@ import yaml
 
 from tests.campaign import campaign
 from tests.campaign.campaign import Forked, Outcome
-from tests.campaign.faults import Case, Done, Launch, Running, begin, events
+from tests.campaign.faults import Case, Done, Launch, Running
 from tests.campaign.kinds import HERE
 
 ROOT = Path(__file__).parents[2]
@@ -97,23 +98,6 @@ def prepare_fork() -> None:
     obey_modes()
 
 
-def warm(folder: Path) -> None:
-    """Run once in this process, so that its forks need not import or compile anything."""
-    from lad_dist.cli import app
-
-    shutil.rmtree(folder, ignore_errors=True)
-    begin(folder)
-    command = ["run", str(folder / "job.yaml"), "--out", str(folder / "run"), "--fleet", "off", *HERE]
-    with contextlib.redirect_stdout(None):
-        try:
-            app(command, prog_name="lad-dist")
-        except SystemExit as ended:
-            if ended.code:
-                raise RuntimeError(f"a run of the campaign's recipe: exit code {ended.code}") from None
-    import torch.distributed.elastic.multiprocessing.api
-    import torch.distributed.launcher.api  # noqa: F401
-
-
 def children(pid: int) -> list[int]:
     """The processes that a process has started, and theirs."""
     found = []
@@ -148,7 +132,9 @@ class Process:
         if case is not None and case.fault == "full disk":
             (folder / "run").mkdir()
             mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "lad-dist-campaign", str(folder / "run")]
-            subprocess.run(mount, capture_output=True, check=False)  # where that is not allowed, the limit of file sizes
+            subprocess.run(
+                mount, capture_output=True, check=False
+            )  # where that is not allowed, the limit of file sizes
 
     def start(self, folder: Path, tag: str) -> Forked:
         """In a fork."""
@@ -201,7 +187,7 @@ def full_disk(run: Path) -> Done:
 
 def file_size_limit(case: Case, pids: list[int]) -> Done:
     """A limit on the size of files makes the kernel refuse writes beyond it, as a full disk does, in this process alone."""
-    size = case.draw.choice((0, 100, 1000, 4000, 20_000))
+    size = case.draw.choice((6_000, 10_000, 20_000))  # its output is a file too, of 4 KB
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
@@ -211,8 +197,11 @@ def file_size_limit(case: Case, pids: list[int]) -> Done:
 def read_only(run: Path) -> Done:
     """No folder of the run may be written to."""
     folders = [run, *(path for path in run.rglob("*") if path.is_dir() and not path.is_symlink())]
+    if not run.exists():
+        folders = [run.parent]
     for folder in folders:
-        folder.chmod(0o555)
+        with contextlib.suppress(FileNotFoundError):
+            folder.chmod(0o555)
 
     def undo() -> None:
         for folder in folders:
@@ -243,6 +232,30 @@ def times_moved(case: Case, run: Path) -> Done:
             now = path.stat().st_mtime + 3600 * hours
             os.utime(path, (now, now))
     return Done(f"all files are {hours} hours off", [])
+
+
+class Group(Process):
+    """Two users of a group with umask 002: the first command is one's, all others are the other's."""
+
+    group, one, other = 54_321, 54_322, 54_323  # ids that nobody has
+
+    def start(self, folder: Path, tag: str) -> Forked:
+        """What is root's, as a copy of an earlier run is, becomes the first user's."""
+        for path in (folder, folder / "job.yaml", folder / "run", *(folder / "run").rglob("*")):
+            if path.exists() and path.stat().st_uid == 0:
+                os.chown(path, self.one, self.group)
+                path.chmod(0o2775 if path.is_dir() else 0o664)
+        user = self.one if tag == "1" else self.other
+
+        def become() -> None:
+            prepare_fork()
+            os.environ["HOME"] = str(folder)
+            os.umask(0o002)
+            os.setgroups([self.group])
+            os.setgid(self.group)
+            os.setuid(user)
+
+        return campaign.start(self.command, folder, (f"{tag}.out", f"{tag}.err"), become)
 
 
 # -------------------------------------------------------------------------------------------------------------------- ranks
@@ -339,7 +352,7 @@ def object_store(folder: Path) -> Iterator[Store]:
         from lad_dist.experts.cluster import listens
 
         wait_until(lambda: all(listens(f"127.0.0.1:{port}") for port in (server, proxy)), 120, "the S3 server")
-        make = "from pyarrow import fs; fs.S3FileSystem(endpoint_override='127.0.0.1:%d', scheme='http', " % server
+        make = f"from pyarrow import fs; fs.S3FileSystem(endpoint_override='127.0.0.1:{server}', scheme='http', "
         make += "region='us-east-1', allow_bucket_creation=True).create_dir('bucket')"
         subprocess.run([sys.executable, "-c", make], check=True, timeout=120)  # not here: it would start threads
         yield Store(folder, proxy)
@@ -436,9 +449,9 @@ class Slurm(Process):
         self.stages = STAGES_OF["slurm"]
 
     def prepare(self, folder: Path, case: Case | None) -> None:
-        """The profile of the virtual nodes; one job a stage."""
+        """The profile of the virtual nodes; an array of two jobs for the experts."""
         document = yaml.safe_load((ROOT / "cluster" / "dev-slurm.yaml").read_text())
-        document["slurm"]["stages"] = {"evaluate": {"jobs": 1}, "experts": {"nodes": 1}}
+        document["slurm"]["stages"] = {"evaluate": {"jobs": 1}, "experts": {"nodes": 2}}
         (folder / "slurm.yaml").write_text(yaml.safe_dump(document))
 
     def start(self, folder: Path, tag: str) -> Running:  # type: ignore[override]
@@ -455,6 +468,12 @@ class Slurm(Process):
         if case.fault == "job killed":
             send(signal.SIGKILL, *self.of_jobs(folder / "run"))
             return Done("all processes of its jobs killed", [])
+        if case.fault == "task cancelled":
+            jobs = json.loads((folder / "run" / "slurm" / "jobs.json").read_text())["submissions"][-1]["jobs"]
+            (number,) = (job["id"] for job in jobs if job["stage"] == case.stage)
+            task = f"{number}_1" if case.stage == "experts" else number
+            subprocess.run(["scancel", task], check=True, timeout=60)
+            return Done(f"scancel {case.stage}", [self.start(folder, "2")])
         if case.fault == "controller killed":
             return self.daemon("slurmctld", ["slurmctld"])
         node = case.draw.choice(("n1", "n2"))
@@ -511,7 +530,9 @@ def opened(name: str, out: Path) -> Iterator[Launch]:
         with virtual_nodes(out / "slurm") as slurm:
             yield slurm
     else:
-        yield {"process": Process, "ranks": TwoRanks, "fleet": Fleet}[name]()
+        if name == "group" and os.geteuid() != 0:
+            raise SystemExit("only root can be two users: --group 0 leaves these cases out")
+        yield {"process": Process, "group": Group, "ranks": TwoRanks, "fleet": Fleet}[name]()
 
 
 def unmount(folder: Path) -> None:
