@@ -118,8 +118,8 @@ def submit(
 ) -> Submitted:
     """Submit those of the wanted stages that are neither done nor queued, each depending on those before it.
 
-    ``buffers``: as for ``local.run``. ``say`` receives what each job asks for, then the job once it is submitted. For a new run the data are checked
-    first: if they are refused, nothing is left behind.
+    ``buffers``: as for ``local.run``. ``say`` receives what each stage asks for, then each job as it is submitted. For a
+    new run the data are checked first: if they are refused, nothing is left behind.
 
     Raises:
         ClusterError: SLURM refused a job (with its reason; nothing of the chain stays queued) or cannot be reached, or

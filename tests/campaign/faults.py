@@ -28,6 +28,7 @@ import hashlib
 import json
 import random
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -123,9 +124,13 @@ class Running(Protocol):
 
 
 class Launch(Protocol):
-    """A way to launch the run in ``folder/run``. ``stages``: those that a fault may come in."""
+    """A way to launch the run in ``folder/run``.
+
+    ``stages``: those that a fault may come in. ``continues``: a case may go on with a copy of the undisturbed run.
+    """
 
     stages: tuple[str, ...]
+    continues: bool
 
     def prepare(self, folder: Path, case: Case | None) -> None:
         """Write what the command needs beside the recipe."""
@@ -263,7 +268,8 @@ def carry_out(case: Case, folder: Path, launch: Launch, undisturbed: Undisturbed
     began = time.monotonic()
     begin(folder)
     launch.prepare(folder, case)
-    copy_before(case.stage, undisturbed.folder, folder)
+    if launch.continues:
+        copy_before(case.stage, undisturbed.folder, folder)
     first = launch.start(folder, "1")
     met = wait_for_moment(case, folder / "run", first, undisturbed, limit)
     at = f"{case.stage}, event {in_stage(events(folder / 'run'), case.stage)}"
@@ -419,6 +425,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="begin no case after so many seconds")
     asked = parser.parse_args()
     counts = {name: getattr(asked, name) for name in COUNTS}
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(130))  # so that servers end, too
     records = campaign(asked.out, asked.seed, counts, asked.limit, asked.seconds)
     print(table(records))
     return int(any(record.verdict in WRONG for record in records))

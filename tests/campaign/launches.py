@@ -123,6 +123,8 @@ def send(number: int, *pids: int) -> None:
 class Process:
     """``lad-dist run`` in a forked process."""
 
+    continues = True
+
     def __init__(self) -> None:
         self.command = ["run", "job.yaml", "--out", "run", "--fleet", "off", *HERE]
         self.stages = ("start", "experts", "distill", "evaluate", "report")
@@ -293,7 +295,9 @@ class TwoRanks(Process):
 
 
 class Store(Process):
-    """The same with ``--buffers s3://...``."""
+    """The same with ``--buffers s3://...``; a run that was copied would name the other's buffer."""
+
+    continues = False
 
     def __init__(self, folder: Path, proxy: int) -> None:
         super().__init__()
