@@ -14,7 +14,7 @@ and every accuracy must be those of a run that nothing happened to.
     unclear error        a fault: another exit code, and no message that says why
     traceback, hang      a fault
     does not continue    a fault: the same command failed afterwards
-    other result         a fault: a digest, a tensor or an accuracy differs
+    other result         a fault: a digest, a tensor, an accuracy, or the mode of a file differs
     left behind          a fault: temporary files stayed in the run folder
 
 FOLDER/faults.jsonl gets a line per case as it ends; cases that are there already are skipped, so the command may be
@@ -127,10 +127,12 @@ class Launch(Protocol):
     """A way to launch the run in ``folder/run``.
 
     ``stages``: those that a fault may come in. ``continues``: a case may go on with a copy of the undisturbed run.
+    ``umask``: that of its commands.
     """
 
     stages: tuple[str, ...]
     continues: bool
+    umask: int
 
     def prepare(self, folder: Path, case: Case | None) -> None:
         """Write what the command needs beside the recipe."""
@@ -242,7 +244,19 @@ def result(folder: Path, launch: Launch) -> dict[str, str]:
     rows = json.loads((run / "evaluation" / "results.json").read_text())["rows"]
     found["accuracies"] = json.dumps([[row["source"], row["seed"], row["per_class"]] for row in rows])
     found["report"] = str((run / "report" / "index.html").exists())
+    found["modes"] = json.dumps(other_modes(run, launch.umask)[:5])
     return found
+
+
+def other_modes(run: Path, umask: int) -> list[str]:
+    """The files and folders whose mode is not what the umask says."""
+    return [
+        f"{path.relative_to(run)}: {mode:o}"
+        for path in (run, *sorted(run.rglob("*")))
+        if not path.is_symlink()
+        and (mode := path.stat().st_mode & 0o777) != (0o777 if path.is_dir() else 0o666) & ~umask
+        and "slurm" not in path.relative_to(run).parts  # submitit's scripts and SLURM's logs have modes of their own
+    ]
 
 
 def copy_before(stage: str, undisturbed: Path, folder: Path) -> None:
@@ -334,7 +348,8 @@ def continued(
     if outcome.code != 0:
         return "does not continue", last
     found = result(folder, launch)
-    other = [name for name in found if found[name] != undisturbed.result[name]]
+    expected = {**undisturbed.result, "modes": "[]"}
+    other = [name for name in found if found[name] != expected[name]]
     if other:
         return "other result", ", ".join(other)
     left = sorted(str(p.relative_to(folder)) for p in (folder / "run").rglob(".*"))

@@ -45,6 +45,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 BEAT, STALE = 0.3, 2.0
 PAUSE, LONG_PAUSE = STALE + 1.0, 32.0
 DISK = "6m"
+GROUP_UMASK = 0o002  # of fresh processes: Ray's actors and SLURM's jobs must inherit it
 OUTAGE = 3.0  # seconds, of a store
 STAGES_OF = {
     "ranks": ("distill", "distill", "evaluate"),
@@ -95,6 +96,7 @@ def prepare_fork() -> None:
     config = ranks._launch_config
     ranks._launch_config = lambda world, logs: dataclasses.replace(config(world, logs), start_method="fork")
     CLOCK.install()
+    os.umask(Process.umask)
     obey_modes()
 
 
@@ -124,6 +126,7 @@ class Process:
     """``lad-dist run`` in a forked process."""
 
     continues = True
+    umask = 0o022
 
     def __init__(self) -> None:
         self.command = ["run", "job.yaml", "--out", "run", "--fleet", "off", *HERE]
@@ -133,7 +136,7 @@ class Process:
         """The run folder of a case of a full disk is a file system of its own."""
         if case is not None and case.fault == "full disk":
             (folder / "run").mkdir()
-            mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "lad-dist-campaign", str(folder / "run")]
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=755", "lad-dist-campaign", str(folder / "run")]
             subprocess.run(
                 mount, capture_output=True, check=False
             )  # where that is not allowed, the limit of file sizes
@@ -239,6 +242,7 @@ def times_moved(case: Case, run: Path) -> Done:
 class Group(Process):
     """Two users of a group with umask 002: the first command is one's, all others are the other's."""
 
+    umask = GROUP_UMASK
     group, one, other = 54_321, 54_322, 54_323  # ids that nobody has
 
     def start(self, folder: Path, tag: str) -> Forked:
@@ -252,7 +256,7 @@ class Group(Process):
         def become() -> None:
             prepare_fork()
             os.environ["HOME"] = str(folder)
-            os.umask(0o002)
+            os.umask(self.umask)
             os.setgroups([self.group])
             os.setgid(self.group)
             os.setuid(user)
@@ -378,7 +382,7 @@ class Fresh:
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "lad_dist.cli", *command], cwd=folder, env=environment, stdout=out, stderr=err,
-                start_new_session=True,
+                start_new_session=True, umask=GROUP_UMASK,
             )  # fmt: skip
         self.pid = self._process.pid
 
@@ -404,6 +408,8 @@ class Fresh:
 
 class Fleet(Process):
     """Experts by actors of a private Ray cluster."""
+
+    umask = GROUP_UMASK
 
     def __init__(self) -> None:
         super().__init__()
@@ -446,6 +452,8 @@ class Fleet(Process):
 
 class Slurm(Process):
     """A chain of jobs on two virtual nodes."""
+
+    umask = GROUP_UMASK
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
