@@ -376,7 +376,7 @@ def campaign(out: Path, seed: int, counts: dict[str, int], limit: float, seconds
         if not count:
             continue
         stages = launches.STAGES_OF.get(name, STAGES)
-        all_of_it = list(cases(seed, name, count, stages))
+        all_of_it = [case for case in cases(seed, name, count, stages) if only in (None, case.fault)]
         wanted += [case.name for case in all_of_it]
         left = [case for case in all_of_it if case.name not in there]
         if not left:
@@ -438,10 +438,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="gets faults.jsonl, and the folders of wrong cases")
     parser.add_argument("--limit", type=float, default=240, help="seconds per command")
     parser.add_argument("--seconds", type=float, help="begin no case after so many seconds")
+    parser.add_argument("--fault", help="only cases of this fault")
     asked = parser.parse_args()
     counts = {name: getattr(asked, name) for name in COUNTS}
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(130))  # so that servers end, too
-    records = campaign(asked.out, asked.seed, counts, asked.limit, asked.seconds)
+    records = campaign(asked.out, asked.seed, counts, asked.limit, asked.seconds, asked.fault)
     print(table(records))
     return int(any(record.verdict in WRONG for record in records))
 

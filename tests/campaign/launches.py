@@ -183,7 +183,7 @@ class Process:
 
 def full_disk(run: Path) -> Done:
     """Fill the file system of the run folder, until the command has ended."""
-    ballast = run.parent / "run" / ".ballast"
+    ballast = run / ".tmp-ballast"
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
