@@ -362,7 +362,9 @@ def continued(
 # ------------------------------------------------------------------------------------------------------------------ all cases
 
 
-def campaign(out: Path, seed: int, counts: dict[str, int], limit: float, seconds: float | None = None) -> list[Record]:
+def campaign(
+    out: Path, seed: int, counts: dict[str, int], limit: float, seconds: float | None = None, only: str | None = None
+) -> list[Record]:
     """Run the cases that are not in ``out/faults.jsonl`` yet, for ``seconds`` at most; returns the records of all of them."""
     from tests.campaign import launches
 
