@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lad_dist.environment import environment
-from lad_dist.errors import ExpertError, RecipeError, StorageError, TrajectoryError
+from lad_dist.errors import ExpertError, LadDistError, RecipeError, StorageError, TrajectoryError
 from lad_dist.experts.actor import Claimed, ExpertActor, Finished, Orders, SharedData, Started
 from lad_dist.experts.cluster import (
     LOOPBACK,
@@ -145,7 +145,9 @@ def _started(profile: Profile, data_bytes: int, folder: Path) -> Cluster:
     with _loopback():
         try:
             context: Any = ray.init(**own_arguments(profile, data_bytes, folder))
-        except (RuntimeError, ValueError, OSError, RayError) as error:
+        except LadDistError:  # an interruption
+            raise
+        except Exception as error:  # a plain Exception where a node takes too long to start, as on a crowded machine
             raise ExpertError(
                 f"ray: no cluster could be started on this machine: {first_line(error)}; lad-dist experts --fleet off "
                 "trains without one"
@@ -171,7 +173,9 @@ def _joined(address: str) -> Cluster:
     with _loopback(host in LOOPBACK):
         try:
             context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (RuntimeError, ValueError, OSError, RayError) as error:
+        except LadDistError:
+            raise
+        except Exception as error:  # see _started
             secured = "if it requires a token (as `ray start` does when one exists), set RAY_AUTH_MODE=token"
             raise ExpertError(f"{missing}; {secured} ({first_line(error)})") from error
     return Cluster(context.address_info["gcs_address"], context.dashboard_url or None, own=False)
