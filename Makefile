@@ -1,6 +1,7 @@
 # make demo   install into .venv, then distil digits-LT and show what the result is worth
 # make test   install into .venv, then every check
-# make campaign   300 seeded cases of bad input, into runs/campaign; repeat it to go on after a stop
+# make campaign   600 seeded cases of bad input, into runs/campaign; repeat it to go on after a stop
+# make campaign-faults   more than 200 kills, full disks, lost nodes and the like, into runs/faults; repeat it to go on
 # make dist   wheel and sdist, into dist/, the same bytes each time; TAG=vX.Y.Z checks the version
 # make try-dist   the wheel in an environment of its own: the demo
 # make docs   the documentation site, into site/: open site/index.html
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test lint types unit campaign dist try-dist docs install develop clean
+.PHONY: demo test lint types unit campaign campaign-faults dist try-dist docs install develop clean
 
 demo: install
 	@$(BIN)/lad-dist demo --out $(DEMO)
@@ -29,7 +30,11 @@ unit: develop
 	$(BIN)/python tests/side_by_side.py
 
 campaign: develop
-	$(BIN)/python -m tests.campaign.campaign --seed 0 --cases 300 --out runs/campaign
+	$(BIN)/python -m tests.campaign.campaign --seed 0 --cases 350 --out runs/campaign
+	$(BIN)/python -m tests.campaign.campaign --seed 0 --cases 300 --kind "run file" --out runs/campaign
+
+campaign-faults: develop
+	$(BIN)/python -m tests.campaign.faults --seed 0 --out runs/faults
 
 dist: develop
 	@test -z "$(TAG)" || $(BIN)/python -c 'import lad_dist, sys; v = "v" + lad_dist.__version__; \

@@ -64,7 +64,11 @@ class Events:
         record = {"time": round(time.time(), 3), "kind": kind, **{k: _plain(v) for k, v in fields.items()}}
         left = memoryview(json.dumps(record, separators=(",", ":")).encode() + b"\n")
         while left:  # a signal or a full disk may cut a write short; the next write raises the error
-            left = left[self._file.write(left) :]
+            try:
+                left = left[self._file.write(left) :]
+            except OSError as error:
+                error.filename = str(self.path)  # a write does not know it, and the message is to name the file
+                raise
         if self._listener is not None:
             self._listener(record)
 

@@ -12,6 +12,7 @@ writes task.json beside its log when it starts and when it ends; a killed job ca
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -41,6 +42,7 @@ _WORDS = {
     "DEADLINE": "passed its deadline",
     "BOOT_FAIL": "could not start its node",
 }
+_FORMAT_VERSION = 1  # of slurm/jobs.json
 NOT_BEGUN = "not begun"  # recorded by a job that found the stage before it not done
 _TAIL = 2**14  # last bytes of a log, searched for an error
 _LONGEST_LINE = 500
@@ -85,13 +87,18 @@ def read_submissions(run: RunDir) -> list[Submission]:
     """Return a run's submissions, oldest first. Raises RunDirError if the record is damaged."""
     try:
         document = json.loads(run.slurm_jobs.read_text(encoding="utf-8"))
+        if document.get("format_version") != _FORMAT_VERSION:
+            raise ValueError(f"format_version is {document.get('format_version')!r:.80}; valid: {_FORMAT_VERSION}")
+        said = document.get("sha256")  # absent from records of older versions
+        if said is not None and said != _sum_of(document["submissions"]):
+            raise ValueError("it does not match its own checksum")
         return [
             Submission(**{**one, "jobs": tuple(SlurmJob(**job) for job in one["jobs"])})
             for one in document["submissions"]
         ]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunDirError(
             f"{run.slurm_jobs}: is not a record of submitted jobs ({error}); remove it once none of them is queued"
         ) from error
@@ -100,8 +107,14 @@ def read_submissions(run: RunDir) -> list[Submission]:
 def write_submissions(run: RunDir, submissions: Sequence[Submission]) -> None:
     """Publish the record of submissions."""
     with published(run.slurm_jobs) as temporary:
-        document = {"format_version": 1, "submissions": [asdict(one) for one in submissions]}
+        made = json.loads(json.dumps([asdict(one) for one in submissions]))
+        document = {"format_version": _FORMAT_VERSION, "submissions": made, "sha256": _sum_of(made)}
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _sum_of(submissions: Any) -> str:
+    """Return a checksum: with a flipped bit in a number, ``cancel`` would end a stranger's job."""
+    return hashlib.sha256(json.dumps(submissions, sort_keys=True).encode()).hexdigest()
 
 
 def task_file(logs: Path, task: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -30,6 +31,18 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
     events.close()
     record = json.loads((tmp_path / "e.jsonl").read_text(), parse_constant=pytest.fail)
     assert (record["loss"], record["many"], record["nested"]) == (None, [1.0, None], [[None]])
+
+
+def test_a_refused_write_names_the_file(tmp_path, monkeypatch):
+    class Full:
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")  # a write does not say of which file
+
+    events = Events(tmp_path / "events.jsonl")
+    monkeypatch.setattr(events, "_file", Full())
+    with pytest.raises(OSError, match="No space left") as raised:
+        events.emit("data")
+    assert raised.value.filename == str(tmp_path / "events.jsonl")
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])

@@ -13,7 +13,7 @@ import pytest
 from lad_dist import recipe_file, rundir
 from lad_dist.errors import RunDirError, StorageError
 from lad_dist.recipe import Recipe
-from lad_dist.rundir import RunDir, published
+from lad_dist.rundir import RunDir, host_name, published
 
 
 def changed(*sets: str) -> Recipe:
@@ -111,6 +111,20 @@ def test_another_recipe_is_refused_with_what_differs(tmp_path):
                  "data.n_max is null there, 5 here"):  # fmt: skip
         assert part in str(refused.value)
     assert run.recipe.read_text() == text
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_while_only_experts_are_there_the_distillation_may_change(tmp_path, schedule):
+    """Also by an ``--out`` of a run that was begun with other iterations, and after a kill within its first checkpoint."""
+    first, other = (Recipe(distill={"schedule": schedule, "iterations": count}) for count in (9, 5))
+    run = RunDir.open(tmp_path / "run", first)
+    part = run.trajectories / "representation" / "expert-0000" / "epochs-0000-0001.parquet"
+    part.parent.mkdir(parents=True)
+    part.touch()
+    left = run.distill_checkpoint / f".tmp-{host_name()}-{2**22 + 1}-abcd"  # no process has that number
+    left.mkdir(parents=True)
+    RunDir.open(tmp_path / "run", other)
+    assert recipe_file.load(run.recipe).distill.iterations == 5 and part.exists() and not left.exists()
 
 
 @pytest.mark.parametrize("free", [

@@ -156,7 +156,10 @@ def _shards(folder: Path) -> list[Path]:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a shard and verify its checksum, which older versions did not write, and its entries. Raises ValueError."""
-    tensors, metadata = load_tensors(path)
+    try:
+        tensors, metadata = load_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
     known = {"iteration", "recipe_hash", "sha256"}
     strange = [name for name in metadata if name not in known and not name.startswith("label_source.")]
     if strange:

@@ -174,7 +174,9 @@ def _joined(address: str) -> Cluster:
     with _loopback(host in LOOPBACK):
         try:
             context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (RuntimeError, ValueError, OSError, RayError) as error:
+        except LadDistError:
+            raise
+        except Exception as error:  # see _started
             secured = "if it requires a token (as `ray start` does when one exists), set RAY_AUTH_MODE=token"
             raise ExpertError(f"{missing}; {secured} ({first_line(error)})") from error
     return Cluster(context.address_info["gcs_address"], context.dashboard_url or None, own=False)

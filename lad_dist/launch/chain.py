@@ -2,7 +2,7 @@
 
 StageSelection  the stages that a command submits, and the question that it asks of an evaluation
 stages_left     the unfinished stages, by what is on disk
-Request         one job, or one job array, in submitit's terms
+Request         one job, or one job array, in submitit's terms; ``resources`` says it in words
 waits_for       the dependencies of a job
 """
 
@@ -185,6 +185,24 @@ def request(
         }
     )
     return Request(stage, count, fleet, inside, parameters, question)
+
+
+def resources(wanted: Request) -> str:
+    """Return a stage's resources for users: ``2 jobs, each 1 node, 4 tasks on a node with 2 cores each, 60 min``."""
+    p = wanted.parameters
+    tasks, gpus, memory = p["tasks_per_node"], p.get("gpus_per_node"), p.get("mem_gb")
+    asked = [
+        _many(p["nodes"], "node"),
+        f"{_many(tasks, 'task')} on a node with {_many(p['cpus_per_task'], 'core')}{' each' if tasks > 1 else ''}",
+        *([f"{_many(gpus, 'GPU')} on a node"] if gpus else []),
+        "the cluster's memory" if memory is None else f"{memory:g} GB on a node",
+        f"{p['timeout_min']} min",
+    ]
+    return (f"{wanted.count} jobs, each " if wanted.count > 1 else "") + ", ".join(asked)
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _spread(ranks: int, nodes: int, tasks: int) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from typing import Any
 from lad_dist.data.datasets import look
 from lad_dist.errors import ClusterError, RecipeError
 from lad_dist.extras import missing
-from lad_dist.launch.chain import Request, StageSelection, request, stages_left, waits_for
+from lad_dist.launch.chain import Request, StageSelection, request, resources, stages_left, waits_for
 from lad_dist.launch.job import Order, SlurmTask, carry_out
 from lad_dist.launch.local import store_of
 from lad_dist.launch.shortage import shortage
@@ -118,8 +118,8 @@ def submit(
 ) -> Submitted:
     """Submit those of the wanted stages that are neither done nor queued, each depending on those before it.
 
-    ``buffers``: as for ``local.run``. ``say`` receives each job as it is submitted. For a new run the data are checked
-    first: if they are refused, nothing is left behind.
+    ``buffers``: as for ``local.run``. ``say`` receives what each stage asks for, then each job as it is submitted. For a
+    new run the data are checked first: if they are refused, nothing is left behind.
 
     Raises:
         ClusterError: SLURM refused a job (with its reason; nothing of the chain stays queued) or cannot be reached, or
@@ -138,6 +138,8 @@ def submit(
     submission = Submission(identity, time.time(), profile.name, str(_log_folder(run, profile, identity)))
     _cancel(replaced)
     chain = Chain(run, submission, profile, todo.before, todo.ending)
+    for one in todo.requests:
+        say(f"{one.stage}: asks for {resources(one)}")
     try:
         for one in todo.requests:
             job = chain.add(one)
@@ -177,6 +179,7 @@ def dry_run(
         say(
             f"{one.stage}: {_array_of(job).removeprefix(', ') or 'one job'}{ranks}, on the {_device_of(one)}; {verdict}"
         )
+        say(f"  asks for {resources(one)}")
         say(f"  sbatch {' '.join(_asked(one, profile, waits))}")
     say(f"dry run: nothing submitted, nothing written; the run folder would be {quote(str(out))}" if todo.requests
         else "dry run: nothing to submit")  # fmt: skip

@@ -19,6 +19,7 @@ after a stop. The same seed makes the same cases.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import io
 import json
@@ -119,29 +120,79 @@ def preload() -> None:
     torch.set_num_threads(1)
 
 
-def call(command: list[str], folder: Path, limit: float) -> Outcome:
-    """Run ``lad-dist COMMAND`` in a forked process in ``folder``; kill its process group after ``limit`` seconds."""
+def warm(folder: Path) -> None:
+    """Run a tiny recipe in this process, so that its forks need not import or compile anything."""
+    import yaml
+
+    from lad_dist.cli import app
+    from tests.campaign.kinds import HERE, RECIPE
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "job.yaml").write_text(yaml.safe_dump(RECIPE))
+    command = ["run", str(folder / "job.yaml"), "--out", str(folder / "run"), "--fleet", "off", *HERE]
+    with contextlib.redirect_stdout(None):
+        try:
+            app(command, prog_name="lad-dist")
+        except SystemExit as ended:
+            if ended.code:
+                raise RuntimeError(f"a run of the campaign's recipe: exit code {ended.code}") from None
+    import torch.distributed.elastic.multiprocessing.api
+    import torch.distributed.launcher.api  # noqa: F401
+
+
+@dataclass
+class Forked:
+    """A running ``lad-dist`` in a forked process. ``pid`` is its process group and session, too."""
+
+    pid: int
+    out: Path
+    err: Path
+    began: float
+    code: int | None = None
+
+    def ended(self) -> bool:
+        """Whether it has ended; ``code`` then says how."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is not None
+
+    def outcome(self, limit: float) -> Outcome:
+        """What it did, ``limit`` seconds after its start at most: then its process group is killed."""
+        while not self.ended() and time.monotonic() - self.began < limit:
+            time.sleep(0.01)
+        code = self.code
+        if code is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        texts = [file.read_text(errors="replace") if file.exists() else "" for file in (self.out, self.err)]
+        return Outcome(code, *texts, round(time.monotonic() - self.began, 2))
+
+
+def start(
+    command: list[str],
+    folder: Path,
+    streams: tuple[str, str] = (".out", ".err"),
+    prepare: Callable[[], None] | None = None,
+) -> Forked:
+    """Start ``lad-dist COMMAND`` in a forked process in ``folder``, which calls ``prepare`` first."""
     folder.mkdir(parents=True, exist_ok=True)
-    out, err, began = folder / ".out", folder / ".err", time.monotonic()
+    out, err, began = folder / streams[0], folder / streams[1], time.monotonic()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        _in_child(command, folder, out, err)
-    while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended or time.monotonic() - began > limit:
-            break
-        time.sleep(0.01)
-    if not ended:
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status) if ended else None
-    texts = [file.read_text(errors="replace") if file.exists() else "" for file in (out, err)]
-    return Outcome(code, *texts, round(time.monotonic() - began, 2))
+        _in_child(command, folder, out, err, prepare)
+    return Forked(pid, out, err, began)
 
 
-def _in_child(command: list[str], folder: Path, out: Path, err: Path) -> None:
+def call(command: list[str], folder: Path, limit: float) -> Outcome:
+    """Run ``lad-dist COMMAND`` in a forked process in ``folder``; kill its process group after ``limit`` seconds."""
+    return start(command, folder).outcome(limit)
+
+
+def _in_child(command: list[str], folder: Path, out: Path, err: Path, prepare: Callable[[], None] | None) -> None:
     code = 70
     try:
         os.setsid()
@@ -153,6 +204,8 @@ def _in_child(command: list[str], folder: Path, out: Path, err: Path) -> None:
             os.dup2(handle, stream)
         sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(handle, "w", closefd=False)) for handle in (1, 2))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        if prepare is not None:
+            prepare()
         from lad_dist.cli import app
 
         app(command, prog_name="lad-dist")
@@ -215,6 +268,7 @@ def campaign(
     journal, until = out / "cases.jsonl", time.monotonic() + (seconds or float("inf"))
     there = {record.case: record for record in read(journal)}
     preload()
+    warm(out / "warm")
     undamaged = kinds.Undamaged.made(out / f"undamaged-{seed}", limit)
     wanted = [f"{seed}-{kind}-{number:04d}" for kind, number in names]
     for name, (kind, number) in zip(wanted, names, strict=True):
@@ -265,6 +319,8 @@ def table(records: list[Record]) -> str:
 
 def main() -> int:
     """Exit code 1 where a case ended in a fault."""
+    from tests.campaign.kinds import KINDS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=300)
@@ -273,10 +329,12 @@ def main() -> int:
     )
     parser.add_argument("--limit", type=float, default=120, help="seconds per case")
     parser.add_argument("--seconds", type=float, help="begin no case after so many seconds")
+    parser.add_argument(
+        "--kind", action="append", choices=sorted(KINDS), help="only cases of this kind; may be repeated"
+    )
     asked = parser.parse_args()
-    from tests.campaign.kinds import KINDS
-
-    records = campaign(asked.out, asked.seed, case_names(KINDS, asked.cases), asked.limit, asked.seconds)
+    names = case_names(asked.kind or KINDS, asked.cases)
+    records = campaign(asked.out, asked.seed, names, asked.limit, asked.seconds)
     print(table(records))
     return int(any(record.verdict in FAULTS for record in records))
 

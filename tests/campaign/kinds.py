@@ -65,8 +65,10 @@ class Undamaged:
             root.mkdir(parents=True)
             for name, seed in (("run", 0), ("other", 1)):
                 doc = {**RECIPE, "seed": seed, "experts": {**RECIPE["experts"], "seed": seed}}
+                doc["evaluate"] = {**RECIPE["evaluate"], "baselines": ["initial", "random", "random-teacher"]}
                 (root / f"{name}.yaml").write_text(yaml.safe_dump(doc))
                 _well(["run", f"{name}.yaml", "--out", name, "--fleet", "off", *HERE], root, 10 * limit)
+                _as_of_jobs(root / name)
             pictures(root / "pictures")
             said = {}
             for name, reader in READERS.items():
@@ -83,6 +85,20 @@ class Undamaged:
                 shutil.rmtree(folder)
             file.write_text(json.dumps(said, indent=1))
         return cls(root, json.loads(file.read_text()))
+
+
+def _as_of_jobs(run: Path) -> None:
+    """Add the files that a run has whose stages were jobs on SLURM, on a machine that chose its threads."""
+    from lad_dist.plan.threads import Team
+    from lad_dist.rundir import RunDir
+    from lad_dist.slurm_jobs import SlurmJob, Submission, task_file, write_submissions
+
+    logs = run / "slurm" / "logs" / "20260101-000000-abc"
+    job = SlurmJob("experts", "7", None, str(logs / "7" / "7_submission.sh"))
+    write_submissions(RunDir(run), [Submission("20260101-000000-abc", 1.8e9, "slurm-small", str(logs), (job,))])
+    task_file(logs, "7").parent.mkdir(parents=True)
+    task_file(logs, "7").write_text(json.dumps({"restarts": 0, "node": "n1", "time": 1.8e9, "state": "finished"}))
+    Team(1, "one core").save(run / "threads.json")
 
 
 def _well(command: list[str], folder: Path, limit: float) -> Outcome:
@@ -542,7 +558,8 @@ FREE_TEXT = (
     "recipe.yaml",
     "events.jsonl",
     "threads.json",
-)  # no checksum: one may edit the recipe, and the log is a log
+    "task.json",
+)  # no checksum: one may edit the recipe, and logs are logs
 
 
 def run_file(rng: random.Random, folder: Path, undamaged: Undamaged) -> Attempt:
@@ -558,6 +575,7 @@ def run_file(rng: random.Random, folder: Path, undamaged: Undamaged) -> Attempt:
     target = rng.choice(groups[rng.choice(sorted(groups))])  # a buffer has many parts, and is one kind of file
     content, short = target.read_bytes(), str(target.relative_to(run))
     ways = ["cut", "flipped bit", "flipped bit", "emptied", "swapped", "swapped", "pickle", "folder", "zeros"]
+    ways += ["other version"] if target.suffix in (".json", ".safetensors") else []
     ways += ["unreadable"] if os.geteuid() != 0 else []
     way = rng.choice(ways)
     if way == "cut":
@@ -576,6 +594,8 @@ def run_file(rng: random.Random, folder: Path, undamaged: Undamaged) -> Attempt:
         target.mkdir()
     elif way == "unreadable":
         target.chmod(0)
+    elif way == "other version":
+        _of_the_future(target)
     else:
         of_other = folder / "other" / short
         alike = [file for file in files if file != target and file.suffix == target.suffix and file.parts[-2] != "rows"]
@@ -597,9 +617,76 @@ def run_file(rng: random.Random, folder: Path, undamaged: Undamaged) -> Attempt:
     return Attempt(f"{short}: {way}", reader.command, named, differs, target)
 
 
+def _of_the_future(file: Path) -> None:
+    """As a version to come might write it: whole, with a right checksum, and of another format."""
+    from lad_dist.results import _sum_of
+    from lad_dist.rundir import load_tensors, save_tensors
+
+    if file.suffix == ".safetensors":
+        tensors, metadata = load_tensors(file)
+        metadata.pop("sha256", None)
+        save_tensors(tensors, file, {**metadata, "format": "lad-dist of another version 99"})
+        return
+    document = json.loads(file.read_text())
+    document["format_version"] = 99
+    if document.pop("sha256", None) is not None:
+        document["sha256"] = _sum_of(document.get("rows", document))
+    file.write_text(json.dumps(document))
+
+
 def _cells(text: str) -> list[str]:
     """The lines of tables that hold figures."""
     return [line for line in text.splitlines() if re.search(r"\d+\.\d", line) and line[:1] in "│ "]
+
+
+def value(rng: random.Random, folder: Path, undamaged: Undamaged) -> Attempt:
+    """An odd value in a row of results whose checksum is right, or in an event: of a wrong type, or impossible."""
+    from lad_dist.results import FIGURES, MORE_FIGURES, _sum_of
+
+    copy_run(undamaged.root, folder)
+    run = folder / "run"
+    if rng.random() < 0.5:
+        file, commands = run / "events.jsonl", ("status", "report", "tensorboard")
+        lines = file.read_text().splitlines()
+        spot = rng.randrange(len(lines))
+        document = json.loads(lines[spot])
+        what = _made_odd(rng, document)
+        lines[spot] = json.dumps(document)
+        file.write_text("\n".join(lines) + "\n")
+        must = False
+    else:
+        file, commands = rng.choice(sorted((run / "evaluation" / "rows").iterdir())), ("status", "report", "compare")
+        document = json.loads(file.read_text())
+        del document["sha256"]
+        what = _made_odd(rng, document)
+        file.write_text(json.dumps({**document, "sha256": _sum_of(document)}))
+        (run / "evaluation" / "results.json").unlink()
+        shares = [document.get(name) for name in (*FIGURES, *MORE_FIGURES) if document.get(name) is not None]
+        must = any(not (type(share) in (int, float) and 0 <= share <= 1) for share in shares)
+    command = {"report": ["report", "run", *HERE], "compare": ["compare", "run", "other"]}
+    name = rng.choice(commands)
+    return Attempt(
+        f"{file.name}: {what}", command.get(name, [name, "run"]), (file.name, "results.json"), taken if must else same
+    )
+
+
+def _made_odd(rng: random.Random, document: Doc) -> str:
+    """Change one field of a document, at any depth; how."""
+    where, name = document, rng.choice(sorted(document))
+    while isinstance(where[name], dict) and where[name] and rng.random() < 0.7:
+        where, name = where[name], rng.choice(sorted(where[name]))
+    how = rng.choice(("left out", "other", "other", "other", "larger"))
+    if how == "left out":
+        del where[name]
+        return f"{name} left out"
+    old = where[name]
+    if how == "larger" and isinstance(old, list) and old:
+        where[name] = [*old[:-1], rng.choice((17.0, -1, "x", None, [1]))]
+    elif how == "larger" and type(old) in (int, float):
+        where[name] = old + 17
+    else:
+        where[name] = rng.choice(WRONG)
+    return f"{name} = {_short(where[name])}"
 
 
 # ---------------------------------------------------------------------------------------------------- sets made elsewhere
@@ -660,4 +747,5 @@ KINDS: dict[str, Kind] = {
     "list file": list_file,
     "run file": run_file,
     "foreign file": foreign_file,
+    "value": value,
 }

@@ -157,6 +157,15 @@ def test_a_checkpoint_of_another_recipe_or_damaged(pipeline_of, undisturbed):
         State.load(path, recipe, CPU)
 
 
+@pytest.mark.parametrize("content", [b"", bytes(4000), b"PAR1" * 100], ids=["empty", "zeros", "something else"])
+def test_a_damaged_shard_is_named(undisturbed, tmp_path, content):
+    shutil.copytree(undisturbed.run.distill_checkpoint, tmp_path / "distill")
+    (shard,) = (tmp_path / "distill").rglob("*.safetensors")
+    shard.write_bytes(content)
+    with pytest.raises(DistilledError, match=rf"iteration-000006: is not a readable checkpoint \({shard.name}: it is"):
+        State.load(tmp_path / "distill", undisturbed.recipe, CPU)
+
+
 def test_no_flipped_bit_in_a_checkpoint_passes(undisturbed, tmp_path):
     recipe = undisturbed.recipe
     shutil.copytree(undisturbed.run.distill_checkpoint, tmp_path / "distill")

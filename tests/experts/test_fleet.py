@@ -405,6 +405,26 @@ def test_a_handler_that_a_library_has_put_in_place_of_ours():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_node_that_takes_too_long_to_start_is_one_error(tmp_path, monkeypatch):
+    """Ray raises a plain Exception then."""
+    from lad_dist.experts import fleet
+
+    raised: list[Exception] = [Exception("The current node timed out during startup.")]
+
+    def late(**arguments):
+        raise raised[0]
+
+    monkeypatch.setattr(fleet.ray, "init", late)
+    monkeypatch.setattr(fleet, "listens", lambda address: True)
+    with pytest.raises(ExpertError, match="no cluster could be started on this machine: The current node timed out"):
+        fleet._started(Profile(), 0, tmp_path)
+    with pytest.raises(ExpertError, match=r"no Ray cluster answers there.*The current node timed out"):
+        fleet._joined("127.0.0.1:1")
+    raised[0] = Interrupted("interrupted by SIGINT")
+    with pytest.raises(Interrupted):
+        fleet._started(Profile(), 0, tmp_path)
+
+
 def test_environment_is_put_back(monkeypatch):
     monkeypatch.setenv("LAD_A", "1")
     monkeypatch.delenv("LAD_B", raising=False)

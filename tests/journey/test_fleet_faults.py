@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -164,19 +166,39 @@ def assert_shown_on_the_dashboard(actors: list[dict[str, Any]]) -> None:
 
 
 def assert_metrics(port: int) -> None:
-    names = ("experts_done", "experts_total", "experts_active", "epochs_total", "images_per_second", "buffer_bytes",
-             "bytes_written_total")  # fmt: skip
+    """The endpoint that Prometheus reads has every series that the Grafana dashboard asks for, with its labels, and no other."""
     found: dict[str, float] = {}
+    labels: dict[str, set[str]] = {}
+    wanted = asked_by_the_dashboard()
     until = time.monotonic() + 30
-    while not all(found.get(name, -1) > 0 for name in names if name != "experts_done"):
+    while not all(found.get(name, -1) > 0 for name in wanted if name != "ray_ladist_experts_done"):
         assert time.monotonic() < until, found
         time.sleep(0.2)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
             for line in page.read().decode().splitlines():
-                if line.startswith("ray_ladist_"):
-                    name, value = line.removeprefix("ray_ladist_").partition("{")[0], line.rpartition(" ")[2]
-                    found[name.removesuffix(" ").split(" ")[0]] = float(value)
-    assert set(names) <= set(found) and found["experts_total"] == 3 and found["experts_active"] == 2
+                sample = re.fullmatch(r"(ray_ladist_\w+)(?:\{(.*)\})? (\S+)", line)
+                if sample:
+                    found[sample[1]] = float(sample[3])
+                    labels[sample[1]] = set(re.findall(r'(\w+)="', sample[2] or ""))
+    assert set(found) == set(wanted)
+    assert {name: asked - labels[name] for name, asked in wanted.items()} == {name: set() for name in wanted}
+    assert found["ray_ladist_experts_total"] == 3 and found["ray_ladist_experts_active"] == 2
+
+
+def asked_by_the_dashboard() -> dict[str, set[str]]:
+    """The series that cluster/monitoring/grafana-dashboard.json shows, each with the labels that it selects or groups by."""
+    document = json.loads((ROOT / "cluster" / "monitoring" / "grafana-dashboard.json").read_text())
+    expressions = [target["expr"] for panel in document["panels"] for target in panel.get("targets", ())]
+    asked: dict[str, set[str]] = {}
+    for text in expressions:
+        for name, selected in re.findall(r"(ray_ladist_\w+)(?:\{([^}]*)\})?", text):
+            by = re.findall(r"\w+", "".join(re.findall(r"by \(([^)]*)\)", text)))
+            asked.setdefault(name, set()).update(by, re.findall(r"(\w+)=", selected))
+    for variable in document["templating"]["list"]:
+        for name, label in re.findall(r"label_values\((\w+), (\w+)\)", json.dumps(variable.get("query"))):
+            asked[name].add(label)
+    assert len(asked) >= 7
+    return asked
 
 
 def test_a_second_driver_does_no_work_twice(lad, fleet_job, undisturbed, on, look):

@@ -6,7 +6,7 @@ import pytest
 
 from lad_dist import catalog, recipe_file
 from lad_dist.errors import RecipeError
-from lad_dist.launch.chain import Request, request, waits_for
+from lad_dist.launch.chain import Request, request, resources, waits_for
 from lad_dist.profile import OWN_OPTIONS, Profile
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import STAGES
@@ -43,6 +43,14 @@ def test_a_gpu_that_no_job_asks_for(stage):
     by_option = {"device": "cuda", "slurm": {"options": {"slurm_gres": "gpu:a100:1"}}}
     assert asked(stage, **by_option).profile.device == "cuda"
     assert asked(stage, **{**fields, "device": "auto"}).profile.device == "auto"
+
+
+def test_resources_in_words():
+    slurm = {"cpus_per_task": 4, "mem_gb": 1.5, "time_minutes": 90}
+    made = resources(asked("experts", nodes=3, gpus_per_node=2, slurm=slurm))
+    assert made == "3 jobs, each 1 node, 1 task on a node with 8 cores, 2 GPUs on a node, 1.5 GB on a node, 90 min"
+    made = resources(asked("distill", nodes=2, gpus_per_node=2, slurm={"stages": {"distill": {"time_minutes": 30}}}))
+    assert made == "2 nodes, 2 tasks on a node with 1 core each, 2 GPUs on a node, the cluster's memory, 30 min"
 
 
 def test_fields_of_sbatch():

@@ -84,8 +84,11 @@ def test_a_dry_run_submits_and_writes_nothing(slurm, lad):
     before, run = slurm.live(), lad.folder / "run"
     profile = lad.profile(dependency="singleton", stages={"report": {"mem_gb": 1}})
     out, _ = lad("run", lad.job(), "--on", profile, "--out", run, "--ranks", 4, "--dry-run")
-    stages = re.findall(r"^(\w+): (.*); SLURM would take it\n  sbatch (.*)$", out, re.MULTILINE)
-    found = {stage: (what, options.split()) for stage, what, options in stages}
+    stages = re.findall(r"^(\w+): (.*); SLURM would take it\n  asks for (.*)\n  sbatch (.*)$", out, re.MULTILINE)
+    found = {stage: (what, options.split()) for stage, what, _, options in stages}
+    asks = {stage: resources for stage, _, resources, _ in stages}
+    assert asks["distill"] == "2 nodes, 2 tasks on a node with 1 core each, 2 GB on a node, 60 min"
+    assert asks["report"] == "1 node, 1 task on a node with 1 core, 1 GB on a node, 60 min"
     assert list(found) == ["experts", "distill", "evaluate", "report"]
     assert found["distill"][0] == "one job, 4 ranks, on the CPU"
     assert {"--nodes=2", "--ntasks-per-node=2", "--mem=2GB"} <= set(found["distill"][1])
