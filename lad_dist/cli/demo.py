@@ -15,7 +15,9 @@ def demo(
         "runs/demo"
     ),
 ) -> None:
-    """Distil digits-LT, IPC 2, in two minutes: LAD with feature regression beside DATM, real images and the whole set.
+    """Distil digits-LT, IPC 2, in three minutes: LAD with feature regression beside DATM, real images and the whole set.
+
+    Then statistical alignment, whose teachers label every batch: of its images and of random ones.
 
     Needs no data. An interrupted demo continues by the same command.
     """
@@ -35,10 +37,13 @@ def demo(
 
 
 def commands(out: Path, shared: list[str]) -> list[list[str]]:
-    """Return the demo's commands: two runs on the same experts, and their comparison."""
+    """Return the demo's commands: two runs on the same experts, one with teachers, and their comparison."""
     theirs = ["--set", "method=datm", "--set", "evaluate.baselines=[initial]"]
+    shorter = ["--set", "evaluate.seeds=2", "--set", "evaluate.epochs=300"]
+    shorter += ["--set", "evaluate.baselines=[teachers,initial-teacher,random-teacher,distilled-teacher]"]
     return [
         ["run", "digits-lt", "--out", str(out / "lad"), *shared],
         ["run", "digits-lt-matching", "--out", str(out / "datm"), *shared, *theirs],
+        ["run", "digits-lt-aligned", "--out", str(out / "aligned"), *shared, *shorter],
         ["compare", str(out / "lad"), str(out / "datm")],
     ]
