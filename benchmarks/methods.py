@@ -35,6 +35,8 @@ NAMES = {
     "random-soft": "random real, soft labels",
     "random-soft-plain": "random real, soft labels, no augmentation",
     "herding-soft": "herding real, soft labels",
+    "initial-adsa": "the first method's starting set, labels by ADSA",
+    "random-soft-adsa": "random real, soft labels by ADSA",
     "distilled-teacher": "the first method's images, teacher labels",
     "initial-teacher": "its starting set, teacher labels",
     "random-teacher": "random real, teacher labels",
