@@ -286,6 +286,13 @@ def main() -> None:
     args.ipc, args.network = args.ipc or [recipe.ipc], recipe.model.network
     args.out = (args.out or Path("runs/families") / recipe.name).absolute()
     args.out.mkdir(parents=True, exist_ok=True)
+    theirs = recipe_file.load(find_job(args.lad).recipe, [*args.set_lad, *args.set]).model
+    ours = recipe_file.load(find_job(args.job).recipe, [*args.set_aligned, *args.set]).model
+    if "LAD" in args.images and (theirs.width, theirs.depth) != (ours.width, ours.depth):
+        parser.error(
+            f"students on LAD's images would have width {theirs.width} and depth {theirs.depth}, the others {ours.width} and "
+            f"{ours.depth}: pass --set-lad model.width={ours.width} --set-lad model.depth={ours.depth}, or leave LAD out of --images"
+        )
     kinds = [k for k in ("aligned", "lad", "hybrid") if sources(args, k) or (k == "lad" and sources(args, "hybrid"))]
     if not args.report_only:
         for factor in args.factors:  # teachers and experts, shared by all cells of a factor
