@@ -291,7 +291,7 @@ def main() -> None:
     if "LAD" in args.images and (theirs.width, theirs.depth) != (ours.width, ours.depth):
         parser.error(
             f"students on LAD's images would have width {theirs.width} and depth {theirs.depth}, the others {ours.width} and "
-            f"{ours.depth}: pass --set-lad model.width={ours.width} --set-lad model.depth={ours.depth}, or leave LAD out of --images"
+            f"{ours.depth}: pass --set-lad model.width={ours.width} --set-lad model.depth={ours.depth}, or no LAD in --images"
         )
     kinds = [k for k in ("aligned", "lad", "hybrid") if sources(args, k) or (k == "lad" and sources(args, "hybrid"))]
     if not args.report_only:
