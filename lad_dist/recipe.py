@@ -757,7 +757,7 @@ def _cross_faults(recipe: Recipe) -> list[str]:
             f"{d.start_epoch_min} and not above distill.start_epoch_max {d.start_epoch_max}"
         )
     last = d.classifier_start_epoch_max - 1 + d.window_epochs
-    if "classifier" in recipe.phases and last > e.classifier_epochs:
+    if "classifier" in recipe.phases and 0 < e.classifier_epochs < last:
         faults.append(
             f"distill.classifier_start_epoch_max: a window ends at epoch {last}, past experts.classifier_epochs "
             f"{e.classifier_epochs}"

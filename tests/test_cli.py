@@ -188,7 +188,7 @@ def test_clusters_lists_every_shipped_profile(monkeypatch):
 
 @pytest.mark.parametrize(("words", "offered"), [
     ("lad-dist clu", ["clusters"]),
-    ("lad-dist run digits", ["digits-lt", "digits-lt-matching"]),
+    ("lad-dist run digits", ["digits-lt", "digits-lt-aligned", "digits-lt-matching"]),
     ("lad-dist run digits-lt --on slurm", ["slurm-a100", "slurm-small"]),
     ("lad-dist run my-recipe.y", []),  # the shell offers files
 ])  # fmt: skip

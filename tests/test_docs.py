@@ -31,6 +31,8 @@ NOT_RUN = {  # what in a command tells why it is not run
     r"s3://|gs://": "needs a bucket; tests/trajectories/test_remote.py has one",
     r"my-recipe\.yaml|/data/|--replay RUN|their-files|runs/theirs": "names something of the reader's; tests of these verbs make it",
     r"tune_lr": "trains dozens of networks; tests/evaluate/test_tune.py does so with small ones",
+    r"digits-lt-aligned": "trains for a minute; the demo runs it, tests/distill/test_statistics.py a small one",
+    r"compare runs/lad runs/datm|runs/big|^buffer prune ": "names runs of minutes; tests/report, tests/trajectories",
     r"digits-lt-matching": "trains for minutes; benchmarks/methods.py and the demo run it",
     r"--buffers shared-experts": "is --buffers of other pages again; tests/test_pipeline.py shares experts",
     r"--fleet on": "starts Ray; tests/experts/test_fleet.py",

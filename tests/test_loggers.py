@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,7 +137,9 @@ def test_wandb_itself_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     tell(loggers.find("wandb")(tmp_path, Recipe(name="x")))
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    held = file.read_bytes()
+    until = time.monotonic() + 30  # its own process writes the file
+    while b"evaluation/distilled/convnet/tail" not in (held := file.read_bytes()) and time.monotonic() < until:
+        time.sleep(0.1)
     assert b"distill/loss/representation" in held and b"evaluation/distilled/convnet/tail" in held
 
 

@@ -41,7 +41,7 @@ def test_a_method_of_ones_own_is_a_preset():
 
 
 @pytest.mark.parametrize(("name", "said"), [
-    ("lda", "'lda': should be 'lad', 'lad-fr', 'datm', 'mtt', 'lad-without-wma', 'lad-without-adm' or module:attribute"),
+    ("lda", "'lda': should be 'lad', 'lad-fr', 'aligned', 'datm', 'mtt', 'lad-without-wma', 'lad-without-adm' or module:attribute"),
     (3, "method: 3: should be a valid string"),
     ("mine_too:STRANGE", "method: mine_too:STRANGE: sets distill.windows, which is not a field; valid: fields of distill"),
     ("mine_too:NONE", "method: mine_too:NONE: is a str; valid: a lad_dist.methods.Method"),
