@@ -116,7 +116,9 @@ def ray(folder: Path) -> None:
         page.get_by_role("link", name="Log").last.click()
         page.get_by_text("STDOUT").first.click()
         page.wait_for_timeout(5000)
-        page.screenshot(path=folder / "ray-log.png", full_page=True)
+        page.mouse.wheel(0, 2000)  # the log is at the end of the page
+        page.wait_for_timeout(1000)
+        page.screenshot(path=folder / "ray-log.png")
         shown.close()
 
 
