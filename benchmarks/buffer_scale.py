@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from buffer import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -423,14 +424,6 @@ ROWS: dict[str, Callable[[dict[str, Any], int], tuple[float, str]]] = {
     "peak memory, `verify`": _mib("verify", "peak"),
     "peak memory, `status`": _mib("status", "peak"),
 }
-
-
-def processor() -> str:
-    """The processor's name as the operating system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:

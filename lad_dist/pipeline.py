@@ -554,8 +554,8 @@ def open_pipeline(
     """Open the pipeline of a recipe in the run folder ``out``.
 
     ``keep_recipe``: see ``RunDir.open``; ``listener``: see ``Events``. For a new folder, the data are loaded
-    first, and networks and the like that the recipe names are tried, so that nothing is written if they are refused:
-    the corrected recipe finds the folder free. Raises DataError, RecipeError, RunDirError, and what ``RunDir.open``
+    first, and networks and sets that the recipe names are tried, so that nothing is written if they are refused:
+    the corrected recipe finds the folder free. Raises DataError, DistilledError, RecipeError, RunDirError, and what ``RunDir.open``
     raises.
     """
     accepted = None
@@ -568,6 +568,10 @@ def open_pipeline(
         accepted = accept(recipe, RunDir.whitening_to_come(out, recipe, buffers), device)
         images = accepted.splits.train
         _try_own(recipe, images.channels, images.size, images.num_classes)
+        if recipe.distill.initial_from is not None:
+            from lad_dist.distill.start import set_to_start_from
+
+            set_to_start_from(recipe, accepted)
     run = RunDir.open(out, recipe, buffers, keep_recipe)
     if accepted is not None:
         accepted.keep_whitening(run.whitening)

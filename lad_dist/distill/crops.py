@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lad_dist.data.longtail import positions_by_class
 from lad_dist.data.prepare import PreparedData
 from lad_dist.data.torchvision_import import import_torchvision
 from lad_dist.seeds import rng, torch_seeded
@@ -35,9 +36,8 @@ def best_crops(
     """
     labels_N = data.splits.train.labels_N.numpy()
     chosen, indices, repeats = [], [], 0
-    for c in range(data.classes):
-        members = rng(seed, "initial", "crops", c).permutation(np.flatnonzero(labels_N == c))
-        members = members[: max(_MOST_IMAGES, 10 * ipc)]
+    for c, members in enumerate(positions_by_class(labels_N, data.classes)):
+        members = rng(seed, "initial", "crops", c).permutation(members)[: max(_MOST_IMAGES, 10 * ipc)]
         candidates, losses_r = _scored(data, members, logits_of, c, crops, seed)
         order = _in_rounds(losses_r.reshape(crops, len(members)))
         repeats += max(0, ipc - len(order))

@@ -29,13 +29,13 @@ from lad_dist.distill.early import Early
 from lad_dist.distill.live import LiveExperts
 from lad_dist.distill.memory import choose_path, faster
 from lad_dist.distill.precision import cosines_to_float32
-from lad_dist.distill.regression import RealBatches, RegressionResult, kept_features, regress
+from lad_dist.distill.regression import RealBatches, kept_features, regress
 from lad_dist.distill.replay import ReplayRecord, check_not_replayed
 from lad_dist.distill.shards import Share
 from lad_dist.distill.start import DataFacts, first_set, labeller, mean_logits, publish
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Batch, GradientPath, Phase, PhaseResult, Student, SyntheticSet
-from lad_dist.distill.update import Gradients, weighted_sum
+from lad_dist.distill.update import Gradients, SetGradients, weighted_sum
 from lad_dist.distill.windows import Window, Windows
 from lad_dist.errors import Interrupted, NumericalError, TrajectoryError
 from lad_dist.interrupts import StopFlag, deferred
@@ -332,7 +332,7 @@ class Distillation:
         results = [(p, self.student.run(synthetic, p.phase, path)) for p in phases]
         drawn: list[list[str | int]] = [[p.stage, p.window.expert, p.window.epoch] for p in phases]
         gradients: list[tuple[float, Gradients]] = [(p.weight, result) for p, result in results]
-        others: dict[PhaseName, RegressionResult | statistics.StatisticsResult] = {}
+        others: dict[PhaseName, SetGradients] = {}
         if "regression" in self.recipe.phases:
             at = self.windows.checkpoint(state.iteration)
             others["regression"] = self._regress(synthetic, at.start_P, state.iteration)
@@ -379,7 +379,7 @@ class Distillation:
         shown = {f"loss {phase}": figures[f"loss_{phase}"] for phase in self.recipe.phases}
         return {**shown, "alpha": float(state.alpha)}
 
-    def _regress(self, synthetic: SyntheticSet, theta_P: Tensor, iteration: int) -> RegressionResult:
+    def _regress(self, synthetic: SyntheticSet, theta_P: Tensor, iteration: int) -> SetGradients:
         """Run the regression phase of an iteration. All ranks call it."""
         real = self.ranks.share(None if self._real is None else self._real.features(self.student, theta_P, iteration))
         assert real is not None, "rank 0 has the data"
@@ -388,7 +388,7 @@ class Distillation:
         ridge = self.recipe.distill.regression_ridge
         return regress(self.student, synthetic, batch, places, theta_P, real, ridge, kept_D)
 
-    def _align(self, synthetic: SyntheticSet, expert: int, iteration: int) -> statistics.StatisticsResult:
+    def _align(self, synthetic: SyntheticSet, expert: int, iteration: int) -> SetGradients:
         """Run the statistics phase of an iteration. All ranks call it."""
         (batch,), (places,) = self._batches("statistics", iteration, 1)
         (rows,) = self._rows("statistics", iteration, 1)

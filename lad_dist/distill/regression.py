@@ -36,6 +36,7 @@ from lad_dist.data import augment
 from lad_dist.data.longtail import positions_by_class
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distill.student import Batch, Student, SyntheticSet
+from lad_dist.distill.update import SetGradients
 from lad_dist.models import functional
 from lad_dist.recipe import Recipe
 from lad_dist.seeds import rng
@@ -48,21 +49,6 @@ class RealFeatures:
     features_RD: Tensor
     targets_RK: Tensor
     labels_R: Tensor
-
-
-@dataclass(frozen=True)
-class RegressionResult:
-    """Loss, accuracy on the real batch (0-dim, equal on every rank) and the gradients of this rank's images."""
-
-    loss: Tensor
-    accuracy: Tensor
-    image_grad_SCHH: Tensor
-    label_grad_SK: Tensor
-
-    @property
-    def alpha_gradient(self) -> Tensor:
-        """Zero: the loss does not depend on the student's learning rate."""
-        return torch.zeros_like(self.loss)
 
 
 class RealBatches:
@@ -127,7 +113,7 @@ def regress(
     real: RealFeatures,
     ridge: float,
     kept_D: Tensor | None = None,
-) -> RegressionResult:
+) -> SetGradients:
     """Return the regression's loss and its gradients for this rank's images and labels. All ranks call it.
 
     ``batch`` holds this rank's images of a synthetic batch, and ``rows_in_batch_b`` their positions in it. ``kept_D``:
@@ -163,7 +149,7 @@ def regress(
         )
         image_grad_SCHH[batch.rows_B], label_grad_SK[batch.rows_B] = image_grad, label_grad
     right = (predicted_RK.detach().argmax(dim=1) == labels_R).float().mean()
-    return RegressionResult(loss.detach(), right, image_grad_SCHH, label_grad_SK)
+    return SetGradients(loss.detach(), right, image_grad_SCHH, label_grad_SK)
 
 
 def _with_constant(features_BD: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def first_set(
     (``distill.initial_from``).
     """
     if recipe.distill.initial_from is not None:
-        return _set_from(Path(recipe.distill.initial_from), recipe, data, screen, events)
+        return _set_from(set_to_start_from(recipe, data), screen, events)
     if recipe.distill.initial == "real-crops":
         return _crops(recipe, data, student, windows, screen, events)
     stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
@@ -132,20 +132,28 @@ def _crops(
     return images_SCHH, logits_SK, source
 
 
-def _set_from(
-    folder: Path, recipe: Recipe, data: PreparedData, screen: Screen, events: Events
-) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """``first_set`` for ``distill.initial_from``. Raises DistilledError if that set is of other data or another IPC."""
+def set_to_start_from(recipe: Recipe, data: PreparedData) -> DistilledSet:
+    """Return the set that ``distill.initial_from`` names.
+
+    Raises DistilledError if there is none, or it is of other images, another whitening or another IPC.
+    """
+    folder = Path(recipe.distill.initial_from or "")
     folder = folder / "distilled" if (folder / "recipe.yaml").is_file() else folder
-    other = DistilledSet.load(folder)
-    images, where = data.splits.train, f"distill.initial_from: {folder}"
-    if other.meta.data_fingerprint != images.fingerprint():
+    other, where = DistilledSet.load(folder), f"distill.initial_from: {folder}"
+    if other.meta.data_fingerprint != data.splits.train.fingerprint():
         raise DistilledError(f"{where}: was made from other training images than this recipe's")
+    if not data.whitening.agrees(other.whitening):
+        raise DistilledError(f"{where}: its images are whitened otherwise; valid: a set of the same data.whitening")
     if other.meta.ipc != recipe.ipc:
         raise DistilledError(f"{where}: has {other.meta.ipc} images per class; valid: a set of ipc {recipe.ipc}")
+    return other
+
+
+def _set_from(other: DistilledSet, screen: Screen, events: Events) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """``first_set`` from another set."""
     source = {"images_no_expert_classified": 0, "images_repeated": 0}
     events.emit("initial-set", indices=[], experts=[], taken_from=other.meta.recipe_hash, **source)
-    screen.say(f"distill: starts from the set in {folder} ({other.meta.method}, iteration {other.meta.iteration})")
+    screen.say(f"distill: starts from another set ({other.meta.method}, iteration {other.meta.iteration})")
     return other.images.clone(), other.label_logits.clone(), source
 
 

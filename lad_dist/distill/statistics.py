@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from lad_dist.data.prepare import PreparedData
 from lad_dist.distill.student import Batch, Student, SyntheticSet
+from lad_dist.distill.update import SetGradients
 from lad_dist.errors import RecipeError
 from lad_dist.models import functional
 
@@ -53,21 +54,6 @@ class Target:
 
     means_KF: Tensor
     ends: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class StatisticsResult:
-    """Loss, the teacher's accuracy on the batch (0-dim, equal on every rank) and the gradients of this rank's images."""
-
-    loss: Tensor
-    accuracy: Tensor
-    image_grad_SCHH: Tensor
-    label_grad_SK: Tensor
-
-    @property
-    def alpha_gradient(self) -> Tensor:
-        """Zero: the loss does not depend on the student's learning rate."""
-        return torch.zeros_like(self.loss)
 
 
 def statistics_of(module: nn.Module, views: dict[str, Tensor], images_BCHH: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -156,7 +142,7 @@ def align(
     target: Target,
     weight: float,
     first: float,
-) -> StatisticsResult:
+) -> SetGradients:
     """Return the phase's loss and its gradients for this rank's images and labels. All ranks call it.
 
     ``batch`` holds this rank's images of a synthetic batch, ``rows_in_batch_b`` their positions in it, ``labels_B`` the
@@ -189,4 +175,4 @@ def align(
             [grad_BF[rows_in_batch_b], torch.full_like(entropy_b, 1 / batch.size)],
         )
         image_grad_SCHH[batch.rows_B] = image_grad
-    return StatisticsResult(loss, whole[:, length + 1].mean(), image_grad_SCHH, label_grad_SK)
+    return SetGradients(loss, whole[:, length + 1].mean(), image_grad_SCHH, label_grad_SK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -27,6 +28,21 @@ class Gradients(Protocol):
     def label_grad_SK(self) -> Tensor: ...
     @property
     def alpha_gradient(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class SetGradients:
+    """Result of a phase without a student: loss, accuracy (0-dim, equal on every rank), gradients of this rank's images."""
+
+    loss: Tensor
+    accuracy: Tensor
+    image_grad_SCHH: Tensor
+    label_grad_SK: Tensor
+
+    @property
+    def alpha_gradient(self) -> Tensor:
+        """Zero: the loss does not depend on the student's learning rate."""
+        return torch.zeros_like(self.loss)
 
 
 class Optimizers:

@@ -193,16 +193,20 @@ def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
 
 
 def _training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int | str) -> TrainingSet:
-    """``training_set`` without online and stored labels and strong augmentation."""
+    """``training_set`` without online and stored labels and strong augmentation.
+
+    Where the experts label views, the labels are the classes, which ``evaluate.label_loss`` logits uses a little.
+    """
+    hard = source.endswith("-hard")
     if results.labelled_online(source) or results.labels_stored(source):
-        source = results.base_source(source)
+        source, hard = results.base_source(source), True
     if of_distilled(source):
         distilled = load_distilled(recipe, data, run)
         images_SCHH, logits_SK = _images_and_logits(distilled, run, source)
         p_SK = F.softmax(logits_SK, dim=1)
         if results.labels_adjusted(source):
             p_SK, _ = adsa(logits_SK, distilled.labels, data.counts)
-        elif source.endswith("-hard"):
+        elif hard:
             p_SK = F.one_hot(distilled.labels, data.classes).float()
         return TrainingSet(rows_of(images_SCHH.to(data.device), p_SK.to(data.device)), len(images_SCHH))
     if of_everything(source):

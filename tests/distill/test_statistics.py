@@ -231,9 +231,16 @@ def test_it_starts_from_another_set(pipeline_of):
         ours, theirs = DistilledSet.load(hybrid.run.distilled), DistilledSet.load(lad.run.distilled)
         assert torch.equal(ours.initial_images, theirs.images)
         assert torch.equal(ours.initial_label_logits, theirs.label_logits)
-    other = pipeline_of("other", ipc=1, distill={"initial_from": str(lad.run.root)})
-    with pytest.raises(DistilledError, match=r"initial_from: .*has 2 images per class; valid: a set of ipc 1"):
-        other.distill()
+    for said, changes in {
+        "has 2 images per class; valid: a set of ipc 1": {"ipc": 1},
+        "other training images": {"data": {"n_max": 15}},
+        "whitened otherwise": {"data": {"whitening": "none"}},
+    }.items():
+        with pytest.raises(DistilledError, match=f"initial_from: .*{said}"):  # before anything is trained or written
+            pipeline_of("other", **changes, distill={"initial_from": str(lad.run.root)})
+    assert not (lad.run.root.parent / "other").exists()
+    with pytest.raises(DistilledError, match="is not a distilled set"):
+        pipeline_of("other", distill={"initial_from": str(lad.run.root.parent / "nowhere")})
 
 
 def test_it_joins_the_matching_phases(pipeline_of):

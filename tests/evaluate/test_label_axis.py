@@ -81,6 +81,14 @@ def test_hard_and_adjusted_labels_of_the_starting_set(pipeline):
     assert torch.equal(random[0], theirs[0]) and not torch.equal(random[1], theirs[1])
 
 
+@pytest.mark.parametrize("source", ["distilled", "initial", "random", "herding"])
+def test_beside_the_experts_labels_every_source_has_its_classes(pipeline, source):
+    """So that the classes' cross-entropy of protocol rldd does not favour images with soft labels."""
+    for ending in ("-teacher", "-stored"):
+        _, p = set_of(pipeline, source + ending).batch_of(EVERY)
+        assert torch.equal(p, torch.nn.functional.one_hot(torch.arange(10).repeat_interleave(2), 10).float())
+
+
 def test_names():
     assert results.base_source("initial-hard") == "initial" and results.base_source("random-soft-adsa") == "random"
     assert results.labelled_by_experts("random-soft-adsa") and not results.uses_experts("initial-hard")
