@@ -132,7 +132,7 @@ def read_window(buffer: Buffer, expert: int, epoch: int) -> None:
 def measure_open(location: str, experts: int) -> dict[str, Any]:
     from lad_dist.trajectories import Buffer
 
-    imports, began = peak(), time.perf_counter()
+    imports, began = peak(), CLOCK()
     buffer = Buffer(location)
     return {"seconds": CLOCK() - began, "parts": len(buffer.parts), "grown": peak() - imports}
 
