@@ -3,7 +3,8 @@
     python benchmarks/step.py --width 128 --shape 3x32x32 --classes 10 --batch 100 --steps 4 [--device cuda] [--json]
 
 Rows: each phase by the textbook loop (two passes over the steps, each with the graph of the gradient) and by lad_dist's paths;
-a GSAM step of each expert stage, beside a plain loop. The plain loops run as a script runs them, in a process of its own with
+a GSAM step of each expert stage, beside a plain loop. On a GPU also CUDA graphs ("captured"), and lad_dist's paths without Triton's
+kernels ("torch's block"). The plain loops run as a script runs them, in a process of its own with
 torch's own operations and the C library's memory as it comes; lad_dist's rows in another, with memory kept (allocator.py). "memory
 kept" rows are the plain loops in that process too: what is left of the gain without the memory's. Medians over --repeats;
 all rows take turns, so a machine whose speed drifts slows all alike. Floor: see floor.py. Peak memory is the resident
@@ -56,6 +57,12 @@ ROWS = (
     "gsam/plain loop of the classifier",
     "gsam/classifier",
 )
+TORCH = ", torch's block"
+GPU_ROWS = tuple(
+    f"{phase}/{path}{block}"
+    for phase in ("representation", "classifier")
+    for path, block in (("captured", ""), ("keep", TORCH), ("captured", TORCH))
+)
 
 
 def base_of(row: str) -> str:
@@ -63,6 +70,13 @@ def base_of(row: str) -> str:
     if row.startswith("gsam"):
         return SCRIPT[3] if "classifier" in row else SCRIPT[2]
     return f"{row.split('/')[0]}/textbook"
+
+
+def rows_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """What is measured on this device; freed memory is kept on CPUs only."""
+    if args.device == "cpu":
+        return ROWS
+    return tuple(row for row in (*ROWS, *GPU_ROWS) if KEEPING not in row)
 
 
 def square(args: argparse.Namespace) -> tuple[int, int]:
@@ -85,6 +99,7 @@ class Problem:
         )
         self.student, self.module = Student(module), module
         self.plain = ConvNet(channels, height, args.classes, args.width, args.depth, fused=False).to(self.device)
+        self.unfused = Student(self.plain)
         start = flat_parameters(module)
         self.synthetic = SyntheticSet(
             torch.randn(args.batch, channels, height, height, device=self.device),
@@ -143,6 +158,15 @@ class Problem:
             out[f"{name}/textbook"] = lambda phase=phase: self.textbook(phase)
             for path in ("keep", "recompute"):
                 out[f"{name}/{path}"] = lambda phase=phase, path=path: self.student.run(self.synthetic, phase, path)
+            if self.device.type == "cuda":
+                for path, block, student in (
+                    ("captured", "", self.student),
+                    ("keep", TORCH, self.unfused),
+                    ("captured", TORCH, self.unfused),
+                ):
+                    out[f"{name}/{path}{block}"] = lambda phase=phase, path=path, student=student: student.run(
+                        self.synthetic, phase, path
+                    )
         layout, trained = self.student.layout, self.student.layout.span("classifier")
         out["gsam/representation"] = lambda: gsam_gradient(
             network_loss(self.module, layout, self.images, self.labels), self.start, 0.01, 0.3
@@ -211,7 +235,7 @@ def as_options(args: argparse.Namespace) -> list[str]:
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """Median seconds of every row; the two processes and their rows take turns."""
     workers = {kind: started(args, kind) for kind in ("script", "lad-dist")}
-    times: dict[str, list[float]] = {name: [] for name in args.only or ROWS}
+    times: dict[str, list[float]] = {name: [] for name in args.only or rows_of(args)}
     for repeat in range(args.repeats + 1):
         for name, found in times.items():
             process = workers["script" if name in SCRIPT else "lad-dist"]
@@ -255,9 +279,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip the peak memory of each path")
-    parser.add_argument("--only", nargs="*", default=[], choices=ROWS, help="measure these rows only")
+    parser.add_argument("--only", nargs="*", default=[], choices=(*ROWS, *GPU_ROWS), help="measure these rows only")
     parser.add_argument("--worker", choices=("script", "lad-dist"), help=argparse.SUPPRESS)
-    parser.add_argument("--peak-of", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", choices=(*ROWS, *GPU_ROWS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.worker:
