@@ -37,6 +37,7 @@ from lad_dist.distill.student import Batch, Phase, Student, SyntheticSet, soft_c
 from lad_dist.experts.gsam import gsam_gradient
 from lad_dist.experts.train import classifier_loss, network_loss
 from lad_dist.models import functional
+from lad_dist.models.captured import Captured
 from lad_dist.models.convnet import ConvNet, build, flat_parameters
 from lad_dist.progress import peak_memory_bytes
 
@@ -58,10 +59,15 @@ ROWS = (
     "gsam/classifier",
 )
 TORCH = ", torch's block"
-GPU_ROWS = tuple(
-    f"{phase}/{path}{block}"
-    for phase in ("representation", "classifier")
-    for path, block in (("captured", ""), ("keep", TORCH), ("captured", TORCH))
+GPU_ROWS = (
+    "representation/captured",
+    f"representation/keep{TORCH}",
+    f"representation/captured{TORCH}",
+    "classifier/captured",
+    f"classifier/keep{TORCH}",
+    f"classifier/captured{TORCH}",
+    "gsam/captured",
+    "gsam/captured classifier",
 )
 
 
@@ -167,16 +173,29 @@ class Problem:
                     out[f"{name}/{path}{block}"] = lambda phase=phase, path=path, student=student: student.run(
                         self.synthetic, phase, path
                     )
-        layout, trained = self.student.layout, self.student.layout.span("classifier")
-        out["gsam/representation"] = lambda: gsam_gradient(
-            network_loss(self.module, layout, self.images, self.labels), self.start, 0.01, 0.3
-        )
+        out["gsam/representation"] = lambda: self.gsam(self.start)
+        if self.device.type == "cuda":
+            captured = Captured("steps")
+            out["gsam/captured"] = lambda: captured(self.gsam, self.start)
+            out["gsam/captured classifier"] = lambda: captured(self.gsam_classifier, self.start)
         out["gsam/plain loop"] = self.plain_gsam
         out["gsam/plain loop of the classifier"] = lambda: self.plain_gsam(frozen=True)
-        out["gsam/classifier"] = lambda: gsam_gradient(
-            classifier_loss(self.module, layout, self.start, self.images, self.labels), self.start[trained], 0.01, 0.3
-        )
+        out["gsam/classifier"] = lambda: self.gsam_classifier(self.start)
         return out
+
+    def gsam(self, weights_P: Tensor) -> tuple[Tensor, ...]:
+        """A GSAM step of the representation stage."""
+        step = gsam_gradient(
+            network_loss(self.module, self.student.layout, self.images, self.labels), weights_P, 0.01, 0.3
+        )
+        return step.gradient_P, step.loss, step.logits_BK
+
+    def gsam_classifier(self, weights_P: Tensor) -> tuple[Tensor, ...]:
+        """A GSAM step of the classifier stage."""
+        layout = self.student.layout
+        loss_of = classifier_loss(self.module, layout, weights_P, self.images, self.labels)
+        step = gsam_gradient(loss_of, weights_P[layout.span("classifier")], 0.01, 0.3)
+        return step.gradient_P, step.loss, step.logits_BK
 
     def plain_gsam(self, frozen: bool = False) -> None:
         """GSAM as research code writes it: a module, two backward passes on one batch, loops over the parameters.

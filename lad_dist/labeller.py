@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lad_dist.errors import DistilledError
 from lad_dist.models import functional
+from lad_dist.models.captured import Captured
 from lad_dist.models.layout import Layout
 from lad_dist.models.network import build
 from lad_dist.recipe import ModelConfig
@@ -39,6 +40,7 @@ class Labeller:
         self.model, self.shape, self.weights, self.temperature = model, shape, list(weights), temperature
         self.where = FILE  # in messages
         self._network: nn.Module | None = None
+        self._captured = Captured("teachers")
 
     def __call__(self, images_BCHH: Tensor) -> Tensor:
         return torch.softmax(self.logits(images_BCHH) / self.temperature, dim=1)
@@ -46,8 +48,13 @@ class Labeller:
     @torch.no_grad()
     def logits(self, images_BCHH: Tensor) -> Tensor:
         """Return the teachers' mean logits (B, K) on whitened images (B, C, H, H)."""
+        self._built(images_BCHH.device)
+        (logits_BK,) = self._captured(self._mean_logits, images_BCHH)
+        return logits_BK
+
+    def _mean_logits(self, images_BCHH: Tensor) -> tuple[Tensor]:
         network = self._built(images_BCHH.device)
-        return torch.stack([functional.logits(network, views, images_BCHH) for views in self.weights]).mean(dim=0)
+        return (torch.stack([functional.logits(network, views, images_BCHH) for views in self.weights]).mean(dim=0),)
 
     def _built(self, device: torch.device) -> nn.Module:
         """Return the network on the images' device, with the weights moved there."""

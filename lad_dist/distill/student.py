@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from lad_dist.data import augment
-from lad_dist.distill.captured import Captured
 from lad_dist.distill.losses import linear_gradient, soft_cross_entropy
 from lad_dist.distill.matching import Match, match
 from lad_dist.methods import MatchingLoss
 from lad_dist.models import functional
+from lad_dist.models.captured import Captured
 from lad_dist.models.layout import Layout
 from lad_dist.ranks import ALONE, Ranks
 
@@ -129,7 +129,7 @@ class Student:
         self.module, self.ranks, self.loss = module, ranks, loss
         self.layout = Layout.of(module)
         self._replica: Replica | None = None
-        self.captured = Captured()
+        self.captured = Captured("student steps")
 
     def run(self, synthetic: SyntheticSet, phase: Phase, path: GradientPath) -> PhaseResult:
         """Return the matching loss of one phase and its gradients.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from lad_dist.data import augment
 from lad_dist.data.longtail import log_priors
 from lad_dist.data.mixing import draw_mix, mix
 from lad_dist.errors import NumericalError
+from lad_dist.models.captured import Captured
 from lad_dist.models.convnet import ConvNet
 from lad_dist.models.stacked import StackedConvNets
 from lad_dist.recipe import AugmentConfig, without_later_defaults
@@ -183,8 +185,9 @@ def _train(
     optimizer, schedule = _optimizer(module, settings)
     average = _average(module, settings)
     module.train()
+    step_of = _Step(module, stacked, sets, settings)
+    gradients = step_of if any(True for _ in module.buffers()) else partial(Captured("networks' steps"), step_of)
     losses_R = torch.zeros(len(sets), device=device)
-    shift_RK: list[Tensor] | None = None
     for epoch in range(settings.epochs):
         orders = [_order(s, settings, seed, c, epoch) for s, c in zip(sets, counters, strict=True)]
         draws = [rng(seed, "evaluate", *c, "augment", epoch) for c in counters]
@@ -195,19 +198,13 @@ def _train(
                 _batch(s, kept, rows_B, settings, g, seed, (*c, epoch, step))
                 for s, kept, rows_B, g, c in zip(sets, stored, rows, draws, counters, strict=True)
             ]
-            views = [batch.views_BCHH for batch in batches]
-            logits_RBK = module(torch.stack(views)) if stacked else module(views[0]).unsqueeze(0)
-            if settings.logit_adjustment:
-                if shift_RK is None:
-                    shift_RK = [_log_priors(s, logits_RBK.shape[2]).to(logits_RBK) for s in sets]
-                logits_RBK = logits_RBK + settings.logit_adjustment * torch.stack(shift_RK).unsqueeze(1)
-            losses = _losses(logits_RBK, batches, settings)
-            optimizer.zero_grad(set_to_none=True)
-            losses.sum().backward()
+            losses, *found = gradients(*(tensor for batch in batches for tensor in batch.tensors()))
+            for weights, gradient in zip(step_of.weights, found, strict=True):
+                weights.grad = gradient
             optimizer.step()
             if average is not None:
                 average.update_parameters(module)
-            losses_R += losses.detach() * len(rows[0])
+            losses_R += losses * len(rows[0])
         schedule.step()
         on_epoch()
     if average is not None:
@@ -231,6 +228,53 @@ class _Batch:
     p_BK: Tensor
     logits_BK: Tensor | None
     classes_BK: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return what a step needs of it, for ``_Step``."""
+        if self.logits_BK is None:
+            return self.views_BCHH, self.p_BK
+        return self.views_BCHH, self.p_BK, self.logits_BK, self.classes_BK
+
+
+class _Step:
+    """The networks' losses (R,) on a batch each, then the gradients of ``weights``: what a GPU captures as one graph.
+
+    Called with the tensors of every batch, one after the other. A network with buffers changes them.
+    """
+
+    def __init__(self, module: nn.Module, stacked: bool, sets: Sequence[TrainingSet], settings: Settings) -> None:
+        self._module, self._stacked, self._sets, self._settings = module, stacked, sets, settings
+        self.weights = [p for p in module.parameters() if p.requires_grad]
+        self._shift_R1K: Tensor | None = None
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        each = len(tensors) // len(self._sets)
+        views_R, p_R, *others = (tensors[i::each] for i in range(each))
+        logits_RBK = self._module(torch.stack(views_R)) if self._stacked else self._module(views_R[0]).unsqueeze(0)
+        if self._settings.logit_adjustment:
+            if self._shift_R1K is None:
+                shifts = [_log_priors(s, logits_RBK.shape[2]) for s in self._sets]
+                self._shift_R1K = torch.stack(shifts).unsqueeze(1).to(logits_RBK)
+            logits_RBK = logits_RBK + self._settings.logit_adjustment * self._shift_R1K
+        losses_R = self._losses(logits_RBK, p_R, *others)
+        gradients = torch.autograd.grad(losses_R.sum(), self.weights, materialize_grads=True)
+        return losses_R.detach(), *gradients
+
+    def _losses(
+        self,
+        logits_RBK: Tensor,
+        p_R: Sequence[Tensor],
+        targets_R: Sequence[Tensor] = (),
+        classes_R: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Return the mean loss of each network's batch (R,)."""
+        if self._settings.label_loss == "logits" and targets_R:
+            squares_R = (logits_RBK - torch.stack(list(targets_R))).square().mean(dim=(1, 2))
+            classes_RBK = torch.stack(list(classes_R))
+            return squares_R - CLASS_LOSS * (classes_RBK * logits_RBK.log_softmax(dim=2)).sum(dim=2).mean(dim=1)
+        terms_RBK = torch.stack(list(p_R)) * logits_RBK.log_softmax(dim=2)
+        # Network by network: the summation order over all of them depends on their number.
+        return torch.cat([-terms.sum(dim=(1, 2)) for terms in terms_RBK.split(1)]) / logits_RBK.shape[1]
 
 
 def _batch(
@@ -269,19 +313,6 @@ def _batch(
         p = logits_BK.softmax(dim=1)
         logits_BK = (mixed.share * p + (1 - mixed.share) * p[mixed.others_B.to(p.device)]).clamp_min(1e-12).log()
     return _Batch(views_BCHH, p_BK if logits_BK is None else logits_BK.softmax(dim=1), logits_BK, p_BK)
-
-
-def _losses(logits_RBK: Tensor, batches: Sequence[_Batch], settings: Settings) -> Tensor:
-    """Return the mean loss of each network's batch (R,)."""
-    if settings.label_loss == "logits" and all(b.logits_BK is not None for b in batches):
-        targets_RBK = torch.stack([b.logits_BK for b in batches if b.logits_BK is not None])
-        squares_R = (logits_RBK - targets_RBK).square().mean(dim=(1, 2))
-        classes_RBK = torch.stack([b.classes_BK for b in batches])
-        return squares_R - CLASS_LOSS * (classes_RBK * logits_RBK.log_softmax(dim=2)).sum(dim=2).mean(dim=1)
-    p_RBK = torch.stack([b.p_BK for b in batches])
-    terms_RBK = p_RBK * logits_RBK.log_softmax(dim=2)
-    # Network by network: the summation order over all of them depends on their number.
-    return torch.cat([-terms.sum(dim=(1, 2)) for terms in terms_RBK.split(1)]) / logits_RBK.shape[1]
 
 
 def _optimizer(

@@ -30,6 +30,7 @@ from lad_dist.errors import NumericalError, TrajectoryError
 from lad_dist.experts.gsam import LossOf, gsam_gradient, nesterov_step, sgd_step
 from lad_dist.experts.sampling import class_aware_order, shuffled_order
 from lad_dist.models import functional
+from lad_dist.models.captured import Captured
 from lad_dist.models.convnet import flat_parameters
 from lad_dist.models.convolution import set_precision
 from lad_dist.models.layout import Layout
@@ -59,22 +60,22 @@ def network_loss(
     layout: Layout,
     images_BCHH: Tensor,
     labels_B: Tensor,
-    mixed: Mixed | None = None,
     shift_K: Tensor | None = None,
+    others_B: Tensor | None = None,
+    shares_2: Tensor | None = None,
 ) -> LossOf:
     """Return the cross-entropy of the whole network on one batch, as a function of all weights (P,).
 
-    ``mixed``: the images are mixed with others (``mixing.mix``), whose labels share the loss. ``shift_K``: added to the
-    logits in the loss, as the logit-adjusted loss does.
+    ``shift_K``: added to the logits in the loss, as the logit-adjusted loss does. ``others_B``, ``shares_2``: the images
+    are mixed with others (``mixing.mix``) of these labels, and the two labels have these shares of the loss.
     """
 
     def loss_of(weights_P: Tensor) -> tuple[Tensor, Tensor]:
         logits_BK = functional.logits(module, layout.views(weights_P), images_BCHH)
         shifted_BK = logits_BK if shift_K is None else logits_BK + shift_K
         loss = F.cross_entropy(shifted_BK, labels_B)
-        if mixed is not None:
-            others_B = labels_B[mixed.others_B]
-            loss = mixed.share * loss + (1 - mixed.share) * F.cross_entropy(shifted_BK, others_B)
+        if others_B is not None and shares_2 is not None:
+            loss = shares_2[0] * loss + shares_2[1] * F.cross_entropy(shifted_BK, others_B)
         return loss, logits_BK
 
     return loss_of
@@ -123,6 +124,7 @@ class ExpertTrainer:
         self._labels_N = images.labels_N.numpy()
         tau = recipe.experts.logit_adjustment
         self._shift_K = torch.from_numpy(tau * log_priors(data.counts)).float().to(data.device) if tau else None
+        self._captured = Captured("experts' steps")
 
     def declare_kept(self) -> None:
         """Begin a new buffer with ``buffer.keep``: windows. One that has parts or says what it keeps stays as it is."""
@@ -248,21 +250,37 @@ class ExpertTrainer:
             if mixing is not None:
                 mixed = draw_mix(mixing, e.cutmix, e.mixup, len(rows_B), views_BCHH.shape[2])
                 views_BCHH = views_BCHH if mixed is None else mix(views_BCHH, mixed)
-            loss_of = (
-                network_loss(self.module, self.layout, views_BCHH, labels_B, mixed, self._shift_K)
-                if representation
-                else classifier_loss(self.module, self.layout, weights_P, views_BCHH, labels_B)
+            of = self._network_gradient if representation else self._classifier_gradient
+            gradient_P, loss, logits_BK = self._captured(
+                of, weights_P, views_BCHH, labels_B, *_mixed_labels(mixed, labels_B)
             )
-            gsam = gsam_gradient(loss_of, weights_P[trained], e.gsam_rho, e.gsam_alpha)
             lr = self.rate(epoch, step, steps) if representation else e.classifier_lr
             if representation and e.momentum:
-                stepped_P, velocity_P = nesterov_step(weights_P, gsam.gradient_P, velocity_P, lr, decay, e.momentum)
+                stepped_P, velocity_P = nesterov_step(weights_P, gradient_P, velocity_P, lr, decay, e.momentum)
                 weights_P[trained] = stepped_P
             else:
-                weights_P[trained] = sgd_step(weights_P[trained], gsam.gradient_P, lr, decay)
-            loss_sum += gsam.loss * len(rows_B)
-            correct += (gsam.logits_BK.argmax(dim=1) == labels_B).sum()
+                weights_P[trained] = sgd_step(weights_P[trained], gradient_P, lr, decay)
+            loss_sum += loss * len(rows_B)
+            correct += (logits_BK.argmax(dim=1) == labels_B).sum()
         return float(loss_sum) / len(order), float(correct) / len(order), len(order)
+
+    def _network_gradient(
+        self, weights_P: Tensor, views_BCHH: Tensor, labels_B: Tensor, *mixed: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (gradient (P,), loss, logits (B, K)) of a step of the representation stage."""
+        e = self.recipe.experts
+        loss_of = network_loss(self.module, self.layout, views_BCHH, labels_B, self._shift_K, *mixed)
+        step = gsam_gradient(loss_of, weights_P, e.gsam_rho, e.gsam_alpha)
+        return step.gradient_P, step.loss, step.logits_BK
+
+    def _classifier_gradient(
+        self, weights_P: Tensor, views_BCHH: Tensor, labels_B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``_network_gradient`` of the classifier stage, by the classifier's weights."""
+        e = self.recipe.experts
+        loss_of = classifier_loss(self.module, self.layout, weights_P, views_BCHH, labels_B)
+        step = gsam_gradient(loss_of, weights_P[self.layout.span("classifier")], e.gsam_rho, e.gsam_alpha)
+        return step.gradient_P, step.loss, step.logits_BK
 
     def rate(self, epoch: int, step: int, steps: int) -> float:
         """Return the representation stage's learning rate at a step (from 0) of an epoch (from 1) of ``steps`` steps."""
@@ -270,6 +288,14 @@ class ExpertTrainer:
         passed = epoch - 1 + step / steps
         rate = e.lr if e.schedule == "constant" else e.lr * (1 + math.cos(math.pi * passed / e.epochs)) / 2
         return rate * min(1.0, (passed + 1 / steps) / e.warmup_epochs) if e.warmup_epochs else rate
+
+
+def _mixed_labels(mixed: Mixed | None, labels_B: Tensor) -> tuple[Tensor, ...]:
+    """Return the labels that a batch is mixed with, and the shares of its own and of those; nothing if not mixed."""
+    if mixed is None:
+        return ()
+    shares_2 = torch.tensor([mixed.share, 1 - mixed.share], device=labels_B.device)
+    return labels_B[mixed.others_B.to(labels_B.device)], shares_2
 
 
 def buffer_meta(recipe: Recipe, data: PreparedData, layout: Layout) -> BufferMeta:

@@ -20,6 +20,7 @@ from lad_dist.data import augment
 from lad_dist.distill.student import Batch, GradientPath, Phase, Student, SyntheticSet
 from lad_dist.experts.gsam import gsam_gradient
 from lad_dist.experts.train import classifier_loss, network_loss
+from lad_dist.models.captured import Captured
 from lad_dist.models.convnet import flat_parameters
 from lad_dist.models.network import build
 from lad_dist.plan.scaling import StepTime
@@ -79,8 +80,10 @@ def _time(
     make: Callable[[int], Callable[[], object]], steps: int, images: int, timer: Timer, budget: float
 ) -> Calibrated:
     """Time a kind's step on few and many images in about ``budget`` seconds; a job of ``make`` is ``steps`` steps."""
-    until = time.perf_counter() + budget
     few = min(_SMALL_BATCH, images)
+    if timer.device.type == "cuda":
+        make(few)()  # compiles kernels, once for all batch sizes
+    until = time.perf_counter() + budget
     small, _ = _least(make(few), timer, budget / _SMALL_PART)
     if images == few or time.perf_counter() > until:
         return Calibrated(StepTime(small / few / steps), few, 1)
@@ -164,7 +167,10 @@ class Steps:
             return lambda images: self._expert(what, images)
         if stage == "evaluate":
             return self._training
-        return lambda images: self._student(stage, "keep" if what == "keep" else "recompute", images)
+        path: GradientPath = "keep" if what == "keep" else "recompute"
+        if self.device.type == "cuda" and self.recipe.distill.gradient in ("auto", "captured"):
+            path = "captured"
+        return lambda images: self._student(stage, path, images)
 
     def _images(self, count: int) -> torch.Tensor:
         s = self.shapes
@@ -194,23 +200,22 @@ class Steps:
         e, layout = self.recipe.experts, self.student.layout
         images, labels = self._images(count), self._labels(count)
 
-        def step() -> object:
-            views = augment.apply(images, self._draw(count))
+        def gradient(start_P: torch.Tensor, views: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
             if stage == "representation":
-                loss_of, weights_P = network_loss(self.module, layout, views, labels), self.start_P
+                loss_of, weights_P = network_loss(self.module, layout, views, labels), start_P
             else:
-                loss_of = classifier_loss(self.module, layout, self.start_P, views, labels)
-                weights_P = self.start_P[layout.span("classifier")]
-            return gsam_gradient(loss_of, weights_P, e.gsam_rho, e.gsam_alpha)
+                loss_of = classifier_loss(self.module, layout, start_P, views, labels)
+                weights_P = start_P[layout.span("classifier")]
+            return (gsam_gradient(loss_of, weights_P, e.gsam_rho, e.gsam_alpha).gradient_P,)
 
-        return step
+        captured = Captured("experts' steps")
+        return lambda: captured(gradient, self.start_P, augment.apply(images, self._draw(count)), labels)
 
     def _training(self, count: int) -> Callable[[], object]:
-        images, labels = self._images(count), self._labels(count)
+        images, labels, weights = self._images(count), self._labels(count), list(self.module.parameters())
 
-        def step() -> object:
-            self.module.zero_grad()
-            F.cross_entropy(self.module(augment.apply(images, self._draw(count))), labels).backward()
-            return None
+        def gradients(views: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(F.cross_entropy(self.module(views), labels), weights, materialize_grads=True)
 
-        return step
+        captured = Captured("networks' steps")
+        return lambda: captured(gradients, augment.apply(images, self._draw(count)), labels)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lad_dist.data import augment
-from lad_dist.data.mixing import Mixed, draw_mix, mix
+from lad_dist.data.mixing import draw_mix, mix
 from lad_dist.data.prepare import prepare
 from lad_dist.errors import Interrupted
 from lad_dist.experts.gsam import nesterov_step
@@ -81,9 +81,9 @@ def test_the_loss_of_a_mixed_and_adjusted_batch():
     module = build(1, 8, 3, 4, 2, seed=0, purpose=("test",))
     layout, theta = Layout.of(module), flat_parameters(module)
     images, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
-    shift, mixed = torch.tensor([0.0, -1.0, -2.0]), Mixed(0.3, torch.tensor([1, 2, 3, 0]), None)
-    loss, logits = network_loss(module, layout, images, labels, mixed, shift)(theta)
-    targets = 0.3 * F.one_hot(labels, 3).float() + 0.7 * F.one_hot(labels[mixed.others_B], 3).float()
+    shift, others = torch.tensor([0.0, -1.0, -2.0]), torch.tensor([1, 2, 0, 0])
+    loss, logits = network_loss(module, layout, images, labels, shift, others, torch.tensor([0.3, 0.7]))(theta)
+    targets = 0.3 * F.one_hot(labels, 3).float() + 0.7 * F.one_hot(others, 3).float()
     expected = -(targets * (logits + shift).log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(logits, functional.logits(module, layout.views(theta), images))

@@ -1,6 +1,6 @@
 """Functions of tensors as CUDA graphs, captured at their first call and replayed afterwards.
 
-A student step launches about a hundred small kernels, and a GPU that is faster than its host idles between them; a
+A training step launches about a hundred small kernels, and a GPU that is faster than its host idles between them; a
 graph is one launch. A graph computes on its own tensors, so arguments are copied in and results out. It is used only
 after its results have matched the function's; otherwise, or where it cannot be captured, the function is called
 directly.
@@ -25,10 +25,12 @@ _log = logging.getLogger(__name__)
 class Captured:
     """Call hashable functions; on a GPU through one graph per function and set of shapes.
 
-    A function's results must depend only on its arguments and on what its equality compares.
+    A function's results must depend only on its arguments, on what its equality compares, and on tensors that keep
+    their place in memory, such as parameters updated in place. ``what`` names the functions in messages.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        self._what = what
         self._known: dict[Hashable, Function] = {}
         self._pool: Any = None
         self._warned = False
@@ -64,7 +66,7 @@ class Captured:
             if not self._warned:
                 self._warned = True
                 _log.warning(
-                    "student steps without CUDA graphs, slower: %s", (str(error) or repr(error)).splitlines()[0]
+                    "%s without CUDA graphs, slower: %s", self._what, (str(error) or repr(error)).splitlines()[0]
                 )
             return function
         return replay

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lad_dist.distill.captured import MOST, Captured
 from lad_dist.distill.memory import faster
 from lad_dist.distilled import DistilledSet
+from lad_dist.models.captured import MOST, Captured
 from lad_dist.progress import read_events
 from lad_dist.ranks import ALONE
 from tests.distill.test_student import Problem, quantities, worst
@@ -74,13 +74,13 @@ def test_wrong_graphs_are_not_used_and_one_line_says_so(graphs, caplog):
 
 
 def test_without_a_gpu_the_captured_call_is_the_function_itself():
-    captured = Captured()
+    captured = Captured("steps")
     assert captured(lambda t: (t + 1,), torch.ones(2))[0].tolist() == [2, 2] and captured._known == {}
 
 
 def test_what_cannot_be_captured_is_called(monkeypatch, caplog):
     monkeypatch.setattr(Captured, "applies", staticmethod(lambda device: True))
-    captured = Captured()  # a capture on a machine without CUDA fails
+    captured = Captured("steps")  # a capture on a machine without CUDA fails
 
     def double(t):
         return (2 * t,)
@@ -90,7 +90,7 @@ def test_what_cannot_be_captured_is_called(monkeypatch, caplog):
 
 
 def test_graphs_are_few_and_can_be_given_back(graphs):
-    captured = Captured()
+    captured = Captured("steps")
 
     def double(t):
         return (2 * t,)
