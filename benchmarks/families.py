@@ -31,6 +31,7 @@ from methods import cpu
 from lad_dist.results.paired import paired, points
 
 RESULTS = Path(__file__).parent / "results"
+MACHINE = "machine.txt"  # in --out: when and where it was measured
 FIGURES = ("overall", "head", "medium", "tail")
 LABELS = ("hard", "fixed", "stored", "teacher")
 # images -> source of each kind of labels; of LAD's run where they start with lad:
@@ -107,8 +108,8 @@ def options(args: argparse.Namespace, cell: Cell) -> list[str]:
         str(args.out / "buffers"),
         "--threads",
         "1",
-        "--fleet",
-        "off",
+        "--device",
+        args.device,
     ]
     return [job, *out, *(part for s in (*sets, "evaluate.baselines=[]") for part in ("--set", s))]
 
@@ -127,21 +128,18 @@ print(json.dumps(e))
 
 def execute(args: argparse.Namespace, cell: Cell, verb: str, more: list[str]) -> None:
     """Run one command of a cell; its output goes to a log beside its folder."""
-    log, began = args.out / f"{cell.name}.log", time.monotonic()
-    without_fleet = options(args, cell)
-    if verb in ("distill", "evaluate", "report"):
-        at = without_fleet.index("--fleet")
-        without_fleet = without_fleet[:at] + without_fleet[at + 2 :]
+    log, began = args.out / f"{'-'.join([cell.name, verb, *(m for m in more if m[0] != '-')])}.log", time.monotonic()
+    given = options(args, cell) + (["--fleet", "off"] if verb == "experts" else [])
     with log.open("a") as file:
         code = subprocess.run(
-            [sys.executable, "-m", "lad_dist.cli", verb, *without_fleet, *more],
+            [sys.executable, "-m", "lad_dist.cli", verb, *given, *more],
             stdout=file,
             stderr=subprocess.STDOUT,
             check=False,
         ).returncode
     if code:
         sys.exit(f"{cell.name}: {verb} ended with exit code {code}; see {log}")
-    print(f"{verb} {cell.name}: {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{log.stem}: {time.monotonic() - began:.0f} s", flush=True)
 
 
 def sources(args: argparse.Namespace, kind: str) -> list[str]:
@@ -156,19 +154,14 @@ def sources(args: argparse.Namespace, kind: str) -> list[str]:
     return found
 
 
-def whole(args: argparse.Namespace, cell: Cell) -> None:
-    """Everything of one cell: its set, then its networks."""
-    execute(args, cell, "distill", [])
+def networks(args: argparse.Namespace, cell: Cell) -> list[list[str]]:
+    """Options of ``evaluate`` for each source of a cell, most wanted first."""
     wanted = sources(args, cell.kind)
-    if cell.kind == "aligned":
-        wanted = ["teachers", *wanted]
-    if wanted:
-        execute(args, cell, "evaluate", [part for s in wanted for part in ("--baseline", s)])
+    found = [["--baseline", source] for source in (["teachers"] if cell.kind == "aligned" else []) + wanted]
     if args.architectures and cell.seed == args.seeds[0]:
         best = [s for s in ("distilled-teacher", "random-teacher") if s in wanted]
-        for source in best:
-            arch = ["--arch", ",".join(args.architectures), "--seeds", "1"]
-            execute(args, cell, "evaluate", ["--baseline", source, *arch])
+        found += [["--baseline", s, "--arch", ",".join(args.architectures), "--seeds", "1"] for s in best]
+    return found
 
 
 def rows_of(args: argparse.Namespace, cells: list[Cell], source: str, architecture: str) -> list[list[dict[str, Any]]]:
@@ -261,6 +254,30 @@ def costs(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def gpu() -> str:
+    """The GPU's name."""
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def work(args: argparse.Namespace, kinds: list[str]) -> None:
+    """Teachers and experts, shared by all cells of a factor; then the sets; then the networks."""
+    (args.out / MACHINE).write_text(f"{date.today().isoformat()}, {cpu() if args.device == 'cpu' else gpu()}")
+
+    def together(tasks: list[tuple[Cell, str, list[str]]]) -> None:
+        with ThreadPoolExecutor(args.workers) as pool:
+            list(pool.map(lambda task: execute(args, *task), tasks))
+
+    together(
+        [(Cell(k, f, args.ipc[0], args.seeds[0]), "experts", []) for f in args.factors for k in kinds if k != "hybrid"]
+    )
+    cells = [Cell(k, f, ipc, seed) for seed in args.seeds for f in args.factors for ipc in args.ipc for k in kinds]
+    for starts in (False, True):  # hybrids start from the sets of LAD
+        together([(cell, "distill", []) for cell in cells if (cell.kind == "hybrid") == starts])
+    together([(cell, "evaluate", more) for cell in cells for more in networks(args, cell)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", help="a recipe of method aligned")
@@ -275,7 +292,8 @@ def main() -> None:
     parser.add_argument("--set-aligned", action="append", default=[], help="passed on to runs of JOB")
     parser.add_argument("--set-lad", action="append", default=[], help="passed on to runs of --lad")
     parser.add_argument("--out", type=Path, default=None, help="default: runs/families/JOB")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="commands at a time, of one thread each")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--report-only", action="store_true")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
@@ -295,19 +313,11 @@ def main() -> None:
         )
     kinds = [k for k in ("aligned", "lad", "hybrid") if sources(args, k) or (k == "lad" and sources(args, "hybrid"))]
     if not args.report_only:
-        for factor in args.factors:  # teachers and experts, shared by all cells of a factor
-            for kind in (k for k in kinds if k != "hybrid"):
-                execute(args, Cell(kind, factor, args.ipc[0], args.seeds[0]), "experts", [])
-        for kind in kinds:
-            cells = [
-                Cell(kind, factor, ipc, seed) for seed in args.seeds for factor in args.factors for ipc in args.ipc
-            ]
-            with ThreadPoolExecutor(args.workers) as pool:
-                list(pool.map(lambda cell: whole(args, cell), cells))
+        work(args, kinds)
     mine = {"--write", "--report-only", "--out", str(args.out)}
     shown = " ".join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a not in mine)])
     text = (
-        f"# {recipe.name}: images x labels\n\n{date.today().isoformat()}, {cpu()}, {args.workers} processes of one thread; "
+        f"# {recipe.name}: images x labels\n\n{(args.out / MACHINE).read_text()}, {args.workers} processes of one thread; "
         f"command: `python benchmarks/{shown}`.\nPercent; mean over seeds (each the mean of its networks) ± the standard "
         "deviation over seeds; head, medium and tail\nare thirds of the classes by training count. Last epoch, test set. "
         f"Teachers: the experts of {recipe.name}, for all rows.\n\n{table(args)}\n\n{costs(args)}\n"

@@ -198,9 +198,8 @@ def _train(
                 _batch(s, kept, rows_B, settings, g, seed, (*c, epoch, step))
                 for s, kept, rows_B, g, c in zip(sets, stored, rows, draws, counters, strict=True)
             ]
-            losses, *found = gradients(*(tensor for batch in batches for tensor in batch.tensors()))
-            for weights, gradient in zip(step_of.weights, found, strict=True):
-                weights.grad = gradient
+            losses, gradient_P = gradients(*(tensor for batch in batches for tensor in batch.tensors()))
+            step_of.give(gradient_P)
             optimizer.step()
             if average is not None:
                 average.update_parameters(module)
@@ -237,17 +236,17 @@ class _Batch:
 
 
 class _Step:
-    """The networks' losses (R,) on a batch each, then the gradients of ``weights``: what a GPU captures as one graph.
+    """The networks' losses (R,) on a batch each, and the flat gradient of all weights: what a GPU captures as one graph.
 
     Called with the tensors of every batch, one after the other. A network with buffers changes them.
     """
 
     def __init__(self, module: nn.Module, stacked: bool, sets: Sequence[TrainingSet], settings: Settings) -> None:
         self._module, self._stacked, self._sets, self._settings = module, stacked, sets, settings
-        self.weights = [p for p in module.parameters() if p.requires_grad]
+        self._weights = [p for p in module.parameters() if p.requires_grad]
         self._shift_R1K: Tensor | None = None
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         each = len(tensors) // len(self._sets)
         views_R, p_R, *others = (tensors[i::each] for i in range(each))
         logits_RBK = self._module(torch.stack(views_R)) if self._stacked else self._module(views_R[0]).unsqueeze(0)
@@ -257,8 +256,14 @@ class _Step:
                 self._shift_R1K = torch.stack(shifts).unsqueeze(1).to(logits_RBK)
             logits_RBK = logits_RBK + self._settings.logit_adjustment * self._shift_R1K
         losses_R = self._losses(logits_RBK, p_R, *others)
-        gradients = torch.autograd.grad(losses_R.sum(), self.weights, materialize_grads=True)
-        return losses_R.detach(), *gradients
+        gradients = torch.autograd.grad(losses_R.sum(), self._weights, materialize_grads=True)
+        return losses_R.detach(), torch.cat([g.flatten() for g in gradients])
+
+    def give(self, gradient_P: Tensor) -> None:
+        """Set the weights' gradients for the optimizer."""
+        sizes = [w.numel() for w in self._weights]
+        for weights, part in zip(self._weights, gradient_P.split(sizes), strict=True):
+            weights.grad = part.view_as(weights)
 
     def _losses(
         self,
