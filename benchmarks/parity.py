@@ -112,8 +112,8 @@ def phases(golden: Golden, student: Student) -> Rows:
 
 def _quantities(result: PhaseResult, phase: Phase) -> dict[str, Any]:
     return {
-        "image_grad": result.image_grad_SCHH,
-        "label_grad": result.label_grad_SK,
+        "image_grad": result.by_rows.images_SCHH,
+        "label_grad": result.by_rows.labels_SK,
         "grand_loss": result.match.loss,
         "lr_grad": result.match.alpha_gradient,
         "gradient_sum": result.gradient_sum_P,

@@ -342,7 +342,7 @@ def evaluation(classes: int, images: int, tested: int, size: int, width: int) ->
     train(net, TrainingSet(rows_of(x[:128], p[:128]), 128), settings, 0, ("warm",), lambda: None)
     with costs() as training:
         train(net, TrainingSet(rows_of(x, p), images), settings, 0, ("scale",), lambda: None)
-    counts = class_sizes(SHAPES["imagenet-lt"])[:classes]
+    counts = class_sizes(SHAPES["inaturalist" if classes > 1000 else "imagenet-lt"])[:classes]
     with costs() as measuring:
         found = accuracy(net, test, counts)
     row = len(json.dumps({"a": found.confusion, "b": found.confusion_pairs}))

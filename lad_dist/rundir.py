@@ -394,24 +394,43 @@ def publish_shared_folder(
 def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file with deterministic bytes; ``metadata``, if given, gets the file's own checksum.
 
-    safetensors itself writes metadata in random order. Failures are OSErrors, so that a full disk is reported as one.
+    safetensors itself writes metadata in random order, and holds copies of all tensors; here one is held at a time.
+    Failures are OSErrors, so that a full disk is reported as one.
     """
     from safetensors.torch import save
 
-    raw = memoryview(save({k: t.detach().contiguous().cpu() for k, t in tensors.items()}))
-    length = int.from_bytes(raw[:8], "little")
-    header, data = json.loads(bytes(raw[8 : 8 + length])), raw[8 + length :]
+    names, header, end = _safetensors_order(tensors, save), {}, 0
+    for name, kind in names.items():
+        begin, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
     if metadata is not None:
         header = {"__metadata__": dict(sorted({**metadata, _SUM: _NO_SUM}.items())), **header}
     text = json.dumps(header, separators=(",", ":")).encode()
     head = (len(text) + -len(text) % 8).to_bytes(8, "little") + text + b" " * (-len(text) % 8)
     if metadata is not None:
         digest = hashlib.sha256(head)
-        digest.update(data)
+        for name in names:
+            digest.update(_raw(tensors[name]))
         head = head.replace(_NO_SUM.encode(), digest.hexdigest().encode(), 1)
     with path.open("wb") as file:
         file.write(head)
-        file.write(data)
+        for name in names:
+            file.write(_raw(tensors[name]))
+
+
+def _safetensors_order(tensors: dict[str, Any], save: Callable[[dict[str, Any]], bytes]) -> dict[str, str]:
+    """Return the type of each tensor by name, in the order of a safetensors file: those of ``save`` for empty tensors."""
+    raw = save({name: tensor.new_empty(0, device="cpu") for name, tensor in tensors.items()})
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return {name: entry["dtype"] for name, entry in header.items()}
+
+
+def _raw(tensor: Any) -> memoryview:
+    """Return a tensor's bytes; without a copy if it is contiguous and on the CPU."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

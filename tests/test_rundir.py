@@ -299,3 +299,21 @@ def test_the_experts_of_a_run_serve_another(tmp_path):
         RunDir.open(tmp_path / "other", changed("experts.lr=0.02"), one.root)
     with pytest.raises(RunDirError, match="or remove this one"):
         RunDir.open(one.root, changed("experts.lr=0.02"))
+
+
+@pytest.mark.parametrize("names", [["b", "a", "c"], ["x"]])
+def test_tensors_are_written_as_safetensors_writes_them(tmp_path, names):
+    """Byte for byte, but for the metadata; views, one number and nothing at all included."""
+    import torch
+    from safetensors.torch import load_file, save
+
+    kinds = [torch.float32, torch.float64, torch.int64, torch.uint8, torch.bfloat16, torch.bool]
+    tensors = {f"{n}{i}": torch.arange(6).to(k).view(2, 3) for n in names for i, k in enumerate(kinds)}
+    tensors |= {"one": torch.tensor(3.5), "none": torch.empty(0), "turned": torch.arange(6.0).view(2, 3).t()}
+    rundir.save_tensors(tensors, tmp_path / "plain")
+    assert (tmp_path / "plain").read_bytes() == save({k: t.contiguous() for k, t in tensors.items()})
+    rundir.save_tensors(tensors, tmp_path / "summed", {"about": "x"})
+    found, metadata = rundir.load_tensors(tmp_path / "summed")
+    assert metadata["about"] == "x" and len(metadata["sha256"]) == 64
+    for read in (found, load_file(tmp_path / "summed")):
+        assert set(read) == set(tensors) and all(torch.equal(read[k], t) for k, t in tensors.items())

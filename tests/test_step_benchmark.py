@@ -69,8 +69,8 @@ def test_its_textbook_loop_agrees_with_the_student(benchmark_module):
         for path in ("keep", "recompute"):
             found = problem.student.run(problem.synthetic, phase, path)
             scale = float(images.abs().max()), float(labels.abs().max())
-            assert float((found.image_grad_SCHH - images).abs().max()) < 1e-5 * scale[0], (name, path)
-            assert float((found.label_grad_SK - labels).abs().max()) < 1e-5 * scale[1], (name, path)
+            assert float((found.by_rows.images_SCHH - images).abs().max()) < 1e-5 * scale[0], (name, path)
+            assert float((found.by_rows.labels_SK - labels).abs().max()) < 1e-5 * scale[1], (name, path)
 
 
 def test_the_plain_gsam_loop_takes_both_gradients(benchmark_module):

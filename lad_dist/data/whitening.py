@@ -157,8 +157,7 @@ class Whitening:
             "shape": ",".join(str(size) for size in self.shape),
         }
         try:
-            # Copies: safetensors refuses tensors that share memory, as those of kind "none" do.
-            save_tensors({name: tensor.clone() for name, tensor in tensors.items()}, Path(path), metadata)
+            save_tensors(tensors, Path(path), metadata)
         except OSError as error:
             raise StorageError(f"{path}: the whitening could not be written ({error})") from error
 

@@ -35,7 +35,7 @@ from lad_dist.distill.shards import Share
 from lad_dist.distill.start import DataFacts, first_set, labeller, mean_logits, publish
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Batch, GradientPath, Phase, PhaseResult, Student, SyntheticSet
-from lad_dist.distill.update import Gradients, SetGradients, weighted_sum
+from lad_dist.distill.update import Gradients, Optimizers, SetGradients, weighted_sum
 from lad_dist.distill.windows import Window, Windows
 from lad_dist.errors import Interrupted, NumericalError, TrajectoryError
 from lad_dist.interrupts import StopFlag, deferred
@@ -343,21 +343,22 @@ class Distillation:
             others["statistics"] = self._align(synthetic, expert, state.iteration)
             drawn.append(["statistics", expert, epoch])
             gradients.append((self.recipe.distill.lambda_statistics, others["statistics"]))
-        agreed = self._agree(results, gradients)
+        agreed = self._agree(results, gradients, state.optimizers)
         self.save_due = agreed.save
         self._check_finite(state, drawn, [g for _, g in gradients], agreed)
-        kept, figures, aligned = self._copy(state), self._figures(results, agreed), self._alignment(state, results)
+        kept, figures = state.optimizers.copy(whole=agreed.large), self._figures(results, agreed)
+        aligned = self._alignment(state, results)
         for phase, other in others.items():
             figures |= {f"loss_{phase}": float(other.loss), f"accuracy_{phase}": float(other.accuracy)}
         with deferred():  # includes the event: an iteration without its record could not be replayed
-            state.optimizers.step(gradients, state.iteration)
-            if float(self.ranks.total(torch.tensor(0.0 if state.finite() else 1.0, device=self.device))) == 0:
+            good = state.optimizers.step(gradients, state.iteration) and (not agreed.large or state.finite())
+            if float(self.ranks.total(torch.tensor(0.0 if good else 1.0, device=self.device))) == 0:
                 state.iteration += 1
             else:
-                self._restore(state, kept)
+                state.optimizers.restore(kept, state.iteration)
                 raise NumericalError(
                     f"iteration {state.iteration + 1}: the step produced NaN or Inf or made alpha (it was "
-                    f"{float(kept[2]):.3g}) zero or less; the last good state is kept; try a smaller "
+                    f"{float(kept['alpha']):.3g}) zero or less; the last good state is kept; try a smaller "
                     "distill.lr_images or distill.lr_alpha"
                 )
             self.events.emit(
@@ -407,17 +408,17 @@ class Distillation:
         )
 
     def _agree(
-        self, results: list[tuple[NamedPhase, PhaseResult]], gradients: list[tuple[float, Gradients]]
+        self,
+        results: list[tuple[NamedPhase, PhaseResult]],
+        gradients: list[tuple[float, Gradients]],
+        optimizers: Optimizers,
     ) -> _Agreed:
-        """Combine what depends on every rank, or on rank 0's clock: one sum of 2 + 2 x phases + K numbers."""
-        parts = zip(*(g.image_grad_SCHH.split(_ROWS) for _, g in gradients), strict=True)
-        weights = [weight for weight, _ in gradients]
-        squares_s = torch.cat(
-            [weighted_sum(list(zip(weights, part, strict=True))).flatten(1).double().square().sum(1) for part in parts]
-        )
+        """Combine what depends on every rank, or on rank 0's clock: one sum of 3 + 2 x phases + K numbers."""
+        total_sCHH = weighted_sum([(weight, g.by_rows, g.by_rows.images_TCHH) for weight, g in gradients])
+        squares_s = torch.cat([part.flatten(1).double().square().sum(1) for part in total_sCHH.split(_ROWS)])
         squares_K = squares_s.new_zeros(self.classes).index_add_(0, self._class_of_s, squares_s)
         broken = [
-            torch.stack([g.loss, g.alpha_gradient, g.image_grad_SCHH.sum(), g.label_grad_SK.sum()])
+            torch.stack([g.loss, g.alpha_gradient, g.by_rows.images_TCHH.sum(), g.by_rows.labels_TK.sum()])
             .isfinite()
             .all()
             .logical_not()
@@ -426,9 +427,13 @@ class Distillation:
         losses = [torch.stack(r.inner_losses).mean() for _, r in results]
         stop = torch.tensor(float(self.flag.name is not None), device=self.device)
         save = torch.tensor(float(self.ranks.first and self._clock.due()), device=self.device)
-        told = torch.cat([torch.stack([stop, save, *broken, *losses]).double(), squares_K]).nan_to_num(0.0, 0.0, 0.0)
-        stop, save, *rest = self.ranks.total(told).split([1, 1, len(broken), len(losses), self.classes])
-        return _Agreed(bool(stop > 0), bool(save > 0), rest[0].tolist(), rest[1].tolist(), rest[2].cpu())
+        large = torch.tensor(float(optimizers.may_overflow(gradients)), device=self.device)
+        told = torch.cat([torch.stack([stop, save, large, *broken, *losses]).double(), squares_K])
+        stop, save, large, *rest = self.ranks.total(told.nan_to_num(0.0, 0.0, 0.0)).split(
+            [1, 1, 1, len(broken), len(losses), self.classes]
+        )
+        said = (bool(stop > 0), bool(save > 0), bool(large > 0))
+        return _Agreed(*said, rest[0].tolist(), rest[1].tolist(), rest[2].cpu())
 
     def phases(self, iteration: int) -> list[NamedPhase]:
         """Return the matching phases of an iteration: representation and classifier, or the joint one.
@@ -493,19 +498,6 @@ class Distillation:
                     "good state is kept; try a smaller distill.lr_images or distill.alpha"
                 )
 
-    @staticmethod
-    def _copy(state: State) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        o = state.optimizers
-        momentum = {k: t.clone() for k, t in o.momentum_tensors().items()}
-        return o.images_SCHH.clone(), o.logits_SK.clone(), o.alpha.clone(), momentum
-
-    @staticmethod
-    def _restore(state: State, kept: tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]) -> None:
-        o = state.optimizers
-        for tensor, before in zip((o.images_SCHH, o.logits_SK, o.alpha), kept[:3], strict=True):
-            tensor.copy_(before)
-        o.load_momentum(kept[3], state.iteration)
-
     # --- reported values --------------------------------------------------------------------------------------------
 
     @staticmethod
@@ -539,12 +531,14 @@ class Distillation:
 class _Agreed:
     """Values summed over the ranks.
 
-    ``stop``: a rank was asked to stop. ``save``: a checkpoint is due by time. Per phase: ``broken``, non-zero if not
+    ``stop``: a rank was asked to stop. ``save``: a checkpoint is due by time. ``large``: a step may overflow on a rank, so
+    all keep a copy to put back; copies would need twice the set's memory. Per phase: ``broken``, non-zero if not
     finite, and the student's mean loss. ``class_squares_K``: squared norm of each class's total pixel gradient.
     """
 
     stop: bool
     save: bool
+    large: bool
     broken: list[float]
     student_losses: list[float]
     class_squares_K: Tensor

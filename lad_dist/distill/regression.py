@@ -35,7 +35,7 @@ from torch import Tensor
 from lad_dist.data import augment
 from lad_dist.data.longtail import positions_by_class
 from lad_dist.data.prepare import PreparedData
-from lad_dist.distill.student import Batch, Student, SyntheticSet
+from lad_dist.distill.student import Batch, RowGradients, Student, SyntheticSet
 from lad_dist.distill.update import SetGradients
 from lad_dist.models import functional
 from lad_dist.recipe import Recipe
@@ -142,14 +142,14 @@ def regress(
     predicted_RK = 1 / classes + real_RD @ (features_BD.T @ solved_BK)
     loss = (predicted_RK - targets_RK).square().sum(dim=1).mean()
     grad_BD, grad_BK = torch.autograd.grad(loss, [features_BD, labels_BK])
-    image_grad_SCHH, label_grad_SK = torch.zeros_like(synthetic.images_SCHH), torch.zeros_like(synthetic.logits_SK)
+    image_grad, label_grad = torch.zeros_like(images_bCHH), torch.zeros_like(labels_bK)
     if len(batch.rows_B):
         image_grad, label_grad = torch.autograd.grad(
             [own_bD, own_bK], [images_bCHH, labels_bK], [grad_BD[rows_in_batch_b], grad_BK[rows_in_batch_b]]
         )
-        image_grad_SCHH[batch.rows_B], label_grad_SK[batch.rows_B] = image_grad, label_grad
+    by_rows = RowGradients(batch.rows_B, image_grad, label_grad, len(synthetic.images_SCHH))
     right = (predicted_RK.detach().argmax(dim=1) == labels_R).float().mean()
-    return SetGradients(loss.detach(), right, image_grad_SCHH, label_grad_SK)
+    return SetGradients(loss.detach(), right, by_rows)
 
 
 def _with_constant(features_BD: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class State:
 
         def write(temporary: Path) -> list[Path]:
             path = temporary / f"shard-{ranks.rank:03d}-of-{ranks.world:03d}.safetensors"
-            save_tensors({k: t.clone() for k, t in tensors.items()}, path, metadata)
+            save_tensors(tensors, path, metadata)
             return [path]
 
         if ranks.share(final.exists()):  # the run stopped right after a checkpoint

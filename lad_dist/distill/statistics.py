@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lad_dist.data.prepare import PreparedData
-from lad_dist.distill.student import Batch, Student, SyntheticSet
+from lad_dist.distill.student import Batch, RowGradients, Student, SyntheticSet
 from lad_dist.distill.update import SetGradients
 from lad_dist.errors import RecipeError
 from lad_dist.models import functional
@@ -151,7 +151,7 @@ def align(
     images_bCHH, views_bCHH = batch.views(synthetic, with_graph=True)
     length = target.ends[-1]
     whole = views_bCHH.new_zeros(batch.size, length + 2)  # statistics, cross-entropy, right or wrong
-    image_grad_SCHH, label_grad_SK = torch.zeros_like(synthetic.images_SCHH), torch.zeros_like(synthetic.logits_SK)
+    image_grad, label_grad = torch.zeros_like(images_bCHH), torch.zeros_like(synthetic.logits_SK[batch.rows_B])
     labels_B = labels_B.to(whole.device)
     own_bF, entropy_b = whole[:0, :length], whole[:0, 0]
     if len(batch.rows_B):
@@ -162,7 +162,7 @@ def align(
         entropy_b = F.cross_entropy(logits_bK, own_labels_b, reduction="none")
         right_b = (logits_bK.argmax(dim=1) == own_labels_b).to(whole)
         whole[rows_in_batch_b] = torch.cat([own_bF.detach(), torch.stack([entropy_b.detach(), right_b], dim=1)], dim=1)
-        label_grad_SK[batch.rows_B] = synthetic.logits_SK[batch.rows_B] - logits_bK.detach()
+        label_grad = synthetic.logits_SK[batch.rows_B] - logits_bK.detach()
     whole = student.ranks.total(whole)
     rows_BF = whole[:, :length].clone().requires_grad_()
     far = weight * distance(rows_BF, labels_B, target, first)
@@ -174,5 +174,5 @@ def align(
             images_bCHH,
             [grad_BF[rows_in_batch_b], torch.full_like(entropy_b, 1 / batch.size)],
         )
-        image_grad_SCHH[batch.rows_B] = image_grad
-    return SetGradients(loss, whole[:, length + 1].mean(), image_grad_SCHH, label_grad_SK)
+    by_rows = RowGradients(batch.rows_B, image_grad, label_grad, len(synthetic.images_SCHH))
+    return SetGradients(loss, whole[:, length + 1].mean(), by_rows)

@@ -91,6 +91,34 @@ class Phase:
     classifier_only: bool = False
 
 
+@dataclass(frozen=True)
+class RowGradients:
+    """Gradients of some rows of the set: ``rows_T`` without repeats, images (T, C, H, H), label logits (T, K).
+
+    ``count``: S, the rows of the whole share; the others have the gradient zero.
+    """
+
+    rows_T: Tensor
+    images_TCHH: Tensor
+    labels_TK: Tensor
+    count: int
+
+    @property
+    def images_SCHH(self) -> Tensor:
+        """The images' gradients, of all rows."""
+        return self._spread(self.images_TCHH)
+
+    @property
+    def labels_SK(self) -> Tensor:
+        """The label logits' gradients, of all rows."""
+        return self._spread(self.labels_TK)
+
+    def _spread(self, part_T: Tensor) -> Tensor:
+        whole = part_T.new_zeros(self.count, *part_T.shape[1:])
+        whole[self.rows_T] = part_T
+        return whole
+
+
 @dataclass
 class PhaseResult:
     """The gradients of one phase's matching loss (before lambda) and statistics of its student.
@@ -100,8 +128,7 @@ class PhaseResult:
     """
 
     match: Match
-    image_grad_SCHH: Tensor
-    label_grad_SK: Tensor
+    by_rows: RowGradients
     gradient_sum_P: Tensor
     final_P: Tensor
     inner_losses: list[Tensor] = field(default_factory=list)
@@ -147,13 +174,20 @@ class Student:
         sum_P, final_P = torch.zeros_like(phase.start_P), phase.start_P.clone()
         sum_P[steps.span], final_P[steps.span] = sum_w, w
         matched = match(phase.start_P, phase.target_P, sum_P, synthetic.alpha, phase.span, self.loss)
-        result = _empty_result(matched, synthetic, sum_P, final_P, losses)
+        rows_T = torch.cat([batch.rows_B for batch in phase.batches]).unique()
+        by_rows = RowGradients(
+            rows_T,
+            torch.zeros_like(synthetic.images_SCHH[rows_T]),
+            torch.zeros_like(synthetic.logits_SK[rows_T]),
+            len(synthetic.images_SCHH),
+        )
         for batch, back in zip(phase.batches, steps.ways_back(), strict=True):
             if back is not None:
                 image_grad, label_grad = back(matched.direction_P[steps.span])
-                result.image_grad_SCHH.index_add_(0, batch.rows_B, image_grad)
-                result.label_grad_SK.index_add_(0, batch.rows_B, label_grad)
-        return result
+                places_B = torch.searchsorted(rows_T, batch.rows_B)
+                by_rows.images_TCHH.index_add_(0, places_B, image_grad)
+                by_rows.labels_TK.index_add_(0, places_B, label_grad)
+        return PhaseResult(matched, by_rows, sum_P, final_P, losses)
 
     def _steps(self, synthetic: SyntheticSet, phase: Phase, path: GradientPath) -> _Steps:
         if path == "captured":
@@ -400,16 +434,3 @@ class Replica:
         (loss * self._world).backward()  # the reducer averages over the ranks; the sum is needed
         gradients = [p.grad for p in self._parameters]
         return torch.cat([g.reshape(-1) for g in gradients if g is not None]), loss.detach()
-
-
-def _empty_result(
-    matched: Match, synthetic: SyntheticSet, sum_P: Tensor, final_P: Tensor, losses: list[Tensor]
-) -> PhaseResult:
-    return PhaseResult(
-        match=matched,
-        image_grad_SCHH=torch.zeros_like(synthetic.images_SCHH),
-        label_grad_SK=torch.zeros_like(synthetic.logits_SK),
-        gradient_sum_P=sum_P,
-        final_P=final_P,
-        inner_losses=losses,
-    )

@@ -10,11 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lad_dist.distill.student import SyntheticSet
+from lad_dist.distill.student import RowGradients, SyntheticSet
 from lad_dist.recipe import DistillConfig
 
 ADAM_BETA2 = 0.99
 _NAMES = ("images", "labels", "alpha")
+
+
+_LARGE = 1e12  # values below it, with rates below it, cannot leave float32 in one step
 
 
 class Gradients(Protocol):
@@ -23,9 +26,7 @@ class Gradients(Protocol):
     @property
     def loss(self) -> Tensor: ...
     @property
-    def image_grad_SCHH(self) -> Tensor: ...
-    @property
-    def label_grad_SK(self) -> Tensor: ...
+    def by_rows(self) -> RowGradients: ...
     @property
     def alpha_gradient(self) -> Tensor: ...
 
@@ -36,8 +37,7 @@ class SetGradients:
 
     loss: Tensor
     accuracy: Tensor
-    image_grad_SCHH: Tensor
-    label_grad_SK: Tensor
+    by_rows: RowGradients
 
     @property
     def alpha_gradient(self) -> Tensor:
@@ -69,20 +69,53 @@ class Optimizers:
         """Return the current set (shares the tensors)."""
         return SyntheticSet(self.images_SCHH, self.logits_SK, self.alpha)
 
-    def step(self, phases: Sequence[tuple[float, Gradients]], iteration: int = 0) -> None:
-        """Step along the sum of lambda times each phase's gradient, with the learning rates of ``iteration``."""
-        self.images_SCHH.grad = weighted_sum([(lam, r.image_grad_SCHH) for lam, r in phases])
+    def step(self, phases: Sequence[tuple[float, Gradients]], iteration: int = 0) -> bool:
+        """Step along the sum of lambda times each phase's gradient, with the learning rates of ``iteration``.
+
+        Return whether alpha stayed finite and above zero; if not, nothing but alpha has changed.
+        """
         self.alpha.grad = torch.stack([lam * r.alpha_gradient for lam, r in phases]).sum(0).to(self.alpha.dtype)
-        if self._config.labels == "soft":
-            self.logits_SK.grad = weighted_sum([(lam, r.label_grad_SK) for lam, r in phases])
+        self._step("alpha", 1.0)
+        if not bool(self.alpha.isfinite() & (self.alpha > 0)):
+            return False
         factor = schedule(self._config, iteration)
-        for name, optimizer in self._optimizers.items():
-            group = optimizer.param_groups[0]
-            lr = group["lr"]
-            group["lr"] = lr if name == "alpha" else lr * factor
-            optimizer.step()
-            group["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
+        self.images_SCHH.grad = weighted_sum([(lam, r.by_rows, r.by_rows.images_TCHH) for lam, r in phases])
+        self._step("images", factor)
+        if self._config.labels == "soft":
+            self.logits_SK.grad = weighted_sum([(lam, r.by_rows, r.by_rows.labels_TK) for lam, r in phases])
+            self._step("labels", factor)
+        return True
+
+    def _step(self, name: str, factor: float) -> None:
+        optimizer = self._optimizers[name]
+        group = optimizer.param_groups[0]
+        lr = group["lr"]
+        group["lr"] = lr * factor
+        optimizer.step()
+        group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+
+    def may_overflow(self, phases: Sequence[tuple[float, Gradients]]) -> bool:
+        """Return whether a step could take pixels or labels out of float32: some number is very large, or NaN."""
+        state = [t for name, t in self.momentum_tensors().items() if not name.endswith("alpha")]
+        largest = [_largest(t) for t in (self.images_SCHH, self.logits_SK, *state)]
+        for part in ("images_TCHH", "labels_TK"):
+            largest.append(sum(abs(lam) * _largest(getattr(r.by_rows, part)) for lam, r in phases))
+        rates = [self._optimizers[name].param_groups[0]["lr"] for name in ("images", "labels")]
+        return not all(value < _LARGE for value in (*largest, *rates))
+
+    def copy(self, whole: bool) -> dict[str, Tensor]:
+        """Return copies of alpha and its momentum, or of the ``whole`` set and all of the optimizers' state."""
+        names = _NAMES if whole else ("alpha",)
+        state = {k: t.clone() for k, t in self.momentum_tensors().items() if k.partition("_")[2] in names}
+        return {name: self._tensor(name).clone() for name in names} | state
+
+    def restore(self, kept: dict[str, Tensor], iteration: int) -> None:
+        """Put back what ``copy`` returned after ``iteration`` iterations."""
+        names = [name for name in _NAMES if name in kept]
+        for name in names:
+            self._tensor(name).copy_(kept[name])
+        self.load_momentum(kept, iteration, names)
 
     def momentum_tensors(self) -> dict[str, Tensor]:
         """Return the optimizers' state by name; a tensor that was never stepped has none."""
@@ -94,9 +127,10 @@ class Optimizers:
                     found[f"{prefix}_{name}"] = state[key]
         return found
 
-    def load_momentum(self, tensors: dict[str, Tensor], iteration: int) -> None:
-        """Restore the state that ``momentum_tensors`` returned after ``iteration`` iterations, replacing any other."""
-        for name, optimizer in self._optimizers.items():
+    def load_momentum(self, tensors: dict[str, Tensor], iteration: int, names: Sequence[str] = _NAMES) -> None:
+        """Restore the state of ``names`` as ``momentum_tensors`` returned it after ``iteration`` iterations."""
+        for name in names:
+            optimizer = self._optimizers[name]
             optimizer.state.clear()
             momentum, square = tensors.get(f"momentum_{name}"), tensors.get(f"square_{name}")
             if momentum is None:
@@ -114,12 +148,17 @@ class Optimizers:
         return {"images": self.images_SCHH, "labels": self.logits_SK, "alpha": self.alpha}[name]
 
 
-def weighted_sum(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """Return the sum of weight times tensor, holding one product at a time; on a CPU it has the bits of a sum of all."""
-    total = torch.zeros_like(parts[0][1])
-    for weight, tensor in parts:
-        total.add_(weight * tensor)
+def weighted_sum(parts: Sequence[tuple[float, RowGradients, Tensor]]) -> Tensor:
+    """Return the sum of weight times rows (T, ...), spread over S rows; on a CPU it has the bits of a sum of whole ones."""
+    _, first, rows = parts[0]
+    total = rows.new_zeros(first.count, *rows.shape[1:])
+    for weight, of, rows_T in parts:
+        total.index_add_(0, of.rows_T, weight * rows_T)
     return total
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, torch.inf)) if tensor.numel() else 0.0
 
 
 def schedule(config: DistillConfig, iteration: int) -> float:

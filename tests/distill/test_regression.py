@@ -62,8 +62,8 @@ def test_loss_and_gradients_equal_the_primal_problem(problem, rows):
     found = regress(student, synthetic, Batch(rows), torch.arange(len(rows)), theta, real, ridge=0.1)
     loss, images, labels = by_normal_equations(student, synthetic, theta, real, 0.1, rows)
     torch.testing.assert_close(found.loss, loss)
-    torch.testing.assert_close(found.image_grad_SCHH, images)
-    torch.testing.assert_close(found.label_grad_SK, labels)
+    torch.testing.assert_close(found.by_rows.images_SCHH, images)
+    torch.testing.assert_close(found.by_rows.labels_SK, labels)
     assert float(images.abs().max()) > 0 and float(labels.abs().max()) > 0
 
 
@@ -76,7 +76,7 @@ def test_features_left_out_take_no_part(problem):
     other = RealFeatures(real.features_RD + 100 * (1 - kept), real.targets_RK, real.labels_R)
     again = regress(student, synthetic, Batch(rows), rows, theta, other, ridge=0.1, kept_D=kept)
     torch.testing.assert_close(found.loss, again.loss)
-    torch.testing.assert_close(found.image_grad_SCHH, again.image_grad_SCHH)
+    torch.testing.assert_close(found.by_rows.images_SCHH, again.by_rows.images_SCHH)
 
     def rest(module, views, images, all_of=functional.features):
         return all_of(module, views, images)[:, kept == 1]
@@ -86,8 +86,8 @@ def test_features_left_out_take_no_part(problem):
         patched.setattr(functional, "features", rest)
         loss, images, labels = by_normal_equations(student, synthetic, theta, smaller, 0.1, rows)
     torch.testing.assert_close(found.loss, loss)
-    torch.testing.assert_close(found.image_grad_SCHH, images)
-    torch.testing.assert_close(found.label_grad_SK, labels)
+    torch.testing.assert_close(found.by_rows.images_SCHH, images)
+    torch.testing.assert_close(found.by_rows.labels_SK, labels)
 
 
 def test_which_features_are_kept():
@@ -161,7 +161,7 @@ def test_a_phase_that_runs_away_is_named_and_the_last_good_state_kept(pipeline_o
     def broken(self, synthetic, theta, iteration):
         result = original(self, synthetic, theta, iteration)
         if iteration == 3:
-            result.image_grad_SCHH[0] = float("nan")
+            result.by_rows.images_TCHH[0] = float("nan")
         return result
 
     with monkeypatch.context() as patch:

@@ -76,8 +76,8 @@ def test_loss_and_gradients_equal_the_plain_derivation(problem, labels):
     found = statistics.align(student, synthetic, Batch(rows), rows, labels, theta, target, 0.3, 10.0)
     loss, images, logits = by_hand(student, synthetic, theta, target, labels, 0.3, 10.0)
     torch.testing.assert_close(found.loss, loss)
-    torch.testing.assert_close(found.image_grad_SCHH, images)
-    torch.testing.assert_close(found.label_grad_SK, synthetic.logits_SK - logits)
+    torch.testing.assert_close(found.by_rows.images_SCHH, images)
+    torch.testing.assert_close(found.by_rows.labels_SK, synthetic.logits_SK - logits)
     assert float(found.accuracy) == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
     assert float(images.abs().max()) > 0
 
@@ -87,9 +87,9 @@ def test_a_part_of_the_set_leaves_the_rest_alone(problem):
     rows, labels = torch.tensor([4, 1]), torch.tensor([2, 0])
     found = statistics.align(student, synthetic, Batch(rows), torch.arange(2), labels, theta, target, 1.0, 1.0)
     untouched = [0, 2, 3, 5]
-    assert float(found.image_grad_SCHH[untouched].abs().max()) == 0
-    assert float(found.label_grad_SK[untouched].abs().max()) == 0
-    assert float(found.image_grad_SCHH[rows].abs().min()) > 0
+    assert float(found.by_rows.images_SCHH[untouched].abs().max()) == 0
+    assert float(found.by_rows.labels_SK[untouched].abs().max()) == 0
+    assert float(found.by_rows.images_SCHH[rows].abs().min()) > 0
 
 
 def test_a_batch_with_the_targets_statistics_has_only_cross_entropy(problem):
@@ -101,7 +101,7 @@ def test_a_batch_with_the_targets_statistics_has_only_cross_entropy(problem):
     target = statistics.Target(torch.stack([found[labels == c].mean(0) for c in range(3)]), ends)
     result = statistics.align(student, synthetic, Batch(rows), rows, labels, theta, target, 1.0, 10.0)
     assert float(result.loss) == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-3)
-    assert bool(result.image_grad_SCHH.isfinite().all())
+    assert bool(result.by_rows.images_SCHH.isfinite().all())
 
 
 def test_targets_are_class_means_over_all_training_images(pipeline_of, monkeypatch):

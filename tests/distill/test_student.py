@@ -117,8 +117,8 @@ class Plain(nn.Module):
 
 def quantities(result: PhaseResult) -> dict[str, Tensor]:
     return {
-        "image_grad": result.image_grad_SCHH,
-        "label_grad": result.label_grad_SK,
+        "image_grad": result.by_rows.images_SCHH,
+        "label_grad": result.by_rows.labels_SK,
         "grand_loss": result.match.loss,
         "lr_grad": result.match.alpha_gradient,
         "gradient_sum": result.gradient_sum_P,
@@ -158,7 +158,7 @@ def test_joint_phase_compares_all_weights(path):
     result = problem.student.run(problem.synthetic, joint, path)
     assert worst(quantities(result), problem.expected(joint))[0] < 1e-12
     other = problem.student.run(problem.synthetic, backbone, path)
-    assert not torch.allclose(result.image_grad_SCHH, other.image_grad_SCHH)
+    assert not torch.allclose(result.by_rows.images_SCHH, other.by_rows.images_SCHH)
     assert torch.equal(result.final_P, other.final_P)  # what is compared has no say in how the student trains
 
 
@@ -182,7 +182,7 @@ def test_an_unused_image_has_no_gradient():
     problem = Problem(torch.float32, operations=())
     problem.batches = [Batch(torch.tensor([0, 2])), Batch(torch.tensor([2, 5]))]
     result = problem.student.run(problem.synthetic, problem.phase(False), "keep")
-    norms = result.image_grad_SCHH.flatten(1).norm(dim=1)
+    norms = result.by_rows.images_SCHH.flatten(1).norm(dim=1)
     assert norms.nonzero().flatten().tolist() == [0, 2, 5]
 
 

@@ -9,7 +9,7 @@ import torch
 from textbook import Momentum
 
 from lad_dist.distill.matching import Match
-from lad_dist.distill.student import PhaseResult
+from lad_dist.distill.student import PhaseResult, RowGradients
 from lad_dist.distill.update import Optimizers, weighted_sum
 from lad_dist.recipe import DistillConfig
 
@@ -20,7 +20,10 @@ def phase_result(seed: int) -> PhaseResult:
     draws = torch.Generator().manual_seed(seed)
     zero = torch.zeros(())
     match = Match(zero, zero, torch.randn((), generator=draws), zero, zero)
-    return PhaseResult(match, torch.randn(4, 1, 3, 3, generator=draws), torch.randn(4, 2, generator=draws), zero, zero)
+    by_rows = RowGradients(
+        torch.arange(4), torch.randn(4, 1, 3, 3, generator=draws), torch.randn(4, 2, generator=draws), 4
+    )
+    return PhaseResult(match, by_rows, zero, zero)
 
 
 def config(lr=LR, momentum=MOMENTUM, **fields) -> DistillConfig:
@@ -31,7 +34,7 @@ def config(lr=LR, momentum=MOMENTUM, **fields) -> DistillConfig:
 
 def optimizers(seed: int = 0, **fields) -> Optimizers:
     draws = torch.Generator().manual_seed(seed)
-    tensors = torch.randn(4, 1, 3, 3, generator=draws), torch.randn(4, 2, generator=draws), torch.tensor(0.05)
+    tensors = torch.randn(4, 1, 3, 3, generator=draws), torch.randn(4, 2, generator=draws), torch.tensor(5.0)
     return Optimizers(*tensors, config(**fields))
 
 
@@ -49,7 +52,7 @@ def test_steps_equal_a_hand_loop():
     for step in range(4):
         both = phases(step)
         ours.step(both)
-        totals = [sum(lam * r.image_grad_SCHH for lam, r in both), sum(lam * r.label_grad_SK for lam, r in both),
+        totals = [sum(lam * r.by_rows.images_SCHH for lam, r in both), sum(lam * r.by_rows.labels_SK for lam, r in both),
                   sum(lam * r.match.alpha_gradient for lam, r in both)]  # fmt: skip
         by_hand = [rule.step(x, g) for rule, x, g in zip(rules, by_hand, totals, strict=True)]
         for a, b in zip(values(ours), by_hand, strict=True):
@@ -125,8 +128,8 @@ def test_adam_equals_torch_and_survives_saving():
     )
     for i in range(6):
         both = phases(i)
-        for x, name in ((images, "image_grad_SCHH"), (labels, "label_grad_SK")):
-            x.grad = sum(lam * getattr(r, name) for lam, r in both)
+        for x, name in ((images, "images_SCHH"), (labels, "labels_SK")):
+            x.grad = sum(lam * getattr(r.by_rows, name) for lam, r in both)
         factor = (1 + math.cos(math.pi * i / 6)) / 2
         for group, lr in zip(by_hand.param_groups, LR, strict=False):
             group["lr"] = lr * factor
@@ -148,5 +151,49 @@ def test_adam_equals_torch_and_survives_saving():
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (20, 3, 32, 32), (101, 3, 7, 7), (13, 10)])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_weighted_sum_has_the_bits_of_a_sum_of_all(shape, count):
-    parts = [(0.1 * (i + 1), torch.randn(shape, generator=torch.Generator().manual_seed(i))) for i in range(count)]
-    assert torch.equal(weighted_sum(parts), torch.stack([weight * t for weight, t in parts]).sum(0))
+    parts = []
+    for i in range(count):
+        draws = torch.Generator().manual_seed(i)
+        rows = torch.randperm(shape[0], generator=draws)[: max(1, shape[0] * (i + 1) // 3)].sort().values
+        gradients = RowGradients(rows, torch.randn(shape, generator=draws)[rows], torch.zeros(len(rows), 2), shape[0])
+        parts.append((0.1 * (i + 1), gradients, gradients.images_TCHH))
+    whole = torch.stack([weight * g.images_SCHH for weight, g, _ in parts]).sum(0)
+    assert torch.equal(weighted_sum(parts), whole)
+
+
+def test_only_alpha_moves_when_it_would_not_stay_positive():
+    o, both = optimizers(), phases(0)
+    o.step(both)
+    before, momentum = values(o), {k: t.clone() for k, t in o.momentum_tensors().items()}
+    kept = o.copy(whole=False)
+    assert set(kept) == {"alpha", "momentum_alpha"}
+    for _, r in both:
+        r.match = Match(*(torch.zeros(()),) * 2, torch.tensor(1e9), *(torch.zeros(()),) * 2)
+    assert not o.step(both) and float(o.alpha) < 0
+    o.restore(kept, 1)
+    assert all(torch.equal(a, b) for a, b in zip(values(o), before, strict=True))
+    assert all(torch.equal(t, momentum[k]) for k, t in o.momentum_tensors().items())
+
+
+@pytest.mark.parametrize("value", [1e13, float("inf"), float("nan")])
+@pytest.mark.parametrize("where", ["images", "labels", "momentum", "gradient", "label gradient"])
+def test_what_may_overflow(where, value):
+    o, both = optimizers(), phases(1)
+    o.step(phases(0))
+    assert not o.may_overflow(both)
+    rows = both[1][1].by_rows
+    tensors = {"images": o.images_SCHH, "labels": o.logits_SK, "momentum": o.momentum_tensors()["momentum_images"],
+               "gradient": rows.images_TCHH, "label gradient": rows.labels_TK}  # fmt: skip
+    tensors[where].flatten()[-1] = value
+    assert o.may_overflow(both)
+
+
+def test_a_whole_copy_puts_everything_back():
+    o = optimizers(optimizer="adam", iterations=6)
+    o.step(phases(0))
+    before, kept = values(o), o.copy(whole=True)
+    momentum = {k: t.clone() for k, t in o.momentum_tensors().items()}
+    o.step(phases(1), 1)
+    o.restore(kept, 1)
+    assert all(torch.equal(a, b) for a, b in zip(values(o), before, strict=True))
+    assert all(torch.equal(t, momentum[k]) for k, t in o.momentum_tensors().items())

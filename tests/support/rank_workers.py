@@ -49,8 +49,8 @@ def student_gradients(
     result = student.run(synthetic, phase, path)
     calls = {k: n - before.get(k, 0) for k, n in ranks.calls.items() if n > before.get(k, 0)}
     return {
-        "images": result.image_grad_SCHH,
-        "labels": result.label_grad_SK,
+        "images": result.by_rows.images_SCHH,
+        "labels": result.by_rows.labels_SK,
         "sum": result.gradient_sum_P,
         "final": result.final_P,
         "alpha": result.match.alpha_gradient,
