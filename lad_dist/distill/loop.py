@@ -52,7 +52,7 @@ from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import Stage
 
 CHECKPOINT_SECONDS = 60.0  # between checkpoints, in addition to those of distill.checkpoint_every
-_ROWS = 1024  # images whose gradients are squared at a time
+_ROWS = 128  # images whose gradients are squared at a time
 _NORMS_BY_CLASS = 200  # classes up to which every iteration records each class's norm, else those of three groups
 _FIRST_SECONDS = 1.0  # until a process's first checkpoint
 
@@ -415,7 +415,10 @@ class Distillation:
     ) -> _Agreed:
         """Combine what depends on every rank, or on rank 0's clock: one sum of 3 + 2 x phases + K numbers."""
         total_sCHH = weighted_sum([(weight, g.by_rows, g.by_rows.images_TCHH) for weight, g in gradients])
-        squares_s = torch.cat([part.flatten(1).double().square().sum(1) for part in total_sCHH.split(_ROWS)])
+        squares_s = total_sCHH.new_empty(len(total_sCHH), dtype=torch.float64)
+        for images, squares in zip(total_sCHH.split(_ROWS), squares_s.split(_ROWS), strict=True):
+            squares.copy_(images.flatten(1).double().square().sum(1))
+        del total_sCHH  # as large as the set
         squares_K = squares_s.new_zeros(self.classes).index_add_(0, self._class_of_s, squares_s)
         broken = [
             torch.stack([g.loss, g.alpha_gradient, g.by_rows.images_TCHH.sum(), g.by_rows.labels_TK.sum()])

@@ -75,12 +75,10 @@ def dataset_info(config: DataConfig) -> DatasetInfo:
     """
     try:
         counts, test, pixels = look(config.model_copy(update={"download": False}))
-    except DataError as absent:
+    except DataError:
         known = published(config)
         if known is None:
-            raise DataError(
-                f"plan: a data set without published statistics must be on this machine; {absent}"
-            ) from absent
+            raise
         return known
     return DatasetInfo(pixels.channels, pixels.size, counts, test, "the data set's files")
 
