@@ -1,16 +1,30 @@
-"""Student steps as functions that are captured once and replayed: with a stand-in for CUDA graphs, and on a GPU with them."""
+"""Steps as functions that are captured once and replayed: with a stand-in for CUDA graphs, and on a GPU with them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
+from lad_dist.data.prepare import prepare
 from lad_dist.distill.memory import faster
 from lad_dist.distilled import DistilledSet
+from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train
+from lad_dist.experts.train import ExpertTrainer
+from lad_dist.labeller import Labeller
 from lad_dist.models.captured import MOST, Captured
+from lad_dist.models.convnet import build, flat_parameters
+from lad_dist.models.layout import Layout
 from lad_dist.progress import read_events
 from lad_dist.ranks import ALONE
+from lad_dist.recipe import AugmentConfig, ModelConfig
+from lad_dist.trajectories import Buffer
 from tests.distill.test_student import Problem, quantities, worst
+
+SETTINGS = Settings(epochs=4, batch=4, lr=0.05, momentum=0.9, weight_decay=5e-4, decay=0.1,
+                    augment=AugmentConfig(operations=("crop", "flip")))  # fmt: skip
 
 
 class Graphs:
@@ -121,6 +135,98 @@ def test_auto_measures_on_a_gpu(pipeline_of, graphs):
     assert started["gradient"] in ("keep", "captured") and "time per iteration: keep" in started["why"]
     images = [DistilledSet.load(p.run.distilled).images for p in (ours, theirs)]
     torch.testing.assert_close(*images, rtol=1e-5, atol=1e-6)
+
+
+# --- experts, teachers and evaluated networks --------------------------------------------------------------------------
+
+MIXED = {"cutmix": 0.4, "mixup": 0.3, "momentum": 0.9, "gsam_rho": 0.0, "logit_adjustment": 1.0, "classifier_epochs": 0}
+
+
+def expert_of(recipe, folder, device="cpu") -> dict[tuple[str, int], np.ndarray]:
+    """Every checkpoint of expert 0."""
+    data = prepare(recipe, folder / "whitening.safetensors", torch.device(device))
+    list(ExpertTrainer(recipe, data, folder / "buffer").train(0))
+    buffer = Buffer(folder / "buffer")
+    stages = ("representation", "classifier") if recipe.experts.classifier_epochs else ("representation",)
+    return {(s, t): buffer.read(s, 0, t) for s in stages for t in buffer.epochs(s, 0)}
+
+
+@pytest.mark.parametrize(("method", "experts"), [("lad", {}), ("aligned", MIXED)])
+def test_experts_steps_are_replayed(graphs, small_recipe, tmp_path, monkeypatch, method, experts):
+    recipe = small_recipe(method=method, experts=experts)
+    found = expert_of(recipe, tmp_path / "graphs")
+    assert graphs.replayed > 2 * graphs.made > 0  # each is tried twice
+    made = graphs.made
+    monkeypatch.setattr(Captured, "applies", staticmethod(lambda device: False))
+    expected = expert_of(recipe, tmp_path / "eager")
+    assert graphs.made == made and found.keys() == expected.keys()
+    assert all(np.array_equal(found[at], expected[at]) for at in expected)
+
+
+def trained(network, settings=SETTINGS, labelled=False, device="cpu") -> torch.Tensor:
+    """The weights after training on random images, with labels of their own or of a teacher of all views."""
+    draws = torch.Generator().manual_seed(0)
+    images = torch.randn(10, 1, 8, 8, generator=draws).to(device)
+    p = torch.randn(10, 3, generator=draws).softmax(1).to(device)
+    of = TrainingSet(rows_of(images, p), 10, np.arange(10) % 3)
+    if labelled:
+        config = ModelConfig(width=4, depth=2)
+        views = [
+            Layout.of(network).views(flat_parameters(build(1, 8, 3, 4, 2, seed=i, purpose=("t",)))) for i in (1, 2)
+        ]
+        label = Labeller(config, (1, 8, 3), [{k: v.clone() for k, v in each.items()} for each in views], 1.0)
+        of = replace(of, label_views=label, label_logits=label.logits)
+    network.to(device)
+    train(network, of, settings, 0, ("test",), lambda: None)
+    return torch.cat([p.detach().flatten() for p in network.parameters()]).cpu()
+
+
+EVALUATIONS = [
+    (SETTINGS, False),
+    (SETTINGS, True),
+    (replace(SETTINGS, logit_adjustment=1.0), False),
+    (replace(SETTINGS, optimizer="adamw", lr=0.001, cutmix=0.5, label_loss="logits", ema=0.9), True),
+]
+
+
+@pytest.mark.parametrize(("settings", "labelled"), EVALUATIONS, ids=["plain", "teacher", "adjusted", "rldd"])
+def test_networks_steps_are_replayed(graphs, monkeypatch, settings, labelled):
+    found = trained(small(), settings, labelled)
+    sizes = {4, 2}
+    assert graphs.made == len(sizes) * (2 if labelled else 1)
+    monkeypatch.setattr(Captured, "applies", staticmethod(lambda device: False))
+    assert torch.equal(found, trained(small(), settings, labelled))
+
+
+def small() -> torch.nn.Module:
+    return build(1, 8, 3, 4, 2, seed=0, purpose=("test",))
+
+
+def test_a_network_with_running_statistics_is_not_captured(graphs):
+    """A replay, and the warm-ups before a capture, would count batches that were not trained on."""
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(144, 3)
+    )
+    trained(network)
+    assert graphs.made == 0 and int(network[1].num_batches_tracked) == SETTINGS.epochs * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("settings", "labelled"), EVALUATIONS, ids=["plain", "teacher", "adjusted", "rldd"])
+def test_networks_on_a_gpu(caplog, settings, labelled):
+    there, here = (trained(small(), settings, labelled, device) for device in ("cuda", "cpu"))
+    assert float((there - here).abs().max()) < 2e-2 and caplog.records == []  # TF32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("method", "experts"), [("lad", {}), ("aligned", MIXED)])
+def test_experts_on_a_gpu(caplog, small_recipe, tmp_path, method, experts):
+    recipe = small_recipe(method=method, experts=experts)
+    there, here = (expert_of(recipe, tmp_path / device, device) for device in ("cuda", "cpu"))
+    assert caplog.records == [] and there.keys() == here.keys()
+    assert all(np.abs(there[at] - here[at]).max() < 2e-2 for at in here)
 
 
 @pytest.mark.gpu
