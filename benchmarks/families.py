@@ -317,7 +317,7 @@ def main() -> None:
     mine = {"--write", "--report-only", "--out", str(args.out)}
     shown = " ".join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a not in mine)])
     text = (
-        f"# {recipe.name}: images x labels\n\n{(args.out / MACHINE).read_text()}, {args.workers} processes of one thread; "
+        f"# {recipe.name}: images x labels\n\n{(args.out / MACHINE).read_text()}, {args.workers} command{'s' * (args.workers > 1)} of one thread at a time; "
         f"command: `python benchmarks/{shown}`.\nPercent; mean over seeds (each the mean of its networks) ± the standard "
         "deviation over seeds; head, medium and tail\nare thirds of the classes by training count. Last epoch, test set. "
         f"Teachers: the experts of {recipe.name}, for all rows.\n\n{table(args)}\n\n{costs(args)}\n"
