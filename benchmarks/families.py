@@ -263,7 +263,10 @@ def gpu() -> str:
 
 def work(args: argparse.Namespace, kinds: list[str]) -> None:
     """Teachers and experts, shared by all cells of a factor; then the sets; then the networks."""
-    (args.out / MACHINE).write_text(f"{date.today().isoformat()}, {cpu() if args.device == 'cpu' else gpu()}")
+    now = f"{date.today().isoformat()}, {cpu() if args.device == 'cpu' else gpu()}"
+    file = args.out / MACHINE
+    known = file.read_text().splitlines() if file.exists() else []
+    file.write_text("\n".join(dict.fromkeys([*known, now])))
 
     def together(tasks: list[tuple[Cell, str, list[str]]]) -> None:
         with ThreadPoolExecutor(args.workers) as pool:
@@ -314,11 +317,13 @@ def main() -> None:
     kinds = [k for k in ("aligned", "lad", "hybrid") if sources(args, k) or (k == "lad" and sources(args, "hybrid"))]
     if not args.report_only:
         work(args, kinds)
+    file = args.out / MACHINE
+    machines = "; ".join(file.read_text().splitlines()) if file.exists() else "machine not recorded"
     mine = {"--write", "--report-only", "--out", str(args.out)}
     shown = " ".join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a not in mine)])
     text = (
-        f"# {recipe.name}: images x labels\n\n{(args.out / MACHINE).read_text()}, {args.workers} command{'s' * (args.workers > 1)} of one thread at a time; "
-        f"command: `python benchmarks/{shown}`.\nPercent; mean over seeds (each the mean of its networks) ± the standard "
+        f"# {recipe.name}: images x labels\n\n{machines}, {args.workers} command{'s' * (args.workers > 1)} of one thread "
+        f"at a time; command: `python benchmarks/{shown}`.\nPercent; mean over seeds (each the mean of its networks) ± the standard "
         "deviation over seeds; head, medium and tail\nare thirds of the classes by training count. Last epoch, test set. "
         f"Teachers: the experts of {recipe.name}, for all rows.\n\n{table(args)}\n\n{costs(args)}\n"
     )

@@ -60,9 +60,14 @@ class Labeller:
         """Return the network on the images' device, with the weights moved there."""
         if self._network is None or self.weights[0][next(iter(self.weights[0]))].device != device:
             channels, size, classes = self.shape
+            self.release()  # graphs read the weights where they were
             self._network = build(self.model, channels, size, classes, seed=0, purpose=("template",)).to(device)
             self.weights = [{name: tensor.to(device) for name, tensor in one.items()} for one in self.weights]
         return self._network
+
+    def release(self) -> None:
+        """Free the memory of graphs on a GPU."""
+        self._captured.clear()
 
     @property
     def bytes(self) -> int:

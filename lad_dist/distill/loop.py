@@ -351,8 +351,11 @@ class Distillation:
         for phase, other in others.items():
             figures |= {f"loss_{phase}": float(other.loss), f"accuracy_{phase}": float(other.accuracy)}
         with deferred():  # includes the event: an iteration without its record could not be replayed
-            good = state.optimizers.step(gradients, state.iteration) and (not agreed.large or state.finite())
-            if float(self.ranks.total(torch.tensor(0.0 if good else 1.0, device=self.device))) == 0:
+            good = self._everywhere(state.optimizers.step_alpha(gradients))
+            if good:
+                state.optimizers.step_set(gradients, state.iteration)
+                good = not agreed.large or self._everywhere(state.finite())
+            if good:
                 state.iteration += 1
             else:
                 state.optimizers.restore(kept, state.iteration)
@@ -379,6 +382,10 @@ class Distillation:
             )
         shown = {f"loss {phase}": figures[f"loss_{phase}"] for phase in self.recipe.phases}
         return {**shown, "alpha": float(state.alpha)}
+
+    def _everywhere(self, good: bool) -> bool:
+        """Return whether it is good on every rank. All ranks call it."""
+        return float(self.ranks.total(torch.tensor(0.0 if good else 1.0, device=self.device))) == 0
 
     def _regress(self, synthetic: SyntheticSet, theta_P: Tensor, iteration: int) -> SetGradients:
         """Run the regression phase of an iteration. All ranks call it."""
@@ -534,8 +541,8 @@ class Distillation:
 class _Agreed:
     """Values summed over the ranks.
 
-    ``stop``: a rank was asked to stop. ``save``: a checkpoint is due by time. ``large``: a step may overflow on a rank, so
-    all keep a copy to put back; copies would need twice the set's memory. Per phase: ``broken``, non-zero if not
+    ``stop``: a rank was asked to stop. ``save``: a checkpoint is due by time. ``large``: a step may overflow on some
+    rank; only then do all ranks copy the set first, which takes up to twice its memory more. Per phase: ``broken``, non-zero if not
     finite, and the student's mean loss. ``class_squares_K``: squared norm of each class's total pixel gradient.
     """
 

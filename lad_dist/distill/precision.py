@@ -32,8 +32,8 @@ def cosines_to_float32(
     found = []
     for phase in phases:
         with _computing_in(student.module, "float32", afterwards="bfloat16"):
-            exact = student.run(synthetic, phase, path).by_rows.images_SCHH.double()
-        rough = student.run(synthetic, phase, path).by_rows.images_SCHH.double()
+            exact = student.run(synthetic, phase, path).by_rows.images_TCHH.double()
+        rough = student.run(synthetic, phase, path).by_rows.images_TCHH.double()
         sums = torch.stack([(exact * rough).sum(), exact.square().sum(), rough.square().sum()])
         dot, first, second = ranks.total(sums).tolist()
         found.append(dot / max((first * second) ** 0.5, 1e-300))

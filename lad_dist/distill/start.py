@@ -126,6 +126,7 @@ def _crops(
     else:
         on_device = images_SCHH.to(data.device)
         logits_SK = torch.cat([teachers.logits(x) for x in on_device.split(512)]).cpu() / d.label_temperature
+    teachers.release()
     source = {"images_no_expert_classified": 0, "images_repeated": repeats}
     events.emit("initial-set", indices=indices_S.tolist(), experts=list(windows.experts), **source)
     screen.say(f"distill: {len(images_SCHH)} initial images: crops of real ones; {repeats} repeated")

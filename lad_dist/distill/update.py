@@ -15,8 +15,6 @@ from lad_dist.recipe import DistillConfig
 
 ADAM_BETA2 = 0.99
 _NAMES = ("images", "labels", "alpha")
-
-
 _LARGE = 1e12  # values below it, with rates below it, cannot leave float32 in one step
 
 
@@ -69,22 +67,25 @@ class Optimizers:
         """Return the current set (shares the tensors)."""
         return SyntheticSet(self.images_SCHH, self.logits_SK, self.alpha)
 
-    def step(self, phases: Sequence[tuple[float, Gradients]], iteration: int = 0) -> bool:
-        """Step along the sum of lambda times each phase's gradient, with the learning rates of ``iteration``.
+    def step(self, phases: Sequence[tuple[float, Gradients]], iteration: int = 0) -> None:
+        """Step along the sum of lambda times each phase's gradient, with the learning rates of ``iteration``."""
+        self.step_alpha(phases)
+        self.step_set(phases, iteration)
 
-        Return whether alpha stayed finite and above zero; if not, nothing but alpha has changed.
-        """
+    def step_alpha(self, phases: Sequence[tuple[float, Gradients]]) -> bool:
+        """Step alpha alone; return whether it stayed finite and above zero."""
         self.alpha.grad = torch.stack([lam * r.alpha_gradient for lam, r in phases]).sum(0).to(self.alpha.dtype)
         self._step("alpha", 1.0)
-        if not bool(self.alpha.isfinite() & (self.alpha > 0)):
-            return False
+        return bool(self.alpha.isfinite() & (self.alpha > 0))
+
+    def step_set(self, phases: Sequence[tuple[float, Gradients]], iteration: int) -> None:
+        """Step pixels and labels alone."""
         factor = schedule(self._config, iteration)
         self.images_SCHH.grad = weighted_sum([(lam, r.by_rows, r.by_rows.images_TCHH) for lam, r in phases])
         self._step("images", factor)
         if self._config.labels == "soft":
             self.logits_SK.grad = weighted_sum([(lam, r.by_rows, r.by_rows.labels_TK) for lam, r in phases])
             self._step("labels", factor)
-        return True
 
     def _step(self, name: str, factor: float) -> None:
         optimizer = self._optimizers[name]

@@ -238,7 +238,8 @@ class _Batch:
 class _Step:
     """The networks' losses (R,) on a batch each, and the flat gradient of all weights: what a GPU captures as one graph.
 
-    Called with the tensors of every batch, one after the other. A network with buffers changes them.
+    Called with the tensors of every batch, one after the other. A network with buffers changes them. A parameter that the
+    logits do not depend on has the gradient zero, so weight decay alone moves it.
     """
 
     def __init__(self, module: nn.Module, stacked: bool, sets: Sequence[TrainingSet], settings: Settings) -> None:

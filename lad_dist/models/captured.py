@@ -50,6 +50,10 @@ class Captured:
         """Return whether graphs are used on this device."""
         return device.type == "cuda"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the graphs out of copies and pickles; they are captured anew."""
+        return {"_what": self._what, "_known": {}, "_pool": None, "_warned": self._warned}
+
     def clear(self) -> None:
         """Free the graphs' memory."""
         self._known.clear()

@@ -168,7 +168,8 @@ class Steps:
         if stage == "evaluate":
             return self._training
         path: GradientPath = "keep" if what == "keep" else "recompute"
-        if self.device.type == "cuda" and self.recipe.distill.gradient in ("auto", "captured"):
+        asked, convnet = self.recipe.distill.gradient, self.recipe.model.network == "convnet"
+        if self.device.type == "cuda" and (asked == "captured" or (asked == "auto" and convnet)):
             path = "captured"
         return lambda images: self._student(stage, path, images)
 
@@ -217,5 +218,7 @@ class Steps:
         def gradients(views: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return torch.autograd.grad(F.cross_entropy(self.module(views), labels), weights, materialize_grads=True)
 
-        captured = Captured("networks' steps")
+        captured: Callable[..., object] = Captured("networks' steps")
+        if any(True for _ in self.module.buffers()):
+            return lambda: gradients(augment.apply(images, self._draw(count)), labels)
         return lambda: captured(gradients, augment.apply(images, self._draw(count)), labels)

@@ -352,7 +352,7 @@ def continued(
     other = [name for name in found if found[name] != expected[name]]
     if other:
         return "other result", ", ".join(other)
-    hidden = (p for p in (folder / "run").rglob(".*") if not p.is_symlink())  # submitit keeps links to its scripts
+    hidden = (p for p in (folder / "run").rglob(".*") if not p.name.startswith(".submission_file_"))  # submitit's links
     left = sorted(str(p.relative_to(folder)) for p in hidden)
     if left:
         return "left behind", ", ".join(left)[:300]

@@ -223,7 +223,7 @@ def test_data_that_are_here_are_looked_at():
 
 
 def test_unknown_data_that_are_not_here():
-    with pytest.raises(DataError, match="nowhere.parquet"):
+    with pytest.raises(DataError, match=r"nowhere\.parquet"):
         dataset_info(DataConfig(dataset="parquet", train="nowhere.parquet", test="nowhere.parquet"))
 
 
