@@ -323,8 +323,8 @@ def main() -> None:
     shown = " ".join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a not in mine)])
     text = (
         f"# {recipe.name}: images x labels\n\n{machines}, {args.workers} command{'s' * (args.workers > 1)} of one thread "
-        f"at a time; command: `python benchmarks/{shown}`.\nPercent; mean over seeds (each the mean of its networks) ± the standard "
-        "deviation over seeds; head, medium and tail\nare thirds of the classes by training count. Last epoch, test set. "
+        f"at a time; command: `python benchmarks/{shown}`.\nPercent; mean over seeds (each the mean of its networks) ± the "
+        "standard deviation over seeds; head, medium and tail\nare thirds of the classes by training count. Last epoch, test set. "
         f"Teachers: the experts of {recipe.name}, for all rows.\n\n{table(args)}\n\n{costs(args)}\n"
     )
     print(text)
