@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -320,7 +321,7 @@ def main() -> None:
     file = args.out / MACHINE
     machines = "; ".join(file.read_text().splitlines()) if file.exists() else "machine not recorded"
     mine = {"--write", "--report-only", "--out", str(args.out)}
-    shown = " ".join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a not in mine)])
+    shown = shlex.join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a not in mine)])
     text = (
         f"# {recipe.name}: images x labels\n\n{machines}, {args.workers} command{'s' * (args.workers > 1)} of one thread "
         f"at a time; command: `python benchmarks/{shown}`.\nPercent; mean over seeds (each the mean of its networks) ± the "

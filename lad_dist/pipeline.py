@@ -555,8 +555,8 @@ def open_pipeline(
 
     ``keep_recipe``: see ``RunDir.open``; ``listener``: see ``Events``. For a new folder, the data are loaded
     first, and networks and sets that the recipe names are tried, so that nothing is written if they are refused:
-    the corrected recipe finds the folder free. Raises DataError, DistilledError, RecipeError, RunDirError, and what ``RunDir.open``
-    raises.
+    the corrected recipe finds the folder free. Raises DataError, DistilledError, RecipeError, RunDirError, and what
+    ``RunDir.open`` raises.
     """
     accepted = None
     if (out / "recipe.yaml").exists():

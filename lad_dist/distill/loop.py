@@ -384,7 +384,7 @@ class Distillation:
         return {**shown, "alpha": float(state.alpha)}
 
     def _everywhere(self, good: bool) -> bool:
-        """Return whether it is good on every rank. All ranks call it."""
+        """Return whether ``good`` holds on every rank. All ranks call it."""
         return float(self.ranks.total(torch.tensor(0.0 if good else 1.0, device=self.device))) == 0
 
     def _regress(self, synthetic: SyntheticSet, theta_P: Tensor, iteration: int) -> SetGradients:
@@ -542,8 +542,9 @@ class _Agreed:
     """Values summed over the ranks.
 
     ``stop``: a rank was asked to stop. ``save``: a checkpoint is due by time. ``large``: a step may overflow on some
-    rank; only then do all ranks copy the set first, which takes up to twice its memory more. Per phase: ``broken``, non-zero if not
-    finite, and the student's mean loss. ``class_squares_K``: squared norm of each class's total pixel gradient.
+    rank; only then do all ranks copy the set first, which takes up to three times its memory more. Per phase: ``broken``,
+    non-zero if not finite, and the student's mean loss. ``class_squares_K``: squared norm of each class's total pixel
+    gradient.
     """
 
     stop: bool

@@ -216,9 +216,8 @@ class Steps:
         images, labels, weights = self._images(count), self._labels(count), list(self.module.parameters())
 
         def gradients(views: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return torch.autograd.grad(F.cross_entropy(self.module(views), labels), weights, materialize_grads=True)
+            found = torch.autograd.grad(F.cross_entropy(self.module(views), labels), weights)
+            return (torch.cat([g.flatten() for g in found]),)  # compared as a whole: some of it is rounding errors
 
-        captured: Callable[..., object] = Captured("networks' steps")
-        if any(True for _ in self.module.buffers()):
-            return lambda: gradients(augment.apply(images, self._draw(count)), labels)
+        captured = Captured("networks' steps")
         return lambda: captured(gradients, augment.apply(images, self._draw(count)), labels)
