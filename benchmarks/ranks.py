@@ -38,10 +38,10 @@ from lad_dist.models.convnet import build, flat_parameters
 from lad_dist.plan import estimate
 from lad_dist.plan.dataset_info import published
 from lad_dist.plan.memory import Batches
-from lad_dist.plan.scaling import RANK_COUNTS, Link, Network, Scaling, advice, phases_of, scaling
+from lad_dist.plan.scaling import RANK_COUNTS, Link, Network, Scaling, advice, phases_of, scaling, several_of
 from lad_dist.plan.shapes import Shapes
 from lad_dist.plan.speed import CARDS, LINKS, gpu_step
-from lad_dist.ranks import ALONE, ProcessRank, Ranks
+from lad_dist.ranks import ALONE, ProcessRank, Ranks, groups_of
 from lad_dist.recipe import AugmentConfig
 from lad_dist.seeds import rng
 
@@ -53,6 +53,7 @@ SIZES = (2**10, 2**14, 2**17, 2**19, 2**20, 2**22)  # bytes of a sum
 BUCKETS_MB = (0.1, 0.25, 0.5, 1.0, 25.0)
 BUCKET_WIDTHS = (64, 128)
 PREDICTED = ("cifar10-lt-f100-ipc50", "imagenet-lt-f256-ipc10")
+FEW_IMAGES = "cifar10-lt-f100-ipc10"  # where more ranks stop helping first
 CARD = "a100"
 
 
@@ -107,8 +108,8 @@ def measure_on_rank(out: str, settings: dict[str, Any]) -> None:
     with ranks_module.joined(where, device) as ranks:
         found = {
             "iterations": {path: iterations(ranks, device, s, path) for path in PATHS},
-            "sums": {str(count): sums(ranks, device, count) for count in SIZES},
-            "buckets": {str(width): buckets(ranks, device, s, width) for width in BUCKET_WIDTHS},
+            "sums": {str(count): sums(ranks, device, count) for count in s.sums},
+            "buckets": {str(width): buckets(ranks, device, s, width) for width in s.bucket_widths},
         }
     if ranks.first:
         Path(out).write_text(json.dumps(found))
@@ -283,19 +284,19 @@ NETWORKS = {
 }
 
 
-def predicted(job: str, network: Network) -> tuple[Scaling, ...]:
+def predicted(job: str, network: Network, windows: int = 1, worlds: Sequence[int] = RANK_COUNTS) -> tuple[Scaling, ...]:
     """An iteration of a shipped recipe on 1 to 64 GPUs of ``CARD``, from what is published about its data."""
-    recipe = recipe_file.load(ROOT / "jobs" / f"{job}.yaml")
+    recipe = recipe_file.load(ROOT / "jobs" / f"{job}.yaml", [f"distill.windows={windows}"])
     facts = published(recipe.data)
     assert facts is not None
     shapes, total = estimate.shapes_of(recipe, facts), facts.classes * recipe.ipc
     free = int(CARDS[CARD].memory * 0.95)
 
     def phases(world: int) -> Any:
-        path, _ = estimate.choose_path(recipe, shapes, free, Batches(total, recipe.distill.batch, world))
+        path, _ = estimate.choose_path(recipe, shapes, free, Batches.of(recipe, shapes, world))
         return phases_of(recipe, shapes, path, lambda kind: gpu_step(kind, shapes, CARDS[CARD]))
 
-    return scaling(phases, total, recipe.distill.batch, RANK_COUNTS, network)
+    return scaling(phases, total, recipe.distill.batch, worlds, network, several_of(recipe, shapes))
 
 
 def predicted_table(job: str) -> str:
@@ -310,12 +311,27 @@ def predicted_table(job: str) -> str:
     return "\n".join(lines)
 
 
+def windows_table() -> str:
+    """Several windows at a time on groups of ranks, for the smallest shipped set of CIFAR-10-LT, as Markdown."""
+    lines = [
+        f"| GPUs | windows an iteration | groups x GPUs | images a step | {' | '.join(NETWORKS)} |",
+        "|---" * (4 + len(NETWORKS)) + "|",
+    ]
+    for world in (8, 64):
+        for windows in (1, 4, 8, 16, 64):
+            rows = [predicted(FEW_IMAGES, network, windows, (world,))[0] for network in NETWORKS.values()]
+            groups = groups_of(windows, world)
+            cells = " | ".join(f"{r.seconds:.3g} s ({r.efficiency:.0%})" for r in rows)
+            lines.append(f"| {world} | {windows} | {groups} x {world // groups} | {rows[0].share:.3g} | {cells} |")
+    return "\n".join(lines)
+
+
 def blocks() -> dict[str, str]:
     """The generated parts of docs/scaling.md, by name."""
     results = json.loads((RESULTS / "ranks.json").read_text())
     made = {"measured": f"{heading(results)}\n\n{measured_table(results)}", "sums": sums_table(results)}
     made["buckets"] = buckets_table(results)
-    return made | {job: predicted_table(job) for job in PREDICTED}
+    return made | {job: predicted_table(job) for job in PREDICTED} | {"windows": windows_table()}
 
 
 def refreshed(page: str, made: dict[str, str]) -> str:
@@ -353,7 +369,7 @@ def report(results: dict[str, Any]) -> str:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured, with where and how."""
     keys = ("width", "depth", "shape", "classes", "ipc", "batch", "steps", "repeats", "world", "threads", "device")
-    settings = {key: getattr(args, key) for key in keys}
+    settings = {key: getattr(args, key) for key in keys} | {"sums": SIZES, "bucket_widths": BUCKET_WIDTHS}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         ranks_module.launch(args.world, measure_on_rank, (str(out), settings), restarts=0, say=print)

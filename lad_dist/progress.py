@@ -161,7 +161,7 @@ class EventTail:
     start: the last bytes read are compared first, which also detects a replacement of equal or greater length.
 
     ``skim``: of many unread lines, leave out epochs of experts that have had two later ones in the same stage, without
-    decoding them: a log of 1,000 experts has 100,000 such lines. The last ``_NOT_SKIMMED`` lines are all there.
+    decoding them: a log of 1,000 experts has 100,000 such lines. The last ``_NOT_SKIMMED`` bytes are all there.
     """
 
     def __init__(self, path: Path, skim: bool = False) -> None:
@@ -188,11 +188,14 @@ class EventTail:
 
     def _new(self, file: BinaryIO) -> Iterator[Event]:
         with file:
-            left_out = _outdated(file) if self.skim else frozenset[int]()
-            for number, line in enumerate(file):
+            left_out = iter(_outdated(file) if self.skim else ())
+            skipped = next(left_out, math.inf)  # a position in the next line to leave out
+            for line in file:
                 if not line.endswith(b"\n"):
                     return
-                if number in left_out:
+                while skipped < self._offset:  # the last line had two
+                    skipped = next(left_out, math.inf)
+                if skipped < self._offset + len(line):
                     self._offset += len(line)  # never the last line, which ``_before`` must end with
                     continue
                 self._offset += len(line)
@@ -203,24 +206,24 @@ class EventTail:
 
 
 _SKIM_FROM = 2**20  # unread bytes; fewer are decoded at once
-_NOT_SKIMMED = 2000
+_NOT_SKIMMED = 2**18  # bytes at the end
+_READ_AT_ONCE = 2**24
 _EPOCH = re.compile(rb'"kind": ?"expert-epoch", ?"expert": ?([0-9]+), ?"stage": ?"(\w+)"')
 
 
-def _outdated(file: BinaryIO) -> frozenset[int]:
-    """Return the numbers of the unread lines that ``EventTail.skim`` leaves out; the position stays."""
-    at = file.tell()
-    if os.fstat(file.fileno()).st_size - at < _SKIM_FROM:
-        return frozenset()
+def _outdated(file: BinaryIO) -> list[int]:
+    """Return a position in each unread line that ``EventTail.skim`` leaves out, ascending; the file's own stays."""
+    begin, size = file.tell(), os.fstat(file.fileno()).st_size
+    if size - begin < _SKIM_FROM:
+        return []
     by_expert: dict[tuple[bytes, ...], list[int]] = {}
-    count = 0
-    for line in file:
-        found = _EPOCH.search(line)
-        if found is not None:
-            by_expert.setdefault(found.groups(), []).append(count)
-        count += 1
-    file.seek(at)
-    return frozenset(n for numbers in by_expert.values() for n in numbers[:-2] if n < count - _NOT_SKIMMED)
+    at = begin
+    while part := file.read(_READ_AT_ONCE):  # a line that two parts share is not left out
+        for found in _EPOCH.finditer(part):
+            by_expert.setdefault(found.groups(), []).append(at + found.start())
+        at += len(part)
+    file.seek(begin)
+    return sorted(at for places in by_expert.values() for at in places[:-2] if at < size - _NOT_SKIMMED)
 
 
 # Fields that readers rely on. A field of another type counts as absent; an event without its identifying fields is

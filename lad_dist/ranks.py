@@ -5,6 +5,7 @@ A rank is one process with one device. Callers of each collective:
     total       distill/student.py: the gradient of one student step, once per step and phase. Nothing else in the loop.
     replicate   distill/student.py: the same sum, by DistributedDataParallel's reducer, where no graph is kept.
     total       distill/loop.py: once per iteration, a few numbers on which all ranks must agree (finite? stop? losses).
+    total       distill/loop.py: once per iteration and phase, between groups, gradients of several windows (``split``).
     share       distill/loop.py: once, data that only rank 0 has read (images' facts, the initial set).
     gather      distill/state.py and loop.py: once per checkpoint, and once at the start, small Python values.
 
@@ -14,6 +15,7 @@ A rank is one process with one device. Callers of each collective:
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -44,11 +46,16 @@ _ROLL_CALL = 5.0  # seconds that the remaining ranks wait for each other's repor
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among ``world`` processes. ``calls`` counts the collectives by name."""
+    """This process among ``world`` processes. ``calls`` counts the collectives by name.
+
+    ``members``: the numbers of these processes among all, where they are a part of them, and ``group`` is torch's.
+    """
 
     rank: int = 0
     world: int = 1
     calls: Counter[str] = field(default_factory=Counter, compare=False)
+    members: tuple[int, ...] = ()
+    group: Any = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -61,7 +68,7 @@ class Ranks:
             import torch.distributed as dist
 
             with self._naming_the_missing("total"):
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def replicate(self, module: nn.Module) -> nn.Module:
@@ -72,12 +79,38 @@ class Ranks:
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
             self.calls["bucket"] += 1
-            return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+            return allreduce_hook(self.group, bucket)
 
         with self._naming_the_missing("replicate"):
-            wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)  # networks here have no buffers
+            wrapped = DistributedDataParallel(  # networks here have no buffers
+                module, process_group=self.group, gradient_as_bucket_view=True
+            )
             wrapped.register_comm_hook(None, lambda _, bucket: counted(bucket))
         return wrapped
+
+    def split(self, count: int) -> Groups:
+        """Split all ranks into ``count`` groups of neighbours. All ranks call it, once; ``count`` divides their number."""
+        assert not self.members and self.world % count == 0, f"{self.world} ranks in {count} groups"
+        size = self.world // count
+        if count == 1:
+            return Groups(0, 1, self, Ranks(calls=self.calls))
+        index, place = divmod(self.rank, size)
+        rows = [tuple(range(g * size, (g + 1) * size)) for g in range(count)]
+        columns = [tuple(range(p, self.world, size)) for p in range(size)]
+        within, across = self._joined_in(rows, index), self._joined_in(columns, place)
+        return Groups(
+            index,
+            count,
+            Ranks(place, size, self.calls, rows[index], within),
+            Ranks(index, count, self.calls, columns[place], across),
+        )
+
+    def _joined_in(self, parts: Sequence[tuple[int, ...]], own: int) -> Any:
+        """Make torch's groups of the parts, on all ranks in the same order; return the own one."""
+        import torch.distributed as dist
+
+        with self._naming_the_missing("split"):
+            return [dist.new_group(list(part)) for part in parts][own]
 
     def share(self, value: _Value) -> _Value:
         """Return rank 0's value on every rank (pickled: between processes of one run only)."""
@@ -107,8 +140,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # raised by both backends when a peer is gone or too late
-            missing = self._missing()
-            who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {self.world} gone or stuck"
+            missing, of = self._missing(), f" of {self.world}" if not self.members else ""
+            who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}{of} gone or stuck"
             raise RankError(
                 f"{who if missing else 'a rank did not answer'}; the last checkpoint is kept, and the same command "
                 f"continues from it ({str(error).splitlines()[0][:200]})"
@@ -120,15 +153,31 @@ class Ranks:
 
         try:
             store = dist.distributed_c10d._get_default_store()
-            store.set(f"ladist/alive/{self.rank}", str(time.time()))
+            members = self.members or tuple(range(self.world))
+            store.set(f"ladist/alive/{members[self.rank]}", str(time.time()))
             until = time.monotonic() + _ROLL_CALL
-            waiting = set(range(self.world)) - {self.rank}
+            waiting = set(members) - {members[self.rank]}
             while waiting and time.monotonic() < until:
                 waiting -= {r for r in waiting if store.check([f"ladist/alive/{r}"])}
                 time.sleep(0.05)
         except (RuntimeError, ValueError):
             return []
         return sorted(waiting)
+
+
+def groups_of(windows: int, world: int) -> int:
+    """Return the number of groups that ``world`` ranks form for ``windows`` windows of an iteration."""
+    return math.gcd(windows, world)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's group, ``index`` of ``count``: ``within`` are the group's ranks, ``across`` one rank of each group."""
+
+    index: int
+    count: int
+    within: Ranks
+    across: Ranks
 
 
 ALONE = Ranks()

@@ -63,6 +63,7 @@ BASELINE_NAMES = Name(BASELINES, "lad_dist.baselines", endings=("-adsa", "-store
 Baseline = Annotated[Text, AfterValidator(BASELINE_NAMES)]
 Method = Annotated[Text, AfterValidator(Name(tuple(METHODS), GROUP))]
 PhaseName = Literal["representation", "classifier", "regression", "statistics"]
+SET_PHASES: tuple[PhaseName, ...] = ("regression", "statistics")  # without a student: once an iteration
 
 
 Affects = Literal["experts", "distill", "evaluate", "nothing"]
@@ -306,6 +307,11 @@ class DistillConfig(_Section):
     student_steps_classifier: Annotated[Int, Field(ge=1, le=MOST)] = Field(80, description="N, classifier phase")
     batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         500, description="synthetic images per student step; the whole set if smaller"
+    )
+    windows: Annotated[Int, Field(ge=1, le=1024)] = Field(
+        1,
+        description="windows per iteration, whose gradients are averaged; ranks form gcd(windows, ranks) groups, which take a "
+        "part of them each (docs/scaling.md)",
     )
     window_epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         2, description="M, epochs between theta_t and its target"
@@ -587,6 +593,12 @@ class Recipe(_Section):
         return tuple(found)
 
     @property
+    def drawn_phases(self) -> tuple[PhaseName, ...]:
+        """The phases that an iteration draws experts for, in order: each window's, then those without a student."""
+        matching = tuple(phase for phase in self.phases if phase not in SET_PHASES)
+        return matching * self.distill.windows + self.phases[len(matching) :]
+
+    @property
     def can_grow(self) -> bool:
         """Whether iterations are independent of their total number; with a cosine, every step depends on it."""
         return self.distill.schedule == "constant"
@@ -641,6 +653,7 @@ _LATER = {
         "regression_targets",
         "optimizer",
         "schedule",
+        "windows",
     ),
     "evaluate": (
         "protocol",
@@ -730,6 +743,8 @@ def _cross_faults(recipe: Recipe) -> list[str]:
         )
     if not recipe.phases:
         faults.append("distill.lambda_representation: every phase has weight 0; at least one must be above 0")
+    if d.windows > 1 and not set(recipe.phases) - set(SET_PHASES):
+        faults.append(f"distill.windows: {d.windows}, but no phase of method {recipe.method} has windows; valid: 1")
     if d.lambda_regression > 0:
         faults += _regression_faults(recipe)
     if d.lambda_statistics > 0 and recipe.buffer.start_after is not None:

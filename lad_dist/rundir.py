@@ -436,24 +436,44 @@ def _raw(tensor: Any) -> memoryview:
 def load_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Load (tensors, metadata) of a safetensors file; ``sha256`` in the metadata, if present, was verified.
 
-    Raises OSError, and ValueError where the file is damaged.
+    Each tensor is read into memory of its own, and nothing else is held. Raises OSError, and ValueError where the file
+    is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    import torch
 
-    raw = path.read_bytes()
-    try:
-        tensors = load(raw)  # checks the header
-        length = int.from_bytes(raw[:8], "little")
-        metadata: dict[str, str] = json.loads(raw[8 : 8 + length]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # KeyError: a type unknown to torch
-        raise ValueError(f"it is not a whole safetensors file ({error})") from error
-    if _SUM in metadata:
-        digest = hashlib.sha256(raw[: 8 + length].replace(metadata[_SUM].encode(), _NO_SUM.encode(), 1))
-        digest.update(memoryview(raw)[8 + length :])
-        if digest.hexdigest() != metadata[_SUM]:
-            raise ValueError("it does not match its own checksum")
+    with path.open("rb") as file, _checked(path) as checked:
+        metadata: dict[str, str] = checked.metadata() or {}
+        size = file.read(8)
+        head = size + file.read(int.from_bytes(size, "little"))
+        digest = hashlib.sha256(head.replace(metadata.get(_SUM, _NO_SUM).encode(), _NO_SUM.encode(), 1))
+        offsets = {name: entry["data_offsets"] for name, entry in json.loads(head[8:]).items() if "dtype" in entry}
+        tensors: dict[str, Any] = {}
+        for name in sorted(offsets, key=offsets.__getitem__):
+            tensors[name] = torch.empty_like(checked.get_tensor(name))
+            into = _raw(tensors[name])
+            file.readinto(into)
+            digest.update(into)
+    if metadata.get(_SUM, digest.hexdigest()) != digest.hexdigest():
+        raise ValueError("it does not match its own checksum")
     return tensors, metadata
+
+
+def rows_of(path: Path, name: str) -> int:
+    """Return the length of a tensor in a safetensors file without reading it. Raises as ``load_tensors``."""
+    with _checked(path) as checked:
+        return int(checked.get_slice(name).get_shape()[0])
+
+
+@contextmanager
+def _checked(path: Path) -> Iterator[Any]:
+    """Open a safetensors file whose header fits its size. Raises ValueError where it, or what the block reads, does not."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as opened:
+            yield opened
+    except (SafetensorError, KeyError, TypeError, AttributeError) as error:  # KeyError: a type unknown to torch
+        raise ValueError(f"it is not a whole safetensors file ({error})") from error
 
 
 @contextmanager

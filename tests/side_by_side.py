@@ -1,8 +1,8 @@
-"""Every test, in two processes side by side: those in tests/slurm and of the documents mostly wait, the others compute.
+"""Every test, in three processes side by side: tests of SLURM and of installing mostly wait, the others compute.
 
-python tests/side_by_side.py          # the second's output comes when the first has ended
+python tests/side_by_side.py          # the others' output comes when the first has ended
 
-Some tests measure seconds, and the other half may take them. Up to five that failed are run again, alone and named:
+Some tests measure seconds, which the other processes may take. Up to five that failed are run again, alone and named:
 a test that fails then has failed.
 """
 
@@ -11,27 +11,26 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = (sys.executable, "-m", "pytest")
-SECOND = (
-    "tests/slurm",
-    "tests/test_docs.py",
-    "tests/parallel",
-    "tests/journey/test_newcomer.py",
-    "tests/campaign",
+# The first process runs what no other has.
+OTHERS = (
+    ("tests/slurm", "tests/journey/test_newcomer.py"),
+    ("tests/test_docs.py", "tests/parallel", "tests/campaign", "tests/experts", "tests/test_extending.py"),
 )
 MOST_AGAIN = 5  # more is a fault of the code, not of the clock
 SOME_FAILED = 1  # pytest's exit code for that
 
 
 def main() -> int:
-    """0 if every test passed, in its half or alone; otherwise pytest's exit code."""
+    """0 if every test passed, beside others or alone; otherwise pytest's exit code."""
     with tempfile.TemporaryDirectory() as folder:
-        reports = [Path(folder) / name for name in ("first.xml", "second.xml")]
-        codes = halves(reports)
+        reports = [Path(folder) / f"{number}.xml" for number in range(len(OTHERS) + 1)]
+        codes = side_by_side(reports)
         failed = [test for report in reports if report.exists() for test in failures(report)]
     worst = next((code for code in codes if code > SOME_FAILED), max(codes))
     if worst != SOME_FAILED or not 0 < len(failed) <= MOST_AGAIN:
@@ -40,21 +39,26 @@ def main() -> int:
     return subprocess.run([*PYTEST, *failed], cwd=ROOT, check=False).returncode
 
 
-def halves(reports: list[Path]) -> list[int]:
-    """Run both; their exit codes. Each writes a report in JUnit's format."""
-    with tempfile.TemporaryFile("w+") as log:
-        second_half = [*PYTEST, f"--junit-xml={reports[1]}", *SECOND]
-        second = subprocess.Popen(second_half, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+def side_by_side(reports: list[Path]) -> list[int]:
+    """Run all processes; their exit codes. Each writes a report in JUnit's format."""
+    ignored = [f"--ignore={path}" for paths in OTHERS for path in paths]
+    with ExitStack() as stack:
+        logs, others = [], []
+        for paths, report in zip(OTHERS, reports[1:], strict=True):
+            logs.append(stack.enter_context(tempfile.TemporaryFile("w+")))
+            command = [*PYTEST, f"--junit-xml={report}", *paths]
+            others.append(subprocess.Popen(command, cwd=ROOT, stdout=logs[-1], stderr=subprocess.STDOUT))
         try:
-            ignored = [f"--ignore={path}" for path in SECOND]
             first = subprocess.run([*PYTEST, f"--junit-xml={reports[0]}", *ignored], cwd=ROOT, check=False)
-            return [first.returncode, second.wait()]
+            return [first.returncode, *(other.wait() for other in others)]
         except KeyboardInterrupt:
-            second.wait()  # it got the same Ctrl-C, and takes its SLURM down
+            for other in others:  # they got the same Ctrl-C, and one takes its SLURM down
+                other.wait()
             raise
         finally:
-            log.seek(0)
-            print(log.read(), flush=True)
+            for log in logs:
+                log.seek(0)
+                print(log.read(), flush=True)
 
 
 def failures(report: Path) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,8 @@ from lad_dist import recipe_file, rundir
 from lad_dist.errors import RunDirError, StorageError
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir, host_name, published
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def changed(*sets: str) -> Recipe:
@@ -317,3 +320,33 @@ def test_tensors_are_written_as_safetensors_writes_them(tmp_path, names):
     assert metadata["about"] == "x" and len(metadata["sha256"]) == 64
     for read in (found, load_file(tmp_path / "summed")):
         assert set(read) == set(tensors) and all(torch.equal(read[k], t) for k, t in tensors.items())
+
+
+LOADS = """
+import sys
+from pathlib import Path
+from pathlib import Path
+import torch
+from lad_dist import rundir
+
+def peak():
+    words = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(words["VmHWM"].split()[0])
+
+path = Path(sys.argv[1])
+rundir.load_tensors(path.with_name("small"))
+before = peak()
+tensors, _ = rundir.load_tensors(path)
+print((peak() - before) / path.stat().st_size)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc")
+def test_loading_tensors_holds_nothing_else(tmp_path):
+    import torch
+
+    rundir.save_tensors({"a": torch.zeros(1)}, tmp_path / "small", {})
+    rundir.save_tensors({n: torch.ones(8, 2**20) for n in "abcd"}, tmp_path / "large", {})  # 128 MiB
+    command = [sys.executable, "-c", LOADS, str(tmp_path / "large")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert 0.9 < float(told.stdout) < 1.3

@@ -1,10 +1,10 @@
-"""What failed beside the other half is run again alone, and only that."""
+"""What failed beside other tests is run again alone, and only that; every process has tests that are there."""
 
 from __future__ import annotations
 
 import pytest
 
-import tests.side_by_side as halves
+import tests.side_by_side as beside
 
 ONCE = """
 from pathlib import Path
@@ -33,12 +33,16 @@ GOOD = "def test_good():\n    pass\n"
     ],
 )
 def test_what_is_run_again(tmp_path, monkeypatch, capfd, first, second, code, again):
-    for folder, text in (("first", first), ("second", second)):
+    for folder, text in (("first", first), ("second", second), ("third", GOOD)):
         (tmp_path / "tests" / folder).mkdir(parents=True)
         (tmp_path / "tests" / folder / "test_it.py").write_text(text)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    monkeypatch.setattr(halves, "ROOT", tmp_path)
-    monkeypatch.setattr(halves, "SECOND", ("tests/second",))
+    monkeypatch.setattr(beside, "ROOT", tmp_path)
+    monkeypatch.setattr(beside, "OTHERS", (("tests/second",), ("tests/third",)))
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
-    assert (halves.main() != 0) == (code != 0)
+    assert (beside.main() != 0) == (code != 0)
     assert ("run again, alone" in capfd.readouterr().out) == again
+
+
+def test_all_that_is_named_is_there():
+    assert all((beside.ROOT / path).exists() for paths in beside.OTHERS for path in paths)

@@ -86,14 +86,14 @@ class Early:
         Assumes that a batch of the measurement takes no longer than a mean student step, which computes second
         derivatives.
         """
-        d, phases = self._recipe.distill, self._recipe.phases
+        d = self._recipe.distill
         of = {
             "representation": d.student_steps,
             "classifier": d.student_steps_classifier,
             "regression": 1,
             "statistics": 1,
         }
-        steps = sum(of[phase] for phase in phases)
+        steps = sum(of[phase] for phase in self._recipe.drawn_phases)
         sets = 1 if self._start_tried else 2
         return self.budget.allows(sets * seconds_per_iteration * self._measure.batches / steps)
 

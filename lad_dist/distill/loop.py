@@ -35,14 +35,14 @@ from lad_dist.distill.shards import Share
 from lad_dist.distill.start import DataFacts, first_set, labeller, mean_logits, publish
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Batch, GradientPath, Phase, PhaseResult, Student, SyntheticSet
-from lad_dist.distill.update import Gradients, Optimizers, SetGradients, weighted_sum
+from lad_dist.distill.update import Gradients, Mean, Optimizers, SetGradients, weighted_sum
 from lad_dist.distill.windows import Window, Windows
 from lad_dist.errors import Interrupted, NumericalError, TrajectoryError
 from lad_dist.interrupts import StopFlag, deferred
 from lad_dist.models.convolution import set_precision
 from lad_dist.models.network import build
 from lad_dist.progress import Events, Screen
-from lad_dist.ranks import ALONE, Ranks
+from lad_dist.ranks import ALONE, Ranks, groups_of
 from lad_dist.recipe import PhaseName, Recipe
 from lad_dist.rundir import RunDir, host_name
 from lad_dist.seeds import rng
@@ -138,7 +138,7 @@ def _distill(work: Distillation, data: PreparedData | None, early: Early | None)
                 if recipe.distill.select != "last" and state.iteration % recipe.distill.select_every == 0:
                     work.publish(state, run.candidate(state.iteration), data)
     except (Interrupted, NumericalError):
-        state.save(run.distill_checkpoint, recipe, ranks)
+        work.write(state)
         raise
     final = run.distilled if recipe.distill.select == "last" else run.candidate(state.iteration)
     work.publish(state, final, data)
@@ -176,11 +176,14 @@ class Distillation:
         self.events, self.screen, self.flag, self.record = context.events, context.screen, context.flag, record
         self.facts, self._live = facts, live
         self.classes, self.size = len(facts.counts), facts.size
-        self.share = Share.of(self.classes * recipe.ipc, ranks)
+        self.groups = ranks.split(groups_of(recipe.distill.windows, ranks.world))
+        # A group takes every count-th window: its own are these.
+        self.own_windows = range(self.groups.index, recipe.distill.windows, self.groups.count)
+        self.share = Share.of(self.classes * recipe.ipc, self.groups.within)
         shape = (facts.channels, facts.size, self.classes)
         module = build(recipe.model, *shape, seed=0, purpose=("template",))
         set_precision(module, recipe.distill.precision)
-        self.student = Student(module.to(device), ranks, methods.find(recipe.method).loss)
+        self.student = Student(module.to(device), self.groups.within, methods.find(recipe.method).loss)
         if buffer.meta.data_fingerprint != facts.fingerprint:
             raise TrajectoryError(
                 f"{buffer.folder}: these trajectories are from other training images (data_fingerprint "
@@ -207,7 +210,7 @@ class Distillation:
 
     def resume(self) -> State | None:
         """Load this rank's share of the run's newest checkpoint; None without one."""
-        state = State.load(self.run.distill_checkpoint, self.recipe, self.device, self.ranks)
+        state = State.load(self.run.distill_checkpoint, self.recipe, self.device, self.ranks, self.groups)
         if state is not None:
             if self.ranks.first and self.record is not None:
                 self.record.check_continues(self.run, state.iteration)
@@ -289,7 +292,7 @@ class Distillation:
 
     def publish(self, state: State, folder: Path, data: PreparedData | None) -> None:
         """Publish the whole current set; rank 0 reads the other ranks' shares from a checkpoint that this saves."""
-        state.save(self.run.distill_checkpoint, self.recipe, self.ranks)
+        self.write(state)
         if data is not None:
             teachers = labeller(self.recipe, data, self.student, self.windows)
             publish(self.recipe, data, self.whole(state), self.run, folder, teachers)
@@ -297,8 +300,12 @@ class Distillation:
     def save(self, state: State) -> None:
         """Write a checkpoint. All ranks call it."""
         began = time.monotonic()
-        state.save(self.run.distill_checkpoint, self.recipe, self.ranks)
+        self.write(state)
         self._clock.saved(time.monotonic() - began)
+
+    def write(self, state: State) -> None:
+        """Publish a checkpoint, whatever the clock says. All ranks call it."""
+        state.save(self.run.distill_checkpoint, self.recipe, self.ranks, self.groups)
 
     def whole(self, state: State) -> State:
         """Return ``state``, which has just been saved, with the shares of all ranks."""
@@ -314,7 +321,7 @@ class Distillation:
         if not named:
             return
         synthetic = state.optimizers.synthetic_set()
-        cosines = cosines_to_float32(self.student, synthetic, [p.phase for p in named], path, self.ranks)
+        cosines = cosines_to_float32(self.student, synthetic, [p.phase for p in named], path, self.groups.within)
         by_phase = {p.stage: round(cosine, 6) for p, cosine in zip(named, cosines, strict=True)}
         self.events.emit(
             "precision", iteration=state.iteration, precision=self.recipe.distill.precision, cosine=by_phase
@@ -328,10 +335,12 @@ class Distillation:
         """Run one iteration and return the values to display. If it raises, ``state`` is unchanged."""
         began, synthetic = time.perf_counter(), state.optimizers.synthetic_set()
         phases = self.phases(state.iteration)
-        self.windows.read_ahead(self.recipe.phases, state.iteration + 1)
+        self.windows.read_ahead(self.recipe.phases, state.iteration + 1, self.own_windows)
         results = [(p, self.student.run(synthetic, p.phase, path)) for p in phases]
         drawn: list[list[str | int]] = [[p.stage, p.window.expert, p.window.epoch] for p in phases]
         gradients: list[tuple[float, Gradients]] = [(p.weight, result) for p, result in results]
+        if self.recipe.distill.windows > 1:
+            drawn, gradients = self._drawn(phases, state.iteration), self._averaged(state, path, results)
         others: dict[PhaseName, SetGradients] = {}
         if "regression" in self.recipe.phases:
             at = self.windows.checkpoint(state.iteration)
@@ -346,7 +355,7 @@ class Distillation:
         agreed = self._agree(results, gradients, state.optimizers)
         self.save_due = agreed.save
         self._check_finite(state, drawn, [g for _, g in gradients], agreed)
-        kept, figures = state.optimizers.copy(whole=agreed.large), self._figures(results, agreed)
+        kept, figures = state.optimizers.copy(whole=agreed.large), self._figures(results, gradients, agreed)
         aligned = self._alignment(state, results)
         for phase, other in others.items():
             figures |= {f"loss_{phase}": float(other.loss), f"accuracy_{phase}": float(other.accuracy)}
@@ -387,6 +396,27 @@ class Distillation:
         """Return whether ``good`` holds on every rank. All ranks call it."""
         return float(self.ranks.total(torch.tensor(0.0 if good else 1.0, device=self.device))) == 0
 
+    def _drawn(self, phases: list[NamedPhase], iteration: int) -> list[list[str | int]]:
+        """Return the draws of all windows of an iteration, those of other groups too."""
+        numbers = range(self.recipe.distill.windows)
+        return [[p.stage, *self.windows.choose(p.stage, iteration, n)] for n in numbers for p in phases]
+
+    def _averaged(
+        self, state: State, path: GradientPath, first: list[tuple[NamedPhase, PhaseResult]]
+    ) -> list[tuple[float, Gradients]]:
+        """Run this group's other windows, and return each phase's gradients averaged over all. All ranks call it.
+
+        ``first``: the group's first window, whose results get the others' student losses.
+        """
+        synthetic, count = state.optimizers.synthetic_set(), self.recipe.distill.windows
+        sums = [Mean.of(result, count) for _, result in first]
+        for number in self.own_windows[1:]:
+            for i, named in enumerate(self.phases(state.iteration, number)):
+                result = self.student.run(synthetic, named.phase, path)
+                sums[i] += Mean.of(result, count)
+                first[i][1].inner_losses.extend(result.inner_losses)
+        return [(p.weight, mean.over(self.groups.across)) for (p, _), mean in zip(first, sums, strict=True)]
+
     def _regress(self, synthetic: SyntheticSet, theta_P: Tensor, iteration: int) -> SetGradients:
         """Run the regression phase of an iteration. All ranks call it."""
         real = self.ranks.share(None if self._real is None else self._real.features(self.student, theta_P, iteration))
@@ -426,6 +456,7 @@ class Distillation:
         for images, squares in zip(total_sCHH.split(_ROWS), squares_s.split(_ROWS), strict=True):
             squares.copy_(images.flatten(1).double().square().sum(1))
         del total_sCHH  # as large as the set
+        squares_s /= self.groups.count  # every group has them
         squares_K = squares_s.new_zeros(self.classes).index_add_(0, self._class_of_s, squares_s)
         broken = [
             torch.stack([g.loss, g.alpha_gradient, g.by_rows.images_TCHH.sum(), g.by_rows.labels_TK.sum()])
@@ -434,7 +465,7 @@ class Distillation:
             .logical_not()
             for _, g in gradients
         ]
-        losses = [torch.stack(r.inner_losses).mean() for _, r in results]
+        losses = [torch.stack(r.inner_losses).mean() / self.groups.count for _, r in results]
         stop = torch.tensor(float(self.flag.name is not None), device=self.device)
         save = torch.tensor(float(self.ranks.first and self._clock.due()), device=self.device)
         large = torch.tensor(float(optimizers.may_overflow(gradients)), device=self.device)
@@ -445,23 +476,26 @@ class Distillation:
         said = (bool(stop > 0), bool(save > 0), bool(large > 0))
         return _Agreed(*said, rest[0].tolist(), rest[1].tolist(), rest[2].cpu())
 
-    def phases(self, iteration: int) -> list[NamedPhase]:
-        """Return the matching phases of an iteration: representation and classifier, or the joint one.
+    def phases(self, iteration: int, number: int | None = None) -> list[NamedPhase]:
+        """Return the matching phases of a window of an iteration: representation and classifier, or the joint one.
 
-        A function of (seed, iteration), and of the complete experts or the replayed windows.
+        A function of (seed, iteration, number), and of the complete experts or the replayed windows. Without
+        ``number``: of this group's first window, after a look at the experts.
         """
-        self._look_for_experts()
+        if number is None:
+            number = self.own_windows[0]
+            self._look_for_experts()
         d, layout = self.recipe.distill, self.student.layout
         phases = []
         if "representation" in self.recipe.phases:
-            window = self.windows.draw("representation", iteration)
-            batches, _ = self._batches("representation", iteration, d.student_steps)
+            window = self.windows.draw("representation", iteration, number)
+            batches, _ = self._batches("representation", iteration, d.student_steps, number)
             span = layout.span("backbone" if d.matching == "decoupled" else "all")
             first = Phase(window.start_P, window.target_P, batches, span, self._weights_K)
             phases.append(NamedPhase("representation", d.lambda_representation, window, first))
         if "classifier" in self.recipe.phases:
-            window = self.windows.draw("classifier", iteration)
-            batches, _ = self._batches("classifier", iteration, d.student_steps_classifier)
+            window = self.windows.draw("classifier", iteration, number)
+            batches, _ = self._batches("classifier", iteration, d.student_steps_classifier, number)
             second = Phase(window.start_P, window.target_P, batches, layout.span("all"), classifier_only=True)
             phases.append(NamedPhase("classifier", d.lambda_classifier, window, second))
         return phases
@@ -471,27 +505,33 @@ class Distillation:
         if self._live is not None:
             self.windows.experts = self._live.now()
 
-    def _batches(self, phase: PhaseName, iteration: int, steps: int) -> tuple[list[Batch], list[Tensor]]:
+    def _batches(
+        self, phase: PhaseName, iteration: int, steps: int, number: int = 0
+    ) -> tuple[list[Batch], list[Tensor]]:
         """Return this rank's part of each batch, and the positions of its images in the whole batch.
 
         Batches split fresh permutations of the set, drawn again when used up; each batch has its own augmentation.
         """
-        seed = self.recipe.seed
+        seed, more = self.recipe.seed, (number,) if number else ()
         batches, places = [], []
-        for step, rows in enumerate(self._rows(phase, iteration, steps)):
+        for step, rows in enumerate(self._rows(phase, iteration, steps, number)):
             drawn = augment.draw(
-                rng(seed, "distill", iteration, "augment", phase, step), self.recipe.augment, len(rows), self.size
+                rng(seed, "distill", iteration, "augment", phase, step, *more),
+                self.recipe.augment,
+                len(rows),
+                self.size,
             )
             own, part, at = self.share.part(rows, drawn)
             batches.append(Batch(torch.from_numpy(own).to(self.device), part, len(rows)))
             places.append(torch.from_numpy(at).to(self.device))
         return batches, places
 
-    def _rows(self, phase: PhaseName, iteration: int, steps: int) -> list[np.ndarray]:
+    def _rows(self, phase: PhaseName, iteration: int, steps: int, number: int = 0) -> list[np.ndarray]:
         """Return the rows of each whole batch of a phase; equal on every rank."""
         count = self.classes * self.recipe.ipc
         size = min(self.recipe.distill.batch, count)
-        generator = rng(self.recipe.seed, "distill", iteration, "batches", phase)
+        more = (number,) if number else ()
+        generator = rng(self.recipe.seed, "distill", iteration, "batches", phase, *more)
         chunks: list[np.ndarray] = []
         while len(chunks) < steps:
             chunks += np.split(generator.permutation(count), range(size, count, size))
@@ -500,7 +540,10 @@ class Distillation:
     def _check_finite(
         self, state: State, drawn: list[list[str | int]], gradients: list[Gradients], agreed: _Agreed
     ) -> None:
-        for (phase, expert, epoch), gradient, broken in zip(drawn, gradients, agreed.broken, strict=True):
+        first = {str(phase): (phase, expert, epoch) for phase, expert, epoch in reversed(drawn)}  # of several windows
+        for (phase, expert, epoch), gradient, broken in zip(
+            (first[phase] for phase in self.recipe.phases), gradients, agreed.broken, strict=True
+        ):
             if broken:
                 raise NumericalError(
                     f"iteration {state.iteration + 1}: the {phase} phase produced NaN or Inf (loss "
@@ -511,11 +554,17 @@ class Distillation:
     # --- reported values --------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _figures(results: list[tuple[NamedPhase, PhaseResult]], agreed: _Agreed) -> dict[str, float]:
-        """Return per phase the matching loss, cosine and norm ratio of the displacements, and the student's loss."""
+    def _figures(
+        results: list[tuple[NamedPhase, PhaseResult]], gradients: list[tuple[float, Gradients]], agreed: _Agreed
+    ) -> dict[str, float]:
+        """Return per phase the matching loss, cosine and norm ratio of the displacements, and the student's loss.
+
+        Of several windows both losses are means; cosine and norm ratio are the first one's.
+        """
         figures: dict[str, float] = {}
-        for (p, r), student_loss in zip(results, agreed.student_losses, strict=True):
-            figures[f"loss_{p.stage}"] = float(r.match.loss)
+        matching = zip(results, gradients[: len(results)], agreed.student_losses, strict=True)
+        for (p, r), (_, gradient), student_loss in matching:
+            figures[f"loss_{p.stage}"] = float(gradient.loss)
             figures[f"cosine_{p.stage}"] = float(r.match.cosine)
             figures[f"norm_ratio_{p.stage}"] = float(r.match.norm_ratio)
             figures[f"student_loss_{p.stage}"] = student_loss

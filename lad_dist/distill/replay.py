@@ -75,7 +75,7 @@ class ReplayRecord:
         if course.experts is None:
             raise _missing(run, "which experts made the initial set", course, total)
         for i in range(total):
-            if tuple(phase for phase, _, _ in course.windows.get(i, ())) != recipe.phases:
+            if tuple(phase for phase, _, _ in course.windows.get(i, ())) != recipe.drawn_phases:
                 raise _missing(run, f"iteration {i + 1} of {total}", course, total)
         return cls(
             str(folder),
@@ -84,9 +84,9 @@ class ReplayRecord:
             tuple(course.paths[i] for i in range(total)),
         )
 
-    def window(self, phase: PhaseName, iteration: int) -> tuple[int, int]:
+    def window(self, phase: PhaseName, iteration: int, number: int = 0) -> tuple[int, int]:
         """Return the (expert, start epoch) that the run drew for a phase of iteration ``iteration`` + 1."""
-        return next((expert, epoch) for at, expert, epoch in self.windows[iteration] if at == phase)
+        return [(expert, epoch) for at, expert, epoch in self.windows[iteration] if at == phase][number]
 
     def check(self, buffer: Buffer, recipe: Recipe) -> None:
         """Raise TrajectoryError if ``buffer`` lacks a checkpoint; names it and the first iteration that needs it."""

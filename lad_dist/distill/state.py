@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,9 +21,9 @@ from torch import Tensor
 from lad_dist.distill.shards import Share
 from lad_dist.distill.update import Optimizers
 from lad_dist.errors import DistilledError
-from lad_dist.ranks import ALONE, Ranks
+from lad_dist.ranks import ALONE, Groups, Ranks
 from lad_dist.recipe import Recipe, fields_that_affect, without_later_defaults
-from lad_dist.rundir import load_tensors, publish_shared_folder, remove, save_tensors
+from lad_dist.rundir import load_tensors, publish_shared_folder, remove, rows_of, save_tensors
 
 _SHARD = re.compile(r"shard-(\d{3,})-of-(\d{3,})\.safetensors")
 _FOLDER = re.compile(r"iteration-(\d{6,})")
@@ -61,8 +63,10 @@ class State:
         o = self.optimizers
         return bool(o.images_SCHH.isfinite().all() & o.logits_SK.isfinite().all() & o.alpha.isfinite() & (o.alpha > 0))
 
-    def save(self, folder: Path, recipe: Recipe, ranks: Ranks = ALONE) -> None:
+    def save(self, folder: Path, recipe: Recipe, ranks: Ranks = ALONE, groups: Groups | None = None) -> None:
         """Publish the checkpoint in ``folder`` and remove older ones. All ranks call it, at the same iteration.
+
+        ``groups``: each holds the whole set, and the first writes it.
 
         Raises:
             StorageError: on every rank, if any rank cannot write (the previous checkpoint stays).
@@ -85,7 +89,10 @@ class State:
         }
 
         def write(temporary: Path) -> list[Path]:
-            path = temporary / f"shard-{ranks.rank:03d}-of-{ranks.world:03d}.safetensors"
+            if groups is not None and groups.index > 0:
+                return []
+            within = ranks if groups is None else groups.within
+            path = temporary / f"shard-{within.rank:03d}-of-{within.world:03d}.safetensors"
             save_tensors(tensors, path, metadata)
             return [path]
 
@@ -97,7 +104,14 @@ class State:
                 remove(older)
 
     @classmethod
-    def load(cls, folder: Path, recipe: Recipe, device: torch.device, ranks: Ranks = ALONE) -> State | None:
+    def load(
+        cls,
+        folder: Path,
+        recipe: Recipe,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        groups: Groups | None = None,
+    ) -> State | None:
         """Load this rank's share of the newest checkpoint in ``folder``; None if there is none.
 
         Raises:
@@ -107,15 +121,8 @@ class State:
         if newest is None:
             return None
         try:
-            shards = [_read(path) for path in _shards(newest)]
-            metadata = shards[0][1]
-            whole = {
-                name: tensor if name in _SHARED else torch.cat([s[0][name] for s in shards])
-                for name, tensor in shards[0][0].items()
-            }
-            rows = Share.of(len(whole["images"]), ranks).rows
-            # clone: parsed tensors keep the file's memory alignment, which changes the last bits of some sums
-            tensors = {k: (t if k in _SHARED else t[rows]).to(device).clone() for k, t in whole.items()}
+            tensors, metadata = _read_rows(_shards(newest), ranks if groups is None else groups.within)
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
             state = cls(
                 recipe,
                 tensors["images"],
@@ -126,8 +133,6 @@ class State:
                 int(metadata["iteration"]),
                 tensors.get("initial_label_logits"),
             )
-            if len({json.dumps(m, sort_keys=True) for _, m in shards}) > 1:
-                raise ValueError("its shards are from different checkpoints")
         except (KeyError, ValueError, OSError, RuntimeError) as error:
             raise DistilledError(
                 f"{newest}: is not a readable checkpoint ({error}); remove it to distill from the start"
@@ -154,17 +159,51 @@ def _shards(folder: Path) -> list[Path]:
     return [found[rank][1] for rank in sorted(found)]
 
 
+def _read_rows(shards: list[Path], ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a rank's rows of the whole set, and the metadata, which all shards share. Holds one shard at a time.
+
+    Raises ValueError, KeyError.
+    """
+    counts = []
+    for path in shards:
+        with _named(path):
+            counts.append(rows_of(path, "images"))
+    rows, begin = Share.of(sum(counts), ranks).rows, 0
+    parts: dict[str, list[Tensor]] = {}
+    known: dict[str, str] = {}
+    for path, count in zip(shards, counts, strict=True):
+        tensors, metadata = _read(path)
+        if known not in ({}, metadata):
+            raise ValueError("its shards are from different checkpoints")
+        known = metadata
+        own = slice(max(rows.start - begin, 0), max(rows.stop - begin, 0))
+        for name, tensor in tensors.items():
+            if name not in _SHARED and len(tensor[own]) < count:
+                tensor = tensor[own].clone()  # a view would hold the whole
+            parts.setdefault(name, []).append(tensor)
+        begin += count
+    alone = len(shards) == 1
+    return {name: of[0] if alone or name in _SHARED else torch.cat(of) for name, of in parts.items()}, known
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a shard and verify its checksum, which older versions did not write, and its entries. Raises ValueError."""
-    try:
+    with _named(path):
         tensors, metadata = load_tensors(path)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
     known = {"iteration", "recipe_hash", "sha256"}
     strange = [name for name in metadata if name not in known and not name.startswith("label_source.")]
     if strange:
         raise ValueError(f"{path.name} has the unknown entry {strange[0]!r}")
     return tensors, {name: value for name, value in metadata.items() if name != "sha256"}
+
+
+@contextmanager
+def _named(shard: Path) -> Iterator[None]:
+    """Have every ValueError of the block name the shard."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{shard.name}: {error}") from error
 
 
 def _trajectory_hash(recipe: Recipe) -> str:

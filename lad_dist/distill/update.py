@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lad_dist.distill.student import RowGradients, SyntheticSet
+from lad_dist.ranks import Ranks
 from lad_dist.recipe import DistillConfig
 
 ADAM_BETA2 = 0.99
@@ -41,6 +42,45 @@ class SetGradients:
     def alpha_gradient(self) -> Tensor:
         """Zero: the loss does not depend on the student's learning rate."""
         return torch.zeros_like(self.loss)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A part of the mean of one phase's gradients over several windows; a sum of all parts is the mean."""
+
+    loss: Tensor
+    images_SCHH: Tensor
+    labels_SK: Tensor
+    alpha_gradient: Tensor
+
+    @classmethod
+    def of(cls, g: Gradients, count: int) -> Mean:
+        """Return one of ``count`` windows' part."""
+        rows = g.by_rows
+        dtype = rows.images_TCHH.dtype  # of all four, so that one sum carries them
+        return cls(*(t.to(dtype) / count for t in (g.loss, rows.images_SCHH, rows.labels_SK, g.alpha_gradient)))
+
+    @property
+    def by_rows(self) -> RowGradients:
+        """The gradients of all rows."""
+        count = len(self.images_SCHH)
+        rows_S = torch.arange(count, device=self.images_SCHH.device)
+        return RowGradients(rows_S, self.images_SCHH, self.labels_SK, count)
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(*(a + b for a, b in zip(self._tensors(), other._tensors(), strict=True)))
+
+    def over(self, across: Ranks) -> Mean:
+        """Return the sum over the groups of ranks, by one collective. All ranks call it."""
+        if across.world == 1:
+            return self
+        tensors = self._tensors()
+        flat = across.total(torch.cat([t.reshape(-1) for t in tensors]))
+        parts = flat.split([t.numel() for t in tensors])
+        return Mean(*(p.view_as(t) for p, t in zip(parts, tensors, strict=True)))
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.loss, self.images_SCHH, self.labels_SK, self.alpha_gradient
 
 
 class Optimizers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lad_dist.distill.replay import ReplayRecord
 from lad_dist.models.layout import Layout
-from lad_dist.recipe import PhaseName, Recipe
+from lad_dist.recipe import SET_PHASES, PhaseName, Recipe
 from lad_dist.seeds import rng
 from lad_dist.trajectories.cache import CheckpointCache, Row
 from lad_dist.trajectories.reader import Buffer
@@ -49,14 +49,15 @@ class Windows:
         grown = (d.start_epoch_max - d.start_epoch_max_first) * min(1.0, iteration / d.start_epoch_growth)
         return d.start_epoch_max_first + int(grown)
 
-    def choose(self, phase: PhaseName, iteration: int) -> tuple[int, int]:
+    def choose(self, phase: PhaseName, iteration: int, number: int = 0) -> tuple[int, int]:
         """Return (expert, start epoch) of one phase of one iteration: recorded, or both drawn uniformly.
 
-        A function of (seed, iteration) and of the experts to draw from.
+        A function of (seed, iteration, number of the window) and of the experts to draw from.
         """
         if self._record is not None:
-            return self._record.window(phase, iteration)
-        d, generator = self._recipe.distill, rng(self._recipe.seed, "distill", iteration, "window", phase)
+            return self._record.window(phase, iteration, number)
+        d, more = self._recipe.distill, (number,) if number else ()
+        generator = rng(self._recipe.seed, "distill", iteration, "window", phase, *more)
         expert = self.experts[int(generator.integers(len(self.experts)))]
         low, high = {
             "representation": (d.start_epoch_min, self.start_bound(iteration)),
@@ -72,19 +73,19 @@ class Windows:
         theta_P = self.weights("representation", expert, epoch)
         return Window("representation", expert, epoch, theta_P, theta_P)
 
-    def draw(self, stage: Stage, iteration: int) -> Window:
-        """Draw the window of one phase of one iteration and read it from the buffer. Raises as ``weights``."""
-        expert, epoch = self.choose(stage, iteration)
+    def draw(self, stage: Stage, iteration: int, number: int = 0) -> Window:
+        """Draw a window of one phase of one iteration and read it from the buffer. Raises as ``weights``."""
+        expert, epoch = self.choose(stage, iteration, number)
         target = epoch + self._recipe.distill.window_epochs
         return Window(stage, expert, epoch, self.weights(stage, expert, epoch), self.weights(stage, expert, target))
 
-    def read_ahead(self, phases: Sequence[PhaseName], iteration: int) -> None:
+    def read_ahead(self, phases: Sequence[PhaseName], iteration: int, numbers: Iterable[int] = (0,)) -> None:
         """Start reading an iteration's checkpoints. If new experts complete first, the read is wasted, nothing else."""
         if iteration >= self._recipe.distill.iterations:
             return
         length, rows = self._recipe.distill.window_epochs, list[Row]()
-        for phase in phases:
-            expert, epoch = self.choose(phase, iteration)
+        for phase, number in ((p, n) for n in numbers for p in phases):
+            expert, epoch = self.choose(phase, iteration, 0 if phase in SET_PHASES else number)
             if phase == "regression":
                 rows += self._rows("representation", expert, epoch)
             elif phase == "statistics":

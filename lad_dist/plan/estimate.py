@@ -21,16 +21,17 @@ from lad_dist.plan.scaling import (
     RANK_COUNTS,
     PhaseCost,
     Scaling,
+    Several,
     StepTime,
     advice,
     iteration,
-    largest_share,
     phases_of,
     scaling,
+    several_of,
 )
 from lad_dist.plan.shapes import Shapes
 from lad_dist.plan.units import duration, size
-from lad_dist.recipe import MOST_TEACHERS, Recipe
+from lad_dist.recipe import MOST_TEACHERS, SET_PHASES, Recipe
 from lad_dist.results import TEACHERS, WHOLE, base_source, labelled_online
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def make_plan(
         team = threads.choose(recipe, shapes, resources.threads, min(threads.SECONDS, calibrate / 3))
         resources = replace(resources, team=team.threads)
         notes.append(f"threads: {team.threads} of {resources.threads}: {team.why}")
-    batches = Batches(info.classes * recipe.ipc, recipe.distill.batch, resources.world)
+    batches = Batches.of(recipe, shapes, resources.world)
     path, why = choose_path(recipe, shapes, resources.rank_memory, batches)
     disk = _disk(recipe, shapes, buffer)
     faults = limits.faults(recipe, info, shapes, resources, disk)
@@ -160,9 +161,7 @@ def make_plan(
 def durations_of(recipe: Recipe, info: DatasetInfo, resources: Resources) -> list[Duration]:
     """Return the durations of all stages by the table of devices, whether the job fits or not."""
     shapes = shapes_of(recipe, info)
-    path, _ = choose_path(
-        recipe, shapes, resources.rank_memory, Batches(info.classes * recipe.ipc, recipe.distill.batch)
-    )
+    path, _ = choose_path(recipe, shapes, resources.rank_memory, Batches.of(recipe, shapes, resources.world))
     return _Times(recipe, info, shapes, resources, path).durations()
 
 
@@ -235,7 +234,7 @@ class _Times:
         self.recipe, self.info, self.shapes, self.resources, self.path = recipe, info, shapes, resources, path
         self.total = info.classes * recipe.ipc
         self.source, self._measured = resources.table_source, dict[str, StepTime]()
-        share = largest_share(self.total, recipe.distill.batch, resources.world)
+        share = Batches.of(recipe, shapes, resources.world).largest(1)
         rank_threads = max(1, int(resources.rank_threads(resources.world)))
         alone = resources.experts_at_a_time == 1
         expert_threads = (resources.team or resources.threads) if alone else resources.threads_per_expert
@@ -247,7 +246,7 @@ class _Times:
             "experts/classifier": (min(recipe.experts.batch, info.train), expert_threads),
             "evaluate/train": (min(recipe.evaluate.batch, self.total), rank_threads),
         }
-        if not {"classifier", "regression", "statistics"} & set(recipe.phases):
+        if not {"classifier", *SET_PHASES} & set(recipe.phases):
             del self.kinds[f"classifier/{path}"]
         if "representation" not in recipe.phases:
             del self.kinds[f"representation/{path}"]
@@ -320,16 +319,21 @@ class _Times:
 
     def phases(self, world: int) -> tuple[PhaseCost, ...]:
         """Return the phases of an iteration on one of ``world`` ranks, by the path that fits there."""
-        batches = Batches(self.total, self.recipe.distill.batch, world)
+        batches = Batches.of(self.recipe, self.shapes, world)
         path, _ = choose_path(self.recipe, self.shapes, self.resources.rank_memory_of(world), batches)
         return phases_of(self.recipe, self.shapes, path, lambda kind: self._student_step(kind, world))
+
+    @property
+    def several(self) -> Several:
+        """The windows of an iteration, and the bytes of a set's gradient."""
+        return several_of(self.recipe, self.shapes)
 
     def scaling(self) -> tuple[Scaling, ...]:
         """Return the cost of an iteration for each relevant number of ranks."""
         resources = self.resources
         most = 64 if resources.device == "cuda" else max(resources.threads * resources.hosts, resources.world)
         worlds = sorted({resources.world, *(w for w in RANK_COUNTS if w <= most)})
-        return scaling(self.phases, self.total, self.recipe.distill.batch, worlds, resources.network)
+        return scaling(self.phases, self.total, self.recipe.distill.batch, worlds, resources.network, self.several)
 
     def advice(self) -> str:
         """Return where more ranks stop helping, in words."""
@@ -374,11 +378,13 @@ class _Times:
         d, world = self.recipe.distill, self.resources.world
         found = []
         for phase in self.phases(world):
-            seconds, sums, share = iteration((phase,), self.total, d.batch, world, self.resources.network)
+            seconds, sums, share = iteration((phase,), self.total, d.batch, world, self.resources.network, self.several)
             what = f"{phase.steps} steps on {share:.3g} images a rank"
             if phase.name == "regression":
                 what = f"{share:.3g} images a rank and {d.regression_batch} real ones"
             how = f"{d.iterations} iterations of {what}, {duration(seconds)} each"
+            if d.windows > 1 and phase.name not in SET_PHASES:
+                how += f", for {d.windows} windows on {self.several.groups(world)} groups of ranks"
             if world > 1:
                 how += f" ({sums / seconds:.0%} of it waiting for sums)"
             found.append(Duration("distill", f"{phase.name} phase", d.iterations * seconds, how))

@@ -19,7 +19,7 @@ def rank_bytes(recipe: Recipe, info: DatasetInfo, shapes: Shapes, device: str, b
     """Return one rank's peak bytes on its device (on its host, for CPUs) during distillation, in all."""
     phases = memory.phases_of(recipe, shapes, batches, path, device)
     busiest = max(phases.values())
-    return _standing(recipe, info, shapes, device) + memory.set_bytes(shapes, batches.rows) + busiest
+    return _standing(recipe, info, shapes, device) + memory.set_bytes(recipe, shapes, batches.rows) + busiest
 
 
 def expert_process_bytes(recipe: Recipe, info: DatasetInfo, shapes: Shapes, device: str, batch: int) -> int:
@@ -53,7 +53,7 @@ def _distillation(recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: 
     total, d, free = info.classes * recipe.ipc, recipe.distill, resources.rank_memory
 
     def needs(path: str, batch: int = d.batch, world: int = resources.world) -> int:
-        return rank_bytes(recipe, info, shapes, resources.device, Batches(total, batch, world), path)
+        return rank_bytes(recipe, info, shapes, resources.device, Batches.of(recipe, shapes, world, batch), path)
 
     ranks = f"each of {resources.world} ranks" if resources.world > 1 else "one rank"
     steps = max(d.student_steps, d.student_steps_classifier)
@@ -71,7 +71,7 @@ def _distillation(recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: 
         enough = next(worlds, None)
         ways += [f"--ranks {enough} fits"] if enough else []
     elif resources.world > 1:
-        alone = rank_bytes(recipe, info, shapes, "cpu", Batches(total, d.batch), "recompute")
+        alone = rank_bytes(recipe, info, shapes, "cpu", Batches.of(recipe, shapes, 1), "recompute")
         ways += ["--ranks 1 fits (the ranks of a host share its memory)"] if alone <= resources.memory else []
     advice = " and ".join(ways) or "a smaller model.width (or another model.network), data.image_size or ipc is needed"
     return [

@@ -19,6 +19,7 @@ from lad_dist.data.prepared import DEFAULT_BUDGET_BYTES
 from lad_dist.plan.dataset_info import DatasetInfo
 from lad_dist.plan.scaling import largest_share, mean_batch, spread
 from lad_dist.plan.shapes import Shapes
+from lad_dist.ranks import groups_of
 from lad_dist.recipe import Recipe
 
 PHASES = ("representation", "classifier")
@@ -45,11 +46,18 @@ COMPRESSION = 0.85  # of the trajectory buffer, BYTE_STREAM_SPLIT and zstd: benc
 
 @dataclass(frozen=True)
 class Batches:
-    """One of ``world`` ranks' share of the student's batches: S images in all, ``batch`` per step."""
+    """One rank's share of the student's batches: S images in all, ``batch`` per step, divided over ``world`` ranks."""
 
     total: int
     batch: int
     world: int = 1
+
+    @classmethod
+    def of(cls, recipe: Recipe, shapes: Shapes, world: int, batch: int | None = None) -> Batches:
+        """Return the share of a rank of ``world``, of which each group of ranks divides the set."""
+        d = recipe.distill
+        within = world // groups_of(d.windows, world)
+        return cls(shapes.classes * recipe.ipc, d.batch if batch is None else batch, within)
 
     @property
     def rows(self) -> int:
@@ -115,9 +123,13 @@ def auto_bytes(shapes: Shapes, batches: Batches, steps: int) -> int:
     return int(graph_bytes(shapes, "representation", batches.all_steps(steps)) + 4 * steps * shapes.parameters)
 
 
-def set_bytes(shapes: Shapes, rows: int) -> int:
-    """Return a rank's bytes of the set: images and labels, momentum, the initial images, one phase's gradients."""
-    return 4 * rows * 4 * (shapes.image + shapes.classes)
+def set_bytes(recipe: Recipe, shapes: Shapes, rows: int) -> int:
+    """Return a rank's bytes of the set: images and labels, momentum, the initial images, one phase's gradients.
+
+    Of several windows, also the means of all phases' gradients, one window's part, and the groups' sum.
+    """
+    means = len(recipe.phases) + 2 if recipe.distill.windows > 1 else 0
+    return (4 + means) * rows * 4 * (shapes.image + shapes.classes)
 
 
 def data_bytes(info: DatasetInfo, shapes: Shapes, whitening: str) -> tuple[int, int]:

@@ -8,6 +8,8 @@ takes as long as the rank with most of the batch, plus the sum:
     bytes        = 4 P (representation: the whole gradient), 4 (K D + K) (classifier: the classifier's)
     sums         = 1 per step; 2 in the representation phase if graphs are recomputed (both passes need the sum)
 
+Several windows an iteration (``distill.windows``) are a second axis: see ``Several``.
+
 The bandwidth term is a ring's (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
 workstations", 2009); the latency term a chain within a host and a tree between hosts, as in NCCL's own model
 (github.com/NVIDIA/nccl, src/graph/tuning.cc).
@@ -23,7 +25,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from lad_dist.plan.shapes import Shapes
-from lad_dist.recipe import Recipe
+from lad_dist.ranks import groups_of
+from lad_dist.recipe import SET_PHASES, Recipe
 
 HELPS_ABOVE = 0.5  # parallel efficiency below which more ranks count as wasted
 WAY_AND_BACK = 2.1  # forward passes that a classifier-phase step costs (plan/speed.py, WORK)
@@ -80,6 +83,21 @@ class Network:
         slowest = self.between if hosts > 1 else self.inside
         latency = slowest.latency + 2 * (chain * self.inside.hop + tree * self.between.hop)
         return latency + 2 * (world - 1) / world * count / slowest.bandwidth
+
+    def between_groups(self, count: float, groups: int, within: int) -> float:
+        """Return the seconds of sums of ``count`` bytes over ``groups`` ranks, ``within`` of which share the links.
+
+        The ranks of one group are neighbours: ``within`` sums run at once, and those of a host share its line.
+        """
+        hosts = math.ceil(groups * within / self.per_host)
+        if hosts == 1:
+            return self.inside.latency + 2 * (groups - 1) * (self.inside.hop + count / groups / self.inside.bandwidth)
+        here = max(1, self.per_host // within)  # groups of a host
+        latency = self.between.latency + 2 * (
+            (here - 1) * self.inside.hop + math.ceil(math.log2(hosts)) * self.between.hop
+        )
+        sharing = min(within, self.per_host)
+        return latency + sharing * 2 * (groups - 1) / groups * count / self.between.bandwidth
 
 
 @dataclass(frozen=True)
@@ -165,23 +183,62 @@ def largest_share(total: int, batch: int, world: int, draws: int = 1) -> float:
     return min(rows, mean_batch(total, batch) / world + above * spread(total, batch, world))
 
 
+@dataclass(frozen=True)
+class Several:
+    """``windows`` of an iteration, shared by gcd(windows, ranks) groups; ``set_bytes``: of a synthetic set's gradient.
+
+    A group runs its windows one after the other; then each phase's gradients are summed between the groups, one rank of
+    each with one another. Neighbours form a group, so the groups' sums leave a host where the groups do.
+    """
+
+    windows: int = 1
+    set_bytes: int = 0
+
+    def groups(self, world: int) -> int:
+        """Return the number of groups."""
+        return groups_of(self.windows, world)
+
+
+ONE_WINDOW = Several()
+
+
+def several_of(recipe: Recipe, shapes: Shapes) -> Several:
+    """Return a recipe's windows of an iteration."""
+    numbers = shapes.channels * shapes.size**2 + shapes.classes
+    return Several(recipe.distill.windows, 4 * shapes.classes * recipe.ipc * numbers)
+
+
 def iteration(
-    phases: Sequence[PhaseCost], total: int, batch: int, world: int, network: Network
+    phases: Sequence[PhaseCost], total: int, batch: int, world: int, network: Network, several: Several = ONE_WINDOW
 ) -> tuple[float, float, float]:
     """Return (seconds, those of the sums among them, images of a step on the busiest rank) of one iteration."""
-    share = largest_share(total, batch, world)
-    compute = sum(p.steps * p.step.seconds(share) for p in phases)
-    sums = sum(p.steps * p.sums_per_step * network.allreduce(p.bytes_per_sum, world) for p in phases)
+    groups = several.groups(world)
+    within = world // groups
+    share = largest_share(total, batch, within)
+    sums, compute = 0.0, 0.0
+    for p in phases:
+        turns = 1 if p.name in SET_PHASES else several.windows // groups
+        compute += turns * p.steps * p.step.seconds(share)
+        sums += turns * p.steps * p.sums_per_step * network.allreduce(p.bytes_per_sum, within)
+        if groups > 1 and p.name not in SET_PHASES:
+            sums += network.between_groups(several.set_bytes / within, groups, within)
     return compute + sums, sums, share
 
 
-def scaling(phases: PhasesOf, total: int, batch: int, worlds: Sequence[int], network: Network) -> tuple[Scaling, ...]:
+def scaling(
+    phases: PhasesOf,
+    total: int,
+    batch: int,
+    worlds: Sequence[int],
+    network: Network,
+    several: Several = ONE_WINDOW,
+) -> tuple[Scaling, ...]:
     """Return the cost of an iteration for each number of ranks, in their order."""
-    alone, _, _ = iteration(phases(1), total, batch, 1, network)
+    alone, _, _ = iteration(phases(1), total, batch, 1, network, several)
     rows = []
     for world in worlds:
         costs = phases(world)
-        seconds, sums, share = iteration(costs, total, batch, world, network)
+        seconds, sums, share = iteration(costs, total, batch, world, network, several)
         rows.append(Scaling(world, share, costs[0].path, seconds, sums, alone / (world * seconds)))
     return tuple(rows)
 

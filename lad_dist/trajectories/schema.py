@@ -182,7 +182,8 @@ class PartName(NamedTuple):
         return part_path(*self)
 
 
-_PART_PATH = re.compile(r"(representation|classifier)/expert-([0-9]{4,9})/epochs-([0-9]{4,9})-([0-9]{4,9})\.parquet")
+_NUMBER = "([0-9]{4}|[1-9][0-9]{4,8})"  # as part_path writes them
+_PART_PATH = re.compile(rf"(representation|classifier)/expert-{_NUMBER}/epochs-{_NUMBER}-{_NUMBER}\.parquet")
 PART_PATH_FORM = "<stage>/expert-0007/epochs-0000-0009.parquet, where <stage> is representation or classifier"
 
 
@@ -203,7 +204,7 @@ def parse_part_path(path: str) -> PartName | None:
         return None
     stage: Stage = "representation" if match[1] == "representation" else "classifier"
     name = PartName(stage, int(match[2]), int(match[3]), int(match[4]))
-    return name if name.first <= name.last and part_path(*name) == path else None
+    return name if name.first <= name.last else None
 
 
 COLUMNS = pa.schema(

@@ -456,14 +456,14 @@ def test_processes_of_the_private_folder_are_ended_whoever_their_parent_is(tmp_p
 
     psutil = import_module("psutil")  # Ray's own copy
     folder, other = tmp_path / "ladist-ray-a", tmp_path / "ladist-ray-ab"
-    command = "import sys, time; print(1, flush=True); time.sleep(100)"
-    start = f"{sys.executable} -c '{command}' --temp-dir={folder}/r & echo $!"
+    command = "import time; time.sleep(100)"
+    start = f"{sys.executable} -c '{command}' --temp-dir={folder}/r >&2 & echo $!"
     orphan = psutil.Process(
         int(subprocess.run(["sh", "-c", start], stdout=subprocess.PIPE, check=True).stdout.split()[0])
     )
     stranger = subprocess.Popen([sys.executable, "-c", command, f"--temp-dir={other}/r"])
     try:
-        assert orphan.ppid() != os.getpid()
+        assert orphan.ppid() != os.getpid() and orphan.status() != psutil.STATUS_ZOMBIE
         cluster.end_processes_of(folder)
         assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
         assert stranger.poll() is None
