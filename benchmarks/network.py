@@ -10,8 +10,10 @@ no ``netem``, which not every kernel has.) A line has one rate and one delay, in
 A CPU is some 50 times slower than the GPU that a fast line connects. So that sums weigh as much beside the computing as
 there, lines are 50 times slower as well: 25 and 100 Gbit/s and 8.5 us become 0.5 and 2 Gbit/s and 0.43 ms.
 
-The model knows the line's settings, the time that gloo takes for the smallest sum on one host, and the time of each rank's
-share, apart (benchmarks/ranks.py). It is not fitted to anything that crossed the network.
+The model knows the line's settings, the time that gloo takes for the shortest sum on one host, and the time of each rank's
+share, apart (benchmarks/ranks.py). It is not fitted to anything that crossed the network. Two things it counts for what runs
+here: gloo announces a buffer before it sends it, so each of the ring's 2 (W - 1) rounds takes two hops; and where more ranks
+than cores wait for each other in every step, they take turns, W / cores rounded up.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import math
 import os
 import platform
 import select
@@ -37,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import PATHS, arguments, fitted_link, measure_on_rank, processor, shapes_of
+from ranks import PATHS, arguments, measure_on_rank, processor, shapes_of
 
 from lad_dist import ranks as ranks_module
 from lad_dist.plan.scaling import Link, Network
@@ -46,7 +49,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "network.md"
 SLOWER = 50  # a CPU than a GPU, and a line here than a real one
 HOP = 8.5e-6 * SLOWER  # seconds from one rank to another: NCCL's tuning model for a network
 LINES = {"25 Gbit/s": 25e9 / SLOWER, "100 Gbit/s": 100e9 / SLOWER}  # bits a second
-USED = 0.8  # of a line's rate, as in lad_dist/plan/speed.py
+HOPS_A_ROUND = 2  # gloo: "ready to receive", then the data
 MTU = 65_000
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _PORT = 29_417
@@ -68,15 +71,16 @@ class Wires(threading.Thread):
         super().__init__(daemon=True)
         self._devices, self._line = devices, line
         self._over = threading.Event()
+        self.late, self.count = 0.0, 0  # seconds in all beyond the delay, packets
 
     def run(self) -> None:
         free = [0.0] * len(self._devices)  # when each rank's line can send again
         waiting: list[tuple[float, int, int, bytes]] = []
-        count = 0
         while not self._over.is_set():
             now = time.monotonic()
             while waiting and waiting[0][0] <= now:
-                _, _, target, packet = heapq.heappop(waiting)
+                due, _, target, packet = heapq.heappop(waiting)
+                self.late += now - due
                 os.write(self._devices[target], packet)
             pause = max(min(waiting[0][0] - time.monotonic(), 0.05), 0.0) if waiting else 0.05
             for device in select.select(self._devices, (), (), pause)[0]:
@@ -85,8 +89,8 @@ class Wires(threading.Thread):
                     continue
                 source, target = self._devices.index(device), packet[19] - 1
                 free[source] = max(free[source], time.monotonic()) + len(packet) / self._line.rate
-                count += 1
-                heapq.heappush(waiting, (free[source] + self._line.delay, count, target, packet))
+                self.count += 1
+                heapq.heappush(waiting, (free[source] + self._line.delay, self.count, target, packet))
 
     def end(self) -> None:
         self._over.set()
@@ -98,8 +102,8 @@ def ip(*words: str) -> None:
 
 
 @contextmanager
-def namespaces(world: int, line: Line) -> Iterator[list[str]]:
-    """Yield the names of ``world`` network namespaces, connected by lines."""
+def namespaces(world: int, line: Line) -> Iterator[tuple[list[str], Wires]]:
+    """Yield the names of ``world`` network namespaces, and what connects them."""
     names, devices = [f"ladist-{os.getpid()}-{rank}" for rank in range(world)], []
     made: list[str] = []
     wires: Wires | None = None
@@ -117,7 +121,7 @@ def namespaces(world: int, line: Line) -> Iterator[list[str]]:
             ip("-n", name, "link", "set", "lo", "up")
         wires = Wires(devices, line)
         wires.start()
-        yield names
+        yield names, wires
     finally:
         if wires is not None:
             wires.end()
@@ -129,7 +133,7 @@ def namespaces(world: int, line: Line) -> Iterator[list[str]]:
 
 def over_network(world: int, line: Line, settings: dict[str, Any]) -> dict[str, Any]:
     """What ``measure_on_rank`` finds where every rank has a namespace of its own."""
-    with tempfile.TemporaryDirectory() as folder, namespaces(world, line) as names:
+    with tempfile.TemporaryDirectory() as folder, namespaces(world, line) as (names, wires):
         out = Path(folder) / "found.json"
         ranks = []
         for rank, name in enumerate(names):
@@ -140,7 +144,7 @@ def over_network(world: int, line: Line, settings: dict[str, Any]) -> dict[str, 
         codes = [rank.wait() for rank in ranks]
         if any(codes):
             raise SystemExit(f"benchmarks/network.py: ranks ended with {codes}")
-        return {**json.loads(out.read_text()), "settings": settings}
+        return {**json.loads(out.read_text()), "settings": settings, "late": wires.late / max(wires.count, 1)}
 
 
 def on_one_host(world: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -151,8 +155,23 @@ def on_one_host(world: int, settings: dict[str, Any]) -> dict[str, Any]:
         return {**json.loads(out.read_text()), "settings": settings}
 
 
+def link_of(results: dict[str, Any], line: Line | None) -> Link:
+    """A line by its settings, or one host as measured there: its shortest sum, and its largest."""
+    world, sums = results["settings"]["world"], {int(count): seconds for count, seconds in results["sums"].items()}
+    start, large = min(sums.values()), max(sums)
+    if line is not None:
+        return Link("line", line.rate, start, HOPS_A_ROUND * line.delay, __file__)
+    return Link("one host", 2 * (world - 1) / world * large / max(sums[large] - start, 1e-9), start, 0.0, __file__)
+
+
+def computing(results: dict[str, Any], path: str) -> float:
+    """Seconds of an iteration's shares. More ranks than cores, all waiting for the last in every step, take turns."""
+    world, cores = results["settings"]["world"], os.cpu_count() or 1
+    return float(results["iterations"][path]["apart"] * math.ceil(world / cores) / max(world / cores, 1.0))
+
+
 def network_of(link: Link, world: int) -> Network:
-    """Ranks in a ring, each on a host of its own: a sum passes 2 (W - 1) times from one to the next."""
+    """Ranks in a ring: a sum passes 2 (W - 1) times from one to the next."""
     return Network(link, link, world)
 
 
@@ -170,7 +189,7 @@ def rows(name: str, results: dict[str, Any], link: Link) -> tuple[list[str], lis
     iterations, sums = [], []
     for path in PATHS:
         found, sum_seconds = results["iterations"][path], waiting(results, path, link)
-        model = found["apart"] + sum_seconds
+        model = computing(results, path) + sum_seconds
         cells = " | ".join(
             f"{1e3 * s:.0f} ms" for s in (found["alone"], found["apart"], sum_seconds, model, found["together"])
         )
@@ -186,9 +205,10 @@ def rows(name: str, results: dict[str, Any], link: Link) -> tuple[list[str], lis
 def report(found: list[tuple[str, dict[str, Any], Link]]) -> str:
     first = found[0][1]["settings"]
     tables = [rows(name, results, link) for name, results, link in found]
+    late = max(results.get("late", 0.0) for _, results, _ in found)
     worst = max(
         (
-            abs(1 - (r["iterations"][p]["apart"] + waiting(r, p, link)) / r["iterations"][p]["together"])
+            abs(1 - (computing(r, p) + waiting(r, p, link)) / r["iterations"][p]["together"])
             for _, r, link in found
             for p in PATHS
         ),
@@ -201,7 +221,8 @@ def report(found: list[tuple[str, dict[str, Any], Link]]) -> str:
         f"{date.today()}, {processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, "
         f"gloo. One thread a rank; width {first['width']}, {first['shape']}, {first['classes'] * first['ipc']} images, "
         f"{first['steps']} student steps a phase; medians of {first['repeats']}. Lines are {SLOWER} times slower than their names: "
-        f"{', '.join(f'{name} is {bits / 1e9:g} Gbit/s' for name, bits in LINES.items())}, {1e3 * HOP:.2f} ms from rank to rank.",
+        f"{', '.join(f'{name} is {bits / 1e9:g} Gbit/s' for name, bits in LINES.items())}, {1e3 * HOP:.2f} ms from rank to rank "
+        f"(packets are up to {1e3 * late:.2f} ms late on average).",
         "",
         "| network | ranks | path | 1 rank | shares, without sums | sums (model) | model | measured | model / measured |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -224,25 +245,23 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--shape", default="3x32x32")
+    parser.add_argument("--ipc", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     asked = parser.parse_args()
     if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
         raise SystemExit("benchmarks/network.py: needs root and /dev/net/tun, for network namespaces")
-    base = arguments(["--width", str(asked.width), "--shape", asked.shape, "--repeats", str(asked.repeats)])
+    given = {name: getattr(asked, name) for name in ("width", "shape", "ipc", "repeats")}
+    base = arguments([word for name, value in given.items() for word in (f"--{name}", str(value))])
     keys = ("width", "depth", "shape", "classes", "ipc", "batch", "steps", "repeats", "threads", "device")
     found: list[tuple[str, dict[str, Any], Link]] = []
     for world in asked.worlds:
         settings = {k: getattr(base, k) for k in keys} | {"world": world, "sums": list(SUMS), "bucket_widths": []}
         local = on_one_host(world, settings)
-        own = fitted_link(local)
-        found.append(("one host", local, own))
+        found.append(("one host", local, link_of(local, None)))
         for name, bits in LINES.items():
             line = Line(bits / 8, HOP)
-            start = min(local["sums"].values())
-            found.append(
-                (name, over_network(world, line, settings), Link(name, USED * line.rate, start, HOP, __file__))
-            )
+            found.append((name, over_network(world, line, settings), link_of(local, line)))
     text = report(found)
     print(text)
     if asked.write:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from lad_dist.plan.scaling import (
     Several,
     StepTime,
     advice,
+    best,
     iteration,
     phases_of,
     scaling,
@@ -31,6 +33,7 @@ from lad_dist.plan.scaling import (
 )
 from lad_dist.plan.shapes import Shapes
 from lad_dist.plan.units import duration, size
+from lad_dist.ranks import groups_of
 from lad_dist.recipe import MOST_TEACHERS, SET_PHASES, Recipe
 from lad_dist.results import TEACHERS, WHOLE, base_source, labelled_online
 
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
     import torch
 
 _ZCA_FLOPS = {"cpu": 15e9, "cuda": 1e12}  # assumed; per thread on a CPU. Eigenvectors use little of a device
+
+_WORTH_SAYING = 1.5  # times the efficiency of one window
 
 
 @dataclass(frozen=True)
@@ -336,10 +341,24 @@ class _Times:
         return scaling(self.phases, self.total, self.recipe.distill.batch, worlds, resources.network, self.several)
 
     def advice(self) -> str:
-        """Return where more ranks stop helping, in words."""
+        """Return where more ranks stop helping, in words, and what several windows an iteration would then gain."""
         if self.resources.device == "cpu" and self.resources.hosts == 1:
             return "ranks on one host share its cores: they gain little over threads"
-        return advice(self.scaling(), self.resources.world)
+        rows, world = self.scaling(), self.resources.world
+        said, here = advice(rows, world), next(row for row in rows if row.world == world)
+        windows = world // best(rows).world
+        if windows < 2 or self.recipe.distill.windows > 1 or not set(self.recipe.phases) - set(SET_PHASES):
+            return said
+        other = copy.copy(self)
+        distill = self.recipe.distill.model_copy(update={"windows": windows})
+        other.recipe = self.recipe.model_copy(update={"distill": distill})
+        grouped = next(row for row in other.scaling() if row.world == world)
+        if grouped.efficiency < _WORTH_SAYING * here.efficiency:
+            return said
+        return (
+            f"{said}; distill.windows={windows}, which changes the result, would give {groups_of(windows, world)} groups of "
+            f"ranks a window each (an efficiency of {grouped.efficiency:.0%} for {here.efficiency:.0%}; docs/scaling.md)"
+        )
 
     def durations(self) -> list[Duration]:
         """Return the durations of all stages, from scratch."""

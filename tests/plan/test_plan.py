@@ -109,6 +109,14 @@ def test_ranks_divide_gpus_hours_and_stop_helping():
     seconds = {n: sum(d["seconds"] for d in made["durations"] if d["stage"] == "distill") for n, made in hours.items()}
     assert seconds[4] < seconds[1] / 3
     assert "stop helping at 8" in hours[64]["advice"] and "up to 8" in hours[1]["advice"]
+    assert "distill.windows=8" in hours[64]["advice"] and "8 groups" in hours[64]["advice"]
+    assert "distill.windows" not in hours[4]["advice"]
+    grouped = planned(CIFAR, "--gpu", "a100", "--ranks", "64", "--set", "distill.windows=8")
+    assert "distill.windows" not in grouped["advice"]
+    one, several = (
+        next(row["efficiency"] for row in made["scaling"] if row["world"] == 64) for made in (hours[64], grouped)
+    )
+    assert several > 4 * one
     assert any("assumed" in rate["source"] for rate in hours[1]["rates"])
 
 
