@@ -8,8 +8,9 @@ views, and a teacher that labels every batch. The teachers are the experts of JO
 LAD's, made by the recipe --lad with experts of its own, are labelled by the same teachers. Each network is trained by the same
 protocol (evaluate.* of JOB) and measured on the test set after its last epoch; nothing is chosen on it.
 
-Every run is an ordinary run folder under --out, so an interrupted comparison continues where it was; teachers and experts are
-trained once per factor. --report-only makes the table of what is there, --write puts it into benchmarks/results/families-JOB.md.
+Every run is an ordinary run folder under --out, so an interrupted comparison continues where it was; teachers and experts
+are trained once per factor. --report-only makes the table of what is there; --write puts it into
+benchmarks/results/families-JOB.md, or families-NAME.md with --table NAME.
 """
 
 from __future__ import annotations
@@ -300,6 +301,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--report-only", action="store_true")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--table", default=None, metavar="NAME", help="of --write: families-NAME.md; default: JOB")
     args = parser.parse_args()
     from lad_dist import recipe_file
     from lad_dist.catalog import find_job
@@ -330,7 +332,7 @@ def main() -> None:
     )
     print(text)
     if args.write:
-        (RESULTS / f"families-{recipe.name}.md").write_text(text)
+        (RESULTS / f"families-{args.table or recipe.name}.md").write_text(text)
 
 
 if __name__ == "__main__":
