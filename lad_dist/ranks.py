@@ -2,10 +2,11 @@
 
 A rank is one process with one device. Callers of each collective:
 
-    total       distill/student.py: the gradient of one student step, once per step and phase. Nothing else in the loop.
+    total       distill/student.py: the gradient of one student step, once per step and phase.
     replicate   distill/student.py: the same sum, by DistributedDataParallel's reducer, where no graph is kept.
     total       distill/loop.py: once per iteration, a few numbers on which all ranks must agree (finite? stop? losses).
-    total       distill/loop.py: once per iteration and phase, between groups, gradients of several windows (``split``).
+    total       distill/loop.py: with several windows on groups of ranks (``split``), once per iteration and phase, the
+                set's gradients between groups, and whether any group failed.
     share       distill/loop.py: once, data that only rank 0 has read (images' facts, the initial set).
     gather      distill/state.py and loop.py: once per checkpoint, and once at the start, small Python values.
 
@@ -46,7 +47,7 @@ _ROLL_CALL = 5.0  # seconds that the remaining ranks wait for each other's repor
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among ``world`` processes. ``calls`` counts the collectives by name.
+    """This process among ``world`` processes. ``calls`` counts the collectives by name, which wait ``timeout`` seconds.
 
     ``members``: the numbers of these processes among all, where they are a part of them, and ``group`` is torch's.
     """
@@ -54,6 +55,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     calls: Counter[str] = field(default_factory=Counter, compare=False)
+    timeout: float = field(default=TIMEOUT, compare=False)
     members: tuple[int, ...] = ()
     group: Any = field(default=None, compare=False, repr=False)
 
@@ -93,7 +95,7 @@ class Ranks:
         assert not self.members and self.world % count == 0, f"{self.world} ranks in {count} groups"
         size = self.world // count
         if count == 1:
-            return Groups(0, 1, self, Ranks(calls=self.calls))
+            return Groups(0, 1, self, self, Ranks(calls=self.calls))
         index, place = divmod(self.rank, size)
         rows = [tuple(range(g * size, (g + 1) * size)) for g in range(count)]
         columns = [tuple(range(p, self.world, size)) for p in range(size)]
@@ -101,8 +103,9 @@ class Ranks:
         return Groups(
             index,
             count,
-            Ranks(place, size, self.calls, rows[index], within),
-            Ranks(index, count, self.calls, columns[place], across),
+            self,
+            Ranks(place, size, self.calls, self.timeout, rows[index], within),
+            Ranks(index, count, self.calls, self.timeout, columns[place], across),
         )
 
     def _joined_in(self, parts: Sequence[tuple[int, ...]], own: int) -> Any:
@@ -110,7 +113,8 @@ class Ranks:
         import torch.distributed as dist
 
         with self._naming_the_missing("split"):
-            return [dist.new_group(list(part)) for part in parts][own]
+            limit = timedelta(seconds=self.timeout)
+            return [dist.new_group(list(part), timeout=limit) for part in parts][own]
 
     def share(self, value: _Value) -> _Value:
         """Return rank 0's value on every rank (pickled: between processes of one run only)."""
@@ -140,8 +144,10 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # raised by both backends when a peer is gone or too late
-            missing, of = self._missing(), f" of {self.world}" if not self.members else ""
-            who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}{of} gone or stuck"
+            import torch.distributed as dist
+
+            missing, everyone = self._missing(), dist.get_world_size()
+            who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {everyone} gone or stuck"
             raise RankError(
                 f"{who if missing else 'a rank did not answer'}; the last checkpoint is kept, and the same command "
                 f"continues from it ({str(error).splitlines()[0][:200]})"
@@ -176,6 +182,7 @@ class Groups:
 
     index: int
     count: int
+    all: Ranks
     within: Ranks
     across: Ranks
 
@@ -248,7 +255,7 @@ def joined(where: ProcessRank, device: torch.device, timeout: float = TIMEOUT) -
             "check that every rank was started and that the hosts reach each other"
         ) from error
     try:
-        yield Ranks(where.rank, where.world)
+        yield Ranks(where.rank, where.world, timeout=timeout)
     finally:
         dist.destroy_process_group()
 
@@ -323,7 +330,7 @@ def launch(
                 ) from failed
             say(f"rank {rank} of {world} {how}; starting again from the last checkpoint ({attempt + 1} of {restarts})")
             continue
-        _raise_first([outcomes[rank] for rank in sorted(outcomes)])
+        raise_first([outcomes[rank] for rank in sorted(outcomes)])
         return
 
 
@@ -361,7 +368,8 @@ def _outcome(function: Callable[..., None], *args: Any) -> tuple[str, str] | Non
     return None
 
 
-def _raise_first(outcomes: Sequence[tuple[str, str] | None]) -> None:
+def raise_first(outcomes: Sequence[tuple[str, str] | None]) -> None:
+    """Raise the first error among the ranks' outcomes, (name of its class, text); one of a lost rank only without others."""
     faults = [o for o in outcomes if o is not None]
     if not faults:
         return

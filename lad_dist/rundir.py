@@ -461,7 +461,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def rows_of(path: Path, name: str) -> int:
     """Return the length of a tensor in a safetensors file without reading it. Raises as ``load_tensors``."""
     with _checked(path) as checked:
-        return int(checked.get_slice(name).get_shape()[0])
+        shape = checked.get_slice(name).get_shape()
+    if not shape:
+        raise ValueError(f"its {name} are a single number")
+    return int(shape[0])
 
 
 @contextmanager

@@ -43,11 +43,11 @@ def side_by_side(reports: list[Path]) -> list[int]:
     """Run all processes; their exit codes. Each writes a report in JUnit's format."""
     ignored = [f"--ignore={path}" for paths in OTHERS for path in paths]
     with ExitStack() as stack:
-        logs, others = [], []
-        for paths, report in zip(OTHERS, reports[1:], strict=True):
-            logs.append(stack.enter_context(tempfile.TemporaryFile("w+")))
-            command = [*PYTEST, f"--junit-xml={report}", *paths]
-            others.append(subprocess.Popen(command, cwd=ROOT, stdout=logs[-1], stderr=subprocess.STDOUT))
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in OTHERS]
+        others = [
+            subprocess.Popen([*PYTEST, f"--junit-xml={report}", *paths], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            for paths, report, log in zip(OTHERS, reports[1:], logs, strict=True)
+        ]
         try:
             first = subprocess.run([*PYTEST, f"--junit-xml={reports[0]}", *ignored], cwd=ROOT, check=False)
             return [first.returncode, *(other.wait() for other in others)]

@@ -325,7 +325,6 @@ def test_tensors_are_written_as_safetensors_writes_them(tmp_path, names):
 LOADS = """
 import sys
 from pathlib import Path
-from pathlib import Path
 import torch
 from lad_dist import rundir
 

@@ -37,12 +37,12 @@ from lad_dist.distill.state import State
 from lad_dist.distill.student import Batch, GradientPath, Phase, PhaseResult, Student, SyntheticSet
 from lad_dist.distill.update import Gradients, Mean, Optimizers, SetGradients, weighted_sum
 from lad_dist.distill.windows import Window, Windows
-from lad_dist.errors import Interrupted, NumericalError, TrajectoryError
+from lad_dist.errors import Interrupted, LadDistError, NumericalError, RecipeError, TrajectoryError
 from lad_dist.interrupts import StopFlag, deferred
 from lad_dist.models.convolution import set_precision
 from lad_dist.models.network import build
 from lad_dist.progress import Events, Screen
-from lad_dist.ranks import ALONE, Ranks, groups_of
+from lad_dist.ranks import ALONE, Ranks, groups_of, raise_first
 from lad_dist.recipe import PhaseName, Recipe
 from lad_dist.rundir import RunDir, host_name
 from lad_dist.seeds import rng
@@ -336,22 +336,22 @@ class Distillation:
         began, synthetic = time.perf_counter(), state.optimizers.synthetic_set()
         phases = self.phases(state.iteration)
         self.windows.read_ahead(self.recipe.phases, state.iteration + 1, self.own_windows)
-        results = [(p, self.student.run(synthetic, p.phase, path)) for p in phases]
-        drawn: list[list[str | int]] = [[p.stage, p.window.expert, p.window.epoch] for p in phases]
-        gradients: list[tuple[float, Gradients]] = [(p.weight, result) for p, result in results]
-        if self.recipe.distill.windows > 1:
-            drawn, gradients = self._drawn(phases, state.iteration), self._averaged(state, path, results)
+        results, gradients = self._matched(state, path, phases)
+        numbers = range(self.recipe.distill.windows)
+        drawn: list[list[str | int]] = [
+            [p.stage, *self.windows.choose(p.stage, state.iteration, n)] for n in numbers for p in phases
+        ]
         others: dict[PhaseName, SetGradients] = {}
         if "regression" in self.recipe.phases:
             at = self.windows.checkpoint(state.iteration)
             others["regression"] = self._regress(synthetic, at.start_P, state.iteration)
             drawn.append(["regression", at.expert, at.epoch])
-            gradients.append((self.recipe.distill.lambda_regression, others["regression"]))
+            gradients.append((self.recipe.distill.lambda_regression, self._shared(others["regression"])))
         if "statistics" in self.recipe.phases:
             expert, epoch = self.windows.choose("statistics", state.iteration)
             others["statistics"] = self._align(synthetic, expert, state.iteration)
             drawn.append(["statistics", expert, epoch])
-            gradients.append((self.recipe.distill.lambda_statistics, others["statistics"]))
+            gradients.append((self.recipe.distill.lambda_statistics, self._shared(others["statistics"])))
         agreed = self._agree(results, gradients, state.optimizers)
         self.save_due = agreed.save
         self._check_finite(state, drawn, [g for _, g in gradients], agreed)
@@ -396,26 +396,41 @@ class Distillation:
         """Return whether ``good`` holds on every rank. All ranks call it."""
         return float(self.ranks.total(torch.tensor(0.0 if good else 1.0, device=self.device))) == 0
 
-    def _drawn(self, phases: list[NamedPhase], iteration: int) -> list[list[str | int]]:
-        """Return the draws of all windows of an iteration, those of other groups too."""
-        numbers = range(self.recipe.distill.windows)
-        return [[p.stage, *self.windows.choose(p.stage, iteration, n)] for n in numbers for p in phases]
+    def _matched(
+        self, state: State, path: GradientPath, phases: list[NamedPhase]
+    ) -> tuple[list[tuple[NamedPhase, PhaseResult]], list[tuple[float, Gradients]]]:
+        """Run this group's windows, the first of which are ``phases``. All ranks call it, and raise the same error.
 
-    def _averaged(
-        self, state: State, path: GradientPath, first: list[tuple[NamedPhase, PhaseResult]]
-    ) -> list[tuple[float, Gradients]]:
-        """Run this group's other windows, and return each phase's gradients averaged over all. All ranks call it.
-
-        ``first``: the group's first window, whose results get the others' student losses.
+        Returns the first window's results, with all windows' student losses; each phase's weight, and its gradients
+        averaged over the windows of all groups.
         """
         synthetic, count = state.optimizers.synthetic_set(), self.recipe.distill.windows
-        sums = [Mean.of(result, count) for _, result in first]
-        for number in self.own_windows[1:]:
-            for i, named in enumerate(self.phases(state.iteration, number)):
-                result = self.student.run(synthetic, named.phase, path)
-                sums[i] += Mean.of(result, count)
-                first[i][1].inner_losses.extend(result.inner_losses)
-        return [(p.weight, mean.over(self.groups.across)) for (p, _), mean in zip(first, sums, strict=True)]
+        results: list[tuple[NamedPhase, PhaseResult]] = []
+        sums: list[Mean] = []
+        fault: LadDistError | None = None
+        try:
+            results = [(p, self.student.run(synthetic, p.phase, path)) for p in phases]
+            if count == 1:
+                return results, [(p.weight, result) for p, result in results]
+            sums = [Mean.of(result, count) for _, result in results]
+            for number in self.own_windows[1:]:
+                for i, named in enumerate(self.phases(state.iteration, number)):
+                    result = self.student.run(synthetic, named.phase, path)
+                    sums[i] += Mean.of(result, count)
+                    results[i][1].inner_losses.extend(result.inner_losses)
+        except (NumericalError, RecipeError) as error:  # on all ranks of this group
+            if self.groups.count == 1:
+                raise
+            fault = error
+        if self.groups.count > 1 and not self._everywhere(fault is None):
+            raise_first(self.ranks.gather(None if fault is None else (type(fault).__name__, str(fault))))
+        return results, [(p.weight, mean.over(self.groups)) for (p, _), mean in zip(results, sums, strict=True)]
+
+    def _shared(self, gradients: SetGradients) -> Gradients:
+        """Return the gradients of a phase that every group has computed, with the same bits in all groups."""
+        if self.groups.count == 1:
+            return gradients
+        return Mean.of(gradients, self.groups.count).over(self.groups)
 
     def _regress(self, synthetic: SyntheticSet, theta_P: Tensor, iteration: int) -> SetGradients:
         """Run the regression phase of an iteration. All ranks call it."""
@@ -540,14 +555,13 @@ class Distillation:
     def _check_finite(
         self, state: State, drawn: list[list[str | int]], gradients: list[Gradients], agreed: _Agreed
     ) -> None:
-        first = {str(phase): (phase, expert, epoch) for phase, expert, epoch in reversed(drawn)}  # of several windows
-        for (phase, expert, epoch), gradient, broken in zip(
-            (first[phase] for phase in self.recipe.phases), gradients, agreed.broken, strict=True
-        ):
+        count = self.recipe.distill.windows
+        for phase, gradient, broken in zip(self.recipe.phases, gradients, agreed.broken, strict=True):
             if broken:
+                at = [f"expert {expert}, start epoch {epoch}" for name, expert, epoch in drawn if name == phase]
                 raise NumericalError(
                     f"iteration {state.iteration + 1}: the {phase} phase produced NaN or Inf (loss "
-                    f"{float(gradient.loss):.3g}, expert {expert}, start epoch {epoch}); the last "
+                    f"{float(gradient.loss):.3g}, {at[0] if len(at) == 1 else f'in one of {count} windows'}); the last "
                     "good state is kept; try a smaller distill.lr_images or distill.alpha"
                 )
 

@@ -27,7 +27,8 @@ from lad_dist.rundir import load_tensors, publish_shared_folder, remove, rows_of
 
 _SHARD = re.compile(r"shard-(\d{3,})-of-(\d{3,})\.safetensors")
 _FOLDER = re.compile(r"iteration-(\d{6,})")
-_SHARED = ("alpha", "momentum_alpha")  # equal on every rank; all others are rows of the set
+_SHARED = ("alpha", "momentum_alpha")  # equal on every rank, single numbers; all others are rows of the set
+_DIMENSIONS = {"images": 4, "logits": 2, "labels": 2}  # by the last word of a tensor's name
 
 
 class State:
@@ -133,11 +134,14 @@ class State:
                 int(metadata["iteration"]),
                 tensors.get("initial_label_logits"),
             )
+            said = metadata["recipe_hash"]
+            if state.iteration < 0:
+                raise ValueError(f"it says iteration {state.iteration}")
         except (KeyError, ValueError, OSError, RuntimeError) as error:
             raise DistilledError(
                 f"{newest}: is not a readable checkpoint ({error}); remove it to distill from the start"
             ) from error
-        if metadata["recipe_hash"] != _trajectory_hash(recipe):
+        if said != _trajectory_hash(recipe):
             raise DistilledError(f"{newest}: was made by another recipe; remove it to distill from the start")
         state.optimizers.load_momentum(tensors, state.iteration)
         return state
@@ -170,20 +174,24 @@ def _read_rows(shards: list[Path], ranks: Ranks) -> tuple[dict[str, Tensor], dic
             counts.append(rows_of(path, "images"))
     rows, begin = Share.of(sum(counts), ranks).rows, 0
     parts: dict[str, list[Tensor]] = {}
-    known: dict[str, str] = {}
+    known: dict[str, str] | None = None
     for path, count in zip(shards, counts, strict=True):
         tensors, metadata = _read(path)
-        if known not in ({}, metadata):
+        if known not in (None, metadata):
             raise ValueError("its shards are from different checkpoints")
         known = metadata
         own = slice(max(rows.start - begin, 0), max(rows.stop - begin, 0))
         for name, tensor in tensors.items():
+            whole = 0 if name in _SHARED else _DIMENSIONS.get(name.rpartition("_")[2], 0)
+            if tensor.dim() != whole or (whole and len(tensor) != count) or not tensor.is_floating_point():
+                kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise ValueError(f"{path.name}: {name} is {kind}; valid: floats, a row for each of {count} images")
             if name not in _SHARED and len(tensor[own]) < count:
                 tensor = tensor[own].clone()  # a view would hold the whole
             parts.setdefault(name, []).append(tensor)
         begin += count
     alone = len(shards) == 1
-    return {name: of[0] if alone or name in _SHARED else torch.cat(of) for name, of in parts.items()}, known
+    return {name: of[0] if alone or name in _SHARED else torch.cat(of) for name, of in parts.items()}, known or {}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lad_dist.distill.student import RowGradients, SyntheticSet
-from lad_dist.ranks import Ranks
+from lad_dist.ranks import Groups
 from lad_dist.recipe import DistillConfig
 
 ADAM_BETA2 = 0.99
@@ -70,14 +70,19 @@ class Mean:
     def __add__(self, other: Mean) -> Mean:
         return Mean(*(a + b for a, b in zip(self._tensors(), other._tensors(), strict=True)))
 
-    def over(self, across: Ranks) -> Mean:
-        """Return the sum over the groups of ranks, by one collective. All ranks call it."""
-        if across.world == 1:
+    def over(self, groups: Groups) -> Mean:
+        """Return the sum over the groups of ranks. All ranks call it.
+
+        Loss and alpha's gradient, which all ranks of a group have, are summed over all ranks: the order of a sum depends
+        on the place in a tensor and on its length, and these must have the same bits everywhere.
+        """
+        if groups.count == 1:
             return self
-        tensors = self._tensors()
-        flat = across.total(torch.cat([t.reshape(-1) for t in tensors]))
-        parts = flat.split([t.numel() for t in tensors])
-        return Mean(*(p.view_as(t) for p, t in zip(parts, tensors, strict=True)))
+        loss, alpha_gradient = groups.all.total(torch.stack([self.loss, self.alpha_gradient]) / groups.within.world)
+        rows = (self.images_SCHH, self.labels_SK)
+        flat = groups.across.total(torch.cat([t.reshape(-1) for t in rows]))
+        images, labels = (p.view_as(t) for p, t in zip(flat.split([t.numel() for t in rows]), rows, strict=True))
+        return Mean(loss, images, labels, alpha_gradient)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.loss, self.images_SCHH, self.labels_SK, self.alpha_gradient

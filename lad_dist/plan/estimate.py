@@ -33,7 +33,6 @@ from lad_dist.plan.scaling import (
 )
 from lad_dist.plan.shapes import Shapes
 from lad_dist.plan.units import duration, size
-from lad_dist.ranks import groups_of
 from lad_dist.recipe import MOST_TEACHERS, SET_PHASES, Recipe
 from lad_dist.results import TEACHERS, WHOLE, base_source, labelled_online
 
@@ -346,7 +345,7 @@ class _Times:
             return "ranks on one host share its cores: they gain little over threads"
         rows, world = self.scaling(), self.resources.world
         said, here = advice(rows, world), next(row for row in rows if row.world == world)
-        windows = world // best(rows).world
+        windows = max((n for n in range(2, world // best(rows).world + 1) if world % n == 0), default=1)
         if windows < 2 or self.recipe.distill.windows > 1 or not set(self.recipe.phases) - set(SET_PHASES):
             return said
         other = copy.copy(self)
@@ -356,8 +355,8 @@ class _Times:
         if grouped.efficiency < _WORTH_SAYING * here.efficiency:
             return said
         return (
-            f"{said}; distill.windows={windows}, which changes the result, would give {groups_of(windows, world)} groups of "
-            f"ranks a window each (an efficiency of {grouped.efficiency:.0%} for {here.efficiency:.0%}; docs/scaling.md)"
+            f"{said}; distill.windows={windows}, which changes the result, would give {windows} groups of ranks a window "
+            f"each (an efficiency of {grouped.efficiency:.0%} for {here.efficiency:.0%}; docs/scaling.md)"
         )
 
     def durations(self) -> list[Duration]:

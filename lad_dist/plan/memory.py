@@ -126,9 +126,9 @@ def auto_bytes(shapes: Shapes, batches: Batches, steps: int) -> int:
 def set_bytes(recipe: Recipe, shapes: Shapes, rows: int) -> int:
     """Return a rank's bytes of the set: images and labels, momentum, the initial images, one phase's gradients.
 
-    Of several windows, also the means of all phases' gradients, one window's part, and the groups' sum.
+    Of several windows, also the first window's and the means of all phases' gradients, and one of them in transit.
     """
-    means = len(recipe.phases) + 2 if recipe.distill.windows > 1 else 0
+    means = 2 * len(recipe.phases) + 1 if recipe.distill.windows > 1 else 0
     return (4 + means) * rows * 4 * (shapes.image + shapes.classes)
 
 

@@ -94,7 +94,7 @@ class Network:
             return self.inside.latency + 2 * (groups - 1) * (self.inside.hop + count / groups / self.inside.bandwidth)
         here = max(1, self.per_host // within)  # groups of a host
         latency = self.between.latency + 2 * (
-            (here - 1) * self.inside.hop + math.ceil(math.log2(hosts)) * self.between.hop
+            (here - 1) * self.inside.hop + math.ceil(math.log2(min(hosts, groups))) * self.between.hop
         )
         sharing = min(within, self.per_host)
         return latency + sharing * 2 * (groups - 1) / groups * count / self.between.bandwidth
@@ -220,7 +220,7 @@ def iteration(
         turns = 1 if p.name in SET_PHASES else several.windows // groups
         compute += turns * p.steps * p.step.seconds(share)
         sums += turns * p.steps * p.sums_per_step * network.allreduce(p.bytes_per_sum, within)
-        if groups > 1 and p.name not in SET_PHASES:
+        if groups > 1:
             sums += network.between_groups(several.set_bytes / within, groups, within)
     return compute + sums, sums, share
 

@@ -23,7 +23,7 @@ from lad_dist.distilled import DistilledSet
 from lad_dist.errors import DistilledError, Interrupted, NumericalError, TrajectoryError
 from lad_dist.models import functional
 from lad_dist.progress import read_events
-from lad_dist.rundir import load_tensors
+from lad_dist.rundir import load_tensors, save_tensors
 from lad_dist.trajectories.reader import Buffer
 
 CPU = torch.device("cpu")
@@ -155,6 +155,41 @@ def test_a_checkpoint_of_another_recipe_or_damaged(pipeline_of, undisturbed):
     shard.rename(shard.with_name("shard-001-of-002.safetensors"))
     with pytest.raises(DistilledError, match="shards are missing"):
         State.load(path, recipe, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("images", lambda t: t.sum(), "its images are a single number"),
+        (
+            "images",
+            lambda t: t.flatten(1),
+            r"images is torch.float32 of shape \(20, .*\); valid: floats, a row for each of 20",
+        ),
+        ("images", lambda t: t.long(), "images is torch.int64"),
+        ("momentum_images", lambda t: t[:5], r"momentum_images is torch.float32 of shape \(5, "),
+        ("label_logits", lambda t: t[:4], r"label_logits is torch.float32 of shape \(4, "),
+        ("initial_images", lambda t: t.sum(), r"initial_images is torch.float32 of shape \(\)"),
+        ("alpha", lambda t: t.expand(3).clone(), r"alpha is torch.float32 of shape \(3,\)"),
+        ("images", None, "it is not a whole safetensors file"),
+        ("iteration", "-1", "it says iteration -1"),
+        ("iteration", "x", "invalid literal"),
+        ("recipe_hash", None, "'recipe_hash'"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(undisturbed, tmp_path, name, change, said):
+    """With a right checksum: by another program."""
+    shutil.copytree(undisturbed.run.distill_checkpoint, tmp_path / "distill")
+    (shard,) = (tmp_path / "distill").rglob("*.safetensors")
+    tensors, metadata = load_tensors(shard)
+    part = tensors if name in tensors else metadata
+    if change is None:
+        del part[name]
+    else:
+        part[name] = change(part[name]) if callable(change) else change
+    save_tensors(tensors, shard, metadata)
+    with pytest.raises(DistilledError, match=rf"iteration-000006: is not a readable checkpoint \(.*{said}"):
+        State.load(tmp_path / "distill", undisturbed.recipe, CPU)
 
 
 @pytest.mark.parametrize("content", [b"", bytes(4000), b"PAR1" * 100], ids=["empty", "zeros", "something else"])

@@ -35,22 +35,22 @@ def test_the_gradient_is_the_mean_over_the_windows(small_recipe, small_experts, 
 
     doc = small_recipe(distill={"windows": 3}).model_dump(mode="json")
     seen = []
-    averaged = loop.Distillation._averaged
+    matched = loop.Distillation._matched
 
-    def noted(work, state, path, first):
+    def noted(work, state, path, phases):
         synthetic = state.optimizers.synthetic_set()
         each = [
             [work.student.run(synthetic, p.phase, path).by_rows.images_SCHH for p in work.phases(state.iteration, n)]
             for n in range(3)
         ]
-        found = averaged(work, state, path, first)
-        for i, (_, mean) in enumerate(found):
+        found = matched(work, state, path, phases)
+        for i, (_, mean) in enumerate(found[1]):
             torch.testing.assert_close(mean.by_rows.images_SCHH, torch.stack([g[i] for g in each]).mean(0))
             assert not torch.equal(each[0][i], each[1][i])
             seen.append(i)
         return found
 
-    monkeypatch.setattr(loop.Distillation, "_averaged", noted)
+    monkeypatch.setattr(loop.Distillation, "_matched", noted)
     rank_workers.iterations(ranks.ALONE, doc, str(small_experts), torch.float32, count=1)
     assert seen == [0, 1]
 
@@ -80,21 +80,45 @@ def test_memory_and_time_of_the_plan_know_groups(small_recipe):
     assert groups[1] == pytest.approx(network.between_groups(several.set_bytes, 4, 1)) and groups[0] - groups[1] == 120
 
 
-@pytest.mark.parametrize(("world", "windows", "dtype"), [(2, 2, torch.float32), (4, 2, torch.float64)])
-def test_groups_of_ranks_equal_one_process(small_recipe, small_experts, tmp_path, world, windows, dtype):
-    """Two groups of one rank give the same bits; two groups of two, the same to rounding."""
-    doc = small_recipe(distill={"windows": windows, "batch": 7}).model_dump(mode="json")
+@pytest.mark.parametrize(
+    ("world", "windows", "dtype", "changes"),
+    [
+        (2, 2, torch.float32, {}),
+        (2, 4, torch.float64, {}),
+        (3, 3, torch.float64, {}),
+        (4, 2, torch.float64, {"gradient": "recompute"}),
+    ],
+)
+def test_groups_of_ranks_equal_one_process(small_recipe, small_experts, tmp_path, world, windows, dtype, changes):
+    """Two groups of one rank with a window each give the same bits; others the same to rounding, all groups the same."""
+    doc = small_recipe(distill={"windows": windows, "batch": 7, **changes}).model_dump(mode="json")
     ranks.launch(world, rank_workers.whole_iterations, (str(tmp_path), doc, str(small_experts), dtype), 0, print)
     alone = rank_workers.iterations(ranks.ALONE, doc, str(small_experts), dtype)
     parts = [torch.load(tmp_path / f"rank-{r}.pt") for r in range(world)]
-    size = world // windows
-    for first in range(0, world, size):
-        for name in ("images", "labels"):
-            found = torch.cat([p[name] for p in parts[first : first + size]])
-            if size == 1:
-                assert torch.equal(found, alone[name])
-            torch.testing.assert_close(found, alone[name], rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(parts[first]["alpha"], alone["alpha"], rtol=1e-10, atol=1e-10)
+    size = world // ranks.groups_of(windows, world)
+    for rank, part in enumerate(parts):
+        assert torch.equal(part["alpha"], parts[0]["alpha"])
+        assert all(torch.equal(part[name], parts[rank % size][name]) for name in ("images", "labels"))
+    for name in ("images", "labels"):
+        found = torch.cat([p[name] for p in parts[:size]])
+        if dtype == torch.float32:
+            assert torch.equal(found, alone[name])
+        torch.testing.assert_close(found, alone[name], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(parts[0]["alpha"], alone["alpha"], rtol=1e-10, atol=1e-10)
+
+
+def test_a_phase_without_students_beside_windows(pipeline_of):
+    changes = {"windows": 2, "iterations": 2, "lambda_regression": 1.0, "regression_batch": 20}
+    one, two = (over(pipeline_of(f"over-{world}", distill=changes), world) for world in (1, 2))
+    assert all(map(torch.equal, (one.images, one.label_logits), (two.images, two.label_logits)))
+
+
+def test_an_error_of_one_group_is_that_of_all(small_recipe, small_experts, tmp_path):
+    """The second window has the same weights at both ends; the first group would wait for the second's gradients."""
+    doc = small_recipe(distill={"windows": 2}).model_dump(mode="json")
+    ranks.launch(2, rank_workers.a_window_without_length, (str(tmp_path), doc, str(small_experts)), 0, print)
+    said = [(tmp_path / f"rank-{r}.txt").read_text() for r in range(2)]
+    assert said[0] == said[1] and said[0].startswith("NumericalError: the expert has the same weights at both ends")
 
 
 def test_a_run_of_groups_resumes_alone_and_replays(pipeline_of):
@@ -106,6 +130,8 @@ def test_a_run_of_groups_resumes_alone_and_replays(pipeline_of):
     shutil.rmtree(changing.run.distilled)
     changing.recipe = pipeline_of("to-the-end", distill={"windows": 2}).recipe
     same(over(changing, 1), alone)
+    begun = [e["iteration"] for e in read_events(changing.run.events) if e["kind"] == "distill-started"]
+    assert begun == [0, 3]
     (first, *_) = [e for e in read_events(changing.run.events) if e["kind"] == "iteration"]
     assert [phase for phase, _, _ in first["windows"]] == ["representation", "classifier"] * 2
     replay = pipeline_of("replay", distill={"windows": 2})

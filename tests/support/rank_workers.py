@@ -109,6 +109,30 @@ def whole_iterations(out: str, doc: dict, root: str, dtype: torch.dtype) -> None
         torch.save(iterations(ranks, doc, root, dtype), Path(out) / f"rank-{ranks.rank}.pt")
 
 
+def a_window_without_length(out: str, doc: dict, root: str) -> None:
+    """The error of every rank whose second window has the same weights at both ends."""
+    import dataclasses
+
+    from lad_dist.distill.windows import Windows
+    from lad_dist.errors import LadDistError
+
+    drawn = Windows.draw
+
+    def draw(windows, stage, iteration, number=0):
+        window = drawn(windows, stage, iteration, number)
+        return dataclasses.replace(window, target_P=window.start_P.clone()) if number == 1 else window
+
+    Windows.draw = draw
+    where = ranks_module.place()
+    assert where is not None
+    torch.set_num_threads(1)
+    with ranks_module.joined(where, torch.device("cpu"), timeout=60) as ranks:
+        try:
+            iterations(ranks, doc, root, torch.float32, count=1)
+        except LadDistError as error:
+            (Path(out) / f"rank-{ranks.rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
 def iterations(ranks: Ranks, doc: dict, root: str, dtype: torch.dtype, count: int = 5) -> dict:
     """Whole iterations of a recipe whose experts lie in ``root``, in ``dtype``; what this rank ends with."""
     from lad_dist.data.prepare import prepare
