@@ -25,7 +25,7 @@ MINE = Method("Mine", {"matching": "joint", "labels": "hard", "window_epochs": 3
 @pytest.fixture(autouse=True)
 def mine(monkeypatch):
     module = types.ModuleType("mine_too")
-    module.MINE, module.STRANGE, module.NONE = MINE, Method("Strange", {"windows": 3}), "lad"
+    module.MINE, module.STRANGE, module.NONE = MINE, Method("Strange", {"panes": 3}), "lad"
     monkeypatch.setitem(sys.modules, "mine_too", module)
 
 
@@ -43,7 +43,7 @@ def test_a_method_of_ones_own_is_a_preset():
 @pytest.mark.parametrize(("name", "said"), [
     ("lda", "'lda': should be 'lad', 'lad-fr', 'aligned', 'datm', 'mtt', 'lad-without-wma', 'lad-without-adm' or module:attribute"),
     (3, "method: 3: should be a valid string"),
-    ("mine_too:STRANGE", "method: mine_too:STRANGE: sets distill.windows, which is not a field; valid: fields of distill"),
+    ("mine_too:STRANGE", "method: mine_too:STRANGE: sets distill.panes, which is not a field; valid: fields of distill"),
     ("mine_too:NONE", "method: mine_too:NONE: is a str; valid: a lad_dist.methods.Method"),
     ("mine_too:OTHER", "method: mine_too:OTHER: AttributeError"),
     ("nowhere_at_all:M", "method: nowhere_at_all:M: No module named 'nowhere_at_all'; valid: a module that Python finds"),
