@@ -245,7 +245,7 @@ def report(found: list[tuple[str, dict[str, Any], Link]]) -> str:
 def main() -> None:
     if sys.argv[1:2] == ["--rank"]:
         measure_on_rank(sys.argv[2], json.loads(sys.argv[3]))
-        return
+        os._exit(0)  # gloo's threads have been seen to abort at the end of a process
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--width", type=int, default=32)
