@@ -446,12 +446,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         size = file.read(8)
         head = size + file.read(int.from_bytes(size, "little"))
         digest = hashlib.sha256(head.replace(metadata.get(_SUM, _NO_SUM).encode(), _NO_SUM.encode(), 1))
-        offsets = {name: entry["data_offsets"] for name, entry in json.loads(head[8:]).items() if "dtype" in entry}
+        header = json.loads(head[8:])
         tensors: dict[str, Any] = {}
-        for name in sorted(offsets, key=offsets.__getitem__):
+        for name in sorted(checked.keys(), key=lambda name: header[name]["data_offsets"]):
             tensors[name] = torch.empty_like(checked.get_tensor(name))
             into = _raw(tensors[name])
-            file.readinto(into)
+            if file.readinto(into) != len(into):
+                raise ValueError("it is not a whole safetensors file (it became shorter while it was read)")
             digest.update(into)
     if metadata.get(_SUM, digest.hexdigest()) != digest.hexdigest():
         raise ValueError("it does not match its own checksum")

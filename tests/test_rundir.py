@@ -315,7 +315,7 @@ def test_tensors_are_written_as_safetensors_writes_them(tmp_path, names):
     tensors |= {"one": torch.tensor(3.5), "none": torch.empty(0), "turned": torch.arange(6.0).view(2, 3).t()}
     rundir.save_tensors(tensors, tmp_path / "plain")
     assert (tmp_path / "plain").read_bytes() == save({k: t.contiguous() for k, t in tensors.items()})
-    rundir.save_tensors(tensors, tmp_path / "summed", {"about": "x"})
+    rundir.save_tensors(tensors, tmp_path / "summed", {"about": "x", "dtype": "y"})
     found, metadata = rundir.load_tensors(tmp_path / "summed")
     assert metadata["about"] == "x" and len(metadata["sha256"]) == 64
     for read in (found, load_file(tmp_path / "summed")):
