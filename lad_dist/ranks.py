@@ -109,7 +109,7 @@ class Ranks:
         )
 
     def _joined_in(self, parts: Sequence[tuple[int, ...]], own: int) -> Any:
-        """Make torch's groups of the parts, on all ranks in the same order; return the own one."""
+        """Make torch's groups of the parts, on all ranks in the same order; return part ``own``."""
         import torch.distributed as dist
 
         with self._naming_the_missing("split"):
@@ -369,7 +369,7 @@ def _outcome(function: Callable[..., None], *args: Any) -> tuple[str, str] | Non
 
 
 def raise_first(outcomes: Sequence[tuple[str, str] | None]) -> None:
-    """Raise the first error among the ranks' outcomes, (name of its class, text); one of a lost rank only without others."""
+    """Raise the first error among the ranks' outcomes, (name of its class, text); a RankError only if there is no other."""
     faults = [o for o in outcomes if o is not None]
     if not faults:
         return

@@ -593,10 +593,14 @@ class Recipe(_Section):
         return tuple(found)
 
     @property
+    def matching_phases(self) -> tuple[PhaseName, ...]:
+        """The phases that train a student on a window."""
+        return tuple(phase for phase in self.phases if phase not in SET_PHASES)
+
+    @property
     def drawn_phases(self) -> tuple[PhaseName, ...]:
         """The phases that an iteration draws experts for, in order: each window's, then those without a student."""
-        matching = tuple(phase for phase in self.phases if phase not in SET_PHASES)
-        return matching * self.distill.windows + self.phases[len(matching) :]
+        return self.matching_phases * self.distill.windows + self.phases[len(self.matching_phases) :]
 
     @property
     def can_grow(self) -> bool:
@@ -743,7 +747,7 @@ def _cross_faults(recipe: Recipe) -> list[str]:
         )
     if not recipe.phases:
         faults.append("distill.lambda_representation: every phase has weight 0; at least one must be above 0")
-    if d.windows > 1 and not set(recipe.phases) - set(SET_PHASES):
+    if d.windows > 1 and not recipe.matching_phases:
         faults.append(f"distill.windows: {d.windows}, but no phase of method {recipe.method} has windows; valid: 1")
     if d.lambda_regression > 0:
         faults += _regression_faults(recipe)

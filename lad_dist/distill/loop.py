@@ -36,7 +36,7 @@ from lad_dist.distill.start import DataFacts, first_set, labeller, mean_logits, 
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Batch, GradientPath, Phase, PhaseResult, Student, SyntheticSet
 from lad_dist.distill.update import Gradients, Mean, Optimizers, SetGradients, weighted_sum
-from lad_dist.distill.windows import Window, Windows
+from lad_dist.distill.windows import Window, Windows, counters
 from lad_dist.errors import Interrupted, LadDistError, NumericalError, RecipeError, TrajectoryError
 from lad_dist.interrupts import StopFlag, deferred
 from lad_dist.models.convolution import set_precision
@@ -527,11 +527,11 @@ class Distillation:
 
         Batches split fresh permutations of the set, drawn again when used up; each batch has its own augmentation.
         """
-        seed, more = self.recipe.seed, (number,) if number else ()
+        seed = self.recipe.seed
         batches, places = [], []
         for step, rows in enumerate(self._rows(phase, iteration, steps, number)):
             drawn = augment.draw(
-                rng(seed, "distill", iteration, "augment", phase, step, *more),
+                rng(seed, "distill", iteration, "augment", phase, step, *counters(number)),
                 self.recipe.augment,
                 len(rows),
                 self.size,
@@ -545,8 +545,7 @@ class Distillation:
         """Return the rows of each whole batch of a phase; equal on every rank."""
         count = self.classes * self.recipe.ipc
         size = min(self.recipe.distill.batch, count)
-        more = (number,) if number else ()
-        generator = rng(self.recipe.seed, "distill", iteration, "batches", phase, *more)
+        generator = rng(self.recipe.seed, "distill", iteration, "batches", phase, *counters(number))
         chunks: list[np.ndarray] = []
         while len(chunks) < steps:
             chunks += np.split(generator.permutation(count), range(size, count, size))

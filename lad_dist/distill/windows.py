@@ -17,6 +17,14 @@ from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import Stage
 
 
+def counters(number: int) -> tuple[int, ...]:
+    """Return what tells a window's random numbers from those of others of its iteration; nothing for the first.
+
+    So an iteration of one window draws what it drew before there could be several.
+    """
+    return (number,) if number else ()
+
+
 @dataclass(frozen=True)
 class Window:
     """From ``start_P`` (epoch t) to ``target_P`` (epoch t + M) of one expert; flat vectors of all P weights."""
@@ -56,8 +64,8 @@ class Windows:
         """
         if self._record is not None:
             return self._record.window(phase, iteration, number)
-        d, more = self._recipe.distill, (number,) if number else ()
-        generator = rng(self._recipe.seed, "distill", iteration, "window", phase, *more)
+        d = self._recipe.distill
+        generator = rng(self._recipe.seed, "distill", iteration, "window", phase, *counters(number))
         expert = self.experts[int(generator.integers(len(self.experts)))]
         low, high = {
             "representation": (d.start_epoch_min, self.start_bound(iteration)),

@@ -346,7 +346,7 @@ class _Times:
         rows, world = self.scaling(), self.resources.world
         said, here = advice(rows, world), next(row for row in rows if row.world == world)
         windows = max((n for n in range(2, world // best(rows).world + 1) if world % n == 0), default=1)
-        if windows < 2 or self.recipe.distill.windows > 1 or not set(self.recipe.phases) - set(SET_PHASES):
+        if windows < 2 or self.recipe.distill.windows > 1 or not self.recipe.matching_phases:
             return said
         other = copy.copy(self)
         distill = self.recipe.distill.model_copy(update={"windows": windows})
