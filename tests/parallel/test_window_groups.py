@@ -10,6 +10,7 @@ import torch
 
 from lad_dist import ranks
 from lad_dist.distill.replay import ReplayRecord
+from lad_dist.distill.state import State
 from lad_dist.distilled import DistilledSet
 from lad_dist.plan.memory import Batches
 from lad_dist.plan.scaling import Network, PhaseCost, Several, StepTime, iteration, several_of
@@ -119,6 +120,15 @@ def test_an_error_of_one_group_is_that_of_all(small_recipe, small_experts, tmp_p
     ranks.launch(2, rank_workers.a_window_without_length, (str(tmp_path), doc, str(small_experts)), 0, print)
     said = [(tmp_path / f"rank-{r}.txt").read_text() for r in range(2)]
     assert said[0] == said[1] and said[0].startswith("NumericalError: the expert has the same weights at both ends")
+
+
+def test_only_the_first_group_writes(small_recipe, tmp_path):
+    recipe = small_recipe(distill={"windows": 2})
+    state = State(recipe, torch.zeros(4, 1, 8, 8), torch.zeros(4, 10), torch.zeros(4, 1, 8, 8), {})
+    for index, names in ((1, []), (0, ["shard-000-of-001.safetensors"])):
+        folder = tmp_path / str(index)
+        state.save(folder, recipe, ranks.ALONE, ranks.Groups(index, 2, ranks.ALONE, ranks.ALONE, ranks.ALONE))
+        assert [path.name for path in folder.rglob("*.safetensors")] == names
 
 
 def test_a_run_of_groups_resumes_alone_and_replays(pipeline_of):
