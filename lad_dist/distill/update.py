@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lad_dist.distill.student import RowGradients, SyntheticSet
+from lad_dist.models.optimizers import SGD, Adam, Optimizer
 from lad_dist.ranks import Groups
 from lad_dist.recipe import DistillConfig
 
@@ -98,15 +99,14 @@ class Optimizers:
     def __init__(self, images_SCHH: Tensor, logits_SK: Tensor, alpha: Tensor, config: DistillConfig) -> None:
         self.images_SCHH, self.logits_SK, self.alpha, self._config = images_SCHH, logits_SK, alpha, config
         d = config
-        settings = ((d.lr_images, d.momentum_images), (d.lr_labels, d.momentum_labels), (d.lr_alpha, d.momentum_alpha))
-        self._optimizers: dict[str, torch.optim.Optimizer] = {}
-        for name, (lr, momentum) in zip(_NAMES, settings, strict=True):
-            adam = d.optimizer == "adam" and name != "alpha"
-            self._optimizers[name] = (
-                torch.optim.Adam([self._tensor(name)], lr=lr, betas=(momentum, ADAM_BETA2))
-                if adam
-                else torch.optim.SGD([self._tensor(name)], lr=lr, momentum=momentum)
-            )
+        self._rates = {"images": d.lr_images, "labels": d.lr_labels, "alpha": d.lr_alpha}
+        momentum = {"images": d.momentum_images, "labels": d.momentum_labels, "alpha": d.momentum_alpha}
+        self._optimizers: dict[str, Optimizer] = {
+            name: Adam([self._tensor(name)], (momentum[name], ADAM_BETA2))
+            if d.optimizer == "adam" and name != "alpha"
+            else SGD([self._tensor(name)], momentum[name])
+            for name in _NAMES
+        }
 
     def synthetic_set(self) -> SyntheticSet:
         """Return the current set (shares the tensors)."""
@@ -119,27 +119,18 @@ class Optimizers:
 
     def step_alpha(self, phases: Sequence[tuple[float, Gradients]]) -> bool:
         """Step alpha alone; return whether it stayed finite and above zero."""
-        self.alpha.grad = torch.stack([lam * r.alpha_gradient for lam, r in phases]).sum(0).to(self.alpha.dtype)
-        self._step("alpha", 1.0)
+        gradient = torch.stack([lam * r.alpha_gradient for lam, r in phases]).sum(0).to(self.alpha.dtype)
+        self._optimizers["alpha"].step([gradient], self._rates["alpha"])
         return bool(self.alpha.isfinite() & (self.alpha > 0))
 
     def step_set(self, phases: Sequence[tuple[float, Gradients]], iteration: int) -> None:
         """Step pixels and labels alone."""
-        factor = schedule(self._config, iteration)
-        self.images_SCHH.grad = weighted_sum([(lam, r.by_rows, r.by_rows.images_TCHH) for lam, r in phases])
-        self._step("images", factor)
+        parts = {"images": [(lam, r.by_rows, r.by_rows.images_TCHH) for lam, r in phases]}
         if self._config.labels == "soft":
-            self.logits_SK.grad = weighted_sum([(lam, r.by_rows, r.by_rows.labels_TK) for lam, r in phases])
-            self._step("labels", factor)
-
-    def _step(self, name: str, factor: float) -> None:
-        optimizer = self._optimizers[name]
-        group = optimizer.param_groups[0]
-        lr = group["lr"]
-        group["lr"] = lr * factor
-        optimizer.step()
-        group["lr"] = lr
-        optimizer.zero_grad(set_to_none=True)
+            parts["labels"] = [(lam, r.by_rows, r.by_rows.labels_TK) for lam, r in phases]
+        factor = schedule(self._config, iteration)
+        for name, rows in parts.items():
+            self._optimizers[name].step([weighted_sum(rows)], self._rates[name] * factor)
 
     def may_overflow(self, phases: Sequence[tuple[float, Gradients]]) -> bool:
         """Return whether a step could take pixels or labels out of float32: some number is very large, or NaN."""
@@ -147,7 +138,7 @@ class Optimizers:
         largest = [_largest(t) for t in (self.images_SCHH, self.logits_SK, *state)]
         for part in ("images_TCHH", "labels_TK"):
             largest.append(sum(abs(lam) * _largest(getattr(r.by_rows, part)) for lam, r in phases))
-        rates = [self._optimizers[name].param_groups[0]["lr"] for name in ("images", "labels")]
+        rates = [self._rates[name] for name in ("images", "labels")]
         return not all(value < _LARGE for value in (*largest, *rates))
 
     def copy(self, whole: bool) -> dict[str, Tensor]:
@@ -165,30 +156,22 @@ class Optimizers:
 
     def momentum_tensors(self) -> dict[str, Tensor]:
         """Return the optimizers' state by name; a tensor that was never stepped has none."""
-        found = {}
-        for name, optimizer in self._optimizers.items():
-            state = optimizer.state.get(self._tensor(name), {})
-            for prefix, key in (("momentum", "momentum_buffer"), ("momentum", "exp_avg"), ("square", "exp_avg_sq")):
-                if state.get(key) is not None:
-                    found[f"{prefix}_{name}"] = state[key]
-        return found
+        return {
+            f"{kind}_{name}": tensor
+            for name, optimizer in self._optimizers.items()
+            for kind, (tensor,) in optimizer.state().items()
+        }
 
     def load_momentum(self, tensors: dict[str, Tensor], iteration: int, names: Sequence[str] = _NAMES) -> None:
         """Restore the state of ``names`` as ``momentum_tensors`` returned it after ``iteration`` iterations."""
         for name in names:
-            optimizer = self._optimizers[name]
-            optimizer.state.clear()
-            momentum, square = tensors.get(f"momentum_{name}"), tensors.get(f"square_{name}")
-            if momentum is None:
-                continue
-            tensor = self._tensor(name)
-            momentum = momentum.to(tensor.device, tensor.dtype, copy=True)
-            if square is None:
-                optimizer.state[tensor] = {"momentum_buffer": momentum}
-            else:
-                square = square.to(tensor.device, tensor.dtype, copy=True)
-                step = torch.tensor(float(iteration))
-                optimizer.state[tensor] = {"step": step, "exp_avg": momentum, "exp_avg_sq": square}
+            like = self._tensor(name)
+            state = {
+                kind: [tensors[f"{kind}_{name}"].to(like.device, like.dtype, copy=True)]
+                for kind in ("momentum", "square")
+                if f"{kind}_{name}" in tensors
+            }
+            self._optimizers[name].load(state, iteration)
 
     def _tensor(self, name: str) -> Tensor:
         return {"images": self.images_SCHH, "labels": self.logits_SK, "alpha": self.alpha}[name]

@@ -25,6 +25,7 @@ from lad_dist.data.mixing import draw_mix, mix
 from lad_dist.errors import NumericalError
 from lad_dist.models.captured import Captured
 from lad_dist.models.convnet import ConvNet
+from lad_dist.models.optimizers import SGD, Adam, Optimizer
 from lad_dist.models.stacked import StackedConvNets
 from lad_dist.recipe import AugmentConfig, without_later_defaults
 from lad_dist.seeds import rng
@@ -182,13 +183,14 @@ def _train(
 ) -> list[float]:
     """Shared loop: the loss is the sum of the networks' losses, whose gradients are independent."""
     count, device = sets[0].count, next(module.parameters()).device
-    optimizer, schedule = _optimizer(module, settings)
     average = _average(module, settings)
     module.train()
     step_of = _Step(module, stacked, sets, settings)
+    optimizer, lr = _optimizer(step_of.weights, settings), settings.lr
     gradients = step_of if any(True for _ in module.buffers()) else partial(Captured("networks' steps"), step_of)
     losses_R = torch.zeros(len(sets), device=device)
     for epoch in range(settings.epochs):
+        lr *= _decay(settings, epoch)
         orders = [_order(s, settings, seed, c, epoch) for s, c in zip(sets, counters, strict=True)]
         draws = [rng(seed, "evaluate", *c, "augment", epoch) for c in counters]
         stored = [None if s.stored is None else s.stored(epoch) for s in sets]
@@ -199,12 +201,10 @@ def _train(
                 for s, kept, rows_B, g, c in zip(sets, stored, rows, draws, counters, strict=True)
             ]
             losses, gradient_P = gradients(*(tensor for batch in batches for tensor in batch.tensors()))
-            step_of.give(gradient_P)
-            optimizer.step()
+            optimizer.step(step_of.parts(gradient_P), lr)
             if average is not None:
                 average.update_parameters(module)
             losses_R += losses * len(rows[0])
-        schedule.step()
         on_epoch()
     if average is not None:
         module.load_state_dict(average.module.state_dict())
@@ -244,7 +244,7 @@ class _Step:
 
     def __init__(self, module: nn.Module, stacked: bool, sets: Sequence[TrainingSet], settings: Settings) -> None:
         self._module, self._stacked, self._sets, self._settings = module, stacked, sets, settings
-        self._weights = [p for p in module.parameters() if p.requires_grad]
+        self.weights = [p for p in module.parameters() if p.requires_grad]
         self._shift_R1K: Tensor | None = None
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,14 +257,13 @@ class _Step:
                 self._shift_R1K = torch.stack(shifts).unsqueeze(1).to(logits_RBK)
             logits_RBK = logits_RBK + self._settings.logit_adjustment * self._shift_R1K
         losses_R = self._losses(logits_RBK, p_R, *others)
-        gradients = torch.autograd.grad(losses_R.sum(), self._weights, materialize_grads=True)
+        gradients = torch.autograd.grad(losses_R.sum(), self.weights, materialize_grads=True)
         return losses_R.detach(), torch.cat([g.flatten() for g in gradients])
 
-    def give(self, gradient_P: Tensor) -> None:
-        """Set the weights' gradients for the optimizer."""
-        sizes = [w.numel() for w in self._weights]
-        for weights, part in zip(self._weights, gradient_P.split(sizes), strict=True):
-            weights.grad = part.view_as(weights)
+    def parts(self, gradient_P: Tensor) -> list[Tensor]:
+        """Return the gradient of each of the weights, which share its memory."""
+        sizes = [w.numel() for w in self.weights]
+        return [part.view_as(w) for w, part in zip(self.weights, gradient_P.split(sizes), strict=True)]
 
     def _losses(
         self,
@@ -321,20 +320,18 @@ def _batch(
     return _Batch(views_BCHH, p_BK if logits_BK is None else logits_BK.softmax(dim=1), logits_BK, p_BK)
 
 
-def _optimizer(
-    module: nn.Module, settings: Settings
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    made: torch.optim.Optimizer
+def _optimizer(weights: Sequence[Tensor], settings: Settings) -> Optimizer:
     if settings.optimizer == "adamw":
-        made = torch.optim.AdamW(module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    else:
-        made = torch.optim.SGD(
-            module.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
+        return Adam(weights, weight_decay=settings.weight_decay)
+    return SGD(weights, settings.momentum, settings.weight_decay)
+
+
+def _decay(settings: Settings, epoch: int) -> float:
+    """Return the factor on the learning rate as epoch ``epoch`` begins, from 0."""
     milestones, factor = [settings.epochs // 2 + 1], settings.decay
     if settings.schedule == "late":
         milestones, factor = [round(share * settings.epochs) for share in (0.8, 0.9, 0.95)], 0.5
-    return made, torch.optim.lr_scheduler.MultiStepLR(made, milestones, gamma=factor)
+    return factor ** milestones.count(epoch)
 
 
 def _average(module: nn.Module, settings: Settings) -> AveragedModel | None:

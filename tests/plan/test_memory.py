@@ -51,12 +51,15 @@ def test_the_estimate_is_within_a_quarter_of_the_measured_peak(shapes, images, s
 def test_recomputing_takes_no_more_for_more_steps():
     """Measured: eight times the student steps, the same peak (within 5% of a process's).
 
-    A process may keep freed memory beyond what it needs, never less than that: of three peaks the least counts.
+    A process may keep freed memory beyond what it needs, never less than that: of up to three peaks the least counts.
     """
-    few, many = (
-        min(measured_peak(COLOUR, 60, steps, "representation", "recompute") for _ in range(3)) for steps in (10, 80)
-    )
-    assert abs(many - few) < 0.05 * (memory.PROCESS["cpu"] + few)
+    few, many = [], []
+    for _ in range(3):
+        few.append(measured_peak(COLOUR, 60, 10, "representation", "recompute"))
+        many.append(measured_peak(COLOUR, 60, 80, "representation", "recompute"))
+        if abs(min(many) - min(few)) < 0.05 * (memory.PROCESS["cpu"] + min(few)):
+            return
+    raise AssertionError(f"peaks of 10 steps {few}, of 80 steps {many}")
 
 
 def test_keeping_grows_with_the_steps_and_recomputing_does_not():
