@@ -146,16 +146,18 @@ class Pipeline:
             self.screen.say(
                 f"distill: {self.run.distilled} has {made.iterations} iterations; continues to {self.recipe.distill.iterations}"
             )
+        where, d = ranks.place(), self.recipe.distill
+        first = where is None or where.rank == 0
         with self._alone("distill"), self._stage("distill"):
-            results.forget(self.run.results, lambda row: str(row["source"]).startswith("distilled"))  # of a smaller set
+            if first:  # rows of a smaller set
+                results.forget(self.run.results, lambda row: str(row["source"]).startswith("distilled"))
             self._distill(record)
-            if self.recipe.distill.select != "last":
+            if first and d.select != "last":
                 from lad_dist.evaluate.select import select
 
                 select(self.recipe, self.data, self.run, self.events, self.screen)
-        where = ranks.place()
-        if where is not None and where.rank > 0:  # rank 0 publishes a moment later
-            self._await(self._has_grown)
+        if not first:  # rank 0 publishes a moment later, or once it has selected
+            self._await(self._has_grown, 1 if d.select == "last" else 1 + d.iterations // d.select_every)
 
     def _distill(self, record: ReplayRecord | None) -> None:
         """Distill in this process, as one of the ranks that a launcher started, or over ranks started here."""
@@ -260,14 +262,13 @@ class Pipeline:
             else:
                 evaluate(self.recipe, self.data, self.run, source, self.events, self.screen, planned)
 
-    def _await(self, published: Callable[[], bool]) -> None:
-        """Wait for rank 0 to publish the distilled set. Raises RankError if it does not in time."""
-        until = time.monotonic() + self.profile.rank_timeout
+    def _await(self, published: Callable[[], bool], times: int = 1) -> None:
+        """Wait for rank 0 to publish the distilled set, ``times`` the profile's limit. Raises RankError if it does not."""
+        limit = times * self.profile.rank_timeout
+        until = time.monotonic() + limit
         while not published():
             if time.monotonic() > until:
-                raise RankError(
-                    f"{self.run.distilled}: no other rank has published it within {self.profile.rank_timeout:g} seconds"
-                )
+                raise RankError(f"{self.run.distilled}: no other rank has published it within {limit:g} seconds")
             time.sleep(0.1)
 
     def _has_grown(self) -> bool:

@@ -425,6 +425,7 @@ class EvaluateConfig(_Section):
     full_epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(200, description="epochs on the whole long-tailed set")
     full_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="learning rate on the whole long-tailed set")
     full_batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(256)
+    full_weight_decay: Annotated[Float, Field(ge=0)] = Field(5e-4)
     baselines: tuple[Baseline, ...] = Field(
         ("initial", "random-soft", "random", "full"),
         description="what `run` measures beside the distilled set: the set it started from (initial), real images chosen at the "
@@ -486,7 +487,8 @@ class EvaluateConfig(_Section):
     together: Literal["auto", "on", "off"] = Field(
         "auto",
         description="on: all seeds of ConvNet train at once by grouped convolutions, the same numbers to rounding; auto: on a "
-        "CPU if one network's batch is so small that this is faster, and a trial gives the same bits",
+        "CPU if one network's batch is so small that this is faster, and a trial gives the same bits; neither with "
+        "RandAugment nor ema",
     )
 
 
@@ -669,6 +671,7 @@ _LATER = {
         "ema",
         "teachers_from",
         "stored_views",
+        "full_weight_decay",
     ),
 }
 

@@ -18,7 +18,7 @@ LEVEL = {
     "teachers": 3.5,
     "trajectories": 4, "distilled": 4, "labeller": 4, "data": 4, "models": 4,
     "catalog": 5, "recipe": 5, "recipe_file": 5, "results": 5, "profile": 5, "rundir": 5, "progress": 5, "ranks": 5, "seeds": 5,
-    "errors": 5, "interrupts": 5, "location": 5, "allocator": 5, "cores": 5, "environment": 5,
+    "errors": 5, "interrupts": 5, "location": 5, "allocator": 5, "cores": 5, "environment": 5, "host_memory": 5,
     "callbacks": 5, "slurm_jobs": 5, "loggers": 5, "extras": 5, "plugins": 5, "methods": 5,
 }  # fmt: skip
 STAGES = ("experts", "distill", "evaluate", "report")

@@ -263,6 +263,8 @@ class Distillation:
 
     def choose_path(self, state: State) -> tuple[GradientPath, str]:
         """Return (gradient path that fits every rank's memory, reason)."""
+        if state.iteration >= self.recipe.distill.iterations:
+            return "keep", "no iteration is left"
         recorded = self.recorded_path(state.iteration)
         if recorded is not None:
             return recorded, "the replayed run took it"

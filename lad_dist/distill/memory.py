@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lad_dist import host_memory
 from lad_dist.distill.student import Batch, GradientPath, Phase, Student, SyntheticSet
 from lad_dist.ranks import Ranks
 from lad_dist.recipe import Recipe
@@ -74,20 +74,7 @@ def faster(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of the device: of the GPU, or of the host (and its control group)."""
+    """Return the free memory of the device: of the GPU, or of the host."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    host = (
-        {
-            line.split(":")[0]: int(line.split()[1]) * 1024
-            for line in Path("/proc/meminfo").read_text().splitlines()
-            if len(line.split()) > 1
-        }
-        if Path("/proc/meminfo").exists()
-        else {}
-    )
-    free = host.get("MemAvailable", 8 * 2**30)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return max(free, 0)
+    return host_memory.free()

@@ -15,7 +15,7 @@ from lad_dist.ranks import Ranks
 
 @dataclass(frozen=True)
 class Share:
-    """Rows ``first`` to ``end`` (exclusive) of the ``total`` rows of the whole set.
+    """Rows ``first`` to ``end`` (exclusive) of the whole set.
 
     A boundary may fall inside a class, a share may be smaller than a class, and with more ranks than images it may be
     empty.
@@ -23,13 +23,12 @@ class Share:
 
     first: int
     end: int
-    total: int
 
     @classmethod
     def of(cls, total: int, ranks: Ranks) -> Share:
         """Return a rank's share; sizes differ by at most one."""
         bounds = [total * r // ranks.world for r in (ranks.rank, ranks.rank + 1)]
-        return cls(bounds[0], bounds[1], total)
+        return cls(*bounds)
 
     @property
     def rows(self) -> slice:

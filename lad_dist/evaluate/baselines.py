@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from lad_dist import plugins
 from lad_dist.data.herding import herd
+from lad_dist.data.longtail import positions_by_class
 from lad_dist.data.prepare import PreparedData
 from lad_dist.errors import LadDistError, RecipeError, RunDirError
 from lad_dist.models import functional
@@ -51,9 +52,9 @@ def random_real(recipe: Recipe, data: PreparedData, seed: int | str) -> np.ndarr
     """Return IPC random training images of every class, class-major; smaller classes repeat their images."""
     labels_N = data.splits.train.labels_N.numpy()
     chosen = []
-    for c in range(data.classes):
-        members = rng(recipe.seed, "evaluate", "random", seed, c).permutation(np.flatnonzero(labels_N == c))
-        chosen.append(np.resize(members, recipe.ipc))
+    for c, members in enumerate(positions_by_class(labels_N, data.classes)):
+        shuffled = rng(recipe.seed, "evaluate", "random", seed, c).permutation(members)
+        chosen.append(np.resize(shuffled, recipe.ipc))
     return np.concatenate(chosen)
 
 
@@ -192,8 +193,7 @@ def chosen_real(
     choose = chooser(source)
     features_ND = _features(recipe, data, run, space, trained)
     labels_N, chosen = data.splits.train.labels_N.numpy(), []
-    for c in range(data.classes):
-        members = np.flatnonzero(labels_N == c)
+    for members in positions_by_class(labels_N, data.classes):
         picks = _picks(source, choose, features_ND[torch.from_numpy(members)], recipe.ipc)
         chosen.append(np.resize(members[picks], recipe.ipc))
     images = np.concatenate(chosen)

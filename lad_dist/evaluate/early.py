@@ -7,6 +7,8 @@ to select anything.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from torch import nn
 from lad_dist.data.prepare import PreparedData
 from lad_dist.data.prepared import PreparedSet
 from lad_dist.evaluate.accuracy import Accuracy, accuracy
+from lad_dist.evaluate.strong import strong_augmentation
 from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train
 from lad_dist.models.network import build
 from lad_dist.recipe import Recipe
@@ -85,8 +88,7 @@ def trained(
         NumericalError: the loss became NaN or Inf.
     """
     e, shapes = recipe.evaluate, data.splits.train
-    lr = alpha if e.lr is None else e.lr
-    settings = Settings(epochs, e.batch, lr, e.momentum, e.weight_decay, e.decay, recipe.augment)
+    settings = replace(Settings.of_a_small_set(recipe, alpha if e.lr is None else e.lr), epochs=epochs)
     network = build(
         recipe.model,
         shapes.channels,
@@ -96,5 +98,8 @@ def trained(
         purpose=(purpose, "convnet"),
     ).to(data.device)
     pixels, p = images_SCHH.to(data.device), p_SK.to(data.device)
-    train(network, TrainingSet(rows_of(pixels, p), len(pixels)), settings, recipe.seed, (purpose,), lambda: None)
+    images = TrainingSet(rows_of(pixels, p), len(pixels))
+    if settings.augmentation == "randaugment":
+        images = replace(images, strong=strong_augmentation(data.whitening, recipe.augment))
+    train(network, images, settings, recipe.seed, (purpose,), lambda: None)
     return network

@@ -122,11 +122,6 @@ class _Published(Exception):
     """Another process has published the row being measured."""
 
 
-def remaining(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> int:
-    """Return how many networks of a source remain to be trained."""
-    return len(not_done(run, planned_rows(recipe, data, run, source)))
-
-
 def not_done(run: RunDir, planned: Sequence[results.Row]) -> list[results.Row]:
     """Return the planned rows that are not measured yet, or were measured on other data or with other settings."""
     measured = results.read(table_of(run, planned))
@@ -254,8 +249,10 @@ class _Work:
     def _together(self, architecture: str, rows: Sequence[results.Row]) -> bool:
         """Return whether to train the networks of ``rows`` together; in auto mode only if rows stay bit-identical."""
         e, m, images = self.recipe.evaluate, self.recipe.model, self.data.splits.train
-        if architecture != "convnet" or e.norm != "instance" or e.together == "off" or e.protocol != "lad":
+        if architecture != "convnet" or e.norm != "instance" or e.together == "off":
             return False
+        if settings_in(rows[0]).augmentation != "dsa" or settings_in(rows[0]).ema:
+            return False  # the moving average is of one network, and torchvision augments image by image
         if e.together == "on":
             return True
         side, batch = feature_side(images.size, images.channels, 0), rows[0]["settings"]["batch"]

@@ -89,39 +89,31 @@ def settings_of(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
     The learning rate is ``evaluate.lr``; by default the learned alpha for the distilled set and its initialisation, and
     ``distill.alpha`` for other real images, which have no learned one.
     """
-    e = recipe.evaluate
-    common: dict[str, Any] = {
-        "momentum": e.momentum,
-        "weight_decay": e.weight_decay,
-        "decay": e.decay,
-        "augment": recipe.augment.model_copy(update={"operations": ()})
-        if source.endswith("-plain")
-        else recipe.augment,
-    }
+    e, learned = recipe.evaluate, recipe.distill.alpha
+    if of_distilled(source):
+        learned = load_distilled(recipe, data, run).lr
+    small = Settings.of_a_small_set(recipe, learned if e.lr is None else e.lr)
+    if source.endswith("-plain"):
+        small = replace(small, augment=recipe.augment.model_copy(update={"operations": ()}))
     if source == results.TEACHERS:
-        return Settings(epochs=0, batch=0, lr=0.0, **common)
-    if of_everything(source):
-        return Settings(
-            epochs=e.full_epochs,
-            batch=e.full_batch,
-            lr=e.full_lr,
-            sampling="class-balanced" if source == "full-balanced" else "shuffled",
-            logit_adjustment=e.logit_adjustment if source == "full-logit-adjusted" else 0.0,
-            **common,
-        )
-    learned = load_distilled(recipe, data, run).lr if of_distilled(source) else recipe.distill.alpha
-    return Settings(
-        epochs=e.epochs,
-        batch=e.batch,
-        lr=learned if e.lr is None else e.lr,
-        optimizer=e.optimizer,
-        schedule=e.schedule,
-        augmentation=e.augmentation,
-        cutmix=e.cutmix,
-        label_loss=e.label_loss,
-        ema=e.ema,
-        **common,
+        return _by_sgd(small, epochs=0, batch=0, lr=0.0)
+    if not of_everything(source):
+        return small
+    return _by_sgd(
+        small,
+        epochs=e.full_epochs,
+        batch=e.full_batch,
+        lr=e.full_lr,
+        weight_decay=e.full_weight_decay,
+        sampling="class-balanced" if source == "full-balanced" else "shuffled",
+        logit_adjustment=e.logit_adjustment if source == "full-logit-adjusted" else 0.0,
     )
+
+
+def _by_sgd(small: Settings, **own: Any) -> Settings:
+    """Return settings by LAD's protocol, with momentum, decay and augmentation of ``small``."""
+    kept = {name: getattr(small, name) for name in ("momentum", "weight_decay", "decay", "augment")}
+    return Settings(**{**kept, **own})
 
 
 def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> results.Row:

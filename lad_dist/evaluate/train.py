@@ -27,7 +27,7 @@ from lad_dist.models.captured import Captured
 from lad_dist.models.convnet import ConvNet
 from lad_dist.models.optimizers import SGD, Adam, Optimizer
 from lad_dist.models.stacked import StackedConvNets
-from lad_dist.recipe import AugmentConfig, without_later_defaults
+from lad_dist.recipe import AugmentConfig, Recipe, without_later_defaults
 from lad_dist.seeds import rng
 
 BatchOf = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -90,6 +90,26 @@ class Settings:
     cutmix: float = 0.0
     label_loss: Literal["cross-entropy", "logits"] = "cross-entropy"
     ema: float = 0.0
+
+    @classmethod
+    def of_a_small_set(cls, recipe: Recipe, lr: float) -> Settings:
+        """Return the recipe's settings for a synthetic set or as many real images, with the learning rate ``lr``."""
+        e = recipe.evaluate
+        return cls(
+            epochs=e.epochs,
+            batch=e.batch,
+            lr=lr,
+            momentum=e.momentum,
+            weight_decay=e.weight_decay,
+            decay=e.decay,
+            augment=recipe.augment,
+            optimizer=e.optimizer,
+            schedule=e.schedule,
+            augmentation=e.augmentation,
+            cutmix=e.cutmix,
+            label_loss=e.label_loss,
+            ema=e.ema,
+        )
 
     def document(self) -> dict[str, Any]:
         """Return the settings as plain values; later-added fields only where they differ from LAD's protocol."""

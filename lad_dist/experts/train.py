@@ -133,15 +133,6 @@ class ExpertTrainer:
             if buffer.kept.all and not buffer.parts:
                 kept.write(buffer.filesystem, buffer.root, kept.needed(self.recipe))
 
-    def remaining(self, experts: range) -> list[int]:
-        """Return the experts whose checkpoints are not all in the buffer."""
-        left = self.left(experts)
-        return [i for i in experts if left[i]]
-
-    def epochs_left(self, experts: Iterable[int]) -> int:
-        """Return the number of epochs still to be trained, both stages together."""
-        return sum(self.left(experts).values())
-
     def left(self, experts: Iterable[int]) -> dict[int, int]:
         """Return per expert the number of epochs still to be trained, both stages together."""
         buffer, e = self._buffer(), self.recipe.experts

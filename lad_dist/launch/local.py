@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lad_dist import allocator, cores, loggers, ranks
+from lad_dist import allocator, cores, host_memory, loggers, ranks
 from lad_dist.callbacks import Listener
 from lad_dist.errors import RecipeError, StorageError
 from lad_dist.interrupts import as_exceptions
@@ -125,7 +124,7 @@ def _total_memory(device: torch.device) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info(device)[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return host_memory.total()
 
 
 def _awaited(out: Path, profile: Profile) -> RunDir:

@@ -218,7 +218,6 @@ _ENTRIES: dict[torch.dtype, dict[str, Callable[[Any], None]]] = {
     torch.float32: {"forward": _forward_float32, "backward": _backward_float32, "second": _second_float32},
     torch.float64: {"forward": _forward_float64, "backward": _backward_float64, "second": _second_float64},
 }
-DTYPES = tuple(_ENTRIES)
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _held: list[Any] = []  # owners of the machine code of the kernels in use
 

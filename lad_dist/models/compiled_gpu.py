@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64)
 LARGEST_SIDE = 128  # four quarters of a plane are held in registers
 _TOLERANCE = 1e-3  # relative to the largest value; a wrong kernel differs by more, float32 rounding by far less
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -56,13 +55,10 @@ class Layout:
         pieces = flat_P.split(list(self.sizes))
         return {n: p.view(s) for n, p, s in zip(self.names, pieces, self.shapes, strict=True)}
 
-    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Concatenate tensors in module order into one vector."""
-        import torch
-
-        return torch.cat([t.reshape(-1) for t in tensors])
-
 
 def classifier_name(module: nn.Module) -> str:
-    """Return the dotted name of the last linear layer: the attribute ``classifier_name``, by default ``classifier``."""
+    """Return the dotted name of the network's last step, an ``nn.Linear`` with a bias; all other parameters are the backbone.
+
+    It is the network's attribute ``classifier_name``, by default ``classifier``.
+    """
     return str(getattr(module, "classifier_name", "classifier"))

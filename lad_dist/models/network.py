@@ -9,7 +9,6 @@ Shapes: B images of a batch, C channels, H side in pixels, D features, K classes
 from __future__ import annotations
 
 import functools
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +22,6 @@ from lad_dist.seeds import torch_seeded
 _FIELD = "model.network"
 _TOLERANCE = 1e-3  # between an image's features alone and in a batch, relative to the largest feature
 _NORMS = "a norm of each image, such as GroupNorm"
-
-
-@runtime_checkable
-class TellsItsClassifier(Protocol):
-    """A module from images (B, C, H, H) to logits (B, K) whose last step is a linear layer.
-
-    ``classifier_name`` is the dotted name of that ``nn.Linear``, which has a bias; by default ``classifier``. All other
-    parameters are the backbone.
-    """
-
-    classifier_name: str
-
-    def __call__(self, images_BCHH: Tensor, /) -> Tensor: ...
 
 
 def build(

@@ -52,7 +52,6 @@ class Calibrated:
 
     step: StepTime
     images: int
-    repeats: int
 
 
 def calibrate(
@@ -84,10 +83,10 @@ def _time(
     if timer.device.type == "cuda":
         make(few)()  # compiles kernels, once for all batch sizes
     until = time.perf_counter() + budget
-    small, _ = _least(make(few), timer, budget / _SMALL_PART)
+    small = _least(make(few), timer, budget / _SMALL_PART)
     if images == few or time.perf_counter() > until:
-        return Calibrated(StepTime(small / few / steps), few, 1)
-    many, large, repeats = few, small, 1
+        return Calibrated(StepTime(small / few / steps), few)
+    many, large = few, small
     while many < images:  # the last measurement counts
         left = until - time.perf_counter()
         affordable = int(many * left / (_ROUNDS * large))
@@ -95,25 +94,25 @@ def _time(
         if larger <= many:
             break
         many = larger
-        large, repeats = _least(make(many), timer, left if many == images else left / _SMALL_PART)
+        large = _least(make(many), timer, left if many == images else left / _SMALL_PART)
     small, large = small / steps, large / steps
     if timer.device.type == "cuda":  # asynchronous queue: a small batch takes as long as its launches
-        return Calibrated(StepTime(large / many, launch=small), many, repeats)
+        return Calibrated(StepTime(large / many, launch=small), many)
     per_image = (large - small) / (many - few)
     if per_image <= 0:  # a busy machine: this is only an upper bound
-        return Calibrated(StepTime(large / many), many, repeats)
-    return Calibrated(StepTime(per_image, per_step=max(small - few * per_image, 0.0)), many, repeats)
+        return Calibrated(StepTime(large / many), many)
+    return Calibrated(StepTime(per_image, per_step=max(small - few * per_image, 0.0)), many)
 
 
-def _least(job: Callable[[], object], timer: Timer, budget: float) -> tuple[float, int]:
-    """Return (least seconds, repeats) of a job after a warm-up, in about ``budget`` seconds; one repeat if longer."""
+def _least(job: Callable[[], object], timer: Timer, budget: float) -> float:
+    """Return the least seconds of a job after a warm-up, in about ``budget`` seconds; it runs once more if that is longer."""
     until = time.perf_counter() + budget
     first, taken = timer.seconds(job), list[float]()
     while len(taken) < _MOST_REPEATS and (len(taken) < _LEAST_REPEATS or time.perf_counter() + min(taken) < until):
         taken.append(timer.seconds(job))
         if first > budget:
             break
-    return min(taken), len(taken)
+    return min(taken)
 
 
 @dataclass(frozen=True)

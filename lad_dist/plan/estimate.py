@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -410,7 +409,10 @@ class _Times:
 
     def _evaluation(self) -> list[Duration]:
         e, step = self.recipe.evaluate, self.step("evaluate/train")
-        turns = math.ceil(e.seeds / self.resources.world)
+        networks = e.seeds * len(dict.fromkeys(e.architectures))
+        turns = math.ceil(networks / self.resources.world)
+        others = [name for name in dict.fromkeys(e.architectures) if name != self.recipe.model.network]
+        alike = f"; {', '.join(others)} counted as {self.recipe.model.network}" if others else ""
         each = e.epochs * _epoch(step, self.total, e.batch)
         sources: list[tuple[str, float, str]] = []
         select = self.recipe.distill
@@ -431,7 +433,9 @@ class _Times:
             if labelled_online(source):  # a forward pass by each teacher; a step is three
                 epoch *= 1 + min(self.recipe.experts.count, e.teachers or MOST_TEACHERS) / 3
             bound = "" if whole else most
-            how = f"{e.seeds} networks, {bound}{count} epochs on {images} images, {duration(count * epoch)} each"
+            how = (
+                f"{networks} networks, {bound}{count} epochs on {images} images, {duration(count * epoch)} each{alike}"
+            )
             sources += [(source, turns * count * epoch, how), *self._tuning(source, epoch, whole)]
         return [Duration("evaluate", what, seconds, how) for what, seconds, how in sources]
 
@@ -443,7 +447,7 @@ class _Times:
         epochs = (e.full_epochs,) if whole else e.tune_epochs or (e.epochs,)
         if rates * len(epochs) == 1:
             return []
-        rounds = math.ceil(rates * len(epochs) / self.resources.world)
+        rounds = math.ceil(rates * len(epochs) * len(dict.fromkeys(e.architectures)) / self.resources.world)
         seconds = rounds * epoch * sum(epochs) / len(epochs)
         return [
             (f"tune {source}", seconds, f"{rates} learning rates x {len(epochs)} numbers of epochs, a network each")
@@ -454,8 +458,3 @@ def _epoch(step: StepTime, images: int, batch: int) -> float:
     """Return the seconds of an epoch over ``images`` in batches of ``batch``, the last one smaller."""
     steps = math.ceil(images / batch)
     return steps * step.seconds(images / steps)
-
-
-def total_seconds(durations: Sequence[Duration], stage: str) -> float:
-    """Return the seconds of one stage."""
-    return sum(d.seconds for d in durations if d.stage == stage)

@@ -22,7 +22,6 @@ from lad_dist.plan.shapes import Shapes
 from lad_dist.ranks import groups_of
 from lad_dist.recipe import Recipe
 
-PHASES = ("representation", "classifier")
 PATHS = ("keep", "recompute")
 _PASSING = {
     ("cpu", "representation"): 4.2,
@@ -156,11 +155,6 @@ def window_cache_bytes(recipe: Recipe, shapes: Shapes) -> int:
     """Return the bytes of the decoded checkpoints that distillation keeps on the host."""
     rows = recipe.experts.count * (recipe.distill.start_epoch_max + recipe.distill.window_epochs)
     return int(min(recipe.buffer.cache_mb * 2**20, 4 * rows * shapes.parameters))
-
-
-def expert_bytes(recipe: Recipe, shapes: Shapes, device: str) -> int:
-    """Return the device bytes of one expert's step, beside the data: GSAM's graph on one batch, and vectors of P."""
-    return training_bytes(shapes, recipe.experts.batch, device)
 
 
 def training_bytes(shapes: Shapes, images: int, device: str) -> int:

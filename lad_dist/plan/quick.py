@@ -92,6 +92,7 @@ def _narrower(doc: dict[str, Any], floor: int) -> bool:
 def _fit_windows(doc: dict[str, Any]) -> None:
     """Limit windows to the epochs that are left, and candidates and live experts to what there is."""
     d, e = doc["distill"], doc["experts"]
+    e["warmup_epochs"] = min(e["warmup_epochs"], e["epochs"])
     classifier_epochs = e["classifier_epochs"] or e["epochs"]
     d["window_epochs"] = min(d["window_epochs"], e["epochs"], classifier_epochs)
     d["start_epoch_max"] = min(d["start_epoch_max"], e["epochs"] - d["window_epochs"] + 1)

@@ -23,7 +23,7 @@ GPUS_PER_HOST = 8  # assumed for hosts that the profile does not describe
 class Resources:
     """Devices of a job. ``device``: ``cpu`` or ``cuda``; ``name``: for display; ``here``: it is this machine's own.
 
-    ``memory``: bytes of a device (a host, for CPUs) free for the job; ``host_memory``: of the host. ``world`` ranks
+    ``memory``: bytes of a device (a host, for CPUs) free for the job. ``world`` ranks
     share the distillation, at most ``per_host`` per host, with ``threads`` CPU threads per host.
     """
 
@@ -32,7 +32,6 @@ class Resources:
     here: bool
     card: Card | None
     memory: int
-    host_memory: int
     hosts: int
     per_host: int
     threads: int
@@ -98,7 +97,6 @@ def _of_cpu(profile: Profile) -> Resources:
         here=True,
         card=None,
         memory=memory,
-        host_memory=memory,
         hosts=hosts,
         per_host=max(1, -(-profile.world // hosts)),
         threads=cores,
@@ -118,7 +116,6 @@ def two_threads() -> Resources:
         here=False,
         card=None,
         memory=8 * 10**9,
-        host_memory=8 * 10**9,
         hosts=1,
         per_host=1,
         threads=2,
@@ -144,7 +141,6 @@ def _of_cards(profile: Profile, card: Card) -> Resources:
 
 
 def _gpus(profile: Profile, name: str, here: bool, card: Card, memory: int, per_host: int) -> Resources:
-    import torch
 
     inside = LINKS["nvlink"] if card.nvlink else LINKS["pcie"]
     gpus = profile.nodes * per_host
@@ -154,7 +150,6 @@ def _gpus(profile: Profile, name: str, here: bool, card: Card, memory: int, per_
         here=here,
         card=card,
         memory=memory,
-        host_memory=free_bytes(torch.device("cpu")),
         hosts=profile.nodes,
         per_host=per_host,
         threads=cores_to_use(profile),

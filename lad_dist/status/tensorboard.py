@@ -16,7 +16,7 @@ from lad_dist.progress import EventTail
 from lad_dist.rundir import RunDir, host_name
 from lad_dist.status.read import Follower
 
-_PHASES = ("representation", "classifier", "joint")
+_PHASES = ("representation", "classifier")
 _OF_PHASE = ("loss", "student_loss", "cosine", "norm_ratio")
 _ACCURACIES = ("overall", "head", "medium", "tail", "balanced", "ece")
 

@@ -7,6 +7,6 @@ on which expert. No other subpackage imports pyarrow for the buffer.
 
 from lad_dist.trajectories.reader import Buffer
 from lad_dist.trajectories.schema import STAGES, BufferMeta, Checkpoint, Stage
-from lad_dist.trajectories.writer import PartWriter, clean_temporary
+from lad_dist.trajectories.writer import PartWriter
 
-__all__ = ["STAGES", "Buffer", "BufferMeta", "Checkpoint", "PartWriter", "Stage", "clean_temporary"]
+__all__ = ["STAGES", "Buffer", "BufferMeta", "Checkpoint", "PartWriter", "Stage"]

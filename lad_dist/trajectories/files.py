@@ -335,7 +335,7 @@ def _remove(path: str) -> None:
     try:
         os.unlink(path)
     except OSError:
-        return  # never created, or not removable: readers ignore it, clean_temporary removes it later
+        return  # never created, or not removable: readers ignore it, clean_temporary_files removes it later
 
 
 def _sync_folder(folder: str) -> None:

@@ -324,11 +324,11 @@ def read_row(filesystem: fs.FileSystem, footer: Footer, epoch: int, columns: Seq
 def vector(footer: Footer, table: pa.Table) -> npt.NDArray[np.float32]:
     """Return the weights in a one-row table as a writable copy, float32 of shape (vector_length,)."""
     # by DLPack: to_numpy would import pandas where it is installed, 0.3 s and 65 MB in every process
-    values: npt.NDArray[np.float32] = np.from_dlpack(table.column(VECTOR_COLUMN).chunk(0).flatten())
+    values = np.from_dlpack(table.column(VECTOR_COLUMN).chunk(0).flatten())
     length = footer.meta.vector_length(footer.name.stage)
     if values.shape != (length,):
         raise damaged(footer.path, f"a vector of {values.size} weights where the layout has {length}")
-    return values.copy()
+    return np.array(values, dtype=np.float32)
 
 
 def checkpoint(filesystem: fs.FileSystem, footer: Footer, epoch: int) -> Checkpoint:

@@ -10,7 +10,6 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
-from pyarrow import fs
 
 from lad_dist.errors import NumericalError, StorageError, TrajectoryError
 from lad_dist.trajectories import files, kept
@@ -62,7 +61,7 @@ class PartWriter:
         meta.to_metadata()  # raises now rather than after the first epochs
         self._pending: list[Checkpoint] = []
         self._next_epoch: int | None = None
-        _clean(self._filesystem, self._root, stage, expert)
+        files.clean_temporary_files(self._filesystem, f"{self._root}/{expert_folder(stage, expert)}")
         self._kept = kept.read(self._filesystem, self._root)
 
     def append(
@@ -153,17 +152,3 @@ class PartWriter:
         for metric, value in metrics.items():
             if value is not None and not math.isfinite(value):
                 raise NumericalError(f"{where}: {metric} is {value}; valid: a finite number, or None")
-
-
-def clean_temporary(folder: Path | str, stage: Stage, expert: int) -> list[Path]:
-    """Remove temporary files of killed writers of this expert; return the removed paths inside the file system.
-
-    Keeps files of writers that may be running (``files.clean_temporary_files``). Raises ``StorageError``, and
-    ``TrajectoryError`` if the location cannot be used.
-    """
-    filesystem, root = files.resolve(folder)
-    return _clean(filesystem, root, stage, expert)
-
-
-def _clean(filesystem: fs.FileSystem, root: str, stage: Stage, expert: int) -> list[Path]:
-    return [Path(path) for path in files.clean_temporary_files(filesystem, f"{root}/{expert_folder(stage, expert)}")]

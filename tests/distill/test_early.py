@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -12,7 +13,9 @@ from lad_dist.distill.early import Budget, Early
 from lad_dist.distill.loop import distill
 from lad_dist.distilled import DistilledSet
 from lad_dist.errors import NumericalError
+from lad_dist.evaluate import early
 from lad_dist.evaluate.early import MOST_BATCHES, MOST_IMAGES, EarlyEvaluation
+from lad_dist.evaluate.train import Settings
 from lad_dist.progress import Events, Screen, read_events
 
 CPU = torch.device("cpu")
@@ -153,6 +156,18 @@ def test_the_real_one_learns_and_leaves_no_trace(pipeline_of):
     assert torch.equal(torch.get_rng_state(), before) and first == again
     assert first.overall > 1.5 / pipeline.data.classes
     assert sum(map(sum, first.confusion)) == min(MOST_IMAGES, len(pipeline.data.splits.test))
+
+
+def test_it_trains_by_the_protocol_of_the_recipe(pipeline_of, monkeypatch):
+    pipeline, seen = pipeline_of(evaluate={"protocol": "rldd", "epochs": 20}), []
+    monkeypatch.setattr(early, "train", lambda network, images, settings, *_: seen.append((settings, images)))
+    images, labels = pipeline.data.train.batch(torch.arange(8))
+    p = torch.nn.functional.one_hot(labels, pipeline.data.classes).float()
+    EarlyEvaluation(pipeline.recipe, pipeline.data)(images, p, 0.01)
+    ((settings, trained_on),) = seen
+    assert settings == dataclasses.replace(Settings.of_a_small_set(pipeline.recipe, 0.001), epochs=2)
+    assert (settings.optimizer, settings.augmentation, settings.ema) == ("adamw", "randaugment", 0.99)
+    assert trained_on.strong is not None
 
 
 def test_held_out_images_are_looked_at_where_they_choose(pipeline_of):

@@ -125,6 +125,14 @@ def test_an_interrupted_replay_goes_on_as_one(killed, replaying, monkeypatch):
     assert tensors(pipeline) == tensors(killed)
 
 
+def test_a_finished_replay_without_its_set_is_published_again(killed, replaying):
+    pipeline = replaying()
+    pipeline.distill(replay=killed.run.root)
+    shutil.rmtree(pipeline.run.distilled)
+    pipeline.distill(replay=killed.run.root)
+    assert tensors(pipeline) == tensors(killed)
+
+
 def test_what_was_begun_otherwise_is_not_continued_as_a_replay(killed, replaying, monkeypatch):
     pipeline = replaying()
     with monkeypatch.context() as patch:

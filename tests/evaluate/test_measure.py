@@ -82,6 +82,16 @@ def test_rates_and_lengths(distilled, small_recipe):
     assert of("full", lr=0.3, full_lr=0.2)[2] == 0.2
 
 
+def test_the_whole_set_trains_in_one_way_under_every_protocol(distilled, small_recipe):
+    def of(source: str, protocol: str) -> dict[str, object]:
+        recipe = with_changes(distilled, small_recipe, evaluate={"protocol": protocol}).recipe
+        return settings_of(recipe, distilled.data, distilled.run, source).document()
+
+    for source in ("full", "full-balanced", "full-logit-adjusted"):
+        assert of(source, "rldd") == of(source, "lad")
+    assert of("random", "rldd")["weight_decay"] == 0.01 != of("random", "lad")["weight_decay"]
+
+
 def test_nothing_is_measured_twice(distilled):
     distilled.evaluate("distilled")
     before = distilled.run.results.read_bytes()

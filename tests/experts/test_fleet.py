@@ -182,7 +182,7 @@ def test_in_this_process_it_waits_for_another_driver_and_finishes_what_that_leav
     train_here(trainer, queue, told.record, told.screen)
     assert len(waited) >= 3
     assert told.kinds() == [(kind, e) for e in (1, 2, 0) for kind in ("expert-started", "expert-finished")]
-    assert trainer.remaining(range(3)) == [] and told.record.experts_done == 3
+    assert not any(trainer.left(range(3)).values()) and told.record.experts_done == 3
     assert list((trainer.folder / "claims").iterdir()) == []
 
 
@@ -200,7 +200,7 @@ def test_in_this_process_a_claim_that_came_in_between_is_respected(trainer, told
 
     monkeypatch.setattr(queue, "put_back", put_back)
     train_here(trainer, queue, told.record, told.screen)
-    assert seen == [0] and trainer.remaining(range(2)) == []
+    assert seen == [0] and not any(trainer.left(range(2)).values())
 
 
 # --- the record -------------------------------------------------------------------------------------------------------

@@ -176,8 +176,10 @@ def test_all_ranks_stop_together_and_the_run_goes_on(pipeline_of, undisturbed, n
 
 
 def test_torchrun_starts_the_ranks_as_well(pipeline_of, tmp_path):
-    alone = over(pipeline_of("alone"), 1)
-    under = pipeline_of("torchrun")
+    """One of the ranks alone selects the iteration to keep."""
+    selecting = {"distill": {"select": "test-as-published", "select_every": 2}}
+    alone = over(pipeline_of("alone", **selecting), 1)
+    under = pipeline_of("torchrun", **selecting)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
                "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
@@ -186,7 +188,9 @@ def test_torchrun_starts_the_ranks_as_well(pipeline_of, tmp_path):
         command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("initial images") == 1
+    assert done.stdout.count("initial images") == 1 and done.stdout.count("select: iteration-") == 1
+    measured = [e["iteration"] for e in read_events(under.run.events) if e["kind"] == "candidate"]
+    assert measured == [2, 4, 6]
     assert done.stdout.count(f"threads: 2 ranks x {MANY} threads exceed the ") == 1
     same(DistilledSet.load(under.run.distilled), alone)
 

@@ -278,6 +278,8 @@ def test_every_source_and_every_choice_of_a_schedule_is_in_the_plan():
 
     fixed = evaluation()
     assert list(fixed) == ["distilled", "initial", "random-soft", "random", "full"]
+    several = evaluation("evaluate.architectures=[convnet,vgg11]")
+    assert all(several[source] == pytest.approx(2 * fixed[source]) for source in fixed)
     tuned = evaluation("data.validation_per_class=5", "data.n_max=100", "evaluate.tune_lr=[0.01,0.1]",
                        "evaluate.tune_epochs=[100,300]")  # fmt: skip
     assert set(tuned) == {*fixed, *(f"tune {source}" for source in fixed)}

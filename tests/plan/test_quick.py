@@ -57,12 +57,13 @@ def test_windows_follow_the_epochs():
             "start_epoch_min": 30, "start_epoch_max": 90, "start_epoch_max_first": 60, "start_epoch_growth": 5000,
             "classifier_start_epoch_max": 8, "window_epochs": 3,
         },
-        buffer={"start_after": 50},
+        buffer={"start_after": 50}, experts={"warmup_epochs": 40},
     )  # fmt: skip
     made = quick(recipe, published(recipe.data))
     d, e = made.recipe.distill, made.recipe.experts
     assert d.start_epoch_max - 1 + d.window_epochs <= e.epochs and made.recipe.buffer.start_after == e.count == 2
     assert d.classifier_start_epoch_max - 1 + d.window_epochs <= e.classifier_epochs
+    assert e.warmup_epochs == e.epochs < 40
 
 
 def test_what_cannot_fit_says_so_by_its_seconds(monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lad_dist.errors import Interrupted, NumericalError, StorageError, TrajectoryError
-from lad_dist.trajectories import Buffer, BufferMeta, PartWriter, clean_temporary, files
+from lad_dist.trajectories import Buffer, BufferMeta, PartWriter, files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -242,7 +242,8 @@ def test_only_abandoned_temporary_files_are_removed(tmp_path, write):
         (folder / name).write_bytes(b"half a part")
     hours_ago = time.time() - 2 * files.ABANDONED_AFTER
     os.utime(folder / names["elsewhere, old"], (hours_ago, hours_ago))
-    removed = clean_temporary(tmp_path / "buffer", "representation", 7)
-    assert {path.name for path in removed} == {names["dead"], names["elsewhere, old"]}
+    filesystem, root = files.resolve(tmp_path / "buffer")
+    removed = files.clean_temporary_files(filesystem, f"{root}/{folder.relative_to(tmp_path / 'buffer')}")
+    assert {Path(path).name for path in removed} == {names["dead"], names["elsewhere, old"]}
     assert {path.name for path in leftovers(folder)} == {names["alive"], names["elsewhere"], names["foreign"]}
     assert Buffer(tmp_path / "buffer").epochs("representation", 7) == (0, 1, 2)

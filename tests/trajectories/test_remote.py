@@ -21,8 +21,8 @@ from pyarrow import fs
 
 from lad_dist.errors import StorageError, TrajectoryError
 from lad_dist.location import has_credentials, is_remote, joined, shown
-from lad_dist.trajectories import Buffer, PartWriter, claims, clean_temporary, files
-from lad_dist.trajectories.schema import part_path
+from lad_dist.trajectories import Buffer, PartWriter, claims, files
+from lad_dist.trajectories.schema import expert_folder, part_path
 
 ROOT = Path(__file__).resolve().parents[2]
 PART = part_path("representation", 7, 0, 3)
@@ -220,10 +220,10 @@ def test_experts_trained_straight_to_the_store_and_resumed(uri, tmp_path, small_
         for epoch in epochs:
             if (epoch.stage, epoch.epoch) == ("representation", 3):
                 break  # stopped: what is pending is published
-    assert remote.epochs_left(range(2)) == 14 - 3
-    for expert in remote.remaining(range(2)):
+    assert sum(remote.left(range(2)).values()) == 14 - 3
+    for expert in (0, 1):
         list(remote.train(expert))
-    assert remote.remaining(range(2)) == []
+    assert set(remote.left(range(2)).values()) == {0}
     assert Buffer(uri).verify() == []
     assert Buffer(uri).digest() == Buffer(tmp_path / "local").digest()
 
@@ -280,7 +280,9 @@ def test_a_writer_killed_while_publishing_leaves_nothing_visible(uri, during):
     assert buffer.parts == () and buffer.verify() == []
     left = objects(uri)  # before the copy, the whole upload under its hidden name
     assert [Path(name).name[0] for name in left] == ["."] * (during == "copy")
-    assert len(clean_temporary(uri, "representation", 1)) == len(left)  # its process is dead
+    filesystem, root = files.resolve(uri)
+    folder = f"{root}/{expert_folder('representation', 1)}"
+    assert len(files.clean_temporary_files(filesystem, folder)) == len(left)  # its process is dead
     assert objects(uri) == []
 
 
