@@ -26,6 +26,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from machine import processor
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "all.json"
 STEPS = {"128, 3x32x32": ["--width", "128", "--shape", "3x32x32"],
@@ -154,12 +156,6 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
         },
         "load_before": round(os.getloadavg()[0], 2),
     }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def line(row: Row) -> str:

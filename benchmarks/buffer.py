@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from machine import processor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -397,14 +398,6 @@ def report(asked: argparse.Namespace, sizes: dict[str, Any], found: dict[str, An
         lines.append(f"| {what} | {mib(value)} | {value / peak:.3f} | {value / everything:.3f} |")
     lines += ["", f"Of these, imports: {mib(cached['imports'])} for the buffer, {mib(pt['imports'])} for torch.", ""]
     return "\n".join(lines)
-
-
-def processor() -> str:
-    """The processor's name as the operating system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:

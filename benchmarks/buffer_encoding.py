@@ -30,6 +30,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from machine import processor
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -247,14 +248,6 @@ def measure_buffer(trajectory: Trajectory, network: nn.Sequential, folder: Path,
         buffer.read("representation", 0, epoch)  # footers are read once
     times = timed_reads(lambda row: buffer.read("representation", 0, row), trajectory, reads)
     return Measured(sum(f.stat().st_size for f in folder.rglob("*.parquet")) / trajectory.nbytes, write_ms, times)
-
-
-def processor() -> str:
-    """The processor's name as the operating system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def table(trajectory: Trajectory, network: nn.Sequential, source: str, reads: int) -> str:

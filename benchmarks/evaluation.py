@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,8 @@ import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+
+from machine import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "evaluation.md"
@@ -132,15 +133,6 @@ def table(measured: dict[str, dict[str, float]]) -> str:
             cells.append(f"{1e3 * found[way]:.1f} ms ({found[base] / found[way]:.2f})")
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def cpu() -> str:
-    names = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 def main() -> None:

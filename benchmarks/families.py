@@ -28,7 +28,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from methods import cpu
+from machine import cpu
 
 from lad_dist.results.paired import paired, points
 

@@ -30,6 +30,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from machine import processor
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -207,13 +209,6 @@ def page(args: argparse.Namespace, rows: list[Row]) -> str:
     equal = len({row.digest for row in rows}) == 1
     lines += ["", f"Digests: {'equal' if equal else 'not equal'} ({', '.join(sorted({r.digest[:12] for r in rows}))})."]
     return "\n".join(lines) + "\n"
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from machine import cpu
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = ("overall", "head", "medium", "tail")
@@ -150,15 +151,6 @@ def line(name: str, groups: list[list[dict[str, float]]], more: str = "") -> str
         cells.append(f"{statistics.mean(means):.1f}{spread}")
     networks = sum(len(rows) for rows in groups)
     return f"| {name} | {' | '.join(cells)} | {more} | {len(groups)} x {networks // len(groups)} | {trained(groups)} |"
-
-
-def cpu() -> str:
-    names = [
-        text.split(":")[1].strip()
-        for text in Path("/proc/cpuinfo").read_text().splitlines()
-        if text.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
 
 
 def seconds_of(args: argparse.Namespace, run: Run) -> dict[str, float]:

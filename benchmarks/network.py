@@ -40,7 +40,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import PATHS, arguments, measure_on_rank, processor, shapes_of
+from machine import processor
+from ranks import PATHS, arguments, measure_on_rank, shapes_of
 
 from lad_dist import ranks as ranks_module
 from lad_dist.plan.scaling import Link, Network

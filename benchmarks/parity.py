@@ -145,7 +145,9 @@ def end_to_end(golden: Golden, student: Student) -> Rows:
             phase = phase_of(golden, student, which, batches_of(golden, half))
             results.append(student.run(optimizers.synthetic_set(), phase, "keep"))
         losses.append([lam * float(r.match.loss) for lam, r in zip(lambdas, results, strict=True)])
-        optimizers.step([(lam, r) for lam, r in zip(lambdas, results, strict=True)])
+        weighted = list(zip(lambdas, results, strict=True))
+        optimizers.step_alpha(weighted)
+        optimizers.step_set(weighted, 0)
     for start, value in (("e2e/images_after", images), ("e2e/label_logits_after", logits), ("e2e/syn_lr_after", alpha)):
         yield from ((n, relative_error(value, golden[n])) for n in golden if n.startswith(start))
     yield "e2e/lambda_times_grand_loss", relative_error(losses, golden["e2e/lambda_times_grand_loss"])

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import processor
 
 from lad_dist import allocator, recipe_file
 from lad_dist import ranks as ranks_module
@@ -383,13 +384,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "settings": settings,
         **found,
     }
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:

@@ -21,7 +21,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import resource
 import shutil
 import time
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scale.md"
@@ -675,14 +675,6 @@ def projection() -> list[str]:
         "|---|---|---|---|",
     ]
     return lines + [f"| {d.stage} | {d.what} | {hours(d.seconds)} | {d.how} |" for d in durations]
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(": ")[2]
-    return platform.processor()
 
 
 def seconds(value: float) -> str:

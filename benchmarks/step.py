@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,11 +26,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from machine import processor
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import floor
+import floor
+
 from lad_dist import allocator
 from lad_dist.distill.student import Batch, Phase, Student, SyntheticSet, soft_cross_entropy
 from lad_dist.experts.gsam import gsam_gradient
@@ -371,13 +372,6 @@ def machine(args: argparse.Namespace) -> str:
     if args.device == "cuda":
         return torch.cuda.get_device_name()
     return f"{processor()}, {args.threads} threads"
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

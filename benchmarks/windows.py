@@ -15,7 +15,7 @@ import statistics
 from datetime import date
 from pathlib import Path
 
-from methods import cpu
+from machine import cpu
 
 from lad_dist import Profile, Recipe, Run, recipe_file
 from lad_dist.api import Result

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lad_dist.recipe import Recipe
 
 FORMAT_VERSION = 1
+HARD_LABEL_LOGIT = 200.0  # softmax of one such logit among zeros is one-hot in float32
 _TENSORS, _WHITENING, META = "tensors.safetensors", "whitening.safetensors", "meta.json"
 FILES = (_TENSORS, _WHITENING, TEACHERS)
 

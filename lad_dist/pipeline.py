@@ -111,13 +111,12 @@ class Pipeline:
         Ranks that a launcher started run one after the other: else each rank would start an expert process.
         """
         from lad_dist import ranks
-        from lad_dist.distill.live import all_stages, complete
         from lad_dist.trajectories.reader import Buffer
 
         if self.recipe.buffer.start_after is None or self.run.distilled.exists() or ranks.place() is not None:
             return False
-        count = self.recipe.experts.count
-        return len(complete(Buffer(self.run.trajectories), all_stages(self.recipe), count)) < count
+        e = self.recipe.experts
+        return len(Buffer(self.run.trajectories).complete(e.last_epochs, range(e.count))) < e.count
 
     def _distill_while_experts_train(self) -> None:
         """Distill here while a separate process trains the experts; if one of them fails, both end."""

@@ -62,6 +62,7 @@ BASELINES = (
 BASELINE_NAMES = Name(BASELINES, "lad_dist.baselines", endings=("-adsa", "-stored", "-teacher", "-soft", "-plain"))
 Baseline = Annotated[Text, AfterValidator(BASELINE_NAMES)]
 Method = Annotated[Text, AfterValidator(Name(tuple(METHODS), GROUP))]
+ExpertStage = Literal["representation", "classifier"]
 PhaseName = Literal["representation", "classifier", "regression", "statistics"]
 SET_PHASES: tuple[PhaseName, ...] = ("regression", "statistics")  # without a student: once an iteration
 
@@ -220,6 +221,12 @@ class ExpertsConfig(_Section):
     epochs_per_part: Annotated[Int, Field(ge=1, le=MOST)] = Field(
         5, description="epochs per part file, the most a crash can lose", json_schema_extra=_NOTHING
     )
+
+    @property
+    def last_epochs(self) -> dict[ExpertStage, int]:
+        """Last epoch of each stage that the experts have."""
+        stages: dict[ExpertStage, int] = {"representation": self.epochs, "classifier": self.classifier_epochs}
+        return {stage: last for stage, last in stages.items() if last}
 
 
 class BufferConfig(_Section):
@@ -582,6 +589,12 @@ class Recipe(_Section):
     def uses_classifier_experts(self) -> bool:
         """Whether distillation needs the classifier stage of the experts."""
         return self.distill.matching == "decoupled"
+
+    @property
+    def labelling(self) -> tuple[ExpertStage, int]:
+        """The stage of the experts whose last epoch labels images, and that epoch."""
+        stage: ExpertStage = "classifier" if self.uses_classifier_experts else "representation"
+        return stage, self.experts.last_epochs[stage]
 
     @property
     def phases(self) -> tuple[PhaseName, ...]:

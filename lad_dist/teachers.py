@@ -21,7 +21,6 @@ from lad_dist.models.layout import Layout
 from lad_dist.models.network import build
 from lad_dist.recipe import MOST_TEACHERS, Recipe
 from lad_dist.trajectories.reader import Buffer
-from lad_dist.trajectories.schema import Stage
 
 _BATCH = 1024
 
@@ -69,18 +68,17 @@ class Teachers:
         self._network = build(recipe.model, *shape, seed=0, purpose=("template",)).to(data.device)
         self._layout = Layout.of(self._network)
         check_network(buffer, self._layout)
-        self.stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
+        self.stage, self._last = recipe.labelling
 
     def name(self, count: int | None = None) -> str:
         """Return ``mean logits of 10 classifier experts, epoch 10, temperature 1``; ``count``: of the first experts."""
         e, classifier = self._recipe.experts, self.stage == "classifier"
-        last = e.classifier_epochs if classifier else e.epochs
         used = e.count if count is None else count
         experts = f"{used} {self.stage} expert{'s' * (used > 1)}"
         adjusted = "" if classifier or not e.logit_adjustment else f", logit adjustment {e.logit_adjustment:g}"
         of = "" if self._run is None else f" of {self._run} ({self._recipe.experts_hash()[:8]})"
         temperature = f"temperature {self._recipe.distill.label_temperature:g}"
-        return f"mean logits of {experts}{of}, epoch {last}{adjusted}, {temperature}"
+        return f"mean logits of {experts}{of}, epoch {self._last}{adjusted}, {temperature}"
 
     def count(self, asked: int | None) -> int:
         """Return the number of experts that label batches: ``asked``, by default at most MOST_TEACHERS."""
@@ -120,6 +118,6 @@ class Teachers:
         e = self._recipe.experts
         weights_P = torch.tensor(self._buffer.read("representation", expert, e.epochs))
         if self.stage == "classifier":
-            classifier = torch.tensor(self._buffer.read("classifier", expert, e.classifier_epochs))
+            classifier = torch.tensor(self._buffer.read("classifier", expert, self._last))
             weights_P[self._layout.span("classifier")] = classifier
         return weights_P.to(self._data.device)

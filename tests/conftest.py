@@ -35,6 +35,8 @@ def nothing_kept() -> None:
 def benchmark_module() -> Callable[[str], ModuleType]:
     """A script of ``benchmarks/`` as a module."""
 
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script of it, which imports its neighbours
+
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
         assert spec is not None and spec.loader is not None

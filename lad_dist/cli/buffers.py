@@ -260,7 +260,7 @@ def _importing(files: dict[Stage, list[Path]], first_expert: int) -> Callable[[P
 def _pt_files(sources: Sequence[Path], stage: Stage, which: Which) -> list[Path]:
     """Return the sources' files of one stage, in order. Raises TrajectoryError."""
     from lad_dist.errors import TrajectoryError
-    from lad_dist.trajectories.replay import pt_files
+    from lad_dist.trajectories.replay_file import pt_files
 
     files: list[Path] = []
     for source in (source.expanduser() for source in sources):

@@ -15,10 +15,10 @@ from torch import Tensor
 from lad_dist.data import augment
 from lad_dist.data.herding import herd
 from lad_dist.data.longtail import positions_by_class
+from lad_dist.distilled import HARD_LABEL_LOGIT
 from lad_dist.recipe import AugmentConfig
 from lad_dist.seeds import rng
 
-HARD_LABEL_LOGIT = 200.0  # softmax of one such logit among zeros is one-hot in float32
 PASS = 1024  # images of one forward pass: rows are split at its multiples, so that parts have the bits of the whole
 MOST_BYTES = 2**30  # of the experts' logits at a time
 _ATTEMPTS = 8  # augmentation draws per copy until it differs

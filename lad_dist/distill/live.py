@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
 
 from lad_dist.errors import Interrupted, TrajectoryError
 from lad_dist.interrupts import StopFlag
@@ -19,32 +18,6 @@ _WAIT_SECONDS = 1.0
 _VISIBLE_SECONDS = 60.0  # allowed delay of a network file system between two hosts' views
 
 
-def complete(buffer: Buffer, last_epochs: Mapping[Stage, int], count: int) -> tuple[int, ...]:
-    """Return which of the experts 0 to ``count`` - 1 have all epochs of each stage in the buffer, in ascending order.
-
-    As of the buffer's last ``refresh``.
-    """
-
-    def whole(expert: int) -> bool:
-        at = {stage: buffer.last_contiguous_epoch(stage, expert) for stage in last_epochs}
-        return all(at[stage] is not None and (at[stage] or 0) >= last for stage, last in last_epochs.items())
-
-    return tuple(expert for expert in range(count) if whole(expert))
-
-
-def all_stages(recipe: Recipe) -> dict[Stage, int]:
-    """Return the last epoch of each expert stage that the recipe has."""
-    e = recipe.experts
-    stages: dict[Stage, int] = {"representation": e.epochs, "classifier": e.classifier_epochs}
-    return {stage: last for stage, last in stages.items() if last}
-
-
-def needed_stages(recipe: Recipe) -> dict[Stage, int]:
-    """Return the last epoch of each stage that the method distills from."""
-    stages = all_stages(recipe)
-    return stages if recipe.uses_classifier_experts else {"representation": stages["representation"]}
-
-
 class LiveExperts:
     """The complete experts of a buffer that is still being filled. All ranks use rank 0's view.
 
@@ -54,7 +27,7 @@ class LiveExperts:
 
     def __init__(self, buffer: Buffer, recipe: Recipe, ranks: Ranks = ALONE, flag: StopFlag | None = None) -> None:
         self._buffer, self._recipe, self._ranks, self._flag = buffer, recipe, ranks, flag or StopFlag()
-        self._stages = needed_stages(recipe)
+        self._stages: dict[Stage, int] = {"representation": recipe.experts.epochs, **dict([recipe.labelling])}
         self._agreed: tuple[int, ...] = ()
         self._seen = self._look()
         self._fault: BaseException | None = None
@@ -114,7 +87,7 @@ class LiveExperts:
         return self._seen
 
     def _look(self) -> tuple[int, ...]:
-        return complete(self._buffer, self._stages, self._recipe.experts.count)
+        return self._buffer.complete(self._stages, range(self._recipe.experts.count))
 
     def _watch(self) -> None:
         try:

@@ -91,9 +91,7 @@ class ReplayRecord:
     def check(self, buffer: Buffer, recipe: Recipe) -> None:
         """Raise TrajectoryError if ``buffer`` lacks a checkpoint; names it and the first iteration that needs it."""
         e, length = recipe.experts, recipe.distill.window_epochs
-        last: tuple[Stage, int] = (
-            ("classifier", e.classifier_epochs) if recipe.uses_classifier_experts else ("representation", e.epochs)
-        )
+        last = recipe.labelling
         backbone: tuple[Stage, int] = ("representation", e.epochs)
         for expert in self.experts:
             self._check_all(buffer, "the initial set", expert, (backbone, last))

@@ -23,7 +23,7 @@ from lad_dist.distill.crops import best_crops
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Student
 from lad_dist.distill.windows import Windows
-from lad_dist.distilled import DistilledMeta, DistilledSet
+from lad_dist.distilled import HARD_LABEL_LOGIT, DistilledMeta, DistilledSet
 from lad_dist.errors import DistilledError
 from lad_dist.labeller import Labeller
 from lad_dist.models import functional
@@ -32,7 +32,6 @@ from lad_dist.recipe import MOST_TEACHERS, Recipe
 from lad_dist.rundir import RunDir
 from lad_dist.teachers import Output, labeller_of
 from lad_dist.teachers import outputs as outputs_of
-from lad_dist.trajectories.schema import Stage
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,10 @@ def first_set(
         return _set_from(set_to_start_from(recipe, data), screen, events)
     if recipe.distill.initial == "real-crops":
         return _crops(recipe, data, student, windows, screen, events)
-    stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
     d, cache, chosen_by = recipe.distill, dict[int, Tensor](), set[int]()
 
     def outputs(function: Output, expert: int, indices: np.ndarray | None = None) -> Tensor:
-        return outputs_of(function, student.module, windows.last(stage, expert), data, indices)
+        return outputs_of(function, student.module, windows.teacher(expert), data, indices)
 
     fits = 4 * len(data.train) * data.classes <= initial.MOST_BYTES
 
@@ -122,7 +120,7 @@ def _crops(
     images_SCHH, indices_S, repeats = best_crops(data, teachers.logits, recipe.ipc, d.initial_crops, recipe.seed)
     if d.labels == "hard":
         classes_S = data.splits.train.labels_N[torch.from_numpy(indices_S)]
-        logits_SK = initial.HARD_LABEL_LOGIT * torch.nn.functional.one_hot(classes_S, data.classes).float()
+        logits_SK = HARD_LABEL_LOGIT * torch.nn.functional.one_hot(classes_S, data.classes).float()
     else:
         on_device = images_SCHH.to(data.device)
         logits_SK = torch.cat([teachers.logits(x) for x in on_device.split(512)]).cpu() / d.label_temperature
@@ -165,12 +163,10 @@ def mean_logits(
 
     The logits are the mean over the last checkpoints of the experts that label images.
     """
-    stage: Stage = "classifier" if recipe.uses_classifier_experts else "representation"
 
     def of_part(indices: np.ndarray) -> Tensor:
         each = [
-            outputs_of(functional.logits, student.module, windows.last(stage, e), data, indices)
-            for e in windows.experts
+            outputs_of(functional.logits, student.module, windows.teacher(e), data, indices) for e in windows.experts
         ]
         return torch.stack(each).mean(dim=0)
 

@@ -4,8 +4,9 @@ Shapes: S synthetic images, B of one batch, C channels, H side, K classes, P par
 
 Three gradient paths give the same numbers. *keep* holds every step's graph until the direction v is known: one forward
 and one backward per step, then one backward through that backward. *recompute* holds no graphs: it runs the N steps
-once for the sum G, then again with graphs, one step at a time, so its memory does not grow with N. *captured* does the
-same with each step as one CUDA graph (``models/captured.py``), for GPUs that would wait for the host between small kernels.
+once for the sum G, then again with graphs, one step at a time, so its memory does not grow with N. *captured* keeps every
+step's weights and computes each step's graph again as one CUDA graph (``models/captured.py``), for GPUs that would wait for
+the host between small kernels.
 
 The classifier phase is simpler: the backbone is frozen at the expert's, so all augmented views pass through it once,
 the inner steps update only a linear layer, and one backward pass per view reaches the pixels.

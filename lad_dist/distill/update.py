@@ -112,11 +112,6 @@ class Optimizers:
         """Return the current set (shares the tensors)."""
         return SyntheticSet(self.images_SCHH, self.logits_SK, self.alpha)
 
-    def step(self, phases: Sequence[tuple[float, Gradients]], iteration: int = 0) -> None:
-        """Step along the sum of lambda times each phase's gradient, with the learning rates of ``iteration``."""
-        self.step_alpha(phases)
-        self.step_set(phases, iteration)
-
     def step_alpha(self, phases: Sequence[tuple[float, Gradients]]) -> bool:
         """Step alpha alone; return whether it stayed finite and above zero."""
         gradient = torch.stack([lam * r.alpha_gradient for lam, r in phases]).sum(0).to(self.alpha.dtype)

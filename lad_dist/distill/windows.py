@@ -116,20 +116,13 @@ class Windows:
             return whole_P.pin_memory().to(self._device, non_blocking=True)
         return whole_P.to(self._device)
 
-    def last(self, stage: Stage, expert: int) -> Tensor:
-        """Return an expert's final weights (P,)."""
-        e = self._recipe.experts
-        return self.weights(stage, expert, e.epochs if stage == "representation" else e.classifier_epochs)
-
     def teacher(self, expert: int) -> Tensor:
         """Return the final weights (P,) of the stage that labels images."""
         return self.weights(*self._last(expert))
 
     def _last(self, expert: int) -> Row:
-        e = self._recipe.experts
-        if self._recipe.uses_classifier_experts:
-            return "classifier", expert, e.classifier_epochs
-        return "representation", expert, e.epochs
+        stage, epoch = self._recipe.labelling
+        return stage, expert, epoch
 
     def close(self) -> None:
         """Stop reading ahead."""

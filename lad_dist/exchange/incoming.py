@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lad_dist.distilled import DistilledSet
+from lad_dist.distilled import HARD_LABEL_LOGIT, DistilledSet
 from lad_dist.errors import DistilledError
 from lad_dist.exchange.about import about
 from lad_dist.labeller import Labeller
 
 Labels = Literal["logits", "probabilities", "indices"]
 LABELS: tuple[Labels, ...] = ("logits", "probabilities", "indices")
-_HARD_LABEL_LOGIT = 200.0  # as in distillation with hard labels: its softmax among zeros is one-hot in float32
 _SMALLEST = 1e-30  # smaller probabilities are not recovered from their logarithm by a float32 softmax
 _SUM_WITHIN = 1e-3  # tolerance on the sum 1 of a row of probabilities; half precision satisfies it
 
@@ -47,7 +46,7 @@ class Incoming:
             return self.labels
         if self.kind == "probabilities":
             return self.labels.clamp_min(_SMALLEST).log()
-        return _HARD_LABEL_LOGIT * F.one_hot(self.labels, classes).float()
+        return HARD_LABEL_LOGIT * F.one_hot(self.labels, classes).float()
 
 
 def of_set(distilled: DistilledSet, where: str) -> Incoming:

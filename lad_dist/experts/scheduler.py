@@ -291,10 +291,9 @@ class ExpertLog:
 
 def in_words(epoch: Epoch, experts: ExpertsConfig) -> str:
     """``representation epoch 31 of 100, loss 0.2345, accuracy 0.912, 812 images/s``."""
-    last = experts.epochs if epoch.stage == "representation" else experts.classifier_epochs
     return (
-        f"{epoch.stage} epoch {epoch.epoch} of {last}, loss {epoch.loss:.4g}, accuracy {epoch.accuracy:.3f}, "
-        f"{epoch.images_per_second:.0f} images/s"
+        f"{epoch.stage} epoch {epoch.epoch} of {experts.last_epochs[epoch.stage]}, loss {epoch.loss:.4g}, "
+        f"accuracy {epoch.accuracy:.3f}, {epoch.images_per_second:.0f} images/s"
     )
 
 

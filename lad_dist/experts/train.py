@@ -135,11 +135,9 @@ class ExpertTrainer:
 
     def left(self, experts: Iterable[int]) -> dict[int, int]:
         """Return per expert the number of epochs still to be trained, both stages together."""
-        buffer, e = self._buffer(), self.recipe.experts
-        wanted: tuple[tuple[Stage, int], ...] = (("representation", e.epochs), ("classifier", e.classifier_epochs))
-        left = {}
+        buffer, wanted, left = self._buffer(), self.recipe.experts.last_epochs, {}
         for i in experts:
-            done = [(buffer.last_contiguous_epoch(stage, i), last) for stage, last in wanted]
+            done = [(buffer.last_contiguous_epoch(stage, i), last) for stage, last in wanted.items()]
             left[i] = sum(last if at is None else last - min(at, last) for at, last in done)
         return left
 
@@ -171,10 +169,10 @@ class ExpertTrainer:
 
     def _train_stage(self, stage: Stage, expert: int, start_P: Tensor | None) -> Generator[Epoch, None, Tensor]:
         e = self.recipe.experts
-        last = e.epochs if stage == "representation" else e.classifier_epochs
-        if last == 0:  # no classifier stage
+        if stage not in e.last_epochs:
             assert start_P is not None
             return start_P
+        last = e.last_epochs[stage]
         buffer = self._buffer()
         done = buffer.last_contiguous_epoch(stage, expert)
         weights_P = self._initial(expert) if start_P is None else start_P.clone()

@@ -82,11 +82,11 @@ def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str], buffer: Path
 
 def experts_left(recipe: Recipe, trajectories: Path | str) -> list[int]:
     """Return the incomplete experts, ascending. Raises TrajectoryError if the buffer is damaged or another recipe's."""
-    from lad_dist.distill.live import all_stages, complete
     from lad_dist.trajectories.reader import Buffer
 
     buffer = Buffer(trajectories, expected_hash=recipe.experts_hash())
-    return sorted(set(range(recipe.experts.count)) - set(complete(buffer, all_stages(recipe), recipe.experts.count)))
+    experts = range(recipe.experts.count)
+    return sorted(set(experts) - set(buffer.complete(recipe.experts.last_epochs, experts)))
 
 
 def _networks(recipe: Recipe, sources: Sequence[str]) -> set[tuple[str, str, int]]:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from lad_dist.environment import environment
 from lad_dist.errors import ClusterError
+from lad_dist.experts.cluster import own_environment
 from lad_dist.experts.private import access, write_token
 from lad_dist.launch.job import SlurmTask
 from lad_dist.launch.supervisor import private_folder
@@ -112,6 +113,7 @@ def head(task: SlurmTask, profile: Profile) -> Iterator[Profile]:
     write_token(files.token)
     arguments = [
         "--head",
+        "--disable-usage-stats",
         f"--port={ports.gcs}",
         f"--ray-client-server-port={ports.client}",
         f"--include-dashboard={str(profile.ray.dashboard).lower()}",
@@ -186,15 +188,10 @@ def _node(
         f"--metrics-export-port={ports.metrics}",
         "--min-worker-port=0",  # workers use ephemeral ports
         "--max-worker-port=0",
-        "--disable-usage-stats",
         *store,
         *arguments,
     ]
-    if "--head" not in arguments:
-        command.remove("--disable-usage-stats")
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    threads = {"OMP_NUM_THREADS": str(profile.threads_per_expert)}
-    given = {**os.environ, **quiet, **threads, **access(files.token), "RAY_ADDRESS": None}
+    given = {**os.environ, **own_environment(profile, files.token), "RAY_ADDRESS": None}
     with (task.folder / f"ray-{task.rank}.log").open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - this interpreter
             command,

@@ -212,7 +212,7 @@ def _state(log: StageLog | None, done: bool, begun: bool, now: float, last: floa
 
 def _experts(recipe: Recipe, log: RunLog, shelf: _Shelf, now: float) -> tuple[StageStatus, list[str]]:
     e, stage_log = recipe.experts, log.stages.get("experts")
-    wanted: dict[Stage, int] = {"representation": e.epochs, "classifier": e.classifier_epochs}
+    wanted = e.last_epochs
     shelf.refresh(ended=stage_log is not None and stage_log.ended is not None)
     published = {i: {s: min(shelf.epochs(s, i), most) for s, most in wanted.items()} for i in range(e.count)}
     total = sum(wanted.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -136,6 +136,15 @@ class Buffer:
                 break
             last = max(last, name.last)
         return last if last >= 0 else None
+
+    def complete(self, last_epochs: Mapping[Stage, int], experts: Iterable[int]) -> tuple[int, ...]:
+        """Return those of ``experts`` that have all epochs of each stage, up to its last, at the last ``refresh``."""
+
+        def whole(expert: int) -> bool:
+            at = [(self.last_contiguous_epoch(stage, expert), last) for stage, last in last_epochs.items()]
+            return all(done is not None and done >= last for done, last in at)
+
+        return tuple(expert for expert in experts if whole(expert))
 
     def check_keeps(self, needed: Kept) -> None:
         """Raise ``TrajectoryError`` if the buffer does not keep all that ``needed`` has."""

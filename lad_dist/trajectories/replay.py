@@ -37,7 +37,6 @@ from lad_dist.trajectories.replay_file import (
     checked_sum,
     classifier_mask,
     load,
-    numbered,
     tensors_of,
     vector,
 )
@@ -48,14 +47,6 @@ EXPERTS_PER_FILE = 10  # as in the published code (``save_interval``)
 IMPORTED_FROM = "imported_from"  # key in ``BufferMeta.versions`` of imported parts
 MANIFEST = "lad_dist.json"
 _TEMPORARY = re.compile(r"\.tmp-(\w+)-([0-9]+)-\w+\.pt")
-
-
-def pt_files(folder: Path) -> list[Path]:
-    """Return the ``replay_buffer_N.pt`` of a folder in the order of N.
-
-    Raises ``TrajectoryError`` if there are none, or if a number is missing, which would shift the experts' numbers.
-    """
-    return numbered(folder)
 
 
 def complete_experts(buffer: Buffer, *stages: Stage) -> tuple[int, ...]:
@@ -71,12 +62,7 @@ def complete_experts(buffer: Buffer, *stages: Stage) -> tuple[int, ...]:
         )
     meta, wanted = buffer.meta, {"representation", *stages}
     needed = {stage: _last_epoch(meta, stage) for stage in STAGES if stage in wanted}
-
-    def whole(expert: int) -> bool:
-        at = [(buffer.last_contiguous_epoch(stage, expert), last) for stage, last in needed.items()]
-        return all(done is not None and done >= last for done, last in at)
-
-    return tuple(expert for expert in buffer.experts("representation") if whole(expert))
+    return buffer.complete(needed, buffer.experts("representation"))
 
 
 def _last_epoch(meta: BufferMeta, stage: Stage) -> int:

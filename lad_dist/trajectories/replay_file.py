@@ -40,7 +40,7 @@ _FORM = "a list of experts, each a list of checkpoints, each a list of tensors, 
 _CHUNK = 2**20
 
 
-def numbered(folder: Path) -> list[Path]:
+def pt_files(folder: Path) -> list[Path]:
     """Return the ``replay_buffer_N.pt`` directly in a folder, in the order of N.
 
     Raises ``TrajectoryError`` if there are none, or a number is missing, which would shift the experts' numbers.

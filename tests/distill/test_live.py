@@ -10,7 +10,7 @@ import time
 import pytest
 
 from lad_dist import recipe_file
-from lad_dist.distill.live import REFRESH_SECONDS, LiveExperts, complete, needed_stages
+from lad_dist.distill.live import REFRESH_SECONDS, LiveExperts
 from lad_dist.distill.student import Student
 from lad_dist.distilled import DistilledSet
 from lad_dist.errors import Interrupted, RecipeError, TrajectoryError
@@ -63,11 +63,12 @@ def test_complete_means_every_epoch_of_every_stage_that_is_needed(live_pipeline,
     folder = pipeline.run.trajectories
     sorted((folder / "classifier" / "expert-0002").iterdir())[-1].unlink()  # its last epochs
     sorted((folder / "representation" / "expert-0003").iterdir())[0].unlink()  # its first
-    both, one = (needed_stages(small_recipe(method=method)) for method in ("lad", "datm"))
-    assert (both, one) == ({"representation": 4, "classifier": 3}, {"representation": 4})
-    assert complete(Buffer(folder), both, 4) == (0,)
-    assert complete(Buffer(folder), one, 4) == (0, 1, 2)
-    assert complete(Buffer(folder), one, 2) == (0, 1)  # a shared buffer may hold more than the recipe wants
+    lad, datm = (small_recipe(method=method) for method in ("lad", "datm"))
+    assert (lad.labelling, datm.labelling) == (("classifier", 3), ("representation", 4))
+    buffer, first = Buffer(folder), ("representation", 4)
+    assert buffer.complete(dict([first, lad.labelling]), range(4)) == (0,)
+    assert buffer.complete(dict([first, datm.labelling]), range(4)) == (0, 1, 2)
+    assert buffer.complete(dict([first]), range(2)) == (0, 1)  # a shared buffer may hold more than the recipe wants
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------------

@@ -421,7 +421,7 @@ def test_labels_start_as_the_experts_see_the_images(pipeline_of):
     assert torch.equal(distilled.images, varied) and torch.equal(distilled.initial_images, varied)
     assert torch.equal(distilled.labels, labels) and labels.tolist() == [c for c in range(10) for _ in range(2)]
     work = work_of(pipeline)
-    views = [work.student.layout.views(work.windows.last("classifier", e)) for e in (0, 1)]
+    views = [work.student.layout.views(work.windows.teacher(e)) for e in (0, 1)]
     with torch.no_grad():
         logits = torch.stack([functional.logits(work.student.module, v, images) for v in views])
     supported = (logits.argmax(2) == labels).any(0)

@@ -42,6 +42,11 @@ def phases(step: int) -> list[tuple[float, PhaseResult]]:
     return [(lam, phase_result(10 * step + i)) for i, lam in enumerate(LAMBDAS)]
 
 
+def step(o: Optimizers, both: list[tuple[float, PhaseResult]], iteration: int = 0) -> None:
+    o.step_alpha(both)
+    o.step_set(both, iteration)
+
+
 def values(o: Optimizers) -> list[torch.Tensor]:
     return [o.images_SCHH.clone(), o.logits_SK.clone(), o.alpha.clone()]
 
@@ -49,9 +54,9 @@ def values(o: Optimizers) -> list[torch.Tensor]:
 def test_steps_equal_a_hand_loop():
     ours = optimizers()
     by_hand, rules = values(ours), [Momentum(lr, m) for lr, m in zip(LR, MOMENTUM, strict=True)]
-    for step in range(4):
-        both = phases(step)
-        ours.step(both)
+    for i in range(4):
+        both = phases(i)
+        step(ours, both)
         totals = [sum(lam * r.by_rows.images_SCHH for lam, r in both), sum(lam * r.by_rows.labels_SK for lam, r in both),
                   sum(lam * r.match.alpha_gradient for lam, r in both)]  # fmt: skip
         by_hand = [rule.step(x, g) for rule, x, g in zip(rules, by_hand, totals, strict=True)]
@@ -62,14 +67,14 @@ def test_steps_equal_a_hand_loop():
 def test_momentum_survives_saving():
     straight, first = optimizers(), optimizers()
     for o in (straight, first):
-        o.step(phases(0))
-        o.step(phases(1))
+        step(o, phases(0))
+        step(o, phases(1))
     second = optimizers(seed=5)
     for tensor, value in zip((second.images_SCHH, second.logits_SK, second.alpha), values(first), strict=True):
         tensor.copy_(value)
     second.load_momentum({k: t.clone() for k, t in first.momentum_tensors().items()}, iteration=2)
-    straight.step(phases(2))
-    second.step(phases(2))
+    step(straight, phases(2))
+    step(second, phases(2))
     assert all(torch.equal(a, b) for a, b in zip(values(straight), values(second), strict=True))
     assert set(second.momentum_tensors()) == {"momentum_images", "momentum_labels", "momentum_alpha"}
 
@@ -77,21 +82,21 @@ def test_momentum_survives_saving():
 def test_loading_no_momentum_forgets_what_there_was():
     o, fresh = optimizers(), optimizers()
     start = values(o)
-    o.step(phases(0))
+    step(o, phases(0))
     for tensor, value in zip((o.images_SCHH, o.logits_SK, o.alpha), start, strict=True):
         tensor.copy_(value)
     o.load_momentum({}, iteration=0)
     assert o.momentum_tensors() == {}
-    o.step(phases(1))
-    fresh.step(phases(1))
+    step(o, phases(1))
+    step(fresh, phases(1))
     assert all(torch.equal(a, b) for a, b in zip(values(o), values(fresh), strict=True))
 
 
 def test_hard_labels_never_change():
     o = optimizers(labels="hard")
     before = o.logits_SK.clone()
-    for step in range(3):
-        o.step(phases(step))
+    for i in range(3):
+        step(o, phases(i))
     assert torch.equal(o.logits_SK, before)
     assert set(o.momentum_tensors()) == {"momentum_images", "momentum_alpha"}
 
@@ -99,7 +104,7 @@ def test_hard_labels_never_change():
 def test_the_synthetic_set_is_the_tensors_themselves():
     o = optimizers()
     synthetic = o.synthetic_set()
-    o.step(phases(0))
+    step(o, phases(0))
     assert torch.equal(synthetic.images_SCHH, o.images_SCHH) and torch.equal(synthetic.alpha, o.alpha)
     assert not o.images_SCHH.requires_grad
 
@@ -111,7 +116,7 @@ def test_each_rate_is_its_own(which):
     draws = optimizers()
     o = Optimizers(draws.images_SCHH, draws.logits_SK, draws.alpha, config(rates, (0, 0, 0)))
     before = values(o)
-    o.step(phases(0))
+    step(o, phases(0))
     assert [not torch.equal(a, b) for a, b in zip(values(o), before, strict=True)] == [i == which for i in range(3)]
 
 
@@ -134,8 +139,8 @@ def test_adam_equals_torch_and_survives_saving():
         for group, lr in zip(by_hand.param_groups, LR, strict=False):
             group["lr"] = lr * factor
         by_hand.step()
-        ours.step(both, i)
-        saved.step(both, i)
+        step(ours, both, i)
+        step(saved, both, i)
         restored = optimizers(seed=9, **fields)
         for tensor, value in zip(
             (restored.images_SCHH, restored.logits_SK, restored.alpha), values(saved), strict=True
@@ -163,7 +168,7 @@ def test_the_weighted_sum_has_the_bits_of_a_sum_of_all(shape, count):
 
 def test_only_alpha_moves_when_it_would_not_stay_positive():
     o, both = optimizers(), phases(0)
-    o.step(both)
+    step(o, both)
     before, momentum = values(o), {k: t.clone() for k, t in o.momentum_tensors().items()}
     kept = o.copy(whole=False)
     assert set(kept) == {"alpha", "momentum_alpha"}
@@ -179,7 +184,7 @@ def test_only_alpha_moves_when_it_would_not_stay_positive():
 @pytest.mark.parametrize("where", ["images", "labels", "momentum", "gradient", "label gradient"])
 def test_what_may_overflow(where, value):
     o, both = optimizers(), phases(1)
-    o.step(phases(0))
+    step(o, phases(0))
     assert not o.may_overflow(both)
     rows = both[1][1].by_rows
     tensors = {"images": o.images_SCHH, "labels": o.logits_SK, "momentum": o.momentum_tensors()["momentum_images"],
@@ -191,11 +196,11 @@ def test_what_may_overflow(where, value):
 def test_a_whole_copy_puts_everything_back():
     o, undisturbed = (optimizers(optimizer="adam", iterations=6) for _ in range(2))
     for each in (o, undisturbed):
-        each.step(phases(0))
+        step(each, phases(0))
     before, kept = values(o), o.copy(whole=True)
-    o.step(phases(1), 1)
+    step(o, phases(1), 1)
     o.restore(kept, 1)
     assert all(torch.equal(a, b) for a, b in zip(values(o), before, strict=True))
     for each in (o, undisturbed):
-        each.step(phases(2), 1)
+        step(each, phases(2), 1)
     assert all(torch.equal(a, b) for a, b in zip(values(o), values(undisturbed), strict=True))

@@ -13,7 +13,8 @@ import yaml
 from lad_dist import cli
 from lad_dist.errors import Interrupted, TrajectoryError
 from lad_dist.trajectories import Buffer, PartWriter, claims
-from lad_dist.trajectories.replay import complete_experts, export_pt, import_pt, pt_files
+from lad_dist.trajectories.replay import complete_experts, export_pt, import_pt
+from lad_dist.trajectories.replay_file import pt_files
 
 LAST = {"representation": 3, "classifier": 2}
 

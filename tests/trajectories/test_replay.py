@@ -25,7 +25,8 @@ from lad_dist.models.layout import Layout
 from lad_dist.seeds import rng
 from lad_dist.trajectories import BufferMeta, PartWriter, claims
 from lad_dist.trajectories.reader import Buffer
-from lad_dist.trajectories.replay import MANIFEST, complete_experts, export_pt, import_pt, pt_files
+from lad_dist.trajectories.replay import MANIFEST, complete_experts, export_pt, import_pt
+from lad_dist.trajectories.replay_file import pt_files
 
 EPOCHS = {"representation": 3, "classifier": 2}
 GOLDEN = Path(__file__).parents[1] / "golden" / "lad_golden.npz"
