@@ -51,12 +51,13 @@ def overall(results: list[Result], source: str) -> tuple[float, float]:
     return 100 * statistics.mean(r.overall for r in own), 100 * statistics.mean(r.tail for r in own)
 
 
-def shown(values: list[float], error: bool = False) -> str:
-    """The mean and the standard deviation, or the standard error."""
+def shown(values: list[float], difference: bool = False) -> str:
+    """The mean ± the standard deviation; of a difference, with its sign, ± the standard error."""
+    mean, sign = statistics.mean(values), "+" if difference else ""
     if len(values) < 2:
-        return f"{values[0]:.1f}"
-    spread = statistics.stdev(values)
-    return f"{statistics.mean(values):.1f} ± {spread / len(values) ** 0.5 if error else spread:.1f}"
+        return f"{mean:{sign}.1f}"
+    spread = statistics.stdev(values) / (len(values) ** 0.5 if difference else 1)
+    return f"{mean:{sign}.1f} ± {spread:.1f}"
 
 
 def main() -> None:
