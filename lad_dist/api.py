@@ -221,6 +221,7 @@ class Run:
         Raises RunDirError if another thread uses it, RecipeError if the profile submits jobs.
         """
         from lad_dist.launch import local
+        from lad_dist.pipeline import check_nobody_distils
 
         if self.profile.launcher == "slurm":
             raise RecipeError(
@@ -230,6 +231,9 @@ class Run:
             raise RunDirError(f"{self.folder}: another thread is using this run; wait until it has ended")
         try:
             if self._pipeline is not None and self._files.recipe.exists():
+                check_nobody_distils(self._files, self.recipe)
+                RunDir.open(self.folder, self.recipe, self._buffers, keep_recipe)
+                local.prepare_device(self.profile)  # another run in this process may have set other threads
                 with (
                     local.stopped_by_signals(self.folder),
                     closing(Events(self._files.events, self._listener)) as events,

@@ -47,6 +47,7 @@ class Wandb(Callback):
             raise RecipeError(
                 f"--log wandb: {str(error).splitlines()[0]}; valid: wandb login, or WANDB_MODE=offline"
             ) from error
+        self._failed = False
         for part, counter in (("distill", "iteration"), ("experts", "epoch"), ("evaluation", "seed")):
             self._run.define_metric(f"{part}/{counter}")
             self._run.define_metric(f"{part}/*", step_metric=f"{part}/{counter}")
@@ -67,9 +68,10 @@ class Wandb(Callback):
 
     def on_stage_end(self, end: StageEnd) -> None:
         self._run.summary[f"seconds/{end.stage}"] = end.seconds
+        self._failed = end.error is not None
 
     def close(self) -> None:
-        self._run.finish()
+        self._run.finish(exit_code=int(self._failed))
 
 
 KNOWN: dict[str, Logger] = {"wandb": Wandb}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lad_dist.recipe import Bool, Float, Int, Text
 
@@ -92,11 +92,7 @@ class StageOnSlurm(BaseModel):
     constraint: Text | None = Field(None, description="as slurm.constraint, for this stage")
     reservation: Text | None = Field(None, description="as slurm.reservation, for this stage")
     time_minutes: Annotated[Int, Field(ge=1)] | None = Field(None, description="as slurm.time_minutes, for this stage")
-    nodes: Annotated[Int, Field(ge=1)] | None = Field(None, description="as nodes, for this stage")
     gpus_per_node: Annotated[Int, Field(ge=0)] | None = Field(None, description="as gpus_per_node, for this stage")
-    tasks_per_node: Annotated[Int, Field(ge=1)] | None = Field(
-        None, description="as slurm.tasks_per_node, for this stage"
-    )
     cpus_per_task: Annotated[Int, Field(ge=1)] | None = Field(
         None, description="as slurm.cpus_per_task, for this stage"
     )
@@ -106,14 +102,32 @@ class StageOnSlurm(BaseModel):
 
     _options = field_validator("options")(_passed_on)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unset_fields(cls, doc: Any) -> Any:
+        """Profiles that older versions wrote spell out fields, unset, that the stage does not have."""
+        if not isinstance(doc, dict):
+            return doc
+        return {name: value for name, value in doc.items() if value is not None or name in cls.model_fields}
+
 
 class ExpertsOnSlurm(StageOnSlurm):
     """SLURM settings of the experts' stage, which has two ways to use several nodes."""
 
+    nodes: Annotated[Int, Field(ge=1)] | None = Field(None, description="as nodes, for this stage")
     mode: Literal["array", "fleet"] = Field(
         "array",
         description="array: as many single-node jobs as nodes, which share the buffer and need no network between them; "
         "fleet: one job of all nodes with a private Ray cluster inside",
+    )
+
+
+class DistillOnSlurm(StageOnSlurm):
+    """SLURM settings of the distillation, a job whose tasks are ranks."""
+
+    nodes: Annotated[Int, Field(ge=1)] | None = Field(None, description="as nodes, for this stage")
+    tasks_per_node: Annotated[Int, Field(ge=1)] | None = Field(
+        None, description="as slurm.tasks_per_node, for this stage"
     )
 
 
@@ -129,7 +143,7 @@ class StagesOnSlurm(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     experts: ExpertsOnSlurm = ExpertsOnSlurm()
-    distill: StageOnSlurm = StageOnSlurm()
+    distill: DistillOnSlurm = DistillOnSlurm()
     evaluate: EvaluateOnSlurm = EvaluateOnSlurm()
     report: StageOnSlurm = StageOnSlurm()
 

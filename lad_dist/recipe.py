@@ -803,7 +803,7 @@ def _cross_faults(recipe: Recipe) -> list[str]:
     for field, value in (("evaluate.split", recipe.evaluate.split), ("distill.select", d.select)):
         if value == "validation" and recipe.data.validation_per_class == 0:
             faults.append(f"{field}: validation needs data.validation_per_class above 0")
-    if recipe.data.dataset in ("list", "parquet"):
+    if recipe.data.dataset == "list":
         for field, file in (("train", recipe.data.train), ("test", recipe.data.test)):
             if file is None:
                 faults.append(
@@ -827,6 +827,8 @@ def _cross_faults(recipe: Recipe) -> list[str]:
     default = DataConfig.model_fields["imbalance_factor"].default  # a saved recipe spells it out
     if recipe.data.imbalance == "natural" and recipe.data.imbalance_factor != default:
         faults.append("data.imbalance_factor: has no meaning with data.imbalance natural; remove it")
+    if recipe.data.imbalance == "natural" and recipe.data.n_max is not None:
+        faults.append("data.n_max: has no meaning with data.imbalance natural; remove it")
     return faults
 
 

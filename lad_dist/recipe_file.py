@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from lad_dist.errors import RecipeError
 from lad_dist.methods import preset
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import PROTOCOLS, Recipe
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -142,24 +142,29 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def from_document(doc: dict[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
     """Make a recipe from a plain mapping; ``source`` names it in messages."""
-    before = doc.get("method")
+    before, protocol = doc.get("method"), _protocol(doc)
     doc, sources, faults = apply_overrides(doc, overrides)
-    if "method" in sources:
-        _forget_presets(doc, sources, (before, doc["method"]))
+    if "method" in sources:  # lad for an unknown one
+        _forget(doc, sources, "distill", {f for m in (before, doc["method"]) for f in preset(m) or preset("lad")})
+    if _protocol(doc) != protocol:
+        _forget(doc, sources, "evaluate", {f for fields in PROTOCOLS.values() for f in fields})
     return validated(Recipe, doc, source, sources, faults)
 
 
-def _forget_presets(doc: dict[str, Any], sources: dict[str, str], methods: Iterable[object]) -> None:
-    """Delete the preset fields of ``methods`` (lad for an unknown method), except explicitly overridden ones.
+def _protocol(doc: dict[str, Any]) -> object:
+    evaluate = doc.get("evaluate")
+    return (evaluate.get("protocol") if isinstance(evaluate, dict) else None) or "lad"
 
-    A resolved recipe spells its method's fields out; another method must not inherit them.
+
+def _forget(doc: dict[str, Any], sources: dict[str, str], section: str, fields: Iterable[str]) -> None:
+    """Delete the fields of a preset that is replaced, except explicitly overridden ones.
+
+    A resolved recipe spells its presets' fields out; another preset must not inherit them.
     """
-    section = doc.get("distill")
-    if isinstance(section, dict):
-        for method in methods:
-            for field in preset(method) or preset("lad"):
-                if f"distill.{field}" not in sources:
-                    section.pop(field, None)
+    if isinstance(doc.get(section), dict):
+        for field in fields:
+            if f"{section}.{field}" not in sources:
+                doc[section].pop(field, None)
 
 
 def apply_overrides(doc: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:

@@ -313,8 +313,13 @@ class RunDir:
                     aside = _temporary_in(self.root)
                     aside.mkdir()
                     os.rename(final, aside / "old")
-                    os.rename(temporary, final)
-                    shutil.rmtree(aside)
+                    try:
+                        os.rename(temporary, final)
+                    except OSError:
+                        os.rename(aside / "old", final)
+                        raise
+                    finally:
+                        remove(aside)
                 else:
                     os.rename(temporary, final)
                 _sync(self.root)

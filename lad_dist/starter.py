@@ -46,7 +46,7 @@ def recipe_text(found: Survey, name: str) -> str:
         f"# Command:   lad-dist run {name}.yaml --quick      a short trial, within ten minutes on two cores",
         f"#            lad-dist plan {name}.yaml             what the whole run costs",
         f"#            lad-dist run {name}.yaml",
-        f"name: {name}",
+        f"name: {_quoted(name)}",
         "method: lad-fr".ljust(36) + "# lad, datm and mtt match trajectories, at many times the cost",
         f"ipc: {ipc}".ljust(36) + "# synthetic images per class",
         "data:",

@@ -55,7 +55,7 @@ class LivePage:
             return self._html.replace("<head>", f"<head>{again}", 1)
 
     def picture(self, name: str) -> bytes | None:
-        """Return a picture that the page links to, if the run's report has it."""
+        """Return a picture that lies beside the page, if the run's report has it."""
         file = self.run.report / name
         return file.read_bytes() if name in (page.SYNTHETIC, page.INITIAL) and file.is_file() else None
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import lad_dist
-from lad_dist import Callback, Profile, Recipe, Run, cli, results
+from lad_dist import Callback, Profile, Recipe, Run, cli, recipe_file, results
 from lad_dist.callbacks import Evaluation, ExpertEpoch, Iteration, StageEnd
 from lad_dist.errors import DistilledError, Interrupted, LadDistError, RankError, RecipeError, RunDirError
 
@@ -103,6 +103,17 @@ def test_stages_one_after_the_other_equal_the_command_line(opened, tmp_path, sma
     kinds = type(told.epochs[0]), type(told.iterations[0]), type(told.evaluations[0]), type(told.ended[0])
     assert kinds == (ExpertEpoch, Iteration, Evaluation, StageEnd)
     assert told.kinds == [event["kind"] for event in run.events()]
+
+
+def test_the_recipe_file_is_that_of_the_last_stage(opened, small_recipe):
+    run = opened(evaluate={"baselines": ["initial"]})
+    run.run_all()
+    longer = small_recipe(evaluate={"baselines": ["initial"]}, distill={"iterations": 7})
+    run = Run.open(run.folder, longer, profile=run.profile, quiet=True)
+    run.evaluate("initial")  # a question: the recipe file stays
+    assert recipe_file.load(run.folder / "recipe.yaml").distill.iterations == 6
+    run.distill()
+    assert recipe_file.load(run.folder / "recipe.yaml").distill.iterations == 7
 
 
 def test_everything_in_one_call_and_nothing_twice(opened):

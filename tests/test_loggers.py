@@ -101,18 +101,21 @@ def test_what_is_no_callback(tmp_path):
 # --- Weights & Biases ---------------------------------------------------------------------------------------------------
 
 
-def tell(logger: Callback) -> None:
+def tell(logger: Callback, error: str | None = None) -> None:
     logger.on_epoch(ExpertEpoch("representation", 3, 2, 0.7, None, 100.0))
     logger.on_iteration(Iteration(5, {"representation": 0.5, "classifier": 0.25}, 0.01, 0.2))
     logger.on_evaluation(Evaluation("distilled", "convnet", 1, 0.4, 0.5, 0.4, 0.3))
-    logger.on_stage_end(StageEnd("distill", 3.0, None))
+    logger.on_stage_end(StageEnd("distill", 3.0, error))
     logger.close()
 
 
 def test_what_wandb_is_told(tmp_path, monkeypatch):
     told, finished = [], []
     run = SimpleNamespace(
-        log=told.append, summary={}, finish=lambda: finished.append(True), define_metric=lambda *names, **options: None
+        log=told.append,
+        summary={},
+        finish=lambda exit_code: finished.append(exit_code),
+        define_metric=lambda *names, **options: None,
     )
     given = {}
 
@@ -130,7 +133,9 @@ def test_what_wandb_is_told(tmp_path, monkeypatch):
         {"evaluation/seed": 1, "evaluation/distilled/convnet/overall": 0.4, "evaluation/distilled/convnet/head": 0.5,
          "evaluation/distilled/convnet/medium": 0.4, "evaluation/distilled/convnet/tail": 0.3},
     ]  # fmt: skip
-    assert run.summary == {"seconds/distill": 3.0} and finished == [True]
+    assert run.summary == {"seconds/distill": 3.0} and finished == [0]
+    tell(loggers.find("wandb")(tmp_path / "a run", Recipe(name="x")), "NumericalError: the loss is nan")
+    assert finished == [0, 1]
 
 
 def test_wandb_itself_offline(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from lad_dist import recipe_file
 from lad_dist.errors import RecipeError
 from lad_dist.methods import METHODS
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import PROTOCOLS, Recipe
 
 
 def faults(doc: dict, *sets: str) -> tuple[str, ...]:
@@ -61,6 +61,7 @@ def test_a_wrong_type_or_bound_is_one_fault(doc):
     ({"distill": {"select": "validation"}}, "distill.select"),
     ({"data": {"dataset": "list", "train": "a.txt"}}, "data.test"),
     ({"data": {"imbalance": "natural", "imbalance_factor": 10}}, "data.imbalance_factor"),
+    ({"data": {"imbalance": "natural", "n_max": 10}}, "data.n_max"),
 ])  # fmt: skip
 def test_fields_must_fit_together(doc, field):
     (fault,) = faults(doc)
@@ -137,6 +138,19 @@ def test_another_method_replaces_what_a_saved_recipe_spelled_out(tmp_path, metho
     (tmp_path / "r.yaml").write_text(recipe_file.dump(Recipe()))
     changed = recipe_file.load(tmp_path / "r.yaml", [f"method={method}"])
     assert {f: getattr(changed.distill, f) for f in METHODS[method].distill} == METHODS[method].distill
+
+
+def test_another_protocol_replaces_what_a_saved_recipe_spelled_out(tmp_path):
+    def saved(recipe: Recipe, *overrides: str) -> Recipe:
+        (tmp_path / "r.yaml").write_text(recipe_file.dump(recipe))
+        return recipe_file.load(tmp_path / "r.yaml", overrides)
+
+    rldd = saved(Recipe(), "evaluate.protocol=rldd")
+    assert {f: getattr(rldd.evaluate, f) for f in PROTOCOLS["rldd"]} == PROTOCOLS["rldd"]
+    assert saved(rldd, "evaluate.protocol=lad") == Recipe()
+    own = saved(Recipe(), "evaluate.protocol=rldd", "evaluate.batch=7")
+    assert (own.evaluate.batch, own.evaluate.lr) == (7, 0.001)
+    assert saved(own) == saved(own, "evaluate.protocol=rldd") == own
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "jobs").rglob("*.yaml")), ids=lambda f: f.stem)

@@ -294,8 +294,8 @@ def _buffer(text: str) -> Buffer:
         buffer = Buffer(run.trajectories, expected_hash=recipe_file.load(run.recipe).experts_hash())
     else:
         buffer = Buffer(location)
-    misnamed = isinstance(location, Path) and any(location.rglob("*.parquet"))  # ``verify`` reports them
-    if not buffer.parts and not misnamed:
+    # ``verify`` reports misnamed parts
+    if not buffer.parts and not (isinstance(location, Path) and any(location.rglob("*.parquet"))):
         raise TrajectoryError(
             f"{shown(location)}: holds no trajectory parts; valid: a run folder, a buffer folder, or a buffer's URI, which "
             "`lad-dist experts JOB` makes"

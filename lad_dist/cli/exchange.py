@@ -146,7 +146,10 @@ def import_(
         stage = _installing(incoming, preprocessing, force)
         local.run(recipe, out, profile, asked.buffers, screen, [stage])
     except LadDistError:
-        if is_new and not (out / "distilled").exists():  # else the corrected command would find a run of another recipe
+        experts = out / "trajectories"  # of another process, or claims of some
+        others = any(experts.rglob("*.parquet")) or any((experts / "claims").glob("*"))
+        # Removed, or the corrected command would find a run of another recipe.
+        if is_new and not others and not (out / "distilled").exists():
             rundir.remove(out)
         raise
 

@@ -30,7 +30,7 @@ def init(
     screen = terminal.stdout()
     with as_exceptions():
         found = survey(folder.expanduser())
-        file = out or Path(f"{starter.name_of(folder.expanduser())}.yaml")
+        file = out.expanduser() if out else Path(f"{starter.name_of(folder.expanduser())}.yaml")
         if file.exists() and not force:
             raise RecipeError(f"{file}: exists; valid: another name by --out, or --force to replace it")
         text = starter.recipe_text(found, starter.name_of(file.with_suffix("")))

@@ -94,6 +94,7 @@ def compare(
     if out is not None:
         from lad_dist.report.compare import write_comparison
 
+        out = out.expanduser()
         write_comparison(folders, out)
         if not as_json:
             screen.print(f"page: {out}", soft_wrap=True)

@@ -148,7 +148,7 @@ class JobOptions:
 
     def folder(self, recipe: Recipe) -> Path:
         """Return the run folder of ``recipe``."""
-        return self.out or default_out(self.found_job(), recipe, self.sets or ())
+        return self.out.expanduser() if self.out else default_out(self.found_job(), recipe, self.sets or ())
 
 
 def default_out(job: JobFile, recipe: Recipe, sets: Sequence[str]) -> Path:

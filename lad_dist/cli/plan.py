@@ -65,13 +65,10 @@ def _device_here(profile: Profile) -> torch.device | None:
 
 
 def _buffer(asked: JobOptions, recipe: Recipe, profile: Profile) -> Path | None:
-    """Return the folder of the future trajectory buffer; None for one in an object store."""
-    from lad_dist.location import is_remote, joined, local_folder
+    """Return the folder of the run's trajectory buffer, which may not exist yet; None for one in an object store."""
+    from lad_dist.launch.local import store_of
     from lad_dist.rundir import RunDir
 
-    store = asked.buffers or profile.buffers
-    if store is None:
-        inside = RunDir(asked.folder(recipe)).trajectories
-        return inside if isinstance(inside, Path) else None
-    shared = joined(store, recipe.experts_hash()[:16])
-    return None if is_remote(shared) else local_folder(shared)
+    out, store = asked.folder(recipe), store_of(asked.buffers, profile)
+    found = RunDir(out).trajectories if store is None else RunDir.buffer_to_come(out, recipe, store)
+    return found if isinstance(found, Path) else None

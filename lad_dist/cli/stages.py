@@ -83,6 +83,7 @@ def distill(
     wait: WaitOption = False,
 ) -> None:
     """Match the experts' trajectories with a synthetic set."""
+    replay = None if replay is None else replay.expanduser()
     from lad_dist.launch.chain import StageSelection
 
     wanted = StageSelection(()) if replay is not None else StageSelection(("distill",))

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from lad_dist import plugins
+from lad_dist.data.decoding import GREY_MODES, eight_bit
 from lad_dist.data.sources import ArraySource, Indices, Item, Labels, Pixels, Source
 from lad_dist.errors import DataError
 
@@ -37,7 +38,6 @@ _VALID = (
     "lad_dist.data.sources.Source"
 )
 _LABEL_LISTS = ("targets", "labels")  # names of torchvision data sets' label lists
-_GREY = ("1", "L", "LA", "La")
 
 
 def custom(config: DataConfig) -> tuple[Source, Source]:
@@ -73,7 +73,7 @@ def as_source(of: Any, where: str, config: DataConfig) -> Source:
 
 
 def _of_arrays(images: Any, labels: Any, where: str) -> ArraySource:
-    pixels = np.asarray(images)
+    pixels = _array(images)
     if pixels.ndim == 3:
         pixels = pixels[:, None]
     elif pixels.ndim == 4 and pixels.shape[1] not in (1, 3) and pixels.shape[3] in (1, 3):
@@ -158,10 +158,11 @@ class _Items:
 def _pixels(image: Any, where: str) -> Pixels:
     """Convert a PIL image, array or tensor to uint8 (H, W) or (H, W, 3)."""
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("L" if image.mode in _GREY else "RGB"), dtype=np.uint8)
+        grey = image.mode in GREY_MODES
+        return np.asarray(eight_bit(where, image).convert("L" if grey else "RGB"), dtype=np.uint8)
     if not hasattr(image, "__array__"):
         raise DataError(f"data.source: {where}: is {_kind(image)}; valid: a PIL image, an array or a tensor")
-    pixels = np.asarray(image)
+    pixels = _array(image)
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3):
         pixels = pixels.transpose(1, 2, 0)
     if pixels.ndim == 3 and pixels.shape[2] == 1:
@@ -186,12 +187,17 @@ def _bytes(pixels: np.ndarray[Any, Any], where: str) -> Pixels:
 
 def _labels(labels: Any, where: str) -> Labels:
     """Validate the labels: one integer per image."""
-    found = np.asarray(labels)
+    found = _array(labels)
     if found.ndim != 1 or (found.dtype.kind not in "iu" and len(found)):
         raise DataError(
             f"data.source: {where}: labels of type {found.dtype}, shape {found.shape}; valid: one integer per image"
         )
     return found.astype(np.int64)
+
+
+def _array(of: Any) -> np.ndarray[Any, Any]:
+    """Return an array, or a tensor of any device, as an array."""
+    return np.asarray(of.detach().cpu() if hasattr(of, "detach") else of)
 
 
 def _kind(of: Any) -> str:

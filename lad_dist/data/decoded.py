@@ -50,6 +50,7 @@ _FORMAT = 1
 _CHUNK_BYTES = 64 * 2**20  # pixels decoded at a time on their way to the disk
 _SPARE_BYTES = 2**30  # disk space that an entry leaves free
 _STAT_THREADS, _STAT_FILES = 16, 2048  # network file systems answer many requests at once
+_FACTS_FILE = re.compile(r"[0-9a-f]{32}\.json")
 _DATA_FILE = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.npy")
 
 
@@ -336,7 +337,7 @@ def _stamp(files: Sequence[Path]) -> str:
 
 def _facts_files() -> list[Path]:
     at = folder()
-    return sorted(at.glob("*.json")) if at is not None and at.is_dir() else []
+    return sorted(f for f in at.iterdir() if _FACTS_FILE.fullmatch(f.name)) if at is not None and at.is_dir() else []
 
 
 def _facts(file: Path) -> dict[str, Any] | None:
@@ -358,12 +359,13 @@ def _tidy(at: Path) -> None:
     """Remove entries that nobody has used for long, and old data files that no entry names."""
     with contextlib.suppress(OSError):
         now = time.time()
-        for file in at.glob("*.json"):
+        for file in _facts_files():
             if now - file.stat().st_mtime > FORGOTTEN_SECONDS:
                 file.unlink(missing_ok=True)
-        named = {facts["file"] for file in at.glob("*.json") if (facts := _facts(file)) is not None}
-        for file in at.glob("*.npy"):
-            if file.name not in named and now - file.stat().st_mtime > REPLACED_SECONDS:
+        named = {facts["file"] for file in _facts_files() if (facts := _facts(file)) is not None}
+        for file in at.iterdir():
+            old = _DATA_FILE.fullmatch(file.name) and file.name not in named
+            if old and now - file.stat().st_mtime > REPLACED_SECONDS:
                 file.unlink(missing_ok=True)
         for file in at.glob(".tmp-*"):
             if now - file.stat().st_mtime > REPLACED_SECONDS:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from lad_dist import cores
 from lad_dist.data.sources import ArraySource, Indices, Item, Pixels, Source
 from lad_dist.errors import DataError
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 # Errors that Pillow raises for damaged files, by format.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # older Pillows open a 16-bit PNG as "I"
-_GREY_MODES = ("1", "L", "LA", "La", *_SIXTEEN_BIT_MODES)
+GREY_MODES = ("1", "L", "LA", "La", *_SIXTEEN_BIT_MODES)
 _BATCH = 256  # images in flight: bounds the memory of encoded images
 _MAX_THREADS = 8
 _MOST_BYTES = 2**30  # maximum size of an encoded image
@@ -51,7 +52,7 @@ def probe(source: Source, config: DataConfig) -> PixelFormat:
     """Return the format that ``config`` requests; unset fields follow the first image of ``source``."""
     _, first = next(source.items(np.zeros(1, dtype=np.int64)))
     image = _open(first)
-    channels = config.channels or source.channels or (1 if image.mode in _GREY_MODES else 3)
+    channels = config.channels or source.channels or (1 if image.mode in GREY_MODES else 3)
     if image.width != image.height and config.fit == "refuse":
         raise _not_square(first, image)
     return PixelFormat(
@@ -85,7 +86,7 @@ def decode(
 
     items = source.items(indices)
     # Pillow releases the interpreter lock while it decodes and resizes, so threads suffice.
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(_MAX_THREADS, cores.available())) as pool:
         while batch := list(islice(items, _BATCH)):
             for _ in pool.map(decode_one, batch):
                 pass
@@ -129,12 +130,12 @@ def _read(file: Path, where: str) -> bytes:
 def _to_pixels(item: Item, pixel_format: PixelFormat) -> Pixels:
     """Convert one image to uint8 (C, S, S): drop transparency; colour to grey by ITU-R 601 luma."""
     image = _open(item)
-    if pixel_format.channels == 1 and image.mode not in _GREY_MODES and not pixel_format.convert_to_grey:
+    if pixel_format.channels == 1 and image.mode not in GREY_MODES and not pixel_format.convert_to_grey:
         raise DataError(
             f"{item.where}: a colour image (mode {image.mode}) where the first image of the data set is grey; "
             "valid: data.channels: 3 to load all in colour, or 1 to load all in grey"
         )
-    image = _eight_bit(item, image).convert("L" if pixel_format.channels == 1 else "RGB")
+    image = eight_bit(item.where, image).convert("L" if pixel_format.channels == 1 else "RGB")
     side = min(image.size)
     if image.width != image.height:
         if not pixel_format.center_crop:
@@ -153,15 +154,18 @@ def _to_pixels(item: Item, pixel_format: PixelFormat) -> Pixels:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _eight_bit(item: Item, image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits (65535 -> 255), which Pillow's own conversion would clip; return others unchanged."""
+def eight_bit(where: str, image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits (65535 -> 255), which Pillow's own conversion would clip; return others unchanged.
+
+    Raises DataError, naming the image by ``where``, for pixels of no known range.
+    """
     if image.mode == "F":
-        raise DataError(f"{item.where}: floating-point pixels have no known range; valid: 8- or 16-bit images")
+        raise DataError(f"{where}: floating-point pixels have no known range; valid: 8- or 16-bit images")
     if image.mode not in _SIXTEEN_BIT_MODES:
         return image
     pixels = np.asarray(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise DataError(f"{item.where}: pixels from {pixels.min()} to {pixels.max()}; valid: 8- or 16-bit images")
+        raise DataError(f"{where}: pixels from {pixels.min()} to {pixels.max()}; valid: 8- or 16-bit images")
     return Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
 
 

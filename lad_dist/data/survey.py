@@ -12,13 +12,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from lad_dist.data.decoding import GREY_MODES
 from lad_dist.data.folders import IMAGE_SUFFIXES, image_files
 from lad_dist.errors import DataError
 
 _TRAIN, _TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")
 _SAMPLE = 2000  # maximum number of headers read
 _SHOWN = 5
-_GREY = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def survey(root: Path) -> Survey:
     files = [file for of_class in found.values() for file in of_class]
     step = max(1, len(files) // _SAMPLE)
     sizes, modes = _headers(files[::step])
-    grey = sum(count for mode, count in modes.items() if mode in _GREY)
+    grey = sum(count for mode, count in modes.items() if mode in GREY_MODES)
     return Survey(
         root=root,
         train=train or ".",

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from lad_dist import ranks
+from lad_dist import cores, ranks
 from lad_dist.doctor.findings import Finding, fail, ok, warn
 from lad_dist.errors import LadDistError
 from lad_dist.experts.private import exposure, renewed, token_file
@@ -41,7 +41,12 @@ def software() -> Iterator[Finding]:
         )
     else:
         yield ok("python", f"{shown}, {sys.executable}")
-    needs = [need.partition(";")[::2] for need in sorted(requires("lad-dist") or ())]
+    try:
+        required = requires("lad-dist") or ()
+    except PackageNotFoundError:
+        yield fail("packages", "lad-dist is on Python's path, but not installed", "pip install it, with what it needs")
+        return
+    needs = [need.partition(";")[::2] for need in sorted(required)]
     wrong = [text for need, extra in needs for text in _unmet(need, optional="extra" in extra)]
     if wrong:
         yield fail(
@@ -99,7 +104,7 @@ def gpus(profile: Profile) -> Iterator[Finding]:
             yield fail("gpu", f"torch {torch.__version__} sees none, and the profile needs one{_driver()}",
                        "install the driver, or a torch built for CUDA; or use a profile with device: cpu")  # fmt: skip
         else:
-            yield ok("gpu", f"none here{_driver()}; {os.cpu_count()} CPU cores")
+            yield ok("gpu", f"none here{_driver()}; {cores.available()} CPU cores")
         return
     count = torch.cuda.device_count()
     for index in range(count):

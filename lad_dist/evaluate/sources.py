@@ -89,9 +89,13 @@ def settings_of(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
     The learning rate is ``evaluate.lr``; by default the learned alpha for the distilled set and its initialisation, and
     ``distill.alpha`` for other real images, which have no learned one.
     """
-    e, learned = recipe.evaluate, recipe.distill.alpha
-    if of_distilled(source):
-        learned = load_distilled(recipe, data, run).lr
+    learned = load_distilled(recipe, data, run).lr if of_distilled(source) else recipe.distill.alpha
+    return settings_with(recipe, source, learned)
+
+
+def settings_with(recipe: Recipe, source: Source, learned: float) -> Settings:
+    """Return the training settings for networks on a source whose learned learning rate is ``learned``."""
+    e = recipe.evaluate
     small = Settings.of_a_small_set(recipe, learned if e.lr is None else e.lr)
     if source.endswith("-plain"):
         small = replace(small, augment=recipe.augment.model_copy(update={"operations": ()}))

@@ -65,7 +65,7 @@ def install(
         class_names=images.class_names,
         counts=images.counts,
         lr=incoming.lr,
-        iteration=int(said.get("iteration", 0)),
+        iteration=said.get("iteration", 0),
         selection=said.get("selection", IMPORTED),
         recipe_hash=recipe.recipe_hash(),
         experts_hash=IMPORTED,  # the run does not have the experts it was matched to
@@ -92,7 +92,7 @@ def install(
     with run.publish_folder(run.distilled) as temporary:
         whole.write(temporary)
     if force:
-        _forget(run)
+        results.forget(run.results, lambda row: results.base_source(row["source"]) in ("distilled", "initial"))
     pictures = whole.whitening.invert(images_SCHH)
     inside = float(((pictures >= -1e-4) & (pictures <= 1 + 1e-4)).float().mean())
     return Installed(whole, int((logits_SK.argmax(1) == classes_S).sum()), inside)
@@ -193,16 +193,6 @@ def _whitened(incoming: Incoming, recipe: Recipe, data: PreparedData, preprocess
             f"are pixels, or --preprocessing {kind} if they are whitened"
         )
     return images_SCHH
-
-
-def _forget(run: RunDir) -> None:
-    """Delete the results of the replaced set."""
-    rows = results.read(run.results)
-    stale = [row for row in rows if results.base_source(row["source"]) in ("distilled", "initial")]
-    for row in stale:
-        results.row_file(run.results, row).unlink(missing_ok=True)
-    if stale:
-        results.write(run.results, [row for row in rows if row not in stale])
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -136,6 +136,7 @@ def _said(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
             and isinstance(said["whitening"]["kind"], str)
             and isinstance(said["selection"], str)
             and isinstance(said["method"], str)
+            and isinstance(said.get("iteration", 0), int)
             and len(said["shape"]) == 3
             and all(isinstance(n, int) and n > 0 for n in said["shape"])
         )

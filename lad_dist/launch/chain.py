@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lad_dist import results
 from lad_dist.errors import RecipeError
 from lad_dist.launch.job import Order
-from lad_dist.profile import EvaluateOnSlurm, ExpertsOnSlurm, Option, Profile, SlurmConfig, StageOnSlurm
+from lad_dist.profile import DistillOnSlurm, EvaluateOnSlurm, ExpertsOnSlurm, Option, Profile, SlurmConfig, StageOnSlurm
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import STAGES, RunDir
 from lad_dist.slurm_jobs import SlurmJob
@@ -72,7 +72,9 @@ def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str], buffer: Path
         left.append("experts")
     if made is None or made.grows_into(recipe):
         left.append("distill")
-    measured = {(row["source"], row["architecture"], row["seed"]) for row in results.read(run.results)}
+    measured = {
+        (row["source"], row["architecture"], row["seed"]) for row in results.read(run.results) if _as_asked(recipe, row)
+    }
     if "distill" in left or not _networks(recipe, results.wanted(recipe, run)) <= measured:
         left.append("evaluate")
     if left or not (run.report / "index.html").exists():
@@ -87,6 +89,21 @@ def experts_left(recipe: Recipe, trajectories: Path | str) -> list[int]:
     buffer = Buffer(trajectories, expected_hash=recipe.experts_hash())
     experts = range(recipe.experts.count)
     return sorted(set(experts) - set(buffer.complete(recipe.experts.last_epochs, experts)))
+
+
+def _as_asked(recipe: Recipe, row: results.Row) -> bool:
+    """Return whether a row was measured with the recipe's settings, as far as they are known without the data."""
+    from lad_dist.evaluate.measure import settings_in
+    from lad_dist.evaluate.sources import settings_with
+
+    try:
+        said = settings_in(row)
+    except (KeyError, TypeError, ValueError):
+        return False
+    e, wanted = recipe.evaluate, settings_with(recipe, row["source"], said.lr)
+    if e.tune_lr or e.tune_epochs:  # chosen by the evaluation
+        wanted = replace(wanted, lr=said.lr, epochs=said.epochs)
+    return row["split"] == e.split and said == wanted
 
 
 def _networks(recipe: Recipe, sources: Sequence[str]) -> set[tuple[str, str, int]]:
@@ -124,7 +141,7 @@ def request(
     Raises RecipeError if the profile's numbers contradict each other.
     """
     s, own = profile.slurm, getattr(profile.slurm.stages, stage)
-    nodes = own.nodes or profile.nodes
+    nodes = getattr(own, "nodes", None) or profile.nodes
     gpus = profile.gpus_per_node if own.gpus_per_node is None else own.gpus_per_node
     tasks, count, fleet = 1, 1, False
     if isinstance(own, ExpertsOnSlurm):
@@ -136,7 +153,7 @@ def request(
         jobs = own.jobs if question is None else profile.ranks or own.jobs
         count, nodes = min(jobs, len(_networks(asked.recipe, asked.sources))), 1
         gpus = min(gpus, 1) if own.gpus_per_node is None else gpus
-    elif stage == "distill":
+    elif isinstance(own, DistillOnSlurm):
         tasks = own.tasks_per_node or s.tasks_per_node or max(1, gpus)
         if profile.ranks is not None:
             nodes, tasks = _spread(profile.ranks, nodes, tasks)

@@ -16,6 +16,7 @@ from lad_dist.data.longtail import head_medium_tail
 from lad_dist.report import tables
 from lad_dist.report.contents import Contents
 from lad_dist.report.drawing import Frame, svg, text, text_width, upright_title
+from lad_dist.results import TITLES
 
 NUMBERS_UP_TO = 12  # classes; up to this, cells have room for a number
 CELLS_UP_TO = 30  # classes; up to this, classes are named and drawn cell by cell
@@ -160,7 +161,7 @@ def confusion_charts(found: Contents) -> list[Confusion]:
         drawn = _added_up(true_J * cells // len(order), said_J * cells // len(order), images_J, cells)
         shares = (drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1)).tolist()
         widths = [(name, size * cells / len(order)) for name, size in bands]
-        title = f"Confusion: {tables.SOURCES[key][0].lower()}{tables.SOURCES[key][1:]}"
+        title = f"Confusion: {TITLES[key][0].lower()}{TITLES[key][1:]}"
         networks = f"{len(told)} networks added up" if len(told) > 1 else "1 network"
         note = f"{architecture}, {networks}. A row is a true class; classes with the most training images first."
         if cells < len(order):

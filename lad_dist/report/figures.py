@@ -15,6 +15,7 @@ from lad_dist.report import charts, tables
 from lad_dist.report.charts import ClassSeries, Line
 from lad_dist.report.contents import Contents
 from lad_dist.report.history import History
+from lad_dist.results import TITLES
 
 COLOURS = {"distilled": "s1", "random": "s2", "full": "s3", "initial": "s4"}
 ROWS_UP_TO, EXTREMES = 200, 10  # classes that a table lists; those at either end that it shows of more
@@ -54,7 +55,7 @@ def class_charts(found: Contents) -> list[tuple[str, Markup]]:
     order = sorted(range(len(found.counts)), key=lambda c: -found.counts[c])
     series = [
         ClassSeries(
-            tables.SOURCES[key],
+            TITLES[key],
             COLOURS[key],
             [statistics.mean(run[c] for run in of) for c in order],
             [statistics.stdev(run[c] for run in of) for c in order] if len(of) > 1 else None,
@@ -98,13 +99,13 @@ def class_table(found: Contents) -> dict[str, Any] | None:
         total = [sum(run[c] for run in of) for c in order]
         best = sorted(range(len(rows)), key=lambda i: -total[i])  # of equal ones the class with more training images
         parts = [
-            (f"{EXTREMES} classes of {word} accuracy, {tables.SOURCES[source]}", [rows[i] for i in chosen])
+            (f"{EXTREMES} classes of {word} accuracy, {TITLES[source]}", [rows[i] for i in chosen])
             for word, chosen in (("highest", best[:EXTREMES]), ("lowest", best[-EXTREMES:]))
         ]
         plain = json.dumps([[name, count, group, *values] for name, count, group, values in rows], ensure_ascii=False)
         # Safe: without "<" nothing can end the element that holds it.
         searched = Markup(plain.replace("<", "\\u003c"))  # noqa: S704
-    return {"sources": [tables.SOURCES[key] for key in by_source], "parts": parts, "searched": searched}
+    return {"sources": [TITLES[key] for key in by_source], "parts": parts, "searched": searched}
 
 
 @dataclass(frozen=True)

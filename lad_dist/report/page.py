@@ -105,7 +105,7 @@ def _lead(found: Contents) -> list[tuple[str, str]]:
     accuracy: dict[str, str] = {}
     for line in tables.result_lines(results.summary(found.rows)):
         accuracy.setdefault(line.key, line.figures[0])  # the first architecture: ConvNet if measured
-    lead = [(tables.SOURCES[key], f"{accuracy[key]} %") for key in tables.MAIN_SOURCES if key in accuracy]
+    lead = [(results.TITLES[key], f"{accuracy[key]} %") for key in tables.MAIN_SOURCES if key in accuracy]
     if found.counts:
         total, made = sum(found.counts), found.recipe.ipc * len(found.counts)
         lead.append(("Training images", f"{total:,} → {made:,}"))

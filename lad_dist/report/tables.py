@@ -11,6 +11,7 @@ from lad_dist import methods
 from lad_dist.results import (
     DISTILLED,
     TEACHERS,
+    TITLES,
     WHOLE,
     base_source,
     by_way,
@@ -30,36 +31,6 @@ Row = Mapping[str, Any]
 MISSING = "–"
 FIGURES = ("overall", "head", "medium", "tail")
 COUNT_GROUPS = ("many", "medium", "few")
-SOURCES = {
-    "distilled": "Distilled",
-    "distilled-adsa": "Distilled, labels adjusted (ADSA)",
-    "distilled-hard": "Distilled, hard labels",
-    "distilled-plain": "Distilled, no augmentation",
-    "distilled-stored": "Distilled, stored labels",
-    "distilled-teacher": "Distilled, teacher labels",
-    "initial": "Starting set",
-    "initial-hard": "Starting set, hard labels",
-    "initial-adsa": "Starting set, labels adjusted (ADSA)",
-    "initial-stored": "Starting set, stored labels",
-    "initial-teacher": "Starting set, teacher labels",
-    "random-soft": "Random real, soft labels",
-    "random-soft-adsa": "Random real, soft labels adjusted (ADSA)",
-    "random-soft-plain": "Random real, soft labels, no augmentation",
-    "random-stored": "Random real, stored labels",
-    "random-teacher": "Random real, teacher labels",
-    "random": "Random real",
-    "random-plain": "Random real, no augmentation",
-    "k-center": "Real, k-center greedy",
-    "herding-soft": "Real, herding, soft labels",
-    "herding-stored": "Real, herding, stored labels",
-    "herding-teacher": "Real, herding, teacher labels",
-    "herding": "Real, herding",
-    "graph-cut": "Real, graph-cut",
-    "full": "Whole long-tailed set",
-    "full-balanced": "Whole set, class-balanced sampling",
-    "full-logit-adjusted": "Whole set, logit-adjusted loss",
-    "teachers": "The teachers themselves",
-}
 MAIN_SOURCES = (  # sources in the page's first tables
     "distilled",
     "initial",
@@ -221,7 +192,7 @@ def gain_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """
     return [
         (
-            SOURCES[gain.reference],
+            TITLES[gain.reference],
             gain.architecture,
             points(gain.figures["overall"]),
             points(gain.figures["tail"]) if "tail" in gain.figures else MISSING,
@@ -341,8 +312,8 @@ def _megabytes(count: int) -> str:
 
 def source_name(source: str) -> str:
     """Return a source's display name; ``birds:pick, soft labels`` for user-defined ones."""
-    if source in SOURCES:
-        return SOURCES[source]
+    if source in TITLES:
+        return TITLES[source]
     own = base_source(source)
     soft = ", soft labels" * labelled_by_experts(source) + ", teacher labels" * labelled_online(source)
     soft += ", stored labels" * labels_stored(source) + ", adjusted (ADSA)" * labels_adjusted(source)

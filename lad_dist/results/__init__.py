@@ -68,37 +68,37 @@ class Result:
 FIGURES = ("overall", "head", "medium", "tail")
 MORE_FIGURES = ("balanced", "ece")  # absent from rows of older versions
 Source = str
-SOURCES = (
-    "distilled",
-    "distilled-adsa",
-    "distilled-hard",
-    "distilled-plain",
-    "distilled-stored",
-    "distilled-teacher",
-    "initial",
-    "initial-hard",
-    "initial-adsa",
-    "initial-stored",
-    "initial-teacher",
-    "random-soft",
-    "random-soft-adsa",
-    "random-soft-plain",
-    "random-stored",
-    "random-teacher",
-    "random",
-    "random-plain",
-    "k-center",
-    "herding-soft",
-    "herding-stored",
-    "herding-teacher",
-    "herding",
-    "graph-cut",
-    "full",
-    "full-balanced",
-    "full-logit-adjusted",
-    "teachers",
-)
-"""Training sources, in the order of every table.
+TITLES = {
+    "distilled": "Distilled",
+    "distilled-adsa": "Distilled, labels adjusted (ADSA)",
+    "distilled-hard": "Distilled, hard labels",
+    "distilled-plain": "Distilled, no augmentation",
+    "distilled-stored": "Distilled, stored labels",
+    "distilled-teacher": "Distilled, teacher labels",
+    "initial": "Starting set",
+    "initial-hard": "Starting set, hard labels",
+    "initial-adsa": "Starting set, labels adjusted (ADSA)",
+    "initial-stored": "Starting set, stored labels",
+    "initial-teacher": "Starting set, teacher labels",
+    "random-soft": "Random real, soft labels",
+    "random-soft-adsa": "Random real, soft labels adjusted (ADSA)",
+    "random-soft-plain": "Random real, soft labels, no augmentation",
+    "random-stored": "Random real, stored labels",
+    "random-teacher": "Random real, teacher labels",
+    "random": "Random real",
+    "random-plain": "Random real, no augmentation",
+    "k-center": "Real, k-center greedy",
+    "herding-soft": "Real, herding, soft labels",
+    "herding-stored": "Real, herding, stored labels",
+    "herding-teacher": "Real, herding, teacher labels",
+    "herding": "Real, herding",
+    "graph-cut": "Real, graph-cut",
+    "full": "Whole long-tailed set",
+    "full-balanced": "Whole set, class-balanced sampling",
+    "full-logit-adjusted": "Whole set, logit-adjusted loss",
+    "teachers": "The teachers themselves",
+}
+"""Training sources and their titles, in the order of every table.
 
 ``initial`` is the set that distillation started from, ``...-hard`` are images with their class as label, ``...-adsa``
 with adjusted soft labels, ``...-soft`` are real images with the experts' mean logits as labels, ``...-stored`` are
@@ -107,6 +107,7 @@ label anew, ``...-plain`` is a set without augmentation;
 ``full-...`` are other ways to train on the whole long-tailed set. ``teachers``, which trains nothing, are the experts
 that label, measured as one network.
 """
+SOURCES = tuple(TITLES)
 TEACHERS = "teachers"
 
 DISTILLED = tuple(source for source in SOURCES if source.startswith("distilled"))

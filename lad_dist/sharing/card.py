@@ -40,7 +40,8 @@ the training images. Labels: {labels}. Learned learning rate: `{lr!r}`.{teachers
 {results}
 ## Recipe
 
-`recipe.yaml` holds every field: `lad-dist run recipe.yaml` repeats the run where the data are. Made with {versions}.
+`recipe.yaml` is the recipe without paths: say where the data are (`data.root`; `data.train` and `data.test` of lists), and a
+run that it started from or took teachers of, and `lad-dist run recipe.yaml` repeats the run. Made with {versions}.
 Iteration {iteration:,}. {selection}
 
 ## Files

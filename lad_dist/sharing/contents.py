@@ -2,7 +2,7 @@
 
 README.md               the card, which its owner may edit: it has no checksum
 meta.json, tensors.safetensors, whitening.safetensors, teachers.safetensors   the distilled set, see distilled.py
-recipe.yaml             the recipe, without the folders of its data
+recipe.yaml             the recipe, without paths
 results.json            a line per training source and network: accuracies over seeds; of a run that was evaluated
 synthetic.png           a picture of the set
 SHA256SUMS              the checksum of every other file but README.md, as ``sha256sum --check`` reads it
@@ -62,7 +62,10 @@ def write(run: Path, folder: Path, address: str, license_name: str = _UNKNOWN) -
     )
     shared.write(folder)
     (folder / RECIPE).write_text(
-        recipe_file.as_yaml(meta.recipe, "The recipe of this set, without the folders of its data."), encoding="utf-8"
+        recipe_file.as_yaml(
+            meta.recipe, "The recipe of this set, without paths: of its data, and of other runs that it used."
+        ),
+        encoding="utf-8",
     )
     measured = summaries(run)
     if measured:

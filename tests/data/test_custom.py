@@ -12,6 +12,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from lad_dist import plugins
+from lad_dist.data import custom
 from lad_dist.data.arrays import digits
 from lad_dist.data.datasets import load_splits, look
 from lad_dist.errors import DataError
@@ -107,6 +108,20 @@ def test_torch_data_sets(mine, by_name, view, targets):
         assert train.fetched == len(found.train) + 1
     counts, tested, pixels = look(config())
     assert (counts, tested, pixels.size, pixels.channels) == (found.train.counts, 540, 8, 1)
+
+
+def test_16_bit_grey_is_scaled_as_in_files():
+    levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    pixels = custom._pixels(Image.fromarray(levels), "here")
+    np.testing.assert_array_equal(pixels, np.rint(levels / 257))
+    with pytest.raises(DataError, match="here: floating-point pixels"):
+        custom._pixels(Image.fromarray(levels.astype(np.float32)), "here")
+
+
+def test_tensors_that_need_gradients_are_taken(mine, by_name):
+    train, test = digits(config())
+    mine(tuple((torch.from_numpy(of.images_NCHW / 255).requires_grad_(), of.labels_N) for of in (train, test)))
+    same(load_splits(config()), by_name)
 
 
 def test_a_palette_is_colour(mine):

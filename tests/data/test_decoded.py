@@ -218,7 +218,12 @@ def test_unused_entries_and_replaced_files_go(data, cache):
     stray = cache / f"{'0' * 32}-{'1' * 16}.npy"
     stray.write_bytes(b"")
     os.utime(stray, (old, old))
+    mine = [cache / name for name in ("mine.npy", "mine.json")]
+    for file in mine:
+        file.write_bytes(b"")
+        os.utime(file, (old, old))
     decoded._tidy(cache)
+    assert all(file.exists() for file in mine)
     assert not first.exists() and not stray.exists() and len(decoded.listed()) == 1
 
 

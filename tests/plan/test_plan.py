@@ -175,6 +175,10 @@ def test_what_is_on_the_disk_already_is_not_needed_again(monkeypatch, tmp_path):
     folder.mkdir(parents=True)
     (folder / "part.parquet").write_bytes(bytes(15 * 10**6))
     planned("digits-lt")
+    (folder.parent / "recipe.yaml").write_text(recipe_file.dump(recipe_file.load(catalog.find_job("digits-lt").recipe)))
+    planned("digits-lt", "--out", "elsewhere", "--buffers", str(folder.parent))  # a run folder: its experts
+    monkeypatch.setenv("HOME", str(tmp_path))
+    planned("digits-lt", "--out", "~/runs/digits-lt")
 
 
 def test_zca_of_images_that_are_too_large():
