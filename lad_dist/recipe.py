@@ -729,15 +729,15 @@ class Difference:
 
 def differences(there: Recipe, here: Recipe) -> list[Difference]:
     """Return all fields in which two recipes differ, in field order."""
-    first, second = (dict(_flat(r.model_dump(mode="json"))) for r in (there, here))
+    first, second = (dict(flat(r.model_dump(mode="json"))) for r in (there, here))
     return [Difference(field, first[field], value) for field, value in second.items() if value != first[field]]
 
 
-def _flat(doc: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(doc: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value) of every field of a dumped recipe, whose only mappings are its sections."""
     for name, value in doc.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

@@ -102,16 +102,11 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until the jobs are over.")] = False,
 ) -> None:
     """Print the logs of a run's SLURM jobs, of every rank."""
-    from lad_dist.errors import Interrupted
-    from lad_dist.interrupts import as_exceptions
     from lad_dist.launch.logs import show
     from lad_dist.rundir import RunDir
 
-    try:
-        with as_exceptions():
-            show(RunDir.existing(folder), stage, follow, lambda text: typer.echo(text, nl=False))
-    except Interrupted as how_one_leaves:
-        raise typer.Exit(how_one_leaves.exit_code) from None
+    with terminal.until_interrupted():
+        show(RunDir.existing(folder), stage, follow, lambda text: typer.echo(text, nl=False))
 
 
 def cancel(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:

@@ -20,8 +20,7 @@ def status(
 ) -> None:
     """Show what a run has done, what it is doing, and its results so far."""
     from lad_dist import status as of_runs
-    from lad_dist.errors import Interrupted, RecipeError
-    from lad_dist.interrupts import as_exceptions
+    from lad_dist.errors import RecipeError
 
     if as_json and watch:
         raise RecipeError("--json: prints one document; valid: without --watch")
@@ -30,11 +29,8 @@ def status(
     if not watch:
         of_runs.print_status(of_runs.read_status(folder), terminal.stdout())
         return
-    try:
-        with as_exceptions():  # SIGTERM too: the live view hides the cursor, and must restore it
-            of_runs.watch(folder, terminal.stdout(), every)
-    except Interrupted as how_one_leaves:
-        raise typer.Exit(how_one_leaves.exit_code) from None
+    with terminal.until_interrupted():  # SIGTERM too: the live view hides the cursor, and must restore it
+        of_runs.watch(folder, terminal.stdout(), every)
 
 
 def view(
@@ -45,16 +41,11 @@ def view(
     """Serve a run's report on this machine's loopback address, as it is now, until Ctrl-C."""
     import threading
 
-    from lad_dist.errors import Interrupted
-    from lad_dist.interrupts import as_exceptions
     from lad_dist.view import served
 
-    try:
-        with as_exceptions(), served(folder, port, every) as address:
-            typer.echo(f"{address}\n(Ctrl-C ends it; from another machine: ssh -L PORT:127.0.0.1:PORT)")
-            threading.Event().wait()
-    except Interrupted as how_one_leaves:
-        raise typer.Exit(how_one_leaves.exit_code) from None
+    with terminal.until_interrupted(), served(folder, port, every) as address:
+        typer.echo(f"{address}\n(Ctrl-C ends it; from another machine: ssh -L PORT:127.0.0.1:PORT)")
+        threading.Event().wait()
 
 
 def tensorboard(
@@ -63,15 +54,10 @@ def tensorboard(
     every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Interval of --watch.")] = 5.0,
 ) -> None:
     """A run's losses, alpha and accuracies for TensorBoard, into DIR/tensorboard (needs the package tensorboard)."""
-    from lad_dist.errors import Interrupted
-    from lad_dist.interrupts import as_exceptions
     from lad_dist.status.tensorboard import write
 
-    try:
-        with as_exceptions():
-            write(folder, every if watch else None, lambda text: terminal.stdout().print(text, soft_wrap=True))
-    except Interrupted as how_one_leaves:
-        raise typer.Exit(how_one_leaves.exit_code) from None
+    with terminal.until_interrupted():
+        write(folder, every if watch else None, lambda text: terminal.stdout().print(text, soft_wrap=True))
 
 
 def compare(

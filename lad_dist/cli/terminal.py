@@ -6,6 +6,8 @@ import errno
 import io
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -44,6 +46,19 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             stderr().print("interrupted; finished work is kept, and the same command continues")
             raise typer.Exit(130) from None
+
+
+@contextmanager
+def until_interrupted() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the block, and the command, without a message. Raises typer.Exit."""
+    from lad_dist.errors import Interrupted
+    from lad_dist.interrupts import as_exceptions
+
+    try:
+        with as_exceptions():
+            yield
+    except Interrupted as interrupted:
+        raise typer.Exit(interrupted.exit_code) from None
 
 
 def tolerate_any_encoding() -> None:

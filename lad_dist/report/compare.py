@@ -6,17 +6,16 @@ Everything comes from the runs' folders. A baseline shared by several runs (same
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from lad_dist import __version__, recipe_file, results
 from lad_dist.data.longtail import head_medium_tail
 from lad_dist.errors import RunDirError, StorageError
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import Recipe, flat
 from lad_dist.report import charts, contents, pictures, tables
 from lad_dist.report.charts import Line
 from lad_dist.report.contents import Contents
@@ -108,16 +107,9 @@ def render(runs: Sequence[Named]) -> str:
 
 def _differing(recipes: Sequence[Recipe]) -> list[tuple[str, list[str]]]:
     """Return the fields in which the recipes differ, with each one's value; ``name`` is shown anyway."""
-    flat = [_flat(recipe.model_dump(mode="json")) for recipe in recipes]
-    fields = [name for name in flat[0] if name != "name" and any(one[name] != flat[0][name] for one in flat)]
-    return [(name, [str(one[name]) for one in flat]) for name in fields]
-
-
-def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in document.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+    each = [dict(flat(recipe.model_dump(mode="json"))) for recipe in recipes]
+    fields = [name for name in each[0] if name != "name" and any(one[name] != each[0][name] for one in each)]
+    return [(name, [str(one[name]) for one in each]) for name in fields]
 
 
 def _result_lines(runs: Sequence[Named]) -> list[tuple[str, str, tuple[str, ...]]]:
