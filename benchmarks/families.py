@@ -195,8 +195,8 @@ def table(args: argparse.Namespace) -> str:
     """A row per factor, IPC, images and labels."""
     lines = [
         "| network | factor | IPC | images | labels | overall (head/medium/tail) | over random real, same labels "
-        "| MB kept: images + labels + teachers | s a network | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| over herded real, same labels | MB kept: images + labels + teachers | s a network | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for architecture in ("convnet", *args.architectures):
         for factor in args.factors:
@@ -205,7 +205,7 @@ def table(args: argparse.Namespace) -> str:
                 shown = "own" if factor is None else f"{factor:g}"
                 if architecture == "convnet" and (groups := rows_of(args, cells, "teachers", args.network)):
                     lines.append(
-                        f"| {args.network} | {shown} | | (the teachers themselves) | | {figures(groups)} | | 0 + 0 + "
+                        f"| {args.network} | {shown} | | (the teachers themselves) | | {figures(groups)} | | | 0 + 0 + "
                         f"{groups[0][0]['keeps']['teachers'] / 1e6:.2g} | | {len(groups)} |"
                     )
                 for labels in args.labels:
@@ -216,16 +216,17 @@ def table(args: argparse.Namespace) -> str:
                             seconds = statistics.median(r["seconds"] for rows in groups for r in rows)
                             lines.append(
                                 f"| {architecture} | {shown} | {ipc} | {images} | {labels} | {figures(groups)} | "
-                                f"{over_random(args, cells, str(source), labels, architecture)} | {kept(groups)} | "
+                                f"{over('random real', args, cells, str(source), labels, architecture)} | "
+                                f"{over('herded real', args, cells, str(source), labels, architecture)} | {kept(groups)} | "
                                 f"{seconds:.0f} | {len(groups)} x {len(groups[0])} |"
                             )
     return "\n".join(lines)
 
 
-def over_random(args: argparse.Namespace, cells: list[Cell], source: str, labels: str, architecture: str) -> str:
-    """Paired difference to random real images with the same labels; over seeds where there are several, else networks."""
-    reference = IMAGES["random real"][labels]
-    if source == reference:
+def over(images: str, args: argparse.Namespace, cells: list[Cell], source: str, labels: str, architecture: str) -> str:
+    """Paired difference to other images with the same labels; over seeds where there are several, else networks."""
+    reference = IMAGES[images][labels]
+    if source in (reference, IMAGES["random real"][labels]):
         return ""
     means, last = [], ""
     for cell in cells:
@@ -242,9 +243,14 @@ def over_random(args: argparse.Namespace, cells: list[Cell], source: str, labels
 
 
 def costs(args: argparse.Namespace) -> str:
-    """Seconds of every stage but the networks', over all runs."""
+    """Seconds of every stage but the networks', over the runs of the table."""
     lines = ["| run | stage | s |", "|---|---|---|"]
-    for file in sorted(args.out.glob("*/events.jsonl")):
+    kinds = ("aligned", "lad", "hybrid")
+    cells = (Cell(k, f, i, s) for k in kinds for f in args.factors for i in args.ipc for s in args.seeds)
+    for name in sorted(cell.name for cell in cells):
+        file = args.out / name / "events.jsonl"
+        if not file.exists():
+            continue
         spent: dict[str, float] = {}
         for text in file.read_text().splitlines():
             event = json.loads(text)
