@@ -27,10 +27,10 @@ def as_exceptions() -> Iterator[None]:
     """Raise ``Interrupted`` in the main thread on Ctrl-C and SIGTERM inside the block, so that ``finally`` blocks run.
 
     If the signal arrives while a library's C code calls Python, the library may report its own error instead (torch,
-    reading the length of a sequence: ``ValueError``). Any such error after a signal becomes ``Interrupted``; our own
-    errors and those of the system (``OSError``) are raised unchanged. Where Python must drop the exception (in a
-    finaliser, or in C code that cannot return one), the signal is sent again a moment later. Has no effect in other
-    threads, which receive no signals.
+    reading the length of a sequence: ``ValueError``). Any such error after a signal becomes ``Interrupted``, also where
+    it was passed on as an error of ours; our other errors and those of the system (``OSError``) are raised unchanged.
+    Where Python must drop the exception (in a finaliser, or in C code that cannot return one), the signal is sent again a
+    moment later. Has no effect in other threads, which receive no signals.
     """
     if not in_main_thread():
         yield
@@ -72,7 +72,11 @@ def as_exceptions() -> Iterator[None]:
         yield
         if postponed and not arrived:
             stop(postponed.pop(), None)
-    except (LadDistError, OSError):
+    except OSError:
+        raise
+    except LadDistError as error:
+        if arrived and error.__cause__ is not None and arrived[0] not in _chain(error):
+            raise arrived[0] from error
         raise
     except Exception as error:
         if arrived:
@@ -83,6 +87,18 @@ def as_exceptions() -> Iterator[None]:
         sys.unraisablehook = hook
         for s, handler in previous.items():
             signal.signal(s, handler)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """Return an error, its causes and the errors that it was raised while handling."""
+    found: list[BaseException] = []
+    left = [error]
+    while left:
+        one = left.pop()
+        if one is not None and one not in found:
+            found.append(one)
+            left += [one.__cause__, one.__context__]
+    return found
 
 
 def _starts_a_thread(frame: FrameType | None) -> bool:

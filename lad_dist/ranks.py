@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -42,6 +45,14 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 TIMEOUT = 600.0  # seconds that a collective waits for the other ranks
 _GRACE = 30.0  # seconds for ranks to save and end when asked to stop
+_UNREAD = 3.0  # seconds that a rank waits for the launcher to read its outcome, once it was asked to stop
+_PRELOADED = [  # imported once by the process that the ranks of this machine are forked from; initialises no GPU
+    "torch.distributed",
+    "lad_dist.pipeline",
+    "lad_dist.distill.loop",
+    "lad_dist.evaluate.measure",
+    "lad_dist.models.compiled",
+]
 _ROLL_CALL = 5.0  # seconds that the remaining ranks wait for each other's reports when a rank is gone
 
 
@@ -338,6 +349,8 @@ def _launch_config(world: int, logs: str) -> Any:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    forked = "forkserver" in multiprocessing.get_all_start_methods()
     known = {f.name for f in fields(LaunchConfig)}
     newer: dict[str, Any] = {"shutdown_timeout": int(_GRACE)} if "shutdown_timeout" in known else {}
     return LaunchConfig(
@@ -350,7 +363,7 @@ def _launch_config(world: int, logs: str) -> Any:
         local_addr="127.0.0.1",
         max_restarts=0,  # launch() counts them itself, to report which rank died
         monitor_interval=0.1,
-        start_method="spawn",
+        start_method="forkserver" if forked else "spawn",
         logs_specs=DefaultLogsSpecs(log_dir=logs),
         **newer,
     )
@@ -358,14 +371,29 @@ def _launch_config(world: int, logs: str) -> Any:
 
 def _outcome(function: Callable[..., None], *args: Any) -> tuple[str, str] | None:
     """Return the outcome of one process: None, or the name and text of an error of errors.py."""
+    threading.Thread(target=_end_with_the_launcher, daemon=True).start()
     try:
         function(*args)
     except LadDistError as error:
+        if isinstance(
+            error, Interrupted
+        ):  # a launcher that is stopped too reads no outcome, and would wait for its limit
+            leave = threading.Timer(_UNREAD, os._exit, (error.exit_code,))
+            leave.daemon = True
+            leave.start()
         return type(error).__name__, str(error)
     except Exception:  # a bug: printed here, since the launcher only learns that the process ended
         traceback.print_exc()
         raise
     return None
+
+
+def _end_with_the_launcher() -> None:
+    """Interrupt this process once the launcher is gone, which is not its parent where it was forked from a server."""
+    launcher = multiprocessing.parent_process()
+    if launcher is not None:
+        multiprocessing.connection.wait([launcher.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def raise_first(outcomes: Sequence[tuple[str, str] | None]) -> None:

@@ -171,7 +171,7 @@ def place(tmp_path_factory):
     ``place.folder`` is the folder.
     """
     folder = tmp_path_factory.mktemp("docs")
-    shutil.copytree(ROOT / "lad_dist", folder / "site" / "lad_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "lad_dist", folder / "site" / "lad_dist")
     for name in ("jobs", "cluster"):
         shutil.copytree(ROOT / name, folder / "site" / name)
     (folder / "site/jobs/digits-lt.yaml").write_text("# Purpose: small\n" + yaml.safe_dump(SMALL))

@@ -108,6 +108,28 @@ def test_a_signal_within_a_library_that_reports_an_error_of_its_own():
     assert isinstance(raised.value.__cause__, ValueError)
 
 
+def test_a_signal_within_a_library_whose_error_is_passed_on_as_one_of_ours():
+    with pytest.raises(Interrupted, match="interrupted by SIGTERM") as raised, as_exceptions():
+        with suppress(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+        except ValueError as error:
+            raise StorageError("teachers.safetensors: is not a whole file") from error
+    assert isinstance(raised.value.__cause__, StorageError)
+
+
+def test_an_error_of_the_system_while_the_interrupted_work_is_saved_is_told():
+    with pytest.raises(StorageError), as_exceptions():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            try:
+                raise OSError(28, "No space left on device")
+            except OSError as error:
+                raise StorageError("the disk is full") from error
+
+
 @pytest.mark.parametrize("error", [StorageError("the disk is full"), OSError(28, "No space left on device")])
 def test_an_error_while_the_interrupted_work_is_saved_is_told(error):
     with pytest.raises(type(error)), as_exceptions():

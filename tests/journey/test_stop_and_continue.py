@@ -17,7 +17,7 @@ LONGER = {
     "distill": {"iterations": 60, "student_steps": 2, "student_steps_classifier": 2, "batch": 5, "window_epochs": 1,
                 "start_epoch_max": 9, "class_weights": "mean-one", "lr_images": 1.0, "lr_alpha": 1e-7,
                 "checkpoint_every": 7},
-    "evaluate": {"seeds": 4, "epochs": 600, "full_epochs": 50},
+    "evaluate": {"seeds": 4, "epochs": 600, "baselines": []},
 }  # fmt: skip
 
 
@@ -33,9 +33,10 @@ def undisturbed(tmp_path_factory, look):
     tiny = {"name": "longer", "ipc": 1, "data": {"dataset": "digits", "imbalance_factor": 5, "n_max": 20},
             "model": {"width": 4, "depth": 1}, "augment": {"operations": ["crop", "scale"]}, **LONGER}  # fmt: skip
     job.write_text(yaml.safe_dump(tiny))
-    with pytest.raises(SystemExit) as ended:
-        cli.app(["run", str(job), "--out", str(folder / "run"), "--threads", "1", "--device", "cpu", "--fleet", "off"])
-    assert ended.value.code == 0
+    for verb, more in (("experts", ("--fleet", "off")), ("distill", ())):
+        with pytest.raises(SystemExit) as ended:
+            cli.app([verb, str(job), "--out", str(folder / "run"), "--threads", "1", "--device", "cpu", *more])
+        assert ended.value.code == 0
     return job, Buffer(folder / "run" / "trajectories").digest(), look.distilled_bytes(folder / "run")
 
 

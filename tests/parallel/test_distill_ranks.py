@@ -166,13 +166,31 @@ def test_all_ranks_stop_together_and_the_run_goes_on(pipeline_of, undisturbed, n
         os.killpg(process.pid, number)  # as a terminal does
     else:
         process.send_signal(number)
+    began = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
+    assert time.monotonic() - began < ranks._GRACE - 5  # they end by themselves; none is killed
     assert err.startswith("error: interrupted by ") and "Traceback" not in err
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
     (folder,) = stopped.run.distill_checkpoint.iterdir()
     assert folder.name != "iteration-000005"  # saved where it stopped, not only where it would have been anyway
     same(over(stopped, 1), undisturbed, 1e-3)
+
+
+def test_ranks_end_with_a_launcher_that_is_killed(pipeline_of, undisturbed):
+    left = pipeline_of("left", distill=LONG)
+    process = start(left.run.root.parent, left.run.root)
+    wait_for_iteration(left.run, process, 7)
+    children = ranks_of(left.run)
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + 25
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < until, "ranks without a launcher"
+        time.sleep(0.1)
+    (folder,) = left.run.distill_checkpoint.iterdir()
+    assert folder.name != "iteration-000005"
+    same(over(left, 1), undisturbed, 1e-3)
 
 
 def test_torchrun_starts_the_ranks_as_well(pipeline_of, tmp_path):

@@ -126,3 +126,8 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all(tmp_path):
     with pytest.raises(StorageError, match="No space left"):
         publish_shared_folder(tmp_path / "a" / "b", write, 0, lambda v: v, lambda v: [v])
     assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
+    with pytest.raises(StorageError, match="No space left"):  # rank 1 says so; this one has written its part
+        publish_shared_folder(
+            tmp_path / "a" / "b", lambda folder: [], 0, lambda v: v, lambda v: [v, "No space left on device"]
+        )
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a"]

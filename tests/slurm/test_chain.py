@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import signal
@@ -196,17 +195,15 @@ STEADY = {
 }  # over thousands of iterations
 
 
-def seconds_each(lad: Any) -> tuple[float, float]:
-    """Of an epoch and of an iteration on this machine, now."""
-    run = lad.folder / "speed"
-    job = lad.job(experts={"count": 1, "epochs": 30}, distill={**STEADY, "iterations": 30}, evaluate={"seeds": 1})
-    lad("experts", job, "--out", run, *LOCAL)
-    lad("distill", job, "--out", run, "--on", "local", "--threads", 1, "--device", "cpu")
-    times: dict[str, list[float]] = {}
-    for event in read_events(run / "events.jsonl"):
-        times.setdefault(event["kind"], []).append(event["time"])
-    epochs, iterations = times["expert-epoch"], times["iteration"]
-    return (epochs[-1] - epochs[0]) / (len(epochs) - 1), (iterations[-1] - iterations[0]) / (len(iterations) - 1)
+SLOW = """
+import json, time
+dumps = json.dumps
+def slow(value, *args, **fields):
+    if isinstance(value, dict) and value.get("kind") in ("expert-epoch", "iteration"):
+        time.sleep(0.25)
+    return dumps(value, *args, **fields)
+json.dumps = slow
+"""
 
 
 def wait_for_a_look(slurm: Any) -> None:
@@ -223,14 +220,15 @@ def wait_for_a_look(slurm: Any) -> None:
 def test_a_time_limit_of_a_minute_in_the_middle_of_experts_and_distillation(slurm, lad):
     """A job that begins after one of SLURM's looks is warned at the next one, 30 s old: it has then 30 s left, below 10 + 30.
 
-    The partition takes the job and starts it after the look. The first 15 s it sleeps, so that 30 s of work, measured
-    on a machine that may be busy with more, outlast the warning.
+    The partition takes the job and starts it after the look. The first 15 s it sleeps, and then at every epoch or iteration,
+    30 s in all, so that it outlasts the warning.
     """
-    epoch, iteration = seconds_each(lad)
-    job = lad.job(experts={"count": 1, "epochs": math.ceil(30 / epoch), "epochs_per_part": 1000},
-                  distill={**STEADY, "iterations": math.ceil(30 / iteration)})  # fmt: skip
-    sleep = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then sleep 15; fi'
-    profile, run = lad.profile(time_minutes=1, warning_seconds=10, setup=[sleep]), lad.folder / "run"
+    slow = lad.folder / "slow"
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text(SLOW)
+    job = lad.job(experts={"count": 1, "epochs": 120, "epochs_per_part": 1000}, distill={**STEADY, "iterations": 120})
+    first = f'if [ "${{SLURM_RESTART_COUNT:-0}}" = 0 ]; then sleep 15; export PYTHONPATH={slow}:$PYTHONPATH; fi'
+    profile, run = lad.profile(time_minutes=1, warning_seconds=10, setup=[first]), lad.folder / "run"
     alone = lad.folder / "reference"
     for stage, how in (("experts", ("--fleet", "off")), ("distill", ("--ranks", 2))):
         reference = lad.start(stage, job, "--out", alone, "--on", "local", *how, "--threads", 1, "--device", "cpu")
