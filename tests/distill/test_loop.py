@@ -470,6 +470,7 @@ def test_windows_in_the_events_are_those_used(pipeline_of):
     pipeline = pipeline_of()
     pipeline.distill()
     work = work_of(pipeline)
+    assert len(events(pipeline, "iteration")) == 6
     for i, event in enumerate(events(pipeline, "iteration")):
         assert event["iteration"] == i + 1
         assert event["windows"] == [[p.stage, p.window.expert, p.window.epoch] for p in work.phases(i)]

@@ -299,6 +299,7 @@ def test_choosing_continues_after_an_interruption(pipeline_of, monkeypatch):
 def test_measuring_on_validation_images(pipeline_of):
     pipeline = pipeline_of(data={"validation_per_class": 3}, evaluate={"split": "validation"})
     pipeline.evaluate("random")
+    assert len(rows(pipeline, "random")) == 2
     for r in rows(pipeline, "random"):
         assert r["split"] == "validation"
         assert r["overall"] * 30 == pytest.approx(round(r["overall"] * 30))

@@ -154,8 +154,9 @@ def test_a_rate_that_diverges_is_not_taken_and_ends_nothing(tuned, monkeypatch):
 def test_each_architecture_has_its_own_choice(tuned):
     pipeline = tuned(architectures=["convnet", "mlp"], seeds=1)
     pipeline.evaluate("random")
-    candidates = results.read(pipeline.run.tuning)
-    for row in results.read(pipeline.run.results):
+    candidates, rows = results.read(pipeline.run.tuning), results.read(pipeline.run.results)
+    assert {row["architecture"] for row in rows} == {"convnet", "mlp"}
+    for row in rows:
         mine = [c for c in candidates if c["architecture"] == row["architecture"]]
         best = max(mine, key=lambda c: c["overall"])
         assert len(mine) == 4 and row["settings"]["lr"] == best["settings"]["lr"]

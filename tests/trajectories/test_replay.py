@@ -535,10 +535,12 @@ def test_damage_is_one_message_that_names_the_file(tmp_path, meta, monkeypatch, 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", ["new", "old"])
 def test_random_damage_never_escapes_as_another_error(tmp_path, meta, protocol):
-    """Whatever the bytes: a TrajectoryError, or the very weights that were saved."""
+    """Whatever the bytes: a TrajectoryError; or the very weights that were saved, where the format has checksums."""
     path, draw = tmp_path / "replay_buffer_0.pt", random.Random(0)
     torch.save(theirs(meta, 1)["representation"], path, _use_new_zipfile_serialization=protocol == "new")
     sound = path.read_bytes()
+    import_pt([path], tmp_path / "sound", meta, "representation", 3)
+    digest = Buffer(tmp_path / "sound").digest()
     for trial in range(60):
         content = bytearray(sound)
         for _ in range(draw.choice([1, 1, 4])):
@@ -549,6 +551,8 @@ def test_random_damage_never_escapes_as_another_error(tmp_path, meta, protocol):
             import_pt([path], tmp_path / f"buffer-{trial}", meta, "representation", 3)
         except TrajectoryError as error:
             assert str(path) in str(error)
+        else:
+            assert protocol == "old" or Buffer(tmp_path / f"buffer-{trial}").digest() == digest
 
 
 def test_an_interruption_is_not_taken_for_damage(tmp_path, meta, monkeypatch):
