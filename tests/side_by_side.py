@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = (sys.executable, "-m", "pytest")
 # The first process runs what no other has. With a third, the cores were as busy and tests that measure seconds failed.
-OTHERS = (("tests/slurm", "tests/test_docs.py", "tests/parallel", "tests/journey/test_newcomer.py"),)
+OTHERS = (("tests/slurm", "tests/test_docs.py", "tests/parallel", "tests/evaluate", "tests/journey/test_newcomer.py"),)
 MOST_AGAIN = 5  # more is a fault of the code, not of the clock
 SOME_FAILED = 1  # pytest's exit code for that
 
