@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import signal
 import socket
 import sys
@@ -45,6 +46,10 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 TIMEOUT = 600.0  # seconds that a collective waits for the other ranks
 _GRACE = 30.0  # seconds for ranks to save and end when asked to stop
+# Environment variables that the launcher sets in each process.
+_OF_THE_LAUNCHER = re.compile(
+    r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE|NAME)|MASTER_(ADDR|PORT)|TORCH(ELASTIC|_NCCL)_.*"
+)
 _UNREAD = 3.0  # seconds that a rank waits for the launcher to read its outcome, once it was asked to stop
 _PRELOADED = [  # imported once by the process that the ranks of this machine are forked from; initialises no GPU
     "torch.distributed",
@@ -326,7 +331,8 @@ def launch(
                 _quiet_elastic(),
                 _loopback_only(),
             ):
-                outcomes = elastic_launch(_launch_config(world, logs), _outcome)(function, *args)
+                start = elastic_launch(_launch_config(world, logs), _outcome)
+                outcomes = start(dict(os.environ), function, *args)
         except SignalException as stopped:
             name = signal.Signals(stopped.sigval).name
             raise Interrupted(f"interrupted by {name}; finished work is kept, and the same command continues") from None
@@ -369,8 +375,18 @@ def _launch_config(world: int, logs: str) -> Any:
     )
 
 
-def _outcome(function: Callable[..., None], *args: Any) -> tuple[str, str] | None:
-    """Return the outcome of one process: None, or the name and text of an error of errors.py."""
+def _outcome(environment: dict[str, str], function: Callable[..., None], *args: Any) -> tuple[str, str] | None:
+    """Return the outcome of one process: None, or the name and text of an error of errors.py.
+
+    ``environment`` is the caller's now; the server that this process was forked from may have that of an earlier call.
+    """
+    for name in {*os.environ, *environment}:
+        if _OF_THE_LAUNCHER.fullmatch(name):
+            continue
+        if name in environment:
+            os.environ[name] = environment[name]
+        else:
+            del os.environ[name]
     threading.Thread(target=_end_with_the_launcher, daemon=True).start()
     try:
         function(*args)

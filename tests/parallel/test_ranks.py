@@ -64,6 +64,15 @@ def test_collectives(tmp_path):
         assert np.load(tmp_path / f"{rank}.npy").tolist() == [0, 0, 1, 2, 3, 3]
 
 
+def test_ranks_have_the_environment_of_the_call(tmp_path, monkeypatch):
+    for value in ("first", "second", None):
+        monkeypatch.delenv("LADIST_TOLD", raising=False)
+        if value is not None:
+            monkeypatch.setenv("LADIST_TOLD", value)
+        ranks.launch(2, rank_workers.tells, (str(tmp_path), "LADIST_TOLD"), restarts=0, say=print)
+        assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(value)] * 2
+
+
 def test_a_killed_rank_is_named_and_all_start_again(tmp_path):
     said: list[str] = []
     ranks.launch(2, rank_workers.dies, (1, "kill", str(tmp_path / "once")), restarts=1, say=said.append)

@@ -91,6 +91,13 @@ def dies(rank: int, how: str, marker: str) -> None:
         ranks.gather(None)
 
 
+def tells(out: str, name: str) -> None:
+    """Write an environment variable."""
+    where = ranks_module.place()
+    assert where is not None
+    (Path(out) / str(where.rank)).write_text(str(os.environ.get(name)))
+
+
 def collectives(out: str) -> None:
     where = ranks_module.place()
     assert where is not None
