@@ -58,7 +58,12 @@ def test_more_iterations_go_on_and_equal_a_run_of_as_many(pipeline_of, grown, op
     (before,) = set(distilled_rows(first.run))
     measured = {row["source"]: row for row in results.read(first.run.results)}
     assert stages_left(first.recipe, first.run, STAGES) == []
-    for other in ({"epochs": 4}, {"protocol": "rldd"}, {"batch": 9}):  # what is measured otherwise is not done
+    for other in (
+        {"epochs": 4},
+        {"protocol": "rldd"},
+        {"batch": 9},
+        {"norm": "batch"},
+    ):  # what is measured otherwise is not done
         asked = first.recipe.model_dump(mode="json")
         asked["evaluate"] |= other
         if "protocol" in other:

@@ -83,9 +83,9 @@ def distill(
     wait: WaitOption = False,
 ) -> None:
     """Match the experts' trajectories with a synthetic set."""
-    replay = None if replay is None else replay.expanduser()
     from lad_dist.launch.chain import StageSelection
 
+    replay = None if replay is None else replay.expanduser()
     wanted = StageSelection(()) if replay is not None else StageSelection(("distill",))
     _execute(asked, [lambda p: p.distill(replay)], wanted, wait=wait, ranks=ranks)
 

@@ -92,7 +92,7 @@ def experts_left(recipe: Recipe, trajectories: Path | str) -> list[int]:
 
 
 def _as_asked(recipe: Recipe, row: results.Row) -> bool:
-    """Return whether a row was measured with the recipe's settings, as far as they are known without the data."""
+    """Return whether a row was measured with the recipe's settings, as far as they are known without data and experts."""
     from lad_dist.evaluate.measure import settings_in
     from lad_dist.evaluate.sources import settings_with
 
@@ -103,7 +103,9 @@ def _as_asked(recipe: Recipe, row: results.Row) -> bool:
     e, wanted = recipe.evaluate, settings_with(recipe, row["source"], said.lr)
     if e.tune_lr or e.tune_epochs:  # chosen by the evaluation
         wanted = replace(wanted, lr=said.lr, epochs=said.epochs)
-    return row["split"] == e.split and said == wanted
+    other = {"norm": e.norm, "stored_views": e.stored_views}
+    told = {**row["settings"].get("network", {}), **row["settings"]}
+    return row["split"] == e.split and said == wanted and all(told.get(k, v) == v for k, v in other.items())
 
 
 def _networks(recipe: Recipe, sources: Sequence[str]) -> set[tuple[str, str, int]]:
