@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from lad_dist import ranks
 from lad_dist.errors import DataError, RecipeError, RunDirError
 from lad_dist.launch import local
-from lad_dist.pipeline import open_pipeline
+from lad_dist.pipeline import Pipeline, open_pipeline
 from lad_dist.profile import Profile
 from lad_dist.progress import read_events
 from lad_dist.recipe import Recipe
@@ -162,3 +163,13 @@ def test_what_this_machine_cannot_hold_is_refused_before_anything_is_written(tmp
     with pytest.raises(RecipeError, match=rf"{field}: .* GB"):
         local.run(recipe, tmp_path / "run", Profile(device="cpu", fleet="off"), None, silent, [lambda p: p.all()])
     assert not (tmp_path / "run").exists()
+
+
+def test_only_the_first_rank_of_a_launcher_selects_and_the_others_wait_as_long(pipeline_of, monkeypatch):
+    pipeline, waited = pipeline_of(distill={"select": "test-as-published", "select_every": 2}), []
+    monkeypatch.setattr(ranks, "place", lambda: ranks.ProcessRank(1, 2, 1))
+    monkeypatch.setattr(Pipeline, "_distill", lambda self, record: None)
+    monkeypatch.setattr(Pipeline, "_await", lambda self, published, times=1: waited.append(times))
+    monkeypatch.setattr("lad_dist.evaluate.select.select", lambda *_: pytest.fail("rank 1 selected"))
+    pipeline.distill()
+    assert waited == [1 + 6 // 2]
