@@ -30,7 +30,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -388,19 +388,24 @@ def _outcome(environment: dict[str, str], function: Callable[..., None], *args: 
         else:
             del os.environ[name]
     threading.Thread(target=_end_with_the_launcher, daemon=True).start()
+    signals, writer = os.pipe()
+    for end in (signals, writer):
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(writer)  # notes a signal even while a sum waits in C for a rank that has stopped
     try:
         function(*args)
     except LadDistError as error:
-        if isinstance(
-            error, Interrupted
-        ):  # a launcher that is stopped too reads no outcome, and would wait for its limit
-            leave = threading.Timer(_UNREAD, os._exit, (error.exit_code,))
-            leave.daemon = True
-            leave.start()
         return type(error).__name__, str(error)
     except Exception:  # a bug: printed here, since the launcher only learns that the process ended
         traceback.print_exc()
         raise
+    finally:
+        with suppress(BlockingIOError):
+            # A launcher that is stopped too reads no outcome, and would wait for its limit.
+            if {signal.SIGINT, signal.SIGTERM} & set(os.read(signals, 64)):
+                leave = threading.Timer(_UNREAD, os._exit, (Interrupted.exit_code,))
+                leave.daemon = True
+                leave.start()
     return None
 
 

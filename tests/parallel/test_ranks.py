@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +21,7 @@ from lad_dist.distill.student import GradientPath
 from lad_dist.errors import NumericalError, RankError, StorageError
 from lad_dist.ranks import ProcessRank, Ranks
 
+ROOT = Path(__file__).parents[2]
 CASES = [
     (dtype, path, classifier_only, batch)
     for dtype in (torch.float64, torch.float32)
@@ -71,6 +75,23 @@ def test_ranks_have_the_environment_of_the_call(tmp_path, monkeypatch):
             monkeypatch.setenv("LADIST_TOLD", value)
         ranks.launch(2, rank_workers.tells, (str(tmp_path), "LADIST_TOLD"), restarts=0, say=print)
         assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(value)] * 2
+
+
+def test_a_rank_that_waits_for_one_that_has_stopped_ends_as_well(tmp_path):
+    code = "import sys, rank_workers; from lad_dist import ranks\n"
+    code += "ranks.launch(2, rank_workers.one_waits_for_the_other, (sys.argv[1],), restarts=0, say=print)"
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "tests/support"))
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE
+    ) as launcher:
+        until = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2:
+            assert time.monotonic() < until and launcher.poll() is None
+            time.sleep(0.05)
+        began = time.monotonic()
+        launcher.terminate()
+        _, said = launcher.communicate(timeout=60)
+    assert b"Interrupted: interrupted by SIGTERM" in said and time.monotonic() - began < ranks._GRACE - 5
 
 
 def test_a_killed_rank_is_named_and_all_start_again(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,6 +97,21 @@ def tells(out: str, name: str) -> None:
     where = ranks_module.place()
     assert where is not None
     (Path(out) / str(where.rank)).write_text(str(os.environ.get(name)))
+
+
+def one_waits_for_the_other(out: str) -> None:
+    """Rank 0 is in Python and stops at a signal; rank 1, which only notes it, is in a sum until rank 0 has gone."""
+    from lad_dist.interrupts import as_exceptions, as_flag
+
+    where = ranks_module.place()
+    assert where is not None
+    heeded = as_exceptions if where.rank == 0 else as_flag
+    with heeded(), ranks_module.joined(where, torch.device("cpu"), timeout=60) as ranks:
+        ranks.total(torch.ones(1))
+        (Path(out) / str(ranks.rank)).touch()
+        if ranks.first:
+            time.sleep(60)
+        ranks.total(torch.ones(1))
 
 
 def collectives(out: str) -> None:
