@@ -1,8 +1,8 @@
 """lad-dist in Python: a run, its stages and its results.
 
-    from lad_dist import Recipe, Run
+    from lad_dist import Run
 
-    run = Run.open("runs/mine", Recipe.model_validate({"data": {"dataset": "digits", "n_max": 120}, "ipc": 2}))
+    run = Run.open("runs/mine", "digits-lt")
     run.train_experts()
     images, soft_labels, lr = run.distill()
     for result in run.evaluate():

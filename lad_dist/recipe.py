@@ -341,13 +341,13 @@ class DistillConfig(_Section):
         "constant", description="of the learning rates of pixels and labels; cosine falls to 0 at the last iteration"
     )
     lr_images: Annotated[Float, Field(ge=0)] = Field(100.0, description="learning rate of the pixels")
-    momentum_images: Annotated[Float, Field(ge=0, lt=1)] = Field(0.5)
+    momentum_images: Annotated[Float, Field(ge=0, lt=1)] = Field(0.5, description="momentum; beta_1 of adam")
     lr_labels: Annotated[Float, Field(ge=0)] = Field(2.0, description="learning rate of the label logits")
-    momentum_labels: Annotated[Float, Field(ge=0, lt=1)] = Field(0.9)
+    momentum_labels: Annotated[Float, Field(ge=0, lt=1)] = Field(0.9, description="momentum; beta_1 of adam")
     lr_alpha: Annotated[Float, Field(ge=0)] = Field(
         1e-5, description="SGD learning rate of the student's learning rate"
     )
-    momentum_alpha: Annotated[Float, Field(ge=0, lt=1)] = Field(0.5)
+    momentum_alpha: Annotated[Float, Field(ge=0, lt=1)] = Field(0.5, description="momentum of lr_alpha's SGD")
     alpha: Annotated[Float, Field(gt=0)] = Field(0.01, description="the student's learning rate at the start")
     gradient: Literal["auto", "keep", "recompute", "captured"] = Field(
         "auto",
@@ -410,14 +410,14 @@ class EvaluateConfig(_Section):
     AFFECTS: ClassVar[Affects] = "evaluate"
 
     seeds: Annotated[Int, Field(ge=1, le=1000)] = Field(5, description="networks trained per source and architecture")
-    epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(1000)
-    batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(128)
+    epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(1000, description="training epochs on a small set")
+    batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(128, description="images per step, on a small set")
     lr: Annotated[Float, Field(gt=0)] | None = Field(
         None,
         description="learning rate on distilled and random sets; default: the learned alpha (random: distill.alpha)",
     )
-    momentum: Annotated[Float, Field(ge=0, lt=1)] = Field(0.9)
-    weight_decay: Annotated[Float, Field(ge=0)] = Field(5e-4)
+    momentum: Annotated[Float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum")
+    weight_decay: Annotated[Float, Field(ge=0)] = Field(5e-4, description="weight decay on a small set")
     decay: Annotated[Float, Field(gt=0, le=1)] = Field(
         0.1, description="factor on the learning rate at half of the epochs"
     )
@@ -431,8 +431,8 @@ class EvaluateConfig(_Section):
     )
     full_epochs: Annotated[Int, Field(ge=1, le=MOST)] = Field(200, description="epochs on the whole long-tailed set")
     full_lr: Annotated[Float, Field(gt=0)] = Field(0.01, description="learning rate on the whole long-tailed set")
-    full_batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(256)
-    full_weight_decay: Annotated[Float, Field(ge=0)] = Field(5e-4)
+    full_batch: Annotated[Int, Field(ge=1, le=MOST)] = Field(256, description="images per step on the whole set")
+    full_weight_decay: Annotated[Float, Field(ge=0)] = Field(5e-4, description="weight decay on the whole set")
     baselines: tuple[Baseline, ...] = Field(
         ("initial", "random-soft", "random", "full"),
         description="what `run` measures beside the distilled set: the set it started from (initial), real images chosen at the "
@@ -445,7 +445,7 @@ class EvaluateConfig(_Section):
     architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = Field(
         ("convnet",),
         description="networks trained on every set, module:attribute too; convnet has the width and depth of "
-        "`model`; default: model.network",
+        "`model`; follows model.network unless set",
     )
     norm: Literal["instance", "batch"] = Field(
         "instance", description="normalisation of convnet, vgg11, resnet18 and alexnet when they are evaluated"

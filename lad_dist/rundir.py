@@ -11,7 +11,9 @@ evaluation/rows/           one file per (source, architecture, seed); see result
 evaluation/results.json    the table merged from them
 evaluation/tuning/         the candidates of evaluate.tune_lr and tune_epochs, also as rows and a table
 evaluation/chosen/         the real images selected by baselines
-report/                    index.html, synthetic.png
+report/                    index.html, synthetic.png, initial.png
+tensorboard/               what `lad-dist tensorboard` wrote
+threads.json               number of CPU threads, and the timings that decided it
 claims/                    processes running or distilling here now (trajectories/claims.py)
 slurm/jobs.json            jobs submitted to SLURM; logs/SUBMISSION/ beside it
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PRIVATE = re.compile(
     r"\b(ray\._private import \w+|ray\._private\.\w+|ray\._raylet|torch\._[A-Z]\w*\.\w+|numba\.core"
-    r"|submitit\.core\.utils|submitit\.helpers)"
+    r"|submitit\.core\.utils|submitit\.helpers|distributed_c10d\._\w+|SlurmExecutor\._\w+|_executor\._make_\w+)"
 )
 
 

@@ -115,7 +115,9 @@ def prune(
     for_: Annotated[
         list[str] | None,
         typer.Option(
-            "--for", metavar="JOB", help="Keep what this recipe or run reads; repeatable. Default: DIR, a run."
+            "--for",
+            metavar="JOB",
+            help="Keep what this recipe or run reads; repeatable. DIR itself, if it is a run, always counts.",
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,

@@ -23,7 +23,7 @@ def cache(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The decoded images kept on this machine, for the next run on the same data set: where, and how large."""
+    """Show the decoded images kept on this machine for the next run on the same data: where, and how large."""
     from lad_dist.data import decoded
     from lad_dist.plan.units import size
 

@@ -119,7 +119,7 @@ def import_(
         typer.Option(
             "--from",
             help="pt: images_best.pt, labels_best.pt, lr_best.pt; parquet, hf: what export wrote; "
-            "set: a distilled or shared set, as hf://OWNER/NAME.",
+            "set: a distilled or shared set, such as hf://OWNER/NAME.",
         ),
     ] = Readable.pt,
     labels: Annotated[Labels | None, typer.Option(help="What labels_best.pt holds; default: detected.")] = None,

@@ -53,7 +53,7 @@ def tensorboard(
     watch: Annotated[bool, typer.Option("--watch", help="Continue until every stage is done.")] = False,
     every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Interval of --watch.")] = 5.0,
 ) -> None:
-    """A run's losses, alpha and accuracies for TensorBoard, into DIR/tensorboard (needs the package tensorboard)."""
+    """Write a run's losses, alpha and accuracies for TensorBoard, into DIR/tensorboard (needs the package tensorboard)."""
     from lad_dist.status.tensorboard import write
 
     with terminal.until_interrupted():
@@ -67,7 +67,7 @@ def compare(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The results of several runs in one table, and, with --out, on one page."""
+    """Show the results of several runs in one table, and, with --out, on one page."""
     from lad_dist.status import compare_document, compare_notes, compare_table
 
     screen, table = terminal.stdout(), compare_table(folders)
@@ -94,7 +94,7 @@ def jobs(
     every: Annotated[bool, typer.Option("--all", help="One entry per recipe.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The recipes that ship with lad-dist, by data set; those that differ only in imbalance factor and IPC share an entry."""
+    """List the recipes that ship with lad-dist, by data set; those that differ only in imbalance factor and IPC share an entry."""
     from itertools import groupby
 
     from lad_dist import catalog, recipe_file
@@ -166,7 +166,7 @@ def _each(values: Iterable[str]) -> str:
 
 
 def clusters(as_json: JsonOption = False) -> None:
-    """The cluster profiles that ship with lad-dist; ``--on NAME`` chooses one."""
+    """List the cluster profiles that ship with lad-dist; ``--on NAME`` chooses one."""
     from lad_dist import catalog, recipe_file
     from lad_dist.profile import Profile
 

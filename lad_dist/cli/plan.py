@@ -29,7 +29,7 @@ def plan(
     no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="Take rates from a table instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Memory, disk and hours of every stage; refuses what cannot fit, and says what would make it fit."""
+    """Estimate memory, disk and hours of every stage; refuse what cannot fit, with what would make it fit."""
     from lad_dist.errors import RecipeError
     from lad_dist.interrupts import as_exceptions
     from lad_dist.plan.dataset_info import dataset_info

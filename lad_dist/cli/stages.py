@@ -82,7 +82,7 @@ def distill(
     ] = None,
     wait: WaitOption = False,
 ) -> None:
-    """Match the experts' trajectories with a synthetic set."""
+    """Distil the synthetic set from the experts, by the recipe's method."""
     from lad_dist.launch.chain import StageSelection
 
     replay = None if replay is None else replay.expanduser()

@@ -31,7 +31,7 @@ class Node:
 
 
 def shortage(asked: Mapping[str, Any]) -> str | None:
-    """Return ``memory (mem_gb): 900 GB a node are asked for, main has 7.8 GB at most``; None if no shortage is known.
+    """Return ``memory (mem_gb): 900 GB per node requested, main has at most 7.8 GB``; None if no shortage is known.
 
     ``asked``: submitit's parameters.
     """

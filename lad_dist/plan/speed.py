@@ -29,7 +29,7 @@ class Work:
 
 
 # Counted by running each kind of step under a dispatch mode (tests/plan/test_speed.py counts again), the block by
-# torch's operations: what models/compiled_gpu.py saves is not measured.
+# torch's operations; what models/compiled_gpu.py saves is in benchmarks/results/step-h200.md.
 WORK = {
     "representation/keep": Work(8, 89, 104, 38),
     "representation/recompute": Work(11, 113, 127, 62),
