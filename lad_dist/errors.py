@@ -109,3 +109,9 @@ class Interrupted(LadDistError):
     """The user or the scheduler asked to stop."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says something, without its full stop; else its type."""
+    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return said.strip().removesuffix(".")

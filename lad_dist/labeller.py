@@ -14,7 +14,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from lad_dist.errors import DistilledError
+from lad_dist.errors import DistilledError, first_line
 from lad_dist.models import functional
 from lad_dist.models.captured import Captured
 from lad_dist.models.layout import Layout
@@ -103,7 +103,7 @@ class Labeller:
         except FileNotFoundError:
             raise DistilledError(f"{path}: is missing") from None
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-            raise DistilledError(f"{path}: is not a whole file of teachers ({_line(error)})") from error
+            raise DistilledError(f"{path}: is not a whole file of teachers ({first_line(error)})") from error
         if not made.weights or made.temperature <= 0:
             raise DistilledError(f"{path}: holds no teachers, or a temperature of {made.temperature:g}; valid: above 0")
         made.where = str(path)
@@ -128,7 +128,3 @@ def _by_teacher(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     if sorted(found) != list(range(len(found))):
         raise ValueError(f"its teachers are numbered {sorted(found)}")
     return [found[i] for i in range(len(found))]
-
-
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

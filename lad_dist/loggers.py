@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lad_dist.callbacks import Callback, Evaluation, ExpertEpoch, Iteration, StageEnd, listener
-from lad_dist.errors import RecipeError
+from lad_dist.errors import RecipeError, first_line
 from lad_dist.plugins import load_callable
 from lad_dist.progress import Events
 from lad_dist.recipe import Recipe
@@ -44,9 +44,7 @@ class Wandb(Callback):
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.Error as error:
-            raise RecipeError(
-                f"--log wandb: {str(error).splitlines()[0]}; valid: wandb login, or WANDB_MODE=offline"
-            ) from error
+            raise RecipeError(f"--log wandb: {first_line(error)}; valid: wandb login, or WANDB_MODE=offline") from error
         self._failed = False
         for part, counter in (("distill", "iteration"), ("experts", "epoch"), ("evaluation", "seed")):
             self._run.define_metric(f"{part}/{counter}")

@@ -205,7 +205,7 @@ class SlurmConfig(BaseModel):
 
 
 class Profile(BaseModel):
-    """Execution environment of a job: machines and resources. No field changes what is computed, except for rounding (threads, ranks, device)."""
+    """Execution environment of a job. No field changes what is computed, except for rounding (threads, ranks, device)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 

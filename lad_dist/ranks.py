@@ -36,7 +36,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lad_dist import errors
-from lad_dist.errors import Interrupted, LadDistError, RankError
+from lad_dist.errors import Interrupted, LadDistError, RankError, first_line
 from lad_dist.interrupts import in_main_thread
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class Ranks:
             who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {everyone} gone or stuck"
             raise RankError(
                 f"{who if missing else 'a rank did not answer'}; the last checkpoint is kept, and the same command "
-                f"continues from it ({str(error).splitlines()[0][:200]})"
+                f"continues from it ({first_line(error)[:200]})"
             ) from error
 
     def _missing(self) -> list[int]:
@@ -267,7 +267,7 @@ def joined(where: ProcessRank, device: torch.device, timeout: float = TIMEOUT) -
     except (RuntimeError, ValueError) as error:
         meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RankError(
-            f"rank {where.rank} of {where.world}: could not connect to the others at {meeting} ({str(error).splitlines()[0]}); "
+            f"rank {where.rank} of {where.world}: could not connect to the others at {meeting} ({first_line(error)}); "
             "check that every rank was started and that the hosts reach each other"
         ) from error
     try:

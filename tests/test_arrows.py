@@ -20,6 +20,7 @@ LEVEL = {
     "catalog": 5, "recipe": 5, "recipe_file": 5, "results": 5, "profile": 5, "rundir": 5, "progress": 5, "ranks": 5, "seeds": 5,
     "errors": 5, "interrupts": 5, "location": 5, "allocator": 5, "cores": 5, "environment": 5, "host_memory": 5,
     "callbacks": 5, "slurm_jobs": 5, "loggers": 5, "extras": 5, "plugins": 5, "methods": 5,
+    "torch_file": 5,
 }  # fmt: skip
 STAGES = ("experts", "distill", "evaluate", "report")
 SAME_LEVEL = {  # within a level, only these
@@ -36,7 +37,7 @@ SAME_LEVEL = {  # within a level, only these
     ("progress", "errors"), ("progress", "callbacks"), ("plugins", "errors"),
     ("recipe", "plugins"), ("recipe", "methods"), ("recipe", "errors"), ("recipe_file", "methods"),
     ("methods", "plugins"), ("methods", "errors"),
-    ("interrupts", "errors"), ("data", "recipe"), ("ranks", "errors"), ("ranks", "interrupts"),
+    ("interrupts", "errors"), ("torch_file", "errors"), ("data", "recipe"), ("ranks", "errors"), ("ranks", "interrupts"),
     ("models", "data"),  # torchvision, which one file of data/ imports
 }  # fmt: skip
 

@@ -11,11 +11,8 @@ writes them into a folder ``Normal``.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
-import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +20,13 @@ import torch
 from torch import Tensor
 
 from lad_dist.distilled import DistilledSet
-from lad_dist.errors import DistilledError, LadDistError
+from lad_dist.errors import DistilledError
 from lad_dist.exchange.about import is_hard
 from lad_dist.exchange.incoming import Incoming, Labels, kind_of
+from lad_dist.torch_file import check_records, refused
 
 IMAGES, LABELS, LR = "images_best.pt", "labels_best.pt", "lr_best.pt"
+_FORM = "a tensor as torch.save writes it"
 
 
 def write(distilled: DistilledSet, folder: Path) -> None:
@@ -121,39 +120,12 @@ def _tensor(path: Path) -> Tensor:
 
 def _load(path: Path) -> Any:
     """Load a torch.save file that holds only tensors and plain values. Raises DistilledError."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch ignores the checksums
-                wrong = archive.testzip()
-            if wrong is not None:
-                raise ValueError(f"its record {wrong} does not match its checksum")
+    with refused(path, DistilledError, "a distilled set needs nothing but tensors", _FORM):
+        check_records(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(content, Tensor) and content.is_meta:
             raise ValueError("its tensor is of torch's device meta and has no values")
         return content
-    except LadDistError:  # an interruption, not a fault of the file
-        raise
-    except OSError as cause:
-        if cause.errno in (None, errno.EINVAL):  # EINVAL: the file refers to an offset that it does not have
-            raise _damaged(path, cause) from cause
-        raise DistilledError(f"{path}: cannot be read: {cause.strerror}; valid: a readable file") from cause
-    except Exception as cause:  # a damaged file can raise any error in zipfile, the unpickler or torch
-        code = re.search(r"GLOBAL ([^\s]+)", str(cause))  # a name in the pickle that torch refuses to import
-        if code:
-            raise DistilledError(
-                f"{path}: was not loaded: it asks for {code[1]}, and a distilled set needs nothing but tensors; "
-                "valid: a tensor as torch.save writes it"
-            ) from cause
-        raise _damaged(path, cause) from cause
-
-
-def _damaged(path: Path, cause: Exception) -> DistilledError:
-    reason = (str(cause).splitlines() or [""])[0].removesuffix(".") or repr(cause)
-    if "weights only" in reason.lower() or "weights_only" in reason:  # torch's message advises unsafe loading
-        reason = "its pickle cannot be understood"
-    return DistilledError(
-        f"{path}: is damaged, or not a file of torch.save: {reason}; valid: a tensor as torch.save writes it"
-    )
 
 
 def _kind(value: Any) -> str:

@@ -173,11 +173,6 @@ def end_processes_of(folder: Path) -> None:
     psutil.wait_procs(left, timeout=2)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message; Ray's errors can be pages long."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def undisturbed(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Call into Ray with signals held back until it returns: its compiled code drops exceptions raised by handlers."""
     with deferred():

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from lad_dist.environment import environment
-from lad_dist.errors import ExpertError, LadDistError, RecipeError, StorageError, TrajectoryError
+from lad_dist.errors import ExpertError, LadDistError, RecipeError, StorageError, TrajectoryError, first_line
 from lad_dist.experts.actor import Claimed, ExpertActor, Finished, Orders, SharedData, Started
 from lad_dist.experts.cluster import (
     LOOPBACK,
     Cluster,
     end_processes_of,
-    first_line,
     listens,
     nothing_left_on_error,
     own_arguments,

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lad_dist.errors import first_line
+
 Function = Callable[..., tuple[Tensor, ...]]
 MOST = 16  # graphs held at a time: batch sizes times kinds of steps
 _WARM_UPS = 3
@@ -69,9 +71,7 @@ class Captured:
         except Exception as error:  # capture errors have many types; the function itself still works
             if not self._warned:
                 self._warned = True
-                _log.warning(
-                    "%s without CUDA graphs, slower: %s", self._what, (str(error) or repr(error)).splitlines()[0]
-                )
+                _log.warning("%s without CUDA graphs, slower: %s", self._what, first_line(error))
             return function
         return replay
 

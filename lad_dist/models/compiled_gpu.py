@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lad_dist.errors import first_line
+
 LARGEST_SIDE = 128  # four quarters of a plane are held in registers
 _TOLERANCE = 1e-3  # relative to the largest value; a wrong kernel differs by more, float32 rounding by far less
 
@@ -250,5 +252,5 @@ def check(x_BCHH: Tensor, by_torch: tuple[Callable[..., Any], Callable[..., Any]
         theirs = (*first(x, gamma, beta, 1e-5), *back(*what, (True, True)), *twice(a, c, e, *what))
         far = max(float((o - t).abs().max() / t.abs().max().clamp(min=1e-6)) for o, t in zip(ours, theirs, strict=True))
     except Exception as error:  # Triton, its compiler and the driver each raise their own types
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None if far <= _TOLERANCE else f"they are {far:.1e} from torch's operations"

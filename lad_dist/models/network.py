@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from lad_dist.errors import LadDistError, RecipeError
+from lad_dist.errors import LadDistError, RecipeError, first_line
 from lad_dist.models import convnet, functional, zoo
 from lad_dist.models.layout import Layout, classifier_name
 from lad_dist.recipe import ModelConfig
@@ -144,7 +144,7 @@ def _check_derivatives(module: nn.Module, images_BCHH: Tensor, where: str) -> No
         total = torch.stack([g.square().sum() for g in by_name if g is not None]).sum()
         total.backward()  # not grad(): an operation marked once_differentiable raises only in backward()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise RecipeError(
             f"{where}: has no second derivative ({reason}); valid: operations that torch differentiates twice"
         ) from error

@@ -50,8 +50,8 @@ def write(run: Path, folder: Path, address: str, license_name: str = _UNKNOWN) -
     """
     if not _LICENSE.fullmatch(license_name):
         raise SharingError(
-            f"--license {license_name}: is not an identifier of a licence; valid: one that the hub knows, such as cc-by-4.0, mit or "
-            f"other, or {_UNKNOWN}"
+            f"--license {license_name}: is not an identifier of a licence; valid: one that the hub knows, such as cc-by-4.0, "
+            f"mit or other, or {_UNKNOWN}"
         )
     whole = DistilledSet.load(run)
     if whole.images.shape[1] not in (1, 3):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lad_dist import extras
-from lad_dist.errors import SharingError
+from lad_dist.errors import SharingError, first_line
 from lad_dist.sharing.address import HUB_FORM, HubAddress
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _explained(address: HubAddress, api: HfApi) -> Iterator[None]:
     except (HTTPError, ConnectionError) as error:
         raise _failed(address, at, error) from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise SharingError(f"{address}: {_line(error)}") from error
+        raise SharingError(f"{address}: {first_line(error)}") from error
 
 
 def _failed(address: HubAddress, at: str, error: BaseException) -> SharingError:
@@ -146,16 +146,13 @@ def _failed(address: HubAddress, at: str, error: BaseException) -> SharingError:
     response = getattr(error, "response", None)
     if response is None:
         return SharingError(
-            f"{address}: {at} cannot be reached ({_line(error)}); valid: a network connection, or HF_ENDPOINT of a hub that answers"
+            f"{address}: {at} cannot be reached ({first_line(error)}); valid: a network connection, or HF_ENDPOINT of a "
+            "hub that answers"
         )
     if response.status_code in _UNAUTHORIZED:
         return SharingError(
             f"{address}: {at} refuses the token ({response.status_code}); valid: an HF_TOKEN with the right to write to "
             f"{address.repository}"
         )
-    said = getattr(error, "server_message", None) or _line(error)
+    said = getattr(error, "server_message", None) or first_line(error)
     return SharingError(f"{address}: {at} answers {response.status_code}: {said}; try again, or see its status page")
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from pyarrow import fs
 
-from lad_dist.errors import StorageError
+from lad_dist.errors import StorageError, first_line
 from lad_dist.rundir import host_name, process_lives
 from lad_dist.trajectories import files
 
@@ -188,7 +188,7 @@ def _refusals(label: str) -> Iterator[None]:
     try:
         yield
     except OSError as cause:
-        reason = os.strerror(cause.errno) if cause.errno else (str(cause).splitlines() or [repr(cause)])[0]
+        reason = os.strerror(cause.errno) if cause.errno else first_line(cause)
         raise StorageError(
             f"{label}: the claim cannot be written: {reason}; valid: a folder or bucket that you may write to"
         ) from cause

@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from lad_dist.errors import StorageError, TrajectoryError
+from lad_dist.errors import StorageError, TrajectoryError, first_line
 from lad_dist.location import is_remote, local_folder, shown
 from lad_dist.rundir import host_name, process_lives
 
@@ -109,7 +109,7 @@ def resolve(location: Path | str) -> tuple[fs.FileSystem, str]:
         return opener(uri)
     except (OSError, ValueError, ImportError) as cause:  # ArrowInvalid is a ValueError
         # Arrow quotes the URI: neither the message nor the exception chain may show its credentials.
-        reason = _first_line(cause).replace(uri, name)
+        reason = first_line(cause).replace(uri, name)
         error = TrajectoryError(f"{name}: cannot be opened: {reason}; valid: {_URI_FORMS}")
         raise error from (cause if name == uri else None)
 
@@ -173,10 +173,6 @@ def of_the_store(cause: BaseException) -> bool:
     return isinstance(cause, OSError) and cause.errno is None and _STORE_ERROR.search(str(cause)) is not None
 
 
-def _first_line(cause: BaseException) -> str:
-    return (str(cause).splitlines() or [repr(cause)])[0].removesuffix(".")
-
-
 def _stamp(info: fs.FileInfo) -> Stamp:
     return Stamp(int(info.size or 0), int(info.mtime_ns or 0))
 
@@ -197,7 +193,7 @@ def list_files(filesystem: fs.FileSystem, folder: str) -> list[Entry]:
         valid = (
             "folder that you may read" if is_local(filesystem) else "bucket that you may list, with your credentials"
         )
-        raise TrajectoryError(f"{where}: cannot be listed ({_first_line(cause)}); valid: a {valid}") from cause
+        raise TrajectoryError(f"{where}: cannot be listed ({first_line(cause)}); valid: a {valid}") from cause
     for each in found:
         if each.size is None and each.path.endswith(".parquet") and each.type == fs.FileType.Directory:
             raise TrajectoryError(
@@ -230,7 +226,7 @@ def _storage_errors(path: str, what: str = "published") -> Iterator[None]:
     try:
         yield
     except OSError as cause:
-        reason = os.strerror(cause.errno) if cause.errno else _first_line(cause)
+        reason = os.strerror(cause.errno) if cause.errno else first_line(cause)
         kind = "bucket exists and accepts your writes" if of_the_store(cause) else "folder exists and accepts files"
         advice = _ADVICE.get(cause.errno or 0, f"make sure that the {kind}")
         raise StorageError(

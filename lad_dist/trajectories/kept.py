@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from pyarrow import fs
 
-from lad_dist.errors import TrajectoryError
+from lad_dist.errors import TrajectoryError, first_line
 from lad_dist.recipe import Recipe
 from lad_dist.trajectories import files
 from lad_dist.trajectories.schema import STAGES, Stage
@@ -121,7 +121,7 @@ def read(filesystem: fs.FileSystem, root: str) -> Kept:
     except FileNotFoundError:
         return ALL
     except OSError as cause:
-        reason = (str(cause).splitlines() or [repr(cause)])[0]
+        reason = first_line(cause)
         raise TrajectoryError(f"{path}: cannot be read: {reason}; valid: a readable file, or none") from cause
     return _parsed(text, path)
 

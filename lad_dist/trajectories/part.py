@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from lad_dist.errors import TrajectoryError
+from lad_dist.errors import TrajectoryError, first_line
 from lad_dist.trajectories import files
 from lad_dist.trajectories.schema import (
     COLUMNS,
@@ -104,17 +104,13 @@ def damage_named(path: str) -> Iterator[None]:
     except OSError as cause:
         if files.of_the_store(cause):
             raise TrajectoryError(
-                f"{path}: cannot be read: {_first_line(cause)}; run the same command again when the store answers"
+                f"{path}: cannot be read: {first_line(cause)}; run the same command again when the store answers"
             ) from cause
         if cause.errno is None:  # Arrow's own errors about the content are OSErrors without a number
-            raise damaged(path, _first_line(cause)) from cause
+            raise damaged(path, first_line(cause)) from cause
         raise TrajectoryError(f"{path}: cannot be read: {cause.strerror}; valid: a readable file") from cause
     except (pa.ArrowException, ValueError, OverflowError, MemoryError) as cause:
-        raise damaged(path, _first_line(cause)) from cause
-
-
-def _first_line(cause: BaseException) -> str:
-    return (str(cause).splitlines() or [repr(cause)])[0]
+        raise damaged(path, first_line(cause)) from cause
 
 
 def write_part(file: BinaryIO, meta: BufferMeta, rows: Sequence[Checkpoint]) -> None:

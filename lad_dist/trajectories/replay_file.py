@@ -13,13 +13,12 @@ Shapes: P weights of the whole network.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lad_dist.errors import LadDistError, TrajectoryError
+from lad_dist.errors import TrajectoryError
+from lad_dist.torch_file import check_records, refused
 from lad_dist.trajectories.schema import BufferMeta, Stage
 
 Vector = npt.NDArray[np.float32]
@@ -37,7 +37,6 @@ Checkpoints = Sequence[Sequence[Tensor]]  # one expert: epochs, then parameters
 NAME = re.compile(r"replay_buffer_(0|[1-9][0-9]{0,8})\.pt")
 EPOCHS_FIELD: dict[Stage, str] = {"representation": "epochs", "classifier": "classifier_epochs"}  # of recipe.experts
 _FORM = "a list of experts, each a list of checkpoints, each a list of tensors, as torch.save writes it"
-_CHUNK = 2**20
 
 
 def pt_files(folder: Path) -> list[Path]:
@@ -77,49 +76,13 @@ def load(path: Path) -> list[Any]:
 def checked_sum(path: Path) -> str:
     """Check a file's own checksums, which torch ignores; return its SHA-256. Raises ``TrajectoryError``."""
     with _refused(path):
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                    raise ValueError("its records are compressed, which torch.save does not do")
-                wrong = archive.testzip()
-            if wrong is not None:
-                raise ValueError(f"its record {wrong} does not match its checksum")
-        total = hashlib.sha256()
+        check_records(path, stored=True)
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                total.update(chunk)
-        return total.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def _refused(path: Path) -> Iterator[None]:
-    """Convert any error of reading a file into a ``TrajectoryError`` that names it."""
-    try:
-        yield
-    except LadDistError:  # an interruption, not a fault of the file
-        raise
-    except OSError as cause:
-        if cause.errno in (
-            None,
-            errno.EINVAL,
-        ):  # EINVAL: the file refers to an offset that it does not have
-            raise _damaged(path, cause) from cause
-        raise TrajectoryError(f"{path}: cannot be read: {cause.strerror}; valid: a readable file") from cause
-    except Exception as cause:  # a damaged file can raise any error in zipfile, the unpickler or torch
-        code = re.search(r"GLOBAL ([^\s]+)", str(cause))  # a name in the pickle that torch refuses to import
-        if code:
-            raise TrajectoryError(
-                f"{path}: was not loaded: it asks for {code[1]}, and a replay buffer needs nothing but lists and tensors; "
-                f"valid: {_FORM}"
-            ) from cause
-        raise _damaged(path, cause) from cause
-
-
-def _damaged(path: Path, cause: Exception) -> TrajectoryError:
-    reason = (str(cause).splitlines() or [""])[0].removesuffix(".") or repr(cause)
-    if "weights only" in reason.lower() or "weights_only" in reason:  # torch's message advises unsafe loading
-        reason = "its pickle cannot be understood"
-    return TrajectoryError(f"{path}: is damaged, or not a file of torch.save: {reason}; valid: {_FORM}")
+def _refused(path: Path) -> AbstractContextManager[None]:
+    return refused(path, TrajectoryError, "a replay buffer needs nothing but lists and tensors", _FORM)
 
 
 def check_expert(where: str, checkpoints: Any, stage: Stage, last: int, meta: BufferMeta) -> None:
