@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _MOST_NOTES = 10  # notes on the data to print
 _LOOK_SECONDS = 1.0  # between checks whether another process is still running
+_UNSHOWN_SECONDS = 2.0  # of decoding images
 
 
 @dataclass
@@ -303,7 +304,11 @@ class Pipeline:
             from lad_dist.data.prepare import prepare
 
             began = time.perf_counter()
-            self._data = self._accepted or prepare(self.recipe, self.run.whitening, self.device)
+            if self._accepted is None:
+                with _decoding_shown(self.screen) as on_progress:
+                    self._data = prepare(self.recipe, self.run.whitening, self.device, on_progress)
+            else:
+                self._data = self._accepted
             images = self._data.splits.train
             self.events.emit(
                 "data",
@@ -565,7 +570,8 @@ def open_pipeline(
         from lad_dist.data.prepare import accept
 
         RunDir.check_free(out)
-        accepted = accept(recipe, RunDir.whitening_to_come(out, recipe, buffers), device)
+        with _decoding_shown(screen) as on_progress:
+            accepted = accept(recipe, RunDir.whitening_to_come(out, recipe, buffers), device, on_progress)
         images = accepted.splits.train
         _try_own(recipe, images.channels, images.size, images.num_classes)
         if recipe.distill.initial_from is not None:
@@ -576,6 +582,23 @@ def open_pipeline(
     if accepted is not None:
         accepted.keep_whitening(run.whitening)
     return Pipeline(recipe, run, profile, device, screen, Events(run.events, listener), _accepted=accepted)
+
+
+@contextmanager
+def _decoding_shown(screen: Screen) -> Iterator[Callable[[int, int], None]]:
+    """Yield a receiver of (images done, images in total) that shows them once decoding has taken _UNSHOWN_SECONDS."""
+    began, before, task = time.monotonic(), 0, None
+    with ExitStack() as shown:
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal before, task
+            if task is None and done < total and time.monotonic() - began > _UNSHOWN_SECONDS:
+                task = shown.enter_context(screen.task("data", total, "images", before))
+            if task is not None:
+                task.advance(done - before)
+            before = done
+
+        yield on_progress
 
 
 def check_nobody_distils(run: RunDir, recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from lad_dist import ranks
 from lad_dist.errors import DataError, RecipeError, RunDirError
 from lad_dist.launch import local
 from lad_dist.pipeline import Pipeline, open_pipeline
 from lad_dist.profile import Profile
-from lad_dist.progress import read_events
+from lad_dist.progress import Screen, read_events
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import host_name
 from lad_dist.trajectories import claims
@@ -70,6 +72,16 @@ def test_data_that_cannot_be_whitened_leave_no_folder(tmp_path, folders, silent)
     with pytest.raises(DataError, match="is constant"):
         open_pipeline(recipe_of(folders, whitening="standardize"), tmp_path / "run", Profile(), None, CPU, silent)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(-1.0, True), (60.0, False)])
+def test_decoding_that_takes_long_is_shown(tmp_path, folders, monkeypatch, seconds, shown):
+    monkeypatch.setattr("lad_dist.pipeline._UNSHOWN_SECONDS", seconds)
+    screen = Screen(Console(file=io.StringIO(), width=100))
+    pipeline = open_pipeline(recipe_of(folders, image_size=8), tmp_path / "run", Profile(), None, CPU, screen)
+    images = sum(1 for _ in folders.rglob("*.png"))
+    said = screen.console.file.getvalue()
+    assert pipeline.data and (f"data: {images}/{images} images done" in said) == shown, said
 
 
 HOLD = """
