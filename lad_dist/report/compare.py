@@ -19,25 +19,15 @@ from lad_dist.recipe import Recipe, flat
 from lad_dist.report import charts, contents, pictures, tables
 from lad_dist.report.charts import Line
 from lad_dist.report.contents import Contents
-from lad_dist.report.figures import NARROW, WIDE, Figure
+from lad_dist.report.figures import ITERATION_FIGURES, NARROW, WIDE, Figure
 from lad_dist.report.history import Curve, History
 from lad_dist.report.page import template
-from lad_dist.results.paired import paired
+from lad_dist.results.paired import differences
 from lad_dist.rundir import RunDir, published
 
 COLOURS = ("s1", "s2", "s3", "s4", "s5", "s6")
 MOST_RUNS = len(COLOURS)
 WIDTHS = (("wide", WIDE), ("narrow", NARROW))
-_CURVES = (  # figure of an iteration, title, y axis, explanation
-    ("loss", "Matching loss", "relative squared distance", "1: the student has not moved; 0: it reached the target."),
-    ("cosine", "Direction of the student", "cosine", "Cosine between the displacements of student and expert."),
-    (
-        "norm_ratio",
-        "Length of the student's displacement",
-        "norm ratio",
-        "Over the expert's, over the weights compared.",
-    ),
-)
 _PARTS = (("head", "Head classes"), ("medium", "Medium classes"), ("tail", "Tail classes"), ("backbone", "Backbone"))
 _PHASES = ("representation", "classifier")
 
@@ -160,17 +150,13 @@ def _pairs(runs: Sequence[Named]) -> list[tuple[str, ...]]:
     for run in others:
         if results.not_comparable(run.found.rows, first.found.rows):
             continue
-        for architecture in dict.fromkeys(row["architecture"] for row in run.found.rows):
-            for figure in tables.FIGURES:
-                found = paired(run.found.main_rows, first.found.main_rows, figure, architecture=architecture)
-                if found is None:
-                    continue
-                interval = found.interval and "{:+.1f} to {:+.1f}".format(*(100 * x for x in found.interval))
-                lines.append((
-                    f"{run.name} \N{MINUS SIGN} {first.name}", architecture, figure, f"{100 * found.mean:+.1f}",
-                    "" if found.error is None else f"{100 * found.error:.1f}", str(len(found.seeds)),
-                    "" if found.t is None else f"{found.t:.1f}", interval or "",
-                ))  # fmt: skip
+        for architecture, figure, found in differences(run.found.rows, first.found.rows, tables.FIGURES):
+            interval = found.interval and "{:+.1f} to {:+.1f}".format(*(100 * x for x in found.interval))
+            lines.append((
+                f"{run.name} \N{MINUS SIGN} {first.name}", architecture, figure, f"{100 * found.mean:+.1f}",
+                "" if found.error is None else f"{100 * found.error:.1f}", str(len(found.seeds)),
+                "" if found.t is None else f"{found.t:.1f}", interval or "",
+            ))  # fmt: skip
     return lines
 
 
@@ -207,14 +193,13 @@ def _overlaid(
 
 def _curves(runs: Sequence[Named]) -> list[Figure]:
     figures = []
-    for name, title, y_title, note in _CURVES:
-        for phase in _PHASES:
-            of = f"{name}_{phase}"
-            figures.append(_overlaid(runs, f"{title}, {phase} phase", y_title, note, lambda h, of=of: h.curve(of)))  # type: ignore[misc]
-    note = "Learned with the images."
-    figures.append(
-        _overlaid(runs, "Learning rate of the student, alpha", "alpha", note, lambda h: h.curve("alpha"), False)
-    )
+    for f in ITERATION_FIGURES:
+        for phase in f.phases:
+            title = f"{f.title}, {phase} phase" if len(f.phases) > 1 else f.title
+            lines = [Line(r.name, r.colour, r.found.history.curve(f"{f.name}_{phase}")) for r in runs]
+            figures.append(Figure(title, charts.line_chart(title, lines, "iteration", f.y_title, **f.options), f.note))
+    title, note = "Learning rate of the student, alpha", "Learned with the images."
+    figures.append(_overlaid(runs, title, "alpha", note, lambda h: h.curve("alpha"), False))
     return [figure for figure in figures if figure.chart != Markup("")]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup
@@ -117,70 +117,97 @@ class Figure:
     note: str
 
 
+@dataclass(frozen=True)
+class IterationFigure:
+    """A figure of the iterations, recorded as ``name_PHASE`` for each of ``phases``."""
+
+    name: str
+    title: str
+    y_title: str
+    note: str
+    phases: tuple[str, ...] = ("representation", "classifier")
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+ITERATION_FIGURES = (
+    IterationFigure(
+        "loss",
+        "Matching loss",
+        "relative squared distance",
+        "Squared distance from student to expert, relative to how far the expert moved: 1 is a student that has "
+        "not moved, 0 one that reached the target. Each iteration draws a new window, hence the scatter; thick: "
+        "running mean.",
+        options={"reference": (1.0, "no progress")},
+    ),
+    IterationFigure(
+        "loss",
+        "Regression loss",
+        "squared error",
+        "Of real images' labels predicted by a linear classifier fitted in closed form to the features of the set: the mean "
+        "over images of the squared distance to the target probabilities.",
+        ("regression",),
+    ),
+    IterationFigure(
+        "accuracy",
+        "Regression accuracy",
+        "accuracy (%)",
+        "Of the same classifier on its real batch, which holds every class equally often: training images, augmented.",
+        ("regression",),
+        {"scale": 100.0},
+    ),
+    IterationFigure(
+        "loss",
+        "Statistics loss",
+        "loss",
+        "Cross-entropy of the set under a teacher, plus the weighted distance of its layer statistics from those of the "
+        "class-balanced training set.",
+        ("statistics",),
+    ),
+    IterationFigure(
+        "cosine",
+        "Direction of the student",
+        "cosine",
+        "Cosine between the displacements of student and expert: 1 is the expert's direction.",
+    ),
+    IterationFigure(
+        "norm_ratio",
+        "Length of the student's displacement",
+        "norm ratio",
+        "Norm of the student's displacement over the expert's, over the weights that the phase compares.",
+        options={"reference": (1.0, "as far as the expert")},
+    ),
+    IterationFigure(
+        "student_loss",
+        "Loss of the student",
+        "soft cross-entropy",
+        "On the synthetic images, mean over the student's steps; weighted by class where the phase weights it.",
+    ),
+)
+"""What the pages of one run and of several show of the iterations, besides alpha and gradients."""
+
+
 def distill_charts(found: Contents) -> list[Figure]:
     joint = found.recipe.distill.matching == "joint"
-    phases = (
-        ("representation", "all weights (joint)" if joint else "representation", "s1"),
-        ("classifier", "classifier", "s2"),
-    )
+    colours = {"representation": "s1", "classifier": "s2", "regression": "s4", "statistics": "s4"}
     history = found.history
 
-    def by_phase(figure: str) -> list[Line]:
-        return [Line(name, colour, history.curve(f"{figure}_{phase}")) for phase, name, colour in phases]
+    def named(phase: str) -> str:
+        return "all weights (joint)" if joint and phase == "representation" else phase
 
     def chart(title: str, lines: list[Line], y_title: str, note: str, **options: Any) -> Figure:
         return Figure(title, charts.line_chart(title, lines, "iteration", y_title, **options), note)
 
     figures = [
         _accuracy_on_the_way(history),
-        chart(
-            "Matching loss",
-            by_phase("loss"),
-            "relative squared distance",
-            "Squared distance from student to expert, relative to how far the expert moved: 1 is a student that has "
-            "not moved, 0 one that reached the target. Each iteration draws a new window, hence the scatter; thick: "
-            "running mean.",
-            reference=(1.0, "no progress"),
-        ),
-        chart(
-            "Regression loss",
-            [Line("regression", "s4", history.curve("loss_regression"))],
-            "squared error",
-            "Of real images' labels predicted by a linear classifier fitted in closed form to the features of the set: the mean "
-            "over images of the squared distance to the target probabilities.",
-        ),
-        chart(
-            "Regression accuracy",
-            [Line("regression", "s4", history.curve("accuracy_regression"))],
-            "accuracy (%)",
-            "Of the same classifier on its real batch, which holds every class equally often: training images, augmented.",
-            scale=100.0,
-        ),
-        chart(
-            "Statistics loss",
-            [Line("statistics", "s4", history.curve("loss_statistics"))],
-            "loss",
-            "Cross-entropy of the set under a teacher, plus the weighted distance of its layer statistics from those of the "
-            "class-balanced training set.",
-        ),
-        chart(
-            "Direction of the student",
-            by_phase("cosine"),
-            "cosine",
-            "Cosine between the displacements of student and expert: 1 is the expert's direction.",
-        ),
-        chart(
-            "Length of the student's displacement",
-            by_phase("norm_ratio"),
-            "norm ratio",
-            "Norm of the student's displacement over the expert's, over the weights that the phase compares.",
-            reference=(1.0, "as far as the expert"),
-        ),
-        chart(
-            "Loss of the student",
-            by_phase("student_loss"),
-            "soft cross-entropy",
-            "On the synthetic images, mean over the student's steps; weighted by class where the phase weights it.",
+        *(
+            chart(
+                f.title,
+                [Line(named(phase), colours[phase], history.curve(f"{f.name}_{phase}")) for phase in f.phases],
+                f.y_title,
+                f.note,
+                **f.options,
+            )
+            for f in ITERATION_FIGURES
         ),
         chart(
             "Learning rate of the student, alpha",

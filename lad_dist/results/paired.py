@@ -6,7 +6,7 @@ Rows are paired only if both were measured on the same images. Imports nothing h
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,18 @@ def paired(
     error = statistics.stdev(differences) / len(seeds) ** 0.5
     t = mean / error if error > 0 else None
     return Paired(tuple(seeds), tuple(differences), mean, error, t, degrees, _bootstrap(differences))
+
+
+def differences(
+    first: Sequence[Row], second: Sequence[Row], figures: Sequence[str] = ("overall", "tail")
+) -> Iterator[tuple[str, str, Paired]]:
+    """Yield (architecture, figure, difference) of two runs' distilled sets, where they have networks in common."""
+    ours, theirs = of_one_way(first), of_one_way(second)  # type: ignore[arg-type]
+    for architecture in dict.fromkeys(row["architecture"] for row in ours):
+        for figure in figures:
+            found = paired(ours, theirs, figure, architecture=architecture)
+            if found is not None:
+                yield architecture, figure, found
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lad_dist.progress import shortened
 from lad_dist.recipe import Recipe
 from lad_dist.report import tables
 from lad_dist.results import ranking
-from lad_dist.results.paired import Paired, gains, paired
+from lad_dist.results.paired import Paired, differences, gains, points
 from lad_dist.rundir import RunDir
 from lad_dist.status.read import RunStatus, State
 
@@ -189,10 +189,7 @@ def _differences(rows: Sequence[results.Row], reference: Sequence[results.Row]) 
         return []
     return [
         {"architecture": architecture, "figure": figure} | _plain(found)
-        for architecture in dict.fromkeys(row["architecture"] for row in rows)
-        for figure in ("overall", "tail")
-        if (found := paired(results.of_one_way(rows), results.of_one_way(reference), figure, architecture=architecture))
-        is not None
+        for architecture, figure, found in differences(rows, reference)
     ]
 
 
@@ -218,19 +215,13 @@ def compare_notes(runs: Sequence[Path]) -> Iterator[str]:
         if reason:
             yield f"{name} - {first[0]}: not compared in pairs: {reason}"
             continue
-        for architecture in dict.fromkeys(row["architecture"] for row in rows):
-            for figure in ("overall", "tail"):
-                found = paired(
-                    results.of_one_way(rows), results.of_one_way(first[1]), figure, architecture=architecture
-                )
-                if found is not None:
-                    yield f"{name} - {first[0]}, {architecture}, {figure}: {difference(found)}"
+        for architecture, figure, found in differences(rows, first[1]):
+            yield f"{name} - {first[0]}, {architecture}, {figure}: {difference(found)}"
 
 
 def difference(found: Paired) -> str:
-    """Format as ``+3.1 +- 0.4 points over 5 paired seeds (t = 7.8, 4 degrees of freedom)``."""
-    points = f"{100 * found.mean:+.1f}"
+    """Format as ``+3.1 ± 0.4 (standard error) points over 5 paired seeds, t = 7.8 with 4 degrees of freedom``."""
     if found.error is None:
-        return f"{points} points, one paired seed"
+        return f"{points(found)} points, one paired seed"
     t = "" if found.t is None else f", t = {found.t:.1f} with {found.degrees} degrees of freedom"
-    return f"{points} +- {100 * found.error:.1f} (standard error) points over {len(found.seeds)} paired seeds{t}"
+    return f"{points(found)} (standard error) points over {len(found.seeds)} paired seeds{t}"

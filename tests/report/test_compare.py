@@ -118,7 +118,7 @@ def test_the_command_says_where_the_page_is(two_runs, tmp_path):
     done = CliRunner().invoke(app, ["compare", *map(str, two_runs), "--out", str(tmp_path / "compare.html")])
     assert done.exit_code == 0, done.output
     assert f"page: {tmp_path / 'compare.html'}" in done.output and (tmp_path / "compare.html").exists()
-    assert "second - first, convnet, overall: +4.0 +- 0.0 (standard error) points over 3 paired seeds" in done.output
+    assert "second - first, convnet, overall: +4.0 ± 0.0 (standard error) points over 3 paired seeds" in done.output
 
 
 def change(file: Path, **fields: object) -> None:
