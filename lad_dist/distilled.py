@@ -222,6 +222,11 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
                 raise DistilledError(f"{where}: {name} holds NaN or infinity")
 
 
+def hard_logits(classes_S: Tensor, classes: int) -> Tensor:
+    """Return label logits (S, K) whose softmax is one-hot at each image's class."""
+    return HARD_LABEL_LOGIT * F.one_hot(classes_S, classes).float()
+
+
 def _read_meta(path: Path) -> tuple[DistilledMeta, dict[str, str]]:
     """Return the metadata and the checksums of the other files."""
     try:

@@ -532,10 +532,13 @@ class _Stage:
 def _try_own(recipe: Recipe, channels: int, size: int, classes: int) -> None:
     """Try once each user-defined component that the recipe names. Raises RecipeError or DataError if unusable."""
     from lad_dist.data import augment
+    from lad_dist.distill import statistics
     from lad_dist.evaluate import sources
     from lad_dist.models import network, zoo
 
-    network.build(recipe.model, channels, size, classes, seed=0, purpose=("template",))
+    made = network.build(recipe.model, channels, size, classes, seed=0, purpose=("template",))
+    if recipe.distill.lambda_statistics > 0:
+        statistics.check(made, channels, size)
     for name in recipe.evaluate.architectures:
         if name not in NETWORKS:
             zoo.network(name, channels, size, classes, seed=0, purpose=("template",))

@@ -20,7 +20,7 @@ from lad_dist.errors import LadDistError, RecipeError
 class Name:
     """Validator of a field's names: ``known`` ones, entry points of ``group``, ``module:attribute``.
 
-    The last two may have ``endings``, one after the other. Called by pydantic: an unknown name is a fault of the
+    The last two may have one of ``endings``, longest first. Called by pydantic: an unknown name is a fault of the
     recipe. A module's content is checked only when it is used.
     """
 
@@ -37,9 +37,11 @@ class Name:
         """Whether the name is known, an entry point, or of the form ``module:attribute``."""
         if name in self.known:
             return True
-        for ending in reversed(self.endings):
-            name = name.removesuffix(ending)
-        return ":" in name or name in offered(self.group)
+        ending = next((e for e in self.endings if name.endswith(e)), "")
+        module, colon, attribute = name.removesuffix(ending).partition(":")
+        if colon:
+            return all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
+        return module in offered(self.group)
 
     @property
     def valid(self) -> str:

@@ -59,7 +59,8 @@ BASELINES = (
     "random-soft-plain",
     "random-plain",
 )
-BASELINE_NAMES = Name(BASELINES, "lad_dist.baselines", endings=("-adsa", "-stored", "-teacher", "-soft", "-plain"))
+_ENDINGS = ("-soft-plain", "-soft-adsa", "-teacher-plain", "-soft", "-plain", "-stored", "-teacher")
+BASELINE_NAMES = Name(BASELINES, "lad_dist.baselines", _ENDINGS)
 Baseline = Annotated[Text, AfterValidator(BASELINE_NAMES)]
 Method = Annotated[Text, AfterValidator(Name(tuple(METHODS), GROUP))]
 ExpertStage = Literal["representation", "classifier"]
@@ -439,7 +440,8 @@ class EvaluateConfig(_Section):
         "same IPC with hard or with the experts' labels (...-soft), ways to train on the whole long-tailed set, the distilled "
         "images with hard labels, a set without augmentation (...-plain), a set with stored views, each with its own label "
         "(...-stored), a set whose augmented batches the experts label anew (...-teacher), the labelling experts themselves "
-        "(teachers), or module:attribute, which also takes these endings",
+        "(teachers), or module:attribute, also with -soft, -soft-adsa, -stored, -teacher, and with -plain after nothing, -soft or "
+        "-teacher",
     )
     split: Literal["test", "validation"] = Field("test", description="split that accuracy is measured on")
     architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = Field(
@@ -763,6 +765,8 @@ def _cross_faults(recipe: Recipe) -> list[str]:
         )
     if not recipe.phases:
         faults.append("distill.lambda_representation: every phase has weight 0; at least one must be above 0")
+    if d.initial == "real-crops" and d.initial_labels == "one-expert":
+        faults.append(f"distill.initial_labels: {d.initial_labels}, but crops are labelled by all experts; remove it")
     if d.windows > 1 and not recipe.matching_phases:
         faults.append(f"distill.windows: {d.windows}, but no phase of method {recipe.method} has windows; valid: 1")
     if d.lambda_regression > 0:

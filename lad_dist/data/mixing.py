@@ -54,3 +54,8 @@ def mix(images_BCHH: Tensor, mixed: Mixed) -> Tensor:
     out_BCHH = images_BCHH.clone()
     out_BCHH[:, :, top:bottom, left:right] = others_BCHH[:, :, top:bottom, left:right]
     return out_BCHH
+
+
+def mix_labels(p_BK: Tensor, mixed: Mixed) -> Tensor:
+    """Return the label probabilities of mixed images, (B, K)."""
+    return mixed.share * p_BK + (1 - mixed.share) * p_BK[mixed.others_B.to(p_BK.device)]

@@ -28,23 +28,22 @@ _MOST_IMAGES = 100  # of a class that are cropped, and ten times its images in t
 
 def best_crops(
     data: PreparedData, logits_of: Callable[[Tensor], Tensor], ipc: int, crops: int, seed: int
-) -> tuple[Tensor, np.ndarray, int]:
-    """Return (whitened crops (S, C, H, H) on the CPU, class-major; indices (S,) of their images; repeats).
+) -> tuple[Tensor, np.ndarray]:
+    """Return (whitened crops (S, C, H, H) on the CPU, class-major; indices (S,) of their images).
 
-    ``logits_of``: from whitened images (B, C, H, H) to an expert's logits (B, K). ``crops``: candidates per image. A
-    class with fewer crops than ``ipc`` repeats them in turn.
+    ``logits_of``: from whitened images (B, C, H, H) to an expert's logits (B, K). ``crops``: candidates per image, more
+    where a class needs them to have ``ipc``.
     """
     labels_N = data.splits.train.labels_N.numpy()
-    chosen, indices, repeats = [], [], 0
+    chosen, indices = [], []
     for c, members in enumerate(positions_by_class(labels_N, data.classes)):
         members = rng(seed, "initial", "crops", c).permutation(members)[: max(_MOST_IMAGES, 10 * ipc)]
-        candidates, losses_r = _scored(data, members, logits_of, c, crops, seed)
-        order = _in_rounds(losses_r.reshape(crops, len(members)))
-        repeats += max(0, ipc - len(order))
-        taken = np.resize(order, ipc)
+        each = max(crops, -(-ipc // len(members)))
+        candidates, losses_r = _scored(data, members, logits_of, c, each, seed)
+        taken = _in_rounds(losses_r.reshape(each, len(members)))[:ipc]
         chosen.append(candidates[torch.from_numpy(taken)])
         indices.append(members[taken % len(members)])
-    return torch.cat(chosen), np.concatenate(indices), repeats
+    return torch.cat(chosen), np.concatenate(indices)
 
 
 def _scored(

@@ -15,7 +15,7 @@ from torch import Tensor
 from lad_dist.data import augment
 from lad_dist.data.herding import herd
 from lad_dist.data.longtail import positions_by_class
-from lad_dist.distilled import HARD_LABEL_LOGIT
+from lad_dist.distilled import hard_logits
 from lad_dist.recipe import AugmentConfig
 from lad_dist.seeds import rng
 
@@ -127,7 +127,7 @@ def build(
     )
     true_S = torch.from_numpy(labels_N[indices_S])
     if hard_labels:
-        logits_SK = HARD_LABEL_LOGIT * torch.nn.functional.one_hot(true_S, classes).float()
+        logits_SK = hard_logits(true_S, classes)
         return InitialSet(indices_S, logits_SK, 0, repeated)
     if one_expert:
         return InitialSet(indices_S, logits_of(drawn, indices_S), 0, repeated)

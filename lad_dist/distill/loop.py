@@ -459,6 +459,7 @@ class Distillation:
             self._targets[expert],
             d.statistics_weight,
             d.statistics_first,
+            d.label_temperature,
         )
 
     def _agree(

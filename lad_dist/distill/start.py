@@ -23,7 +23,7 @@ from lad_dist.distill.crops import best_crops
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Student
 from lad_dist.distill.windows import Windows
-from lad_dist.distilled import HARD_LABEL_LOGIT, DistilledMeta, DistilledSet
+from lad_dist.distilled import DistilledMeta, DistilledSet, hard_logits
 from lad_dist.errors import DistilledError
 from lad_dist.labeller import Labeller
 from lad_dist.models import functional
@@ -58,7 +58,7 @@ def first_set(
     (``distill.initial_from``).
     """
     if recipe.distill.initial_from is not None:
-        return _set_from(set_to_start_from(recipe, data), screen, events)
+        return _set_from(set_to_start_from(recipe, data), recipe, windows, screen, events)
     if recipe.distill.initial == "real-crops":
         return _crops(recipe, data, student, windows, screen, events)
     d, cache, chosen_by = recipe.distill, dict[int, Tensor](), set[int]()
@@ -117,17 +117,16 @@ def _crops(
     """``first_set`` for ``distill.initial`` real-crops: the labels are the mean logits of all experts."""
     d = recipe.distill
     teachers = labeller(recipe, data, student, windows, most=len(windows.experts))
-    images_SCHH, indices_S, repeats = best_crops(data, teachers.logits, recipe.ipc, d.initial_crops, recipe.seed)
+    images_SCHH, indices_S = best_crops(data, teachers.logits, recipe.ipc, d.initial_crops, recipe.seed)
     if d.labels == "hard":
-        classes_S = data.splits.train.labels_N[torch.from_numpy(indices_S)]
-        logits_SK = HARD_LABEL_LOGIT * torch.nn.functional.one_hot(classes_S, data.classes).float()
+        logits_SK = hard_logits(data.splits.train.labels_N[torch.from_numpy(indices_S)], data.classes)
     else:
         on_device = images_SCHH.to(data.device)
         logits_SK = torch.cat([teachers.logits(x) for x in on_device.split(512)]).cpu() / d.label_temperature
     teachers.release()
-    source = {"images_no_expert_classified": 0, "images_repeated": repeats}
+    source = {"images_no_expert_classified": 0, "images_repeated": 0}
     events.emit("initial-set", indices=indices_S.tolist(), experts=list(windows.experts), **source)
-    screen.say(f"distill: {len(images_SCHH)} initial images: crops of real ones; {repeats} repeated")
+    screen.say(f"distill: {len(images_SCHH)} initial images: crops of real ones")
     return images_SCHH, logits_SK, source
 
 
@@ -136,7 +135,7 @@ def set_to_start_from(recipe: Recipe, data: PreparedData) -> DistilledSet:
 
     Raises DistilledError if there is none, or it is of other images, another whitening or another IPC.
     """
-    folder = Path(recipe.distill.initial_from or "")
+    folder = Path(recipe.distill.initial_from or "").expanduser()
     folder = folder / "distilled" if (folder / "recipe.yaml").is_file() else folder
     other, where = DistilledSet.load(folder), f"distill.initial_from: {folder}"
     if other.meta.data_fingerprint != data.splits.train.fingerprint():
@@ -148,12 +147,18 @@ def set_to_start_from(recipe: Recipe, data: PreparedData) -> DistilledSet:
     return other
 
 
-def _set_from(other: DistilledSet, screen: Screen, events: Events) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """``first_set`` from another set."""
+def _set_from(
+    other: DistilledSet, recipe: Recipe, windows: Windows, screen: Screen, events: Events
+) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """``first_set`` from another set: its images class after class, with its labels, or hard ones as the method has."""
     source = {"images_no_expert_classified": 0, "images_repeated": 0}
-    events.emit("initial-set", indices=[], experts=[], taken_from=other.meta.recipe_hash, **source)
+    events.emit("initial-set", indices=[], experts=list(windows.experts), taken_from=other.meta.recipe_hash, **source)
     screen.say(f"distill: starts from another set ({other.meta.method}, iteration {other.meta.iteration})")
-    return other.images.clone(), other.label_logits.clone(), source
+    order_S = other.labels.argsort(stable=True)
+    logits_SK = other.label_logits[order_S]
+    if recipe.distill.labels == "hard":
+        logits_SK = hard_logits(other.labels[order_S], logits_SK.shape[1])
+    return other.images[order_S], logits_SK, source
 
 
 def mean_logits(

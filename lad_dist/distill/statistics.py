@@ -14,7 +14,8 @@ much as a head class, and class by class with the class's own, averaged over the
 Differences: statistics are exact means over a batch (which holds the whole set unless it is larger than
 ``distill.batch``) instead of moving averages; networks of experts have no batch norm, so convolutions' inputs are
 measured, which exist in every network. The labels follow the teacher: their gradient is that of half the squared
-distance to its logits on the augmented images, so that they average over views and teachers.
+distance to its logits over ``distill.label_temperature`` on the augmented images, a mean over the batch, so that they
+average over views and teachers.
 
 With several ranks, rank 0 measures the training images once and broadcasts the result. In an iteration each rank writes
 its images' statistics to its own rows; the sum over ranks is the whole batch's, and the loss and its gradient by these
@@ -68,6 +69,11 @@ def statistics_of(module: nn.Module, views: dict[str, Tensor], images_BCHH: Tens
             "distill.lambda_statistics: the network has no convolution; valid: 0, or model.network convnet"
         )
     return logits_BK, [vector for x in inputs for vector in _vectors(x)]
+
+
+def check(module: nn.Module, channels: int, size: int) -> None:
+    """Raise RecipeError if the phase cannot measure a network of images (channels, size, size)."""
+    statistics_of(module, dict(module.named_parameters()), torch.zeros(1, channels, size, size))
 
 
 @contextmanager
@@ -142,6 +148,7 @@ def align(
     target: Target,
     weight: float,
     first: float,
+    temperature: float,
 ) -> SetGradients:
     """Return the phase's loss and its gradients for this rank's images and labels. All ranks call it.
 
@@ -162,7 +169,7 @@ def align(
         entropy_b = F.cross_entropy(logits_bK, own_labels_b, reduction="none")
         right_b = (logits_bK.argmax(dim=1) == own_labels_b).to(whole)
         whole[rows_in_batch_b] = torch.cat([own_bF.detach(), torch.stack([entropy_b.detach(), right_b], dim=1)], dim=1)
-        label_grad = synthetic.logits_SK[batch.rows_B] - logits_bK.detach()
+        label_grad = (synthetic.logits_SK[batch.rows_B] - logits_bK.detach() / temperature) / batch.size
     whole = student.ranks.total(whole)
     rows_BF = whole[:, :length].clone().requires_grad_()
     far = weight * distance(rows_BF, labels_B, target, first)

@@ -46,6 +46,7 @@ from lad_dist.evaluate.labels import adsa
 from lad_dist.evaluate.stored import StoredViews
 from lad_dist.evaluate.strong import strong_augmentation
 from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train
+from lad_dist.labeller import FILE as TEACHERS_FILE
 from lad_dist.labeller import Labeller
 from lad_dist.models.network import build
 from lad_dist.recipe import Recipe
@@ -98,7 +99,8 @@ def settings_with(recipe: Recipe, source: Source, learned: float) -> Settings:
     e = recipe.evaluate
     small = Settings.of_a_small_set(recipe, learned if e.lr is None else e.lr)
     if source.endswith("-plain"):
-        small = replace(small, augment=recipe.augment.model_copy(update={"operations": ()}))
+        without = recipe.augment.model_copy(update={"operations": ()})
+        small = replace(small, augment=without, augmentation="dsa", cutmix=0.0)
     if source == results.TEACHERS:
         return _by_sgd(small, epochs=0, batch=0, lr=0.0)
     if not of_everything(source):
@@ -237,7 +239,7 @@ def _teachers(recipe: Recipe, data: PreparedData, run: RunDir) -> Teachers:
     """
     if recipe.evaluate.teachers_from is None:
         return Teachers(recipe, data, Buffer(run.trajectories, recipe.experts_hash()))
-    other = RunDir.existing(Path(recipe.evaluate.teachers_from))
+    other = RunDir.existing(Path(recipe.evaluate.teachers_from).expanduser())
     theirs = recipe_file.load(other.recipe)
     buffer = Buffer(other.trajectories, theirs.experts_hash())
     where = f"evaluate.teachers_from: {other.root}"
@@ -252,8 +254,17 @@ def _teachers(recipe: Recipe, data: PreparedData, run: RunDir) -> Teachers:
 
 
 def _carries_its_own(recipe: Recipe, run: RunDir, source: Source) -> bool:
-    """Return whether a source's teachers come with the set: those of an imported one, whose experts are elsewhere."""
-    return recipe.evaluate.teachers_from is None and of_distilled(source) and results.is_imported(run)
+    """Return whether a source's teachers are those that the distilled set carries.
+
+    So it is for an imported set, whose experts are elsewhere; and, for all sources, where distillation began before all
+    experts were trained (``buffer.start_after``), so that the set carries those of its start.
+    """
+    e, carried = recipe.evaluate, (run.distilled / TEACHERS_FILE).is_file()
+    if e.teachers_from is not None:
+        return False
+    if results.is_imported(run):
+        return of_distilled(source) or source == results.TEACHERS
+    return carried and recipe.buffer.start_after is not None and e.teachers is None
 
 
 def labeller(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> Labeller:

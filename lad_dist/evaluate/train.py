@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lad_dist.data import augment
 from lad_dist.data.longtail import log_priors
-from lad_dist.data.mixing import draw_mix, mix
+from lad_dist.data.mixing import draw_mix, mix, mix_labels
 from lad_dist.errors import NumericalError
 from lad_dist.models.captured import Captured
 from lad_dist.models.convnet import ConvNet
@@ -49,9 +49,9 @@ class TrainingSet:
 
     ``labels_S`` are their classes, needed by class-balanced sampling and logit adjustment. ``label_views`` returns the
     label probabilities (B, K) of augmented images (B, C, H, H), in place of those that ``batch_of`` serves, and
-    ``label_logits`` the logits behind them; ``stored`` the augmented images (S, C, H, H) and their label logits (S, K)
-    of an epoch, in place of augmentation. ``strong`` augments whitened images by draws of (seed, counters), where
-    ``Settings.augmentation`` asks for it.
+    ``label_logits`` the logits behind them; ``stored`` the augmented and mixed images (S, C, H, H) of an epoch, their
+    label logits and class shares (S, K), in place of augmentation and mixing. ``strong`` augments whitened images by draws
+    of (seed, counters), where ``Settings.augmentation`` asks for it.
     """
 
     batch_of: BatchOf
@@ -59,7 +59,7 @@ class TrainingSet:
     labels_S: np.ndarray | None = None
     label_views: Callable[[Tensor], Tensor] | None = None
     label_logits: Callable[[Tensor], Tensor] | None = None
-    stored: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    stored: Callable[[int], tuple[Tensor, Tensor, Tensor]] | None = None
     strong: Callable[[Tensor, int, Counters], Tensor] | None = None
 
 
@@ -304,18 +304,18 @@ class _Step:
 
 def _batch(
     images: TrainingSet,
-    stored: tuple[Tensor, Tensor] | None,
+    stored: tuple[Tensor, Tensor, Tensor] | None,
     rows_B: Tensor,
     settings: Settings,
     draws: np.random.Generator,
     seed: int,
     counters: Counters,
 ) -> _Batch:
-    images_BCHH, p_BK = images.batch_of(rows_B)
-    logits_BK = None
     if stored is not None:
-        views_BCHH, logits_BK = (whole[rows_B.to(whole.device)] for whole in stored)
-    elif settings.augmentation == "randaugment":
+        views_BCHH, logits_BK, classes_BK = (whole[rows_B.to(whole.device)] for whole in stored)
+        return _Batch(views_BCHH, logits_BK.softmax(dim=1), logits_BK, classes_BK)
+    images_BCHH, p_BK = images.batch_of(rows_B)
+    if settings.augmentation == "randaugment":
         assert images.strong is not None
         views_BCHH = images.strong(images_BCHH, seed, (*counters, "strong"))
     else:
@@ -329,15 +329,12 @@ def _batch(
         )
     if mixed is not None:
         views_BCHH = mix(views_BCHH, mixed)
-        p_BK = mixed.share * p_BK + (1 - mixed.share) * p_BK[mixed.others_B.to(p_BK.device)]
+        p_BK = mix_labels(p_BK, mixed)
     if images.label_logits is not None and settings.label_loss == "logits":
         logits_BK = images.label_logits(views_BCHH)
-    elif images.label_views is not None:
-        return _Batch(views_BCHH, images.label_views(views_BCHH), None, p_BK)
-    elif logits_BK is not None and mixed is not None:  # stored before they were mixed
-        p = logits_BK.softmax(dim=1)
-        logits_BK = (mixed.share * p + (1 - mixed.share) * p[mixed.others_B.to(p.device)]).clamp_min(1e-12).log()
-    return _Batch(views_BCHH, p_BK if logits_BK is None else logits_BK.softmax(dim=1), logits_BK, p_BK)
+        return _Batch(views_BCHH, logits_BK.softmax(dim=1), logits_BK, p_BK)
+    labels_BK = p_BK if images.label_views is None else images.label_views(views_BCHH)
+    return _Batch(views_BCHH, labels_BK, None, p_BK)
 
 
 def _optimizer(weights: Sequence[Tensor], settings: Settings) -> Optimizer:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lad_dist.distilled import HARD_LABEL_LOGIT, DistilledSet
+from lad_dist.distilled import DistilledSet, hard_logits
 from lad_dist.errors import DistilledError
 from lad_dist.exchange.about import about
 from lad_dist.labeller import Labeller
@@ -46,7 +45,7 @@ class Incoming:
             return self.labels
         if self.kind == "probabilities":
             return self.labels.clamp_min(_SMALLEST).log()
-        return HARD_LABEL_LOGIT * F.one_hot(self.labels, classes).float()
+        return hard_logits(self.labels, classes)
 
 
 def of_set(distilled: DistilledSet, where: str) -> Incoming:

@@ -87,6 +87,8 @@ def install(
         )
     if teachers is not None:
         teachers.check()
+    order_S = classes_S.argsort(stable=True)  # class after class, as everything that takes a set up assumes
+    images_SCHH, logits_SK, classes_S = images_SCHH[order_S], logits_SK[order_S], classes_S[order_S]
     whole = DistilledSet(images_SCHH, logits_SK, classes_S, meta, data.whitening.to("cpu"), teachers=teachers)
     whole.validate(str(incoming.where))
     with run.publish_folder(run.distilled) as temporary:

@@ -21,7 +21,7 @@ from lad_dist.results import (
     labels_stored,
     of_one_way,
 )
-from lad_dist.results.paired import gains, points
+from lad_dist.results.paired import gains, not_compared, points
 
 if TYPE_CHECKING:
     from lad_dist.report.published import PublishedFigure
@@ -120,10 +120,10 @@ def protocol_notes(rows: Iterable[Row]) -> list[str]:
     States the origin of the learning rates, and every setting in which a source differs from the first one, except
     those that define the source (augmentation of ...-plain, all of the whole set).
     """
-    notes, rules = [], dict[str, list[tuple[str, str]]]()
+    measured, notes, rules = list(rows), [], dict[str, list[tuple[str, str]]]()
     schedules: dict[str, set[str]] = {"small": set(), "whole": set()}
     first: Row | None = None
-    for row in (members[0] for members in by_way(rows).values()):  # type: ignore[arg-type]
+    for row in (members[0] for members in by_way(measured).values()):  # type: ignore[arg-type]
         if row["source"] == TEACHERS:  # trains nothing
             continue
         title = source_title(row) if row["architecture"] == "convnet" else f"{source_title(row)}, {row['architecture']}"
@@ -137,10 +137,14 @@ def protocol_notes(rows: Iterable[Row]) -> list[str]:
         own, reference = (_comparable_settings(r) for r in (row, first))
         changed = [k for k in own if k in reference and own[k] != reference[k]]
         if str(row["source"]).endswith("-plain"):
-            changed = [k for k in changed if k != "augmentation"]
+            changed = [k for k in changed if k not in ("augmentation", "cutmix")]
         if changed:
             told = ", ".join(f"{k} {own[k]} (there {reference[k]})" for k in changed)
             notes.append(f"Protocol differs from {source_title(first)}: {title}: {told}.")
+    notes += [
+        f"{source_name(source)} and {source_name(reference)} are not compared in pairs: their {', '.join(changed)} differ."
+        for source, reference, changed in not_compared(measured)
+    ]
     said = [f"{rule}: {', '.join(_by_source(rule, rules))}" for rule in rules]
     if len(schedules["small"]) < 2:
         known = {kind: sorted(filter(None, of)) for kind, of in schedules.items()}  # rows may lack them

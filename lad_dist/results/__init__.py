@@ -123,13 +123,18 @@ def wanted(recipe: Recipe, run: RunDir) -> list[str]:
     """Return the sources that ``lad-dist run`` measures, in its order."""
     e = recipe.evaluate
     sources = ["distilled", *(["distilled-adsa"] if e.label_adjustment == "adsa" else []), *e.baselines]
-    imported = is_imported(run)  # no known initialisation, and no expert to label images
+    imported = is_imported(run)  # no known initialisation, and no expert of its own to label images
+    experts = not imported or e.teachers_from is not None
     left_out = ("initial",) if imported or _without_start(run.distilled / "tensors.safetensors") else ()
-    own = ("distilled-stored", "distilled-teacher") if (run.distilled / "teachers.safetensors").is_file() else ()
+    own = (
+        ("distilled-stored", "distilled-teacher", TEACHERS)
+        if (run.distilled / "teachers.safetensors").is_file()
+        else ()
+    )
     return [
         s
         for s in dict.fromkeys(sources)
-        if base_source(s) not in left_out and (not imported or s in own or not uses_experts(s))
+        if base_source(s) not in left_out and (experts or s in own or not uses_experts(s))
     ]
 
 

@@ -103,18 +103,49 @@ class Gain:
 
 def gains(rows: Sequence[Row]) -> list[Gain]:
     """Return a run's paired gains of the distilled set, by architecture and reference, where both were measured."""
-    same = of_one_way(rows)  # type: ignore[arg-type]
     found = []
+    for architecture, source, reference, pair in _with_references(rows):
+        if unlike(pair):
+            continue
+        of = {f: paired(pair, pair, f, source, architecture, reference) for f in ("overall", "tail")}
+        figures = {name: one for name, one in of.items() if one is not None}
+        if "overall" in figures:
+            found.append(Gain(reference, architecture, figures))
+    return found
+
+
+def not_compared(rows: Sequence[Row]) -> list[tuple[str, str, list[str]]]:
+    """Return (source, reference, settings that differ) of the distilled set and references that make no pair."""
+    pairs = ((source, reference, unlike(pair)) for _, source, reference, pair in _with_references(rows))
+    return [(source, reference, changed) for source, reference, changed in pairs if changed]
+
+
+def _with_references(rows: Sequence[Row]) -> Iterator[tuple[str, str, str, list[Row]]]:
+    """Yield (architecture, source, reference, rows of both) where both were measured, on the same split and images."""
+    same: list[Row] = of_one_way(rows)  # type: ignore[arg-type, assignment]
     for architecture in dict.fromkeys(row["architecture"] for row in same):
         for reference, source in REFERENCES.items():
             pair = [r for r in same if r["source"] in (source, reference) and r["architecture"] == architecture]
-            if len({(r.get("split"), images_of(r)) for r in pair}) > 1:  # different splits or images cannot be paired
-                continue
-            of = {f: paired(pair, pair, f, source, architecture, reference) for f in ("overall", "tail")}
-            figures = {name: one for name, one in of.items() if one is not None}
-            if "overall" in figures:
-                found.append(Gain(reference, architecture, figures))
-    return found
+            both = {r["source"] for r in pair} == {source, reference}
+            if both and len({(r.get("split"), images_of(r)) for r in pair}) == 1:
+                yield architecture, source, reference, pair
+
+
+_OF_THE_SOURCE = frozenset({"lr", "chosen", "chosen_by", "labelled_by"})
+
+
+def unlike(rows: Sequence[Row]) -> list[str]:
+    """Return the settings in which networks of two sources differ though no source asks for it; empty: they are a pair.
+
+    Learning rates may differ, as learned or chosen ones do, and epochs where both were chosen by the same rule; teachers
+    that label views may not.
+    """
+    documents = []
+    for said in (row["settings"] for row in rows if row.get("settings")):  # rows of old versions may have none
+        own = _OF_THE_SOURCE - ({"labelled_by"} if said.get("labels") in ("teacher", "stored") else set())
+        documents.append({k: v for k, v in said.items() if k not in (own | {"epochs"} if "chosen" in said else own)})
+    names = dict.fromkeys(name for document in documents for name in document)
+    return [name for name in names if any(document.get(name) != documents[0].get(name) for document in documents)]
 
 
 def points(found: Paired) -> str:

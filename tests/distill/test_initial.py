@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lad_dist.distill.initial import HARD_LABEL_LOGIT, build, choose_images, label_logits, vary_repeats
+from lad_dist.distill.initial import build, choose_images, label_logits, vary_repeats
 from lad_dist.distill.start import _of_whole_passes
+from lad_dist.distilled import HARD_LABEL_LOGIT
 from lad_dist.recipe import AugmentConfig
 
 LABELS = np.repeat([0, 1, 2], [6, 4, 3])

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from lad_dist.data.longtail import head_medium_tail
-from lad_dist.distill.initial import HARD_LABEL_LOGIT, vary_repeats
+from lad_dist.distill.initial import vary_repeats
 from lad_dist.distill.loop import Distillation, SaveClock, class_weights
 from lad_dist.distill.start import DataFacts
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Student
 from lad_dist.distill.update import Optimizers
-from lad_dist.distilled import DistilledSet
+from lad_dist.distilled import HARD_LABEL_LOGIT, DistilledSet
 from lad_dist.errors import DistilledError, Interrupted, NumericalError, TrajectoryError
 from lad_dist.models import functional
 from lad_dist.progress import read_events

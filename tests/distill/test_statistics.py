@@ -69,15 +69,16 @@ def by_hand(student, synthetic, theta, target, labels, weight, first):
     return total.detach(), torch.autograd.grad(total, images)[0], logits.detach()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("labels", [[0, 0, 1, 1, 2, 2], [0, 0, 0, 2, 2, 2]])
-def test_loss_and_gradients_equal_the_plain_derivation(problem, labels):
+def test_loss_and_gradients_equal_the_plain_derivation(problem, labels, temperature):
     student, synthetic, theta, target = problem
     rows, labels = torch.arange(6), torch.tensor(labels)
-    found = statistics.align(student, synthetic, Batch(rows), rows, labels, theta, target, 0.3, 10.0)
+    found = statistics.align(student, synthetic, Batch(rows), rows, labels, theta, target, 0.3, 10.0, temperature)
     loss, images, logits = by_hand(student, synthetic, theta, target, labels, 0.3, 10.0)
     torch.testing.assert_close(found.loss, loss)
     torch.testing.assert_close(found.by_rows.images_SCHH, images)
-    torch.testing.assert_close(found.by_rows.labels_SK, synthetic.logits_SK - logits)
+    torch.testing.assert_close(found.by_rows.labels_SK, (synthetic.logits_SK - logits / temperature) / 6)
     assert float(found.accuracy) == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
     assert float(images.abs().max()) > 0
 
@@ -85,7 +86,7 @@ def test_loss_and_gradients_equal_the_plain_derivation(problem, labels):
 def test_a_part_of_the_set_leaves_the_rest_alone(problem):
     student, synthetic, theta, target = problem
     rows, labels = torch.tensor([4, 1]), torch.tensor([2, 0])
-    found = statistics.align(student, synthetic, Batch(rows), torch.arange(2), labels, theta, target, 1.0, 1.0)
+    found = statistics.align(student, synthetic, Batch(rows), torch.arange(2), labels, theta, target, 1.0, 1.0, 1.0)
     untouched = [0, 2, 3, 5]
     assert float(found.by_rows.images_SCHH[untouched].abs().max()) == 0
     assert float(found.by_rows.labels_SK[untouched].abs().max()) == 0
@@ -99,7 +100,7 @@ def test_a_batch_with_the_targets_statistics_has_only_cross_entropy(problem):
     found = torch.cat(vectors, dim=1).detach()
     ends = tuple(np.cumsum([v.shape[1] for v in vectors]).tolist())
     target = statistics.Target(torch.stack([found[labels == c].mean(0) for c in range(3)]), ends)
-    result = statistics.align(student, synthetic, Batch(rows), rows, labels, theta, target, 1.0, 10.0)
+    result = statistics.align(student, synthetic, Batch(rows), rows, labels, theta, target, 1.0, 10.0, 1.0)
     assert float(result.loss) == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-3)
     assert bool(result.by_rows.images_SCHH.isfinite().all())
 
@@ -139,18 +140,21 @@ def test_best_crops(pipeline_of):
         scored.append(images)
         return images.mean(dim=(1, 2, 3)).unsqueeze(1) * torch.eye(1, data.classes)
 
-    images, indices, repeats = best_crops(data, logits_of, 3, 4, seed=0)
-    again, same, _ = best_crops(data, logits_of, 3, 4, seed=0)
-    other, _, _ = best_crops(data, logits_of, 3, 4, seed=1)
+    images, indices = best_crops(data, logits_of, 3, 4, seed=0)
+    again, same = best_crops(data, logits_of, 3, 4, seed=0)
+    other, _ = best_crops(data, logits_of, 3, 4, seed=1)
     assert torch.equal(images, again) and indices.tolist() == same.tolist() and not torch.equal(images, other)
     labels = data.splits.train.labels_N.numpy()
-    assert labels[indices].tolist() == [c for c in range(data.classes) for _ in range(3)] and repeats == 0
+    assert labels[indices].tolist() == [c for c in range(data.classes) for _ in range(3)]
     assert all(len(set(indices[3 * c : 3 * c + 3].tolist())) == 3 for c in range(data.classes))
     first = scored[0]  # class 0, whose logit is the mean brightness: the brightest crops win
     best = first.mean(dim=(1, 2, 3)).max()
     assert float(images[0].mean()) == pytest.approx(float(best))
-    few, _, repeats = best_crops(data, logits_of, 40, 2, seed=0)
-    assert len(few) == 40 * data.classes and repeats == sum(max(0, 40 - 2 * n) for n in data.counts)
+    few, indices = best_crops(data, logits_of, 40, 2, seed=0)  # more than two crops of an image in the small classes
+    assert min(data.counts) < 20 and len(few) == 40 * data.classes
+    for c, (own, chosen) in enumerate(zip(few.split(40), indices.reshape(-1, 40), strict=True)):
+        assert len(own.flatten(1).unique(dim=0)) > 25  # of small images, two crops may be the same pixels
+        assert set(labels[chosen]) == {c}
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
@@ -231,6 +235,9 @@ def test_it_starts_from_another_set(pipeline_of):
         ours, theirs = DistilledSet.load(hybrid.run.distilled), DistilledSet.load(lad.run.distilled)
         assert torch.equal(ours.initial_images, theirs.images)
         assert torch.equal(ours.initial_label_logits, theirs.label_logits)
+    again = pipeline_of("again", method="aligned", distill={**ALIGNED, "initial_from": str(lad.run.distilled)})
+    again.distill(hybrid.run.root)
+    assert bytes_of(again) == bytes_of(hybrid)
     for said, changes in {
         "has 2 images per class; valid: a set of ipc 1": {"ipc": 1},
         "other training images": {"data": {"n_max": 15}},
@@ -241,6 +248,25 @@ def test_it_starts_from_another_set(pipeline_of):
     assert not (lad.run.root.parent / "other").exists()
     with pytest.raises(DistilledError, match="is not a distilled set"):
         pipeline_of("other", distill={"initial_from": str(lad.run.root.parent / "nowhere")})
+
+
+def test_another_set_s_labels_are_those_of_the_method(pipeline_of):
+    start = pipeline_of("start")
+    start.distill()
+    hard = pipeline_of("hard", method="mtt", distill={"initial_from": str(start.run.root)})
+    hard.distill()
+    found = DistilledSet.load(hard.run.distilled)
+    assert torch.equal(found.initial_images, DistilledSet.load(start.run.distilled).images)
+    assert torch.equal(found.soft_labels, F.one_hot(found.labels, 10).float())
+
+
+def test_a_network_without_convolutions_is_refused_before_anything_is_trained(tmp_path, small_recipe, silent):
+    recipe = small_recipe(
+        method="aligned", model={"network": "mlp"}, distill=ALIGNED, evaluate={"architectures": ["convnet"]}
+    )
+    with pytest.raises(RecipeError, match="has no convolution"):
+        open_pipeline(recipe, tmp_path / "run", Profile(fleet="off"), None, torch.device("cpu"), silent)
+    assert not (tmp_path / "run").exists()
 
 
 def test_it_joins_the_matching_phases(pipeline_of):

@@ -40,7 +40,7 @@ def test_views_come_back_and_are_labelled_by_the_teachers(pipeline, source):
     views = [images.stored(epoch) for epoch in range(4)]
     assert torch.equal(views[0][0], views[3][0]) and torch.equal(views[0][1], views[3][1])
     assert not torch.equal(views[0][0], views[1][0])
-    for view, logits in views:
+    for view, logits, _ in views:
         assert view.shape == images.batch_of(EVERY)[0].shape
         torch.testing.assert_close(torch.softmax(logits, 1), label(view))
     plain = set_of(pipeline, results.base_source(source))
@@ -63,9 +63,38 @@ def test_training_sees_the_stored_views_alone(pipeline):
     network.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
     train(network, images, settings, 0, ("x",), lambda: None)
     for epoch, batch in enumerate(seen):
-        view, _ = images.stored(epoch)
+        view, _, _ = images.stored(epoch)
         rows = torch.cdist(batch.flatten(1), view.flatten(1)).argmin(dim=1)
         assert sorted(rows.tolist()) == list(range(20)) and torch.equal(batch, view[rows])
+
+
+@pytest.fixture
+def mixing(pipeline_of):
+    return pipeline_of(evaluate={**SMALL_RLDD, "stored_views": 3})
+
+
+def test_views_are_mixed_before_the_teachers_label_them(mixing):
+    mixing.distill()
+    images = set_of(mixing, "distilled-stored")
+    label = sources.labeller(mixing.recipe, mixing.data, mixing.run, "distilled-stored")
+    views, logits, classes = images.stored(1)
+    torch.testing.assert_close(logits, label.logits(views) / label.temperature)  # the scale of teacher labels
+    hard = set_of(mixing, "distilled-teacher").batch_of(EVERY)[1]
+    shares = classes.gather(1, hard.argmax(1, keepdim=True))
+    assert (
+        torch.allclose(classes.sum(1), torch.ones(20)) and bool((shares < 0.999).any()) and bool((shares > 0.5).any())
+    )
+    again = set_of(mixing, "distilled-stored").stored(4)
+    assert all(torch.equal(a, b) for a, b in zip((views, logits, classes), again, strict=True))
+    seen = []
+    network = build(1, 8, 10, 4, 2, seed=0, purpose=("t",))
+    network.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    settings = settings_of(mixing.recipe, mixing.data, mixing.run, "distilled-stored")
+    train(network, images, settings, 0, ("x",), lambda: None)
+    first = torch.cat(seen[:3])  # batches of 8, 8 and 4: the first epoch
+    view = images.stored(0)[0]
+    rows = torch.cdist(first.flatten(1), view.flatten(1)).argmin(dim=1)
+    assert sorted(rows.tolist()) == list(range(20)) and torch.equal(first, view[rows])  # not mixed again
 
 
 # --- the starting set's labels ------------------------------------------------------------------------------------------
@@ -93,8 +122,22 @@ def test_names():
     assert results.base_source("initial-hard") == "initial" and results.base_source("random-soft-adsa") == "random"
     assert results.labelled_by_experts("random-soft-adsa") and not results.uses_experts("initial-hard")
     assert results.check_source("mine:pick-stored") == "mine:pick-stored"
-    with pytest.raises(RecipeError, match="not known"):
-        results.check_source("full-stored")
+    for name in ("full-stored", "mine:pick-adsa", "mine:pick-stored-plain", "mine:pick-plain-soft"):
+        with pytest.raises(RecipeError, match="not known"):
+            results.check_source(name)
+
+
+@pytest.mark.parametrize("source", ["distilled-plain", "random-plain"])
+def test_without_augmentation_is_without_any_in_every_protocol(pipeline_of, source):
+    made = pipeline_of(evaluate=SMALL_RLDD)
+    made.distill()
+    settings, images, seen = settings_of(made.recipe, made.data, made.run, source), set_of(made, source), []
+    network = build(1, 8, 10, 4, 2, seed=0, purpose=("t",))
+    network.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    train(network, images, settings, 0, ("x",), lambda: None)
+    whole = images.batch_of(EVERY)[0]
+    rows = torch.cat([torch.cdist(batch.flatten(1), whole.flatten(1)).argmin(dim=1) for batch in seen[:3]])
+    assert sorted(rows.tolist()) == list(range(20)) and torch.equal(torch.cat(seen[:3]), whole[rows])
 
 
 # --- protocols ----------------------------------------------------------------------------------------------------------

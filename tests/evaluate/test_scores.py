@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lad_dist.evaluate.labels import TAUS, adsa
-from lad_dist.results.paired import added, gains, paired
+from lad_dist.report import tables
+from lad_dist.results.paired import added, gains, not_compared, paired
 from lad_dist.results.ranking import augmentation_robust_score, label_robust_score, scores
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -153,9 +154,9 @@ def test_compare_says_how_much_runs_differ_seed_by_seed(pipeline_of):
         folders.append(run.root)
     overall, tail = compare_notes(folders)
     assert overall.startswith(
-        "two - one, convnet, overall: +4.0 +- 1.2 (standard error) points over 3 paired seeds, t = 3.5 with 2"
+        "two - one, convnet, overall: +4.0 ± 1.2 (standard error) points over 3 paired seeds, t = 3.5 with 2"
     )
-    assert tail == "two - one, convnet, tail: +0.0 +- 0.0 (standard error) points over 3 paired seeds"
+    assert tail == "two - one, convnet, tail: +0.0 ± 0.0 (standard error) points over 3 paired seeds"
     assert list(compare_notes(folders[:1])) == []
 
 
@@ -197,6 +198,25 @@ def test_networks_on_other_images_or_of_another_protocol_are_no_pairs():
     mixed = [*measured("distilled", [0.5, 0.5, 0.9], settings={"epochs": 9}), *start]
     mixed[2]["settings"] = {"epochs": 1}
     assert gains(mixed)[0].figures["overall"].seeds == (0, 1)
+    settings = {"epochs": 9, "lr": 0.1, "labels": "soft", "augment": {"flip": 0.5}}
+    for changed, pair in {
+        "lr": True, "chosen_by": True, "epochs": False, "batch": False, "cutmix": False, "stored_views": False,
+    }.items():  # fmt: skip
+        rows = [
+            *measured("distilled", [0.5], settings=settings),
+            *measured("initial", [0.4], settings={**settings, changed: 5}),
+        ]
+        assert bool(gains(rows)) == pair and [c for _, _, c in not_compared(rows)] == ([] if pair else [[changed]])
+        assert (
+            any(f"are not compared in pairs: their {changed} differ" in n for n in tables.protocol_notes(rows)) != pair
+        )
+    chosen = [measured(s, [0.5], settings={**settings, "epochs": n, "chosen": "on validation images"}) for s, n in
+              (("distilled", 5), ("initial", 9))]  # fmt: skip
+    assert gains([*chosen[0], *chosen[1]])
+    for labels, pair in (("soft", True), ("teacher", False), ("stored", False)):
+        rows = [r for s in ("distilled-teacher", "random-teacher")
+                for r in measured(s, [0.5], settings={**settings, "labels": labels, "labelled_by": f"those of {s}"})]  # fmt: skip
+        assert bool(gains(rows)) == pair
 
 
 def test_another_architecture_is_named():

@@ -15,6 +15,7 @@ from lad_dist.errors import TrajectoryError
 from lad_dist.evaluate.measure import planned_rows
 from lad_dist.evaluate.sources import drawn_as, settings_of, training_set
 from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train, train_together
+from lad_dist.labeller import Labeller
 from lad_dist.models.convnet import build
 from lad_dist.recipe import AugmentConfig
 from lad_dist.report.tables import label_notes, source_name
@@ -171,9 +172,39 @@ def test_a_run_measures_them_and_an_imported_set_has_no_experts_for_them(pipelin
     assert "Distilled (LAD), teacher labels" in page and "Random real, teacher labels" in page
     meta = pipeline.run.distilled / "meta.json"
     meta.write_text(meta.read_text().replace('"method": "lad"', '"method": "imported"'))
-    assert results.wanted(pipeline.recipe, pipeline.run) == ["distilled", "distilled-teacher"]
+    recipe = pipeline.recipe.model_copy(
+        update={
+            "evaluate": pipeline.recipe.evaluate.model_copy(update={"baselines": (*SOURCES, "teachers", "random-soft")})
+        }
+    )
+    assert results.wanted(recipe, pipeline.run) == ["distilled", "distilled-teacher", "teachers"]
     (pipeline.run.distilled / "teachers.safetensors").unlink()
-    assert results.wanted(pipeline.recipe, pipeline.run) == ["distilled"]
+    assert results.wanted(recipe, pipeline.run) == ["distilled"]
+    elsewhere = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"teachers_from": "other"})})
+    assert results.wanted(elsewhere, pipeline.run) == [
+        "distilled",
+        *SOURCES[:1],
+        *SOURCES[2:],
+        "teachers",
+        "random-soft",
+    ]
+
+
+def test_a_set_made_before_all_experts_were_there_is_labelled_by_the_teachers_it_carries(pipeline_of):
+    pipeline = pipeline_of(buffer={"start_after": 1})
+    pipeline.distill()
+    whole = DistilledSet.load(pipeline.run.distilled)
+    first = Labeller(whole.teachers.model, whole.teachers.shape, whole.teachers.weights[:1], whole.teachers.temperature)
+    whole.teachers = first
+    shutil.rmtree(pipeline.run.distilled)
+    pipeline.run.distilled.mkdir()
+    whole.write(pipeline.run.distilled)
+    images, _ = set_of(pipeline, "random").batch_of(EVERY)
+    for source in ("distilled-teacher", "random-teacher"):
+        assert torch.equal(set_of(pipeline, source).label_views(images), first(images))
+        (row, *_) = planned_rows(pipeline.recipe, pipeline.data, pipeline.run, source)
+        assert row["settings"]["labelled_by"].startswith("mean logits of 1 teachers that came with the set")
+        assert row["keeps"]["teachers"] == first.bytes
 
 
 def test_sources_and_what_they_are_made_of():

@@ -99,8 +99,8 @@ def test_hard_labels_without_a_rate_as_mtt_saves_them(theirs, brought, tmp_path)
     assert not (tmp_path / "run").exists()
     assert brought(folder, "--lr", 0.02).exit_code == 0
     made = lad_dist.load(tmp_path / "run")
-    assert torch.equal(made.labels, classes) and made.lr == 0.02
-    assert torch.equal(made.soft_labels, torch.nn.functional.one_hot(classes, 10).float())
+    assert torch.equal(made.labels, classes.sort().values) and made.lr == 0.02
+    assert torch.equal(made.soft_labels, torch.nn.functional.one_hot(classes.sort().values, 10).float())
 
 
 def test_probabilities_are_asked_about_and_kept(theirs, brought, tmp_path):
@@ -167,6 +167,20 @@ def test_pt_of_hard_labels_comes_back(theirs, brought, lad, job, tmp_path):
     assert torch.load(tmp_path / "out" / LABELS).dtype == torch.int64
     assert lad("import", job, tmp_path / "out", "--out", tmp_path / "second").exit_code == 0
     assert torch.equal(lad_dist.load(tmp_path / "second").label_logits, lad_dist.load(tmp_path / "run").label_logits)
+
+
+def test_classes_in_any_order_become_class_after_class(theirs, brought, lad, job, tmp_path):
+    files = theirs(labels=torch.arange(10).repeat_interleave(2))
+    images, order = torch.load(files / "images_best.pt"), torch.randperm(20, generator=torch.Generator().manual_seed(3))
+    torch.save(images[order], files / "images_best.pt")
+    torch.save(torch.arange(10).repeat_interleave(2)[order], files / LABELS)
+    assert brought(files).exit_code == 0
+    found = lad_dist.load(tmp_path / "run")
+    assert found.labels.tolist() == sorted(order.div(2, rounding_mode="floor").tolist())
+    for image, label in zip(found.images, found.labels.tolist(), strict=True):
+        at = int((images - image).flatten(1).abs().sum(1).argmin())
+        assert torch.equal(images[at], image) and at // 2 == label
+    assert found.label_logits.argmax(1).tolist() == found.labels.tolist()
 
 
 @pytest.fixture
