@@ -30,7 +30,7 @@ from typing import Any
 
 from machine import cpu
 
-from lad_dist.results.paired import paired, points
+from lad_dist.results.paired import paired, points, unlike
 
 RESULTS = Path(__file__).parent / "results"
 MACHINE = "machine.txt"  # in --out: when and where it was measured
@@ -91,7 +91,10 @@ def options(args: argparse.Namespace, cell: Cell) -> list[str]:
         teachers = Cell("aligned", cell.factor, cell.ipc, cell.seed)
         own = json.loads(
             subprocess.run(
-                [sys.executable, "-c", _EVALUATE_OF, args.job], capture_output=True, text=True, check=True
+                [sys.executable, "-c", _EVALUATE_OF, args.job, *args.set_aligned, *args.set],
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout
         )
         sets += [f"evaluate.{name}={json.dumps(value)}" for name, value in own.items()]
@@ -121,7 +124,7 @@ _EVALUATE_OF = """
 import json, sys
 from lad_dist import recipe_file
 from lad_dist.catalog import find_job
-e = recipe_file.load(find_job(sys.argv[1]).recipe).evaluate.model_dump(mode="json")
+e = recipe_file.load(find_job(sys.argv[1]).recipe, sys.argv[2:]).evaluate.model_dump(mode="json")
 for name in ("baselines", "teachers_from", "split"):
     e.pop(name)
 print(json.dumps(e))
@@ -231,6 +234,13 @@ def over(images: str, args: argparse.Namespace, cells: list[Cell], source: str, 
     means, last = [], ""
     for cell in cells:
         first, second = (rows_of(args, [cell], s, architecture) for s in (source, reference))
+        changed = unlike([*first[0], *second[0]]) if first and second else []
+        if "labelled_by" in changed and source.startswith("lad:"):  # named differently: evaluate.teachers_from
+            changed.remove("labelled_by")
+        if changed:
+            sys.exit(
+                f"{cell.name}: networks on {source} and {reference} were not trained alike: {', '.join(changed)} differ"
+            )
         if first and second:
             name = source.rpartition(":")[2]
             found = paired(first[0], second[0], "overall", name, architecture, reference)

@@ -33,7 +33,7 @@ SAME_LEVEL = {  # within a level, only these
     ("profile", "recipe"), ("rundir", "recipe"), ("rundir", "recipe_file"), ("rundir", "errors"), ("rundir", "location"),
     ("location", "errors"),
     ("results", "errors"), ("results", "plugins"),
-    ("results", "rundir"), ("results", "recipe"), ("results", "seeds"), ("catalog", "errors"),
+    ("results", "rundir"), ("results", "recipe_file"), ("results", "recipe"), ("results", "seeds"), ("catalog", "errors"),
     ("progress", "errors"), ("progress", "callbacks"), ("plugins", "errors"),
     ("recipe", "plugins"), ("recipe", "methods"), ("recipe", "errors"), ("recipe_file", "methods"),
     ("methods", "plugins"), ("methods", "errors"),

@@ -10,6 +10,7 @@ evaluation/.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -20,7 +21,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lad_dist.errors import RecipeError, RunDirError
+from lad_dist import recipe_file
+from lad_dist.errors import LadDistError, RecipeError, RunDirError
 from lad_dist.plugins import Name
 from lad_dist.recipe import BASELINE_NAMES, Recipe
 from lad_dist.rundir import RunDir, published
@@ -191,8 +193,16 @@ def networks(recipe: Recipe, source: Source) -> list[tuple[str, int]]:
     """Return (architecture, seed) of every network that the recipe measures a source by."""
     e = recipe.evaluate
     if source == TEACHERS:
-        return [(recipe.model.network, 0)]
+        return [(_network_of_teachers(recipe), 0)]
     return [(a, seed) for a in dict.fromkeys(e.architectures) for seed in range(e.seeds)]
+
+
+def _network_of_teachers(recipe: Recipe) -> str:
+    """Return the teachers' network: that of the run ``evaluate.teachers_from`` where it can be read."""
+    if recipe.evaluate.teachers_from is not None:
+        with contextlib.suppress(LadDistError):
+            return recipe_file.load(Path(recipe.evaluate.teachers_from).expanduser() / "recipe.yaml").model.network
+    return recipe.model.network
 
 
 def _without_start(tensors: Path) -> bool:

@@ -141,7 +141,11 @@ def unlike(rows: Sequence[Row]) -> list[str]:
     that label views may not.
     """
     documents = []
-    for said in (row["settings"] for row in rows if row.get("settings")):  # rows of old versions may have none
+    for row in (row for row in rows if row.get("settings")):  # those of old versions may have none
+        said = dict(row["settings"])
+        if said.get("augmentation") == "randaugment":  # of the recipe's operations it has the flips alone
+            flips = "flip" in said["augment"]["operations"]
+            said["augment"] = said["augment"]["flip"] if flips else 0
         own = _OF_THE_SOURCE - ({"labelled_by"} if said.get("labels") in ("teacher", "stored") else set())
         documents.append({k: v for k, v in said.items() if k not in (own | {"epochs"} if "chosen" in said else own)})
     names = dict.fromkeys(name for document in documents for name in document)

@@ -254,6 +254,11 @@ def test_the_experts_of_another_run_label(pipeline_of):
     assert torch.equal(set_of(own, "random-teacher").label_views(images), theirs)
     (row, *_) = planned_rows(own.recipe, own.data, own.run, "random-teacher")
     assert row["settings"]["labelled_by"].startswith("mean logits of 2 representation experts of teachers (")
+    text = (other.run.root / "recipe.yaml").read_text()
+    (other.run.root / "recipe.yaml").write_text(text.replace("network: convnet", "network: mlp"))
+    assert results.networks(own.recipe, "teachers") == [("mlp", 0)]
+    (other.run.root / "recipe.yaml").write_text(text)
+    assert results.networks(own.recipe, "teachers") == [("convnet", 0)]
     for field, changes, said in (
         ("data", {"n_max": 15}, "other training images"),
         ("data", {"whitening": "none"}, "another data.whitening"),
