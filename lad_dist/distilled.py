@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lad_dist.recipe import Recipe
 
 FORMAT_VERSION = 1
+IMPORTED = "imported"  # value of ``DistilledMeta.method`` of sets made elsewhere, and of an unknown ``selection``
 HARD_LABEL_LOGIT = 200.0  # softmax of one such logit among zeros is one-hot in float32
 _TENSORS, _WHITENING, META = "tensors.safetensors", "whitening.safetensors", "meta.json"
 FILES = (_TENSORS, _WHITENING, TEACHERS)
@@ -67,6 +68,11 @@ class DistilledMeta:
         """Total iterations of its distillation, of which ``iteration`` was chosen; None for an imported set."""
         found = (self.recipe.get("distill") or {}).get("iterations")
         return found if isinstance(found, int) else None
+
+    @property
+    def imported(self) -> bool:
+        """Whether the set was made elsewhere."""
+        return self.method == IMPORTED
 
     def grows_into(self, recipe: Recipe) -> bool:
         """Return whether ``recipe``, which may share the run folder, adds iterations to the same distillation."""

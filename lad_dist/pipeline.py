@@ -104,7 +104,7 @@ class Pipeline:
         """Return whether the distilled set was made elsewhere, so that experts are not needed."""
         from lad_dist.distilled import DistilledSet
 
-        return self.run.distilled.exists() and DistilledSet.load(self.run.distilled).meta.method != self.recipe.method
+        return self.run.distilled.exists() and DistilledSet.load(self.run.distilled).meta.imported
 
     def _experts_needed_live(self) -> bool:
         """Return whether distillation may begin with a part of the experts, and neither of the two is done.

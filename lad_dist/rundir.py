@@ -156,7 +156,7 @@ class RunDir:
                 raise _not_a_run(root)
             text = recipe_file.dump(recipe, header="The resolved recipe of this run, every field spelled out.")
             if not run.recipe.exists() or (not keep_recipe and run.recipe.read_text(encoding="utf-8") != text):
-                with run.publish(run.recipe) as temporary:
+                with published(run.recipe) as temporary:
                     temporary.write_text(text, encoding="utf-8")
             run._place_buffer(recipe, buffers)
         return run
@@ -264,7 +264,7 @@ class RunDir:
         if present == shared:
             return
         self._make_way(shared, present)
-        with self.publish(self._buffer_uri) as temporary:
+        with published(self._buffer_uri) as temporary:
             temporary.write_text(shared + "\n", encoding="utf-8")
 
     def _link_to(self, shared: Path, present: Path | str) -> None:
@@ -290,18 +290,8 @@ class RunDir:
             folder.rmdir()
 
     @contextmanager
-    def publish(self, final: Path) -> Iterator[Path]:
-        """Publish a file: ``with run.publish(path) as temporary``; on success it is synced and renamed to ``path``.
-
-        Nothing appears under the final name unless the block ends normally. Raises StorageError where the file system
-        refuses (disk full, no permission), and removes the temporary file.
-        """
-        with published(final) as temporary:
-            yield temporary
-
-    @contextmanager
     def publish_folder(self, final: Path) -> Iterator[Path]:
-        """``publish`` for a whole folder; replaces an older folder of that name."""
+        """``published`` for a whole folder; replaces an older folder of that name."""
         with _storage(final, StorageError):
             temporary = _temporary_in(self.root)
             temporary.mkdir()
@@ -331,7 +321,11 @@ class RunDir:
 
 @contextmanager
 def published(final: Path) -> Iterator[Path]:
-    """Publish a file by rename, as every stage does; see ``RunDir.publish``."""
+    """Publish a file: ``with published(path) as temporary``; on success it is synced and renamed to ``path``.
+
+    Nothing appears under the final name unless the block ends normally. Raises StorageError where the file system
+    refuses (disk full, no permission), and removes the temporary file.
+    """
     with _storage(final, StorageError):
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary_in(final.parent, final.suffix)

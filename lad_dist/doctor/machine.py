@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,9 @@ from pathlib import Path
 from lad_dist import cores, ranks
 from lad_dist.doctor.findings import Finding, fail, ok, warn
 from lad_dist.errors import LadDistError
+from lad_dist.experts.cluster import listens
 from lad_dist.experts.private import exposure, renewed, token_file
+from lad_dist.experts.scheduler import cluster_address
 from lad_dist.profile import Profile
 
 OLDEST, NEWEST = (3, 11), (3, 13)
@@ -221,17 +222,16 @@ def ray_ready(profile: Profile) -> Iterator[Finding]:
         instead = "pip install 'lad-dist[ray]'; experts are trained in one process until then"
         yield (fail if profile.fleet == "on" else warn)("ray", "is not installed", instead)
         return
-    address = profile.ray.address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(profile)
     yield from _ray_token(joins=bool(address))
     if address and re.fullmatch(r"\S+:\d+", address):
-        host, _, port = address.rpartition(":")
-        if _answers(host.strip("[]"), int(port)):
+        if listens(address):
             yield ok("ray", f"{there}; {address} answers")
         else:
             yield fail(
                 "ray", f"no cluster answers at {address}", "start that cluster, or unset ray.address and RAY_ADDRESS"
             )
-    elif _answers("127.0.0.1", DASHBOARD_PORT):
+    elif listens(f"127.0.0.1:{DASHBOARD_PORT}"):
         found = f"{there}; port {DASHBOARD_PORT} is in use, so the dashboard gets another one"
         yield ok("ray", f"{found} and prints it")
     else:
@@ -248,11 +248,3 @@ def _ray_token(joins: bool) -> Iterator[Finding]:
         yield ok("ray token", f"{file}: only its owner can read it")
     else:
         yield (fail if joins else warn)("ray token", f"{file}: {how}", renewed(file))
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=2).close()
-    except OSError:
-        return False
-    return True

@@ -292,7 +292,7 @@ def _images_and_logits(distilled: DistilledSet, run: RunDir, source: Source) -> 
 
 
 def _no_start(distilled: DistilledSet, run: RunDir) -> str:
-    if distilled.meta.method == "imported":
+    if distilled.meta.imported:
         return f"{run.distilled}: is imported, so its starting set is not known"
     return (
         f"{run.distilled}: holds no initial label logits (an older version made it), so the source initial cannot be measured; "

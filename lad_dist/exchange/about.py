@@ -19,7 +19,6 @@ ABOUT = "lad_dist.json"  # marks a folder as an export, which --force may replac
 WHITENING = "whitening.safetensors"
 CARRIERS = ("folder", "parquet", "hf")  # forms that hold whitening and teachers as files
 FORMAT = "lad-dist distilled set 1"
-IMPORTED = "imported"  # value of ``DistilledMeta.method``, and of an unknown ``selection``
 _LONGEST_NAME = 60
 _OF_MACHINE = ("root", "train", "test", "download")  # fields of a recipe's data
 _PATH = re.compile(r"[/\\~$]")  # in text of a recipe, whose other values are names and ``module:attribute``

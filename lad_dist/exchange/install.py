@@ -15,9 +15,8 @@ from lad_dist import __version__, results
 from lad_dist.data.datasets import ImageSet
 from lad_dist.data.prepare import PreparedData
 from lad_dist.data.whitening import Kind
-from lad_dist.distilled import DistilledMeta, DistilledSet
+from lad_dist.distilled import IMPORTED, DistilledMeta, DistilledSet
 from lad_dist.errors import DistilledError
-from lad_dist.exchange.about import IMPORTED
 from lad_dist.exchange.incoming import Incoming
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir

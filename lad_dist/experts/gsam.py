@@ -58,15 +58,13 @@ def _gradient(loss_of: LossOf, weights_P: Tensor) -> tuple[Tensor, Tensor, Tenso
     return gradient_P, loss.detach(), logits_BK.detach()
 
 
-def sgd_step(weights_P: Tensor, gradient_P: Tensor, lr: float, weight_decay: float) -> Tensor:
-    """w - lr * (g + weight_decay * w): plain SGD without momentum, so a checkpoint is an expert's complete state."""
-    return weights_P - lr * (gradient_P + weight_decay * weights_P)
-
-
-def nesterov_step(
+def sgd_step(
     weights_P: Tensor, gradient_P: Tensor, velocity_P: Tensor | None, lr: float, weight_decay: float, momentum: float
 ) -> tuple[Tensor, Tensor]:
-    """Return (weights, velocity) after a step of SGD with Nesterov momentum, as torch's; ``velocity_P`` None: at rest."""
+    """Return (weights, velocity) after a step of SGD with Nesterov momentum, as torch's; ``velocity_P`` None: at rest.
+
+    Without momentum w - lr * (g + weight_decay * w), and a checkpoint is an expert's complete state.
+    """
     direction_P = gradient_P + weight_decay * weights_P
     velocity_P = direction_P if velocity_P is None else momentum * velocity_P + direction_P
     return weights_P - lr * (direction_P + momentum * velocity_P), velocity_P

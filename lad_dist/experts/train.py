@@ -27,7 +27,7 @@ from lad_dist.data.longtail import log_priors
 from lad_dist.data.mixing import Mixed, draw_mix, mix
 from lad_dist.data.prepare import PreparedData
 from lad_dist.errors import NumericalError, TrajectoryError
-from lad_dist.experts.gsam import LossOf, gsam_gradient, nesterov_step, sgd_step
+from lad_dist.experts.gsam import LossOf, gsam_gradient, sgd_step
 from lad_dist.experts.sampling import class_aware_order, shuffled_order
 from lad_dist.models import functional
 from lad_dist.models.captured import Captured
@@ -244,11 +244,9 @@ class ExpertTrainer:
                 of, weights_P, views_BCHH, labels_B, *_mixed_labels(mixed, labels_B)
             )
             lr = self.rate(epoch, step, steps) if representation else e.classifier_lr
-            if representation and e.momentum:
-                stepped_P, velocity_P = nesterov_step(weights_P, gradient_P, velocity_P, lr, decay, e.momentum)
-                weights_P[trained] = stepped_P
-            else:
-                weights_P[trained] = sgd_step(weights_P[trained], gradient_P, lr, decay)
+            weights_P[trained], velocity_P = sgd_step(
+                weights_P[trained], gradient_P, velocity_P, lr, decay, e.momentum if representation else 0.0
+            )
             loss_sum += loss * len(rows_B)
             correct += (logits_BK.argmax(dim=1) == labels_B).sum()
         return float(loss_sum) / len(order), float(correct) / len(order), len(order)

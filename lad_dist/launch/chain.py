@@ -67,8 +67,9 @@ def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str], buffer: Path
 
     left = []
     made = DistilledSet.load(run.distilled).meta if run.distilled.exists() else None
-    imported = made is not None and made.method != recipe.method
-    if not imported and experts_left(recipe, run.trajectories if buffer is None else buffer):
+    if not (made is not None and made.imported) and experts_left(
+        recipe, run.trajectories if buffer is None else buffer
+    ):
         left.append("experts")
     if made is None or made.grows_into(recipe):
         left.append("distill")

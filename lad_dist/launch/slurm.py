@@ -311,11 +311,9 @@ def _check(job: SlurmJob, wanted: Request) -> None:
     """
     lines = Path(job.script).read_text(encoding="utf-8").splitlines(keepends=True)
     script = "".join(line for line in lines if not line.startswith("#SBATCH --dependency"))
-    try:
-        slurm_command(["sbatch", "--test-only"], text=script, unless=_NOT_NOW)
-    except ClusterError as error:
-        why = _with_shortage(str(error).removeprefix("sbatch: "), wanted)
-        raise ClusterError(_REFUSED.format(stage=job.stage, why=why)) from error
+    why = _why_refused(script, wanted)
+    if why is not None:
+        raise ClusterError(_REFUSED.format(stage=job.stage, why=why))
 
 
 def refusal(stage: str, recipe: Recipe, profile: Profile) -> str | None:
@@ -327,7 +325,10 @@ def refusal(stage: str, recipe: Recipe, profile: Profile) -> str | None:
 
 
 def _refused(wanted: Request, profile: Profile) -> str | None:
-    script = _script(wanted, profile, None)  # without dependencies, see _check
+    return _why_refused(_script(wanted, profile, None), wanted)  # without dependencies, see _check
+
+
+def _why_refused(script: str, wanted: Request) -> str | None:
     try:
         slurm_command(["sbatch", "--test-only"], text=script, unless=_NOT_NOW)
     except ClusterError as error:

@@ -12,7 +12,7 @@ from typing import Any
 from lad_dist.plan.dataset_info import DatasetInfo
 from lad_dist.plan.estimate import durations_of
 from lad_dist.plan.resources import two_threads
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import Recipe, differences
 
 SECONDS = 120.0  # by the table; ten minutes allow for a machine a third as fast, small steps and other work
 _SHRINK = 0.75  # factor of one reduction
@@ -61,7 +61,9 @@ def quick(recipe: Recipe, info: DatasetInfo) -> Quick:
         _fit_windows(doc)
         shortened = Recipe.model_validate(doc)
         stages = _seconds(shortened, info, resources)
-    return Quick(shortened, tuple(_changes(recipe, shortened)), sum(stages.values()))
+    return Quick(
+        shortened, tuple((d.field, d.there, d.here) for d in differences(recipe, shortened)), sum(stages.values())
+    )
 
 
 def _seconds(recipe: Recipe, info: DatasetInfo, resources: Any) -> dict[str, float]:
@@ -109,13 +111,3 @@ def _fit_windows(doc: dict[str, Any]) -> None:
         d["select_every"] = min(d["select_every"], d["iterations"])
     if doc["buffer"]["start_after"] is not None:
         doc["buffer"]["start_after"] = min(doc["buffer"]["start_after"], e["count"])
-
-
-def _changes(before: Recipe, after: Recipe) -> list[tuple[str, Any, Any]]:
-    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
-    return [
-        (f"{section}.{name}", old[section][name], value)
-        for section in ("data", "model", "experts", "buffer", "distill", "evaluate")
-        for name, value in new[section].items()
-        if value != old[section][name]
-    ]

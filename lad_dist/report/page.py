@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from lad_dist import __version__, recipe_file, results
+from lad_dist import __version__, recipe_file, results, rundir
 from lad_dist.data.longtail import FEW_SHOT_BELOW, MANY_SHOT_ABOVE, head_medium_tail
 from lad_dist.recipe import Recipe
 from lad_dist.report import confusion, contents, figures, pictures, published, tables
@@ -42,9 +42,9 @@ def write_report(recipe: Recipe, run: RunDir) -> None:
             (SYNTHETIC, "synthetic images", shown.synthetic_GMHHC),
             (INITIAL, "the real images they started from", shown.initial_GMHHC),
         ):
-            with run.publish(run.report / name) as temporary:
+            with rundir.published(run.report / name) as temporary:
                 temporary.write_bytes(pictures.png_grid(shown, f"{recipe.name}: {title}", images))
-    with run.publish(run.report / INDEX) as temporary:
+    with rundir.published(run.report / INDEX) as temporary:
         temporary.write_text(render(found, shown), encoding="utf-8")
 
 
@@ -287,7 +287,7 @@ def _facts(found: Contents) -> list[tuple[str, str]]:
 def _iteration(found: Contents) -> str:
     """Name the set's iteration and their total; empty for an imported set, which no iteration of this run made."""
     meta = found.distilled.meta if found.distilled else None
-    if meta is None or meta.method != found.recipe.method:
+    if meta is None or meta.imported:
         return ""
     return f"{meta.iteration:,} of {found.recipe.distill.iterations:,}"
 

@@ -33,7 +33,7 @@ def test_equals_two_passes_through_the_module(problem):
     torch.testing.assert_close(step.perturbation_P, theirs["step1_e_w"])
     torch.testing.assert_close(step.gradient_P, theirs["step1_grad_final"])
     torch.testing.assert_close(step.logits_BK, theirs["logits_step1"])
-    torch.testing.assert_close(sgd_step(weights, step.gradient_P, 0.1, 0.01), theirs["params_after1"])
+    torch.testing.assert_close(sgd_step(weights, step.gradient_P, None, 0.1, 0.01, 0.0)[0], theirs["params_after1"])
     assert float((step.gradient_P - step.clean_P).abs().max()) > 1e-4
 
 
@@ -104,4 +104,4 @@ def test_orthogonal_part():
 
 def test_sgd_step():
     w, g = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.5])
-    torch.testing.assert_close(sgd_step(w, g, 0.1, 0.01), torch.tensor([1 - 0.1 * 0.51, -2 - 0.1 * 0.48]))
+    torch.testing.assert_close(sgd_step(w, g, None, 0.1, 0.01, 0.0)[0], torch.tensor([1 - 0.1 * 0.51, -2 - 0.1 * 0.48]))

@@ -14,7 +14,7 @@ from lad_dist.data import augment
 from lad_dist.data.mixing import draw_mix, mix
 from lad_dist.data.prepare import prepare
 from lad_dist.errors import Interrupted
-from lad_dist.experts.gsam import nesterov_step
+from lad_dist.experts.gsam import sgd_step
 from lad_dist.experts.train import ExpertTrainer, network_loss
 from lad_dist.models import functional
 from lad_dist.models.convnet import build, flat_parameters
@@ -62,7 +62,7 @@ def test_momentum_is_that_of_torch():
     for gradient in gradients:
         parameter.grad = gradient.clone()
         sgd.step()
-        ours, velocity = nesterov_step(ours, gradient, velocity, 0.1, 0.01, 0.9)
+        ours, velocity = sgd_step(ours, gradient, velocity, 0.1, 0.01, 0.9)
     torch.testing.assert_close(ours, parameter.detach())
 
 
