@@ -325,7 +325,7 @@ class Pipeline:
             )
             for note in shortened(self._data.splits.notes, _MOST_NOTES):
                 self.screen.say(f"data: {note}")
-            self._choose_threads(images.channels, images.size, images.num_classes)
+            self._choose_threads(*images.shape)
         return self._data
 
     def _say_threads(self, world: int) -> None:
@@ -575,8 +575,7 @@ def open_pipeline(
         RunDir.check_free(out)
         with _decoding_shown(screen) as on_progress:
             accepted = accept(recipe, RunDir.whitening_to_come(out, recipe, buffers), device, on_progress)
-        images = accepted.splits.train
-        _try_own(recipe, images.channels, images.size, images.num_classes)
+        _try_own(recipe, *accepted.splits.train.shape)
         if recipe.distill.initial_from is not None:
             from lad_dist.distill.start import set_to_start_from
 

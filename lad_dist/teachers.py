@@ -49,9 +49,8 @@ def check_network(buffer: Buffer, layout: Layout) -> None:
 
 def labeller_of(recipe: Recipe, data: PreparedData, layout: Layout, weights: Sequence[Tensor]) -> Labeller:
     """Return the labeller of the recipe's networks with these weights, each (P,)."""
-    images = data.splits.train
-    shape = (images.channels, images.size, images.num_classes)
-    return Labeller(recipe.model, shape, [layout.views(w_P) for w_P in weights], recipe.distill.label_temperature)
+    views = [layout.views(w_P) for w_P in weights]
+    return Labeller(recipe.model, data.splits.train.shape, views, recipe.distill.label_temperature)
 
 
 class Teachers:
@@ -62,10 +61,8 @@ class Teachers:
     """
 
     def __init__(self, recipe: Recipe, data: PreparedData, buffer: Buffer, run: str | None = None) -> None:
-        images = data.splits.train
         self._recipe, self._data, self._buffer, self._run = recipe, data, buffer, run
-        shape = (images.channels, images.size, images.num_classes)
-        self._network = build(recipe.model, *shape, seed=0, purpose=("template",)).to(data.device)
+        self._network = build(recipe.model, *data.splits.train.shape, seed=0, purpose=("template",)).to(data.device)
         self._layout = Layout.of(self._network)
         check_network(buffer, self._layout)
         self.stage, self._last = recipe.labelling

@@ -76,6 +76,11 @@ class ImageSet:
         return len(self.class_names)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, side in pixels, classes: what a network is built for."""
+        return self.channels, self.size, self.num_classes
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """Images per class."""
         return tuple(torch.bincount(self.labels_N, minlength=self.num_classes).tolist())

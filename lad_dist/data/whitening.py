@@ -147,6 +147,10 @@ class Whitening:
             return images_NCHW * self.inverse[:, None, None] + self.mean[:, None, None]
         return (images_NCHW.flatten(1) @ self.inverse + self.mean).reshape(images_NCHW.shape)
 
+    def pixels(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Return whitened images as 8-bit pixels, uint8 of the same shape: undone, clipped to [0, 1], rounded."""
+        return (self.invert(images_NCHW).clamp(0, 1) * 255).round().to(torch.uint8)
+
     def save(self, path: Path | str) -> None:
         """Write a safetensors file to ``path`` (publishing is up to the caller). Raises ``StorageError``."""
         tensors = {"mean": self.mean, "matrix": self.matrix, "inverse": self.inverse}

@@ -36,16 +36,15 @@ from lad_dist.data.prepare import PreparedData
 from lad_dist.errors import LadDistError, RecipeError, RunDirError
 from lad_dist.models import functional
 from lad_dist.models.convnet import flat_parameters
-from lad_dist.models.layout import Layout
 from lad_dist.models.network import build
 from lad_dist.recipe import Recipe
 from lad_dist.results import file_word
 from lad_dist.rundir import RunDir, published
 from lad_dist.seeds import rng
+from lad_dist.teachers import outputs
 
 EXPERT = 0
 _FIELD = "evaluate.baselines"
-_BATCH = 1024
 
 
 def random_real(recipe: Recipe, data: PreparedData, seed: int | str) -> np.ndarray:
@@ -214,7 +213,6 @@ def _features(
     recipe: Recipe, data: PreparedData, run: RunDir, space: FeatureSpace, trained: Callable[[], nn.Module]
 ) -> Tensor:
     """Return features (N, D) of all training images, on the host."""
-    images = data.splits.train
     if space.expert_epoch is None:
         with torch.enable_grad():
             network = trained()
@@ -224,8 +222,5 @@ def _features(
 
         buffer = Buffer(run.trajectories, recipe.experts_hash())
         weights_P = torch.from_numpy(buffer.read("representation", EXPERT, space.expert_epoch).copy()).to(data.device)
-        shape = (images.channels, images.size, images.num_classes)
-        network = build(recipe.model, *shape, seed=0, purpose=("features",)).to(data.device)
-    views = Layout.of(network).views(weights_P)
-    rows = torch.arange(len(data.train)).split(_BATCH)
-    return torch.cat([functional.features(network, views, data.train.batch(r)[0]) for r in rows]).cpu()
+        network = build(recipe.model, *data.splits.train.shape, seed=0, purpose=("features",)).to(data.device)
+    return outputs(functional.features, network, weights_P, data)

@@ -87,16 +87,9 @@ def trained(
     Raises:
         NumericalError: the loss became NaN or Inf.
     """
-    e, shapes = recipe.evaluate, data.splits.train
+    e, shape = recipe.evaluate, data.splits.train.shape
     settings = replace(Settings.of_a_small_set(recipe, alpha if e.lr is None else e.lr), epochs=epochs)
-    network = build(
-        recipe.model,
-        shapes.channels,
-        shapes.size,
-        shapes.num_classes,
-        seed=recipe.seed,
-        purpose=(purpose, "convnet"),
-    ).to(data.device)
+    network = build(recipe.model, *shape, seed=recipe.seed, purpose=(purpose, "convnet")).to(data.device)
     pixels, p = images_SCHH.to(data.device), p_SK.to(data.device)
     images = TrainingSet(rows_of(pixels, p), len(pixels))
     if settings.augmentation == "randaugment":

@@ -355,12 +355,10 @@ class _Work:
         return (drawn_as(self.source), row["architecture"], _drawn(row))
 
     def _network(self, row: results.Row) -> nn.Module:
-        images, e, m = self.data.splits.train, self.recipe.evaluate, self.recipe.model
+        e, m = self.recipe.evaluate, self.recipe.model
         return network(
             row["architecture"],
-            images.channels,
-            images.size,
-            images.num_classes,
+            *self.data.splits.train.shape,
             width=m.width,
             depth=m.depth,
             norm=e.norm,

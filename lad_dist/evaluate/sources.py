@@ -364,15 +364,8 @@ def _set_id(recipe: Recipe, run: RunDir, source: Source) -> str:
 
 def _network_for_features(recipe: Recipe, data: PreparedData, run: RunDir) -> Callable[[], nn.Module]:
     def trained() -> nn.Module:
-        images = data.splits.train
-        network = build(
-            recipe.model,
-            images.channels,
-            images.size,
-            images.num_classes,
-            seed=recipe.seed,
-            purpose=("evaluate", "features"),
-        ).to(data.device)
+        shape, purpose = data.splits.train.shape, ("evaluate", "features")
+        network = build(recipe.model, *shape, seed=recipe.seed, purpose=purpose).to(data.device)
         settings = settings_of(recipe, data, run, "full")
         train(network, everything(data), settings, recipe.seed, ("features",), lambda: None)
         return network

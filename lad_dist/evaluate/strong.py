@@ -42,7 +42,7 @@ def strong_augmentation(
                 transforms.RandomHorizontalFlip(flip),
             ]
         )
-        pixels_BCHH = (whitening.invert(images_BCHH).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        pixels_BCHH = whitening.pixels(images_BCHH).cpu()
         with torch_seeded(seed, "evaluate", *counters):
             return whitening.apply(torch.stack([steps(image) for image in pixels_BCHH]))
 

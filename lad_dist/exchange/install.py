@@ -79,7 +79,7 @@ def install(
         },
     )
     teachers = incoming.teachers
-    if teachers is not None and teachers.shape != (images.channels, images.size, images.num_classes):
+    if teachers is not None and teachers.shape != images.shape:
         shape = "x".join(map(str, teachers.shape))
         raise DistilledError(
             f"{incoming.where}: its teachers are of {shape} (channels, side, classes), not of the recipe's data"

@@ -29,8 +29,7 @@ def pixels(distilled: DistilledSet, on_images: Progress = lambda _: None) -> Ten
     """
     parts = []
     for images_BCHH in distilled.images.cpu().split(_AT_ONCE):
-        flat = distilled.whitening.to("cpu").invert(images_BCHH).clamp(0, 1)
-        parts.append((flat * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
+        parts.append(distilled.whitening.to("cpu").pixels(images_BCHH).permute(0, 2, 3, 1))
         on_images(len(images_BCHH))
     return torch.cat(parts)
 

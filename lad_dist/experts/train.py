@@ -115,13 +115,11 @@ class ExpertTrainer:
 
     def __init__(self, recipe: Recipe, data: PreparedData, folder: Path | str) -> None:
         self.recipe, self.data, self.folder = recipe, data, folder
-        images = data.splits.train
-        shape = (images.channels, images.size, images.num_classes)
-        self.module = build(recipe.model, *shape, seed=0, purpose=("template",)).to(data.device)
+        self.module = build(recipe.model, *data.splits.train.shape, seed=0, purpose=("template",)).to(data.device)
         set_precision(self.module, recipe.experts.precision)
         self.layout = Layout.of(self.module)
         self.meta = buffer_meta(recipe, data, self.layout)
-        self._labels_N = images.labels_N.numpy()
+        self._labels_N = data.splits.train.labels_N.numpy()
         tau = recipe.experts.logit_adjustment
         self._shift_K = torch.from_numpy(tau * log_priors(data.counts)).float().to(data.device) if tau else None
         self._captured = Captured("experts' steps")
@@ -198,15 +196,8 @@ class ExpertTrainer:
         return weights_P
 
     def _initial(self, expert: int) -> Tensor:
-        images = self.data.splits.train
-        network = build(
-            self.recipe.model,
-            images.channels,
-            images.size,
-            images.num_classes,
-            seed=self.recipe.experts.seed,
-            purpose=("expert", expert),
-        )
+        seed, shape = self.recipe.experts.seed, self.data.splits.train.shape
+        network = build(self.recipe.model, *shape, seed=seed, purpose=("expert", expert))
         return flat_parameters(network).to(self.data.device)
 
     def _epoch(self, stage: Stage, expert: int, epoch: int, weights_P: Tensor) -> tuple[float, float, int]:

@@ -71,8 +71,7 @@ def gallery(distilled: DistilledSet) -> Gallery:
 
 def _pixels(distilled: DistilledSet, images_SCHH: Tensor, rows_GM: Tensor) -> Tensor:
     """Return the selected images as uint8 (G, M, H, H, C); only those are un-whitened: ZCA costs C^2 H^4 each."""
-    flat = distilled.whitening.invert(images_SCHH[rows_GM.flatten()].cpu()).clamp(0, 1)
-    pixels = (flat * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    pixels = distilled.whitening.pixels(images_SCHH[rows_GM.flatten()].cpu()).permute(0, 2, 3, 1)
     return pixels.reshape(*rows_GM.shape, *pixels.shape[1:])
 
 
