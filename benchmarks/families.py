@@ -4,9 +4,9 @@
     python benchmarks/families.py digits-lt-aligned --lad digits-lt --ipc 1 2 5 --write
 
 Images are random and herded real ones, the starting set, LAD's and aligned ones; labels are hard, one fixed soft label, stored
-views, and a teacher that labels every batch. The teachers are the experts of JOB, a recipe of method aligned, for all images:
-LAD's, made by the recipe --lad with experts of its own, are labelled by the same teachers. Each network is trained by the same
-protocol (evaluate.* of JOB) and measured on the test set after its last epoch; nothing is chosen on it.
+views, and a teacher that labels every batch. The teachers are the experts of JOB, a recipe of method aligned, for all images.
+LAD's are made by the recipe --lad, with experts of its own, and imported into runs of JOB. So each network, of JOB's width, is
+trained by the same protocol (evaluate.* of JOB), and measured on the test set after its last epoch; nothing is chosen on it.
 
 Every run is an ordinary run folder under --out, so an interrupted comparison continues where it was; teachers and experts
 are trained once per factor. --report-only makes the table of what is there; --write puts it into
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,10 @@ IMAGES: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One factor, IPC and seed. ``kind``: aligned, lad or hybrid (aligned images that start from LAD's)."""
+    """One factor, IPC and seed. ``kind``: aligned, hybrid (aligned images that start from LAD's), lad, or theirs.
+
+    A run of kind theirs evaluates the images of lad.
+    """
 
     kind: str
     factor: float | None
@@ -86,24 +89,11 @@ def options(args: argparse.Namespace, cell: Cell) -> list[str]:
     """The options of a cell's run."""
     sets = [f"ipc={cell.ipc}", f"seed={cell.seed}"]
     sets += [] if cell.factor is None else [f"data.imbalance_factor={cell.factor:g}"]
-    if cell.kind == "lad":
-        sets += args.set_lad
-        teachers = Cell("aligned", cell.factor, cell.ipc, cell.seed)
-        own = json.loads(
-            subprocess.run(
-                [sys.executable, "-c", _EVALUATE_OF, args.job, *args.set_aligned, *args.set],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        sets += [f"evaluate.{name}={json.dumps(value)}" for name, value in own.items()]
-        sets += [f"evaluate.teachers_from={args.out / teachers.name}"]
-    else:
-        sets += args.set_aligned
+    sets += args.set_lad if cell.kind == "lad" else args.set_aligned
+    if cell.kind == "theirs":
+        sets += [f"evaluate.teachers_from={args.out / replace(cell, kind='aligned').name}"]
     if cell.kind == "hybrid":
-        start = args.out / Cell("lad", cell.factor, cell.ipc, cell.seed).name
-        sets += [f"distill.initial_from={start}"]
+        sets += [f"distill.initial_from={args.out / replace(cell, kind='lad').name}"]
     sets += args.set
     job = args.lad if cell.kind == "lad" else args.job
     out = [
@@ -119,21 +109,12 @@ def options(args: argparse.Namespace, cell: Cell) -> list[str]:
     return [job, *out, *(part for s in (*sets, "evaluate.baselines=[]") for part in ("--set", s))]
 
 
-# The protocol of JOB, which LAD's images are evaluated by too.
-_EVALUATE_OF = """
-import json, sys
-from lad_dist import recipe_file
-from lad_dist.catalog import find_job
-e = recipe_file.load(find_job(sys.argv[1]).recipe, sys.argv[2:]).evaluate.model_dump(mode="json")
-for name in ("baselines", "teachers_from", "split"):
-    e.pop(name)
-print(json.dumps(e))
-"""
-
-
 def execute(args: argparse.Namespace, cell: Cell, verb: str, more: list[str]) -> None:
     """Run one command of a cell; its output goes to a log beside its folder."""
-    log, began = args.out / f"{'-'.join([cell.name, verb, *(m for m in more if m[0] != '-')])}.log", time.monotonic()
+    log, began = (
+        args.out / f"{'-'.join([cell.name, verb, *(m for m in more if m[0] not in '-/')])}.log",
+        time.monotonic(),
+    )
     given = options(args, cell) + (["--fleet", "off"] if verb == "experts" else [])
     with log.open("a") as file:
         code = subprocess.run(
@@ -147,6 +128,11 @@ def execute(args: argparse.Namespace, cell: Cell, verb: str, more: list[str]) ->
     print(f"{log.stem}: {time.monotonic() - began:.0f} s", flush=True)
 
 
+def kind_of(prefix: str) -> str:
+    """The kind of the runs that measure a source of IMAGES."""
+    return "theirs" if prefix == "lad" else prefix
+
+
 def sources(args: argparse.Namespace, kind: str) -> list[str]:
     """The sources that runs of a kind measure, most wanted first."""
     found = []
@@ -154,7 +140,7 @@ def sources(args: argparse.Namespace, kind: str) -> list[str]:
         for images in args.images:
             source = IMAGES[images].get(labels)
             prefix, colon, name = (source or "").rpartition(":")
-            if source and (prefix if colon else "aligned") == kind:
+            if source and kind_of(prefix if colon else "aligned") == kind:
                 found.append(name)
     return found
 
@@ -172,9 +158,10 @@ def networks(args: argparse.Namespace, cell: Cell) -> list[list[str]]:
 def rows_of(args: argparse.Namespace, cells: list[Cell], source: str, architecture: str) -> list[list[dict[str, Any]]]:
     """Per cell that has them, the rows of a source."""
     prefix, colon, name = source.rpartition(":")
-    kind, found = prefix if colon else "aligned", []
+    found = []
     for cell in cells:
-        file = args.out / Cell(kind, cell.factor, cell.ipc, cell.seed).name / "evaluation" / "results.json"
+        run = args.out / replace(cell, kind=kind_of(prefix if colon else "aligned")).name
+        file = run / "evaluation" / "results.json"
         rows = json.loads(file.read_text())["rows"] if file.exists() else []
         found.append([r for r in rows if r["source"] == name and r["architecture"] == architecture])
     return [rows for rows in found if rows]
@@ -235,7 +222,7 @@ def over(images: str, args: argparse.Namespace, cells: list[Cell], source: str, 
     for cell in cells:
         first, second = (rows_of(args, [cell], s, architecture) for s in (source, reference))
         changed = unlike([*first[0], *second[0]]) if first and second else []
-        if "labelled_by" in changed and source.startswith("lad:"):  # named differently: evaluate.teachers_from
+        if "labelled_by" in changed and source.startswith("lad:"):  # the same teachers, by evaluate.teachers_from
             changed.remove("labelled_by")
         if changed:
             sys.exit(
@@ -290,12 +277,14 @@ def work(args: argparse.Namespace, kinds: list[str]) -> None:
         with ThreadPoolExecutor(args.workers) as pool:
             list(pool.map(lambda task: execute(args, *task), tasks))
 
-    together(
-        [(Cell(k, f, args.ipc[0], args.seeds[0]), "experts", []) for f in args.factors for k in kinds if k != "hybrid"]
-    )
+    trained = [k for k in kinds if k in ("aligned", "lad")]
+    together([(Cell(k, f, args.ipc[0], args.seeds[0]), "experts", []) for f in args.factors for k in trained])
     cells = [Cell(k, f, ipc, seed) for seed in args.seeds for f in args.factors for ipc in args.ipc for k in kinds]
-    for starts in (False, True):  # hybrids start from the sets of LAD
-        together([(cell, "distill", []) for cell in cells if (cell.kind == "hybrid") == starts])
+    for made in (trained, ["hybrid"]):  # hybrids start from the sets of LAD
+        together([(cell, "distill", []) for cell in cells if cell.kind in made])
+    for cell in cells:
+        if cell.kind == "theirs" and not (args.out / cell.name / "distilled").exists():
+            execute(args, cell, "import", [str(args.out / replace(cell, kind="lad").name), "--from", "set"])
     together([(cell, "evaluate", more) for cell in cells for more in networks(args, cell)])
 
 
@@ -326,14 +315,10 @@ def main() -> None:
     args.ipc, args.network = args.ipc or [recipe.ipc], recipe.model.network
     args.out = (args.out or Path("runs/families") / recipe.name).absolute()
     args.out.mkdir(parents=True, exist_ok=True)
-    theirs = recipe_file.load(find_job(args.lad).recipe, [*args.set_lad, *args.set]).model
-    ours = recipe_file.load(find_job(args.job).recipe, [*args.set_aligned, *args.set]).model
-    if "LAD" in args.images and (theirs.width, theirs.depth) != (ours.width, ours.depth):
-        parser.error(
-            f"students on LAD's images would have width {theirs.width} and depth {theirs.depth}, the others {ours.width} and "
-            f"{ours.depth}: pass --set-lad model.width={ours.width} --set-lad model.depth={ours.depth}, or no LAD in --images"
-        )
-    kinds = [k for k in ("aligned", "lad", "hybrid") if sources(args, k) or (k == "lad" and sources(args, "hybrid"))]
+    wanted = {k for k in ("aligned", "theirs", "hybrid") if sources(args, k)}
+    kinds = [
+        k for k in ("aligned", "lad", "hybrid", "theirs") if k in wanted | ({"lad"} if wanted != {"aligned"} else set())
+    ]
     if not args.report_only:
         work(args, kinds)
     file = args.out / MACHINE
