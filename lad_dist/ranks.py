@@ -36,6 +36,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lad_dist import errors
+from lad_dist.environment import environment
 from lad_dist.errors import Interrupted, LadDistError, RankError, first_line
 from lad_dist.interrupts import in_main_thread
 
@@ -458,11 +459,5 @@ def _signals_restored() -> Iterator[None]:
 def _loopback_only() -> Iterator[None]:
     """Restrict gloo's connections to this machine, unless the user has set an interface."""
     name = "GLOO_SOCKET_IFNAME"
-    ours = name not in os.environ and sys.platform == "linux"
-    if ours:
-        os.environ[name] = "lo"
-    try:
+    with environment({name: "lo"} if name not in os.environ and sys.platform == "linux" else {}):
         yield
-    finally:
-        if ours:
-            del os.environ[name]

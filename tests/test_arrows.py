@@ -37,7 +37,8 @@ SAME_LEVEL = {  # within a level, only these
     ("progress", "errors"), ("progress", "callbacks"), ("plugins", "errors"),
     ("recipe", "plugins"), ("recipe", "methods"), ("recipe", "errors"), ("recipe_file", "methods"),
     ("methods", "plugins"), ("methods", "errors"),
-    ("interrupts", "errors"), ("torch_file", "errors"), ("data", "recipe"), ("ranks", "errors"), ("ranks", "interrupts"),
+    ("interrupts", "errors"), ("torch_file", "errors"), ("data", "recipe"), ("ranks", "environment"),
+    ("ranks", "errors"), ("ranks", "interrupts"),
     ("models", "data"),  # torchvision, which one file of data/ imports
 }  # fmt: skip
 

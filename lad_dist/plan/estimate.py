@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lad_dist import cores
 from lad_dist.data import decoded
-from lad_dist.distill.memory import FREE_FRACTION
+from lad_dist.distill.memory import fitting_path
 from lad_dist.errors import RecipeError
 from lad_dist.plan import limits, memory
 from lad_dist.plan.dataset_info import DatasetInfo
@@ -175,12 +175,7 @@ def choose_path(recipe: Recipe, shapes: Shapes, free: int, batches: Batches) -> 
         path = "recompute" if d.gradient == "captured" else d.gradient  # the same work and memory
         return path, f"distill.gradient is {d.gradient}"
     needed = memory.auto_bytes(shapes, batches, d.student_steps)
-    limit = int(d.memory_gb * 1e9) if d.memory_gb is not None else int(free * FREE_FRACTION)
-    path = "keep" if needed <= limit else "recompute"
-    return (
-        path,
-        f"the graphs of {d.student_steps} steps need {size(needed)} of the {size(limit)} available",
-    )
+    return fitting_path(d, d.student_steps, needed, free)
 
 
 def _needs(recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: Resources, batches: Batches) -> list[Need]:

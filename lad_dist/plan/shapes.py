@@ -154,6 +154,7 @@ def _measured(network: str, channels: int, size: int, classes: int) -> MeasuredS
     from torch import Tensor, nn
     from torch.utils.flop_counter import FlopCounterMode
 
+    from lad_dist.distill.memory import saved_for_backward
     from lad_dist.models import functional
     from lad_dist.models.convnet import flat_parameters
     from lad_dist.models.layout import Layout
@@ -168,22 +169,15 @@ def _measured(network: str, channels: int, size: int, classes: int) -> MeasuredS
 
     def graph(count: int, second: bool) -> int:
         """Return the values of all distinct storages that a step keeps for its backward pass."""
-        storages: dict[int, int] = {}
-
-        def note(saved: Tensor) -> Tensor:
-            storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes() // 4
-            return saved
-
         theta_P = flat_parameters(module).requires_grad_(second)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+        with saved_for_backward() as counted:
             if second:
                 loss = functional.logits(module, layout.views(theta_P), images(count)).square().sum()
                 kept: Tensor = torch.autograd.grad(loss, theta_P, create_graph=True)[0]
             else:
                 kept = functional.features(module, layout.views(theta_P), images(count))
-        found = sum(storages.values())
         del kept
-        return found
+        return counted() // 4
 
     def note_output(layer: nn.Module, given: object, out: object) -> None:
         if isinstance(out, Tensor):
