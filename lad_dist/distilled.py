@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -126,6 +127,12 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.images, self.soft_labels, self.lr))
+
+    @property
+    def is_hard(self) -> bool:
+        """Whether every label is one-hot at the image's class, as in MTT."""
+        one_hot_SK = F.one_hot(self.labels.long(), len(self.meta.class_names)).float()
+        return torch.equal(self.soft_labels, one_hot_SK)
 
     def pictures(self) -> Tensor:
         """Return the images with whitening undone, in [0, 1], shape (S, C, H, H)."""

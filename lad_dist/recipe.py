@@ -298,7 +298,8 @@ class DistillConfig(_Section):
     )
     regression_targets: Literal["soft", "hard"] = Field(
         "soft",
-        description="what the regression predicts: the mean soft labels of the classifier experts, or the classes",
+        description="what the regression predicts: the mean soft labels of the classifier experts, at temperature 1 whatever "
+        "distill.label_temperature, or the classes",
     )
     lambda_statistics: Annotated[Float, Field(ge=0)] = Field(
         0.0,
@@ -789,6 +790,11 @@ def _cross_faults(recipe: Recipe) -> list[str]:
         faults.append(
             f"distill.start_epoch_max: a window from epoch {d.start_epoch_max - 1} over {d.window_epochs} epochs ends at {last}, "
             f"past experts.epochs {e.epochs}; at most {e.epochs - d.window_epochs + 1} is valid"
+        )
+    if (d.start_epoch_max_first is None) != (d.start_epoch_growth == 0):
+        faults.append(
+            f"distill.start_epoch_growth: {d.start_epoch_growth} with distill.start_epoch_max_first {d.start_epoch_max_first}; the "
+            "bound on start epochs grows from the one over the other: valid: both, or neither"
         )
     if d.start_epoch_max_first is not None and not d.start_epoch_min < d.start_epoch_max_first <= d.start_epoch_max:
         faults.append(

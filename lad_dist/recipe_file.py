@@ -142,18 +142,28 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def from_document(doc: dict[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
     """Make a recipe from a plain mapping; ``source`` names it in messages."""
-    before, protocol = doc.get("method"), _protocol(doc)
+    before, protocol, network = doc.get("method"), _protocol(doc), _network(doc)
     doc, sources, faults = apply_overrides(doc, overrides)
     if "method" in sources:  # lad for an unknown one
         _forget(doc, sources, "distill", {f for m in (before, doc["method"]) for f in preset(m) or preset("lad")})
     if _protocol(doc) != protocol:
         _forget(doc, sources, "evaluate", {f for fields in PROTOCOLS.values() for f in fields})
+    if _network(doc) != network and _section(doc, "evaluate").get("architectures") == [network]:
+        _forget(doc, sources, "evaluate", ["architectures"])  # they followed the network
     return validated(Recipe, doc, source, sources, faults)
 
 
+def _section(doc: dict[str, Any], name: str) -> dict[str, Any]:
+    found = doc.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _network(doc: dict[str, Any]) -> object:
+    return _section(doc, "model").get("network") or "convnet"
+
+
 def _protocol(doc: dict[str, Any]) -> object:
-    evaluate = doc.get("evaluate")
-    return (evaluate.get("protocol") if isinstance(evaluate, dict) else None) or "lad"
+    return _section(doc, "evaluate").get("protocol") or "lad"
 
 
 def _forget(doc: dict[str, Any], sources: dict[str, str], section: str, fields: Iterable[str]) -> None:

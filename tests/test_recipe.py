@@ -55,7 +55,7 @@ def test_a_wrong_type_or_bound_is_one_fault(doc):
 @pytest.mark.parametrize(("doc", "field"), [
     ({"experts": {"epochs": 5}}, "distill.start_epoch_max"),
     ({"distill": {"start_epoch_min": 20}}, "distill.start_epoch_max"),
-    ({"distill": {"start_epoch_max_first": 30}}, "distill.start_epoch_max_first"),
+    ({"distill": {"start_epoch_max_first": 30, "start_epoch_growth": 9}}, "distill.start_epoch_max_first"),
     ({"distill": {"classifier_start_epoch_max": 10}}, "distill.classifier_start_epoch_max"),
     ({"evaluate": {"split": "validation"}}, "evaluate.split"),
     ({"distill": {"select": "validation"}}, "distill.select"),
@@ -131,6 +131,25 @@ def test_methods_differ():
 def test_a_recipe_may_set_a_field_of_its_method():
     recipe = recipe_file.from_document({"method": "datm", "distill": {"labels": "hard"}})
     assert (recipe.distill.labels, recipe.distill.matching) == ("hard", "joint")
+
+
+def test_another_network_replaces_the_students_that_followed_the_old_one(tmp_path):
+    path = tmp_path / "recipe.yaml"
+
+    def saved(recipe, *sets):
+        path.write_text(recipe_file.dump(recipe))
+        return recipe_file.load(path, sets).evaluate.architectures
+
+    assert saved(Recipe(), "model.network=resnet18") == ("resnet18",)
+    assert saved(Recipe(), "model.network=resnet18", "evaluate.architectures=[convnet]") == ("convnet",)
+    both = Recipe.model_validate({"evaluate": {"architectures": ["convnet", "vgg11"]}})
+    assert saved(both, "model.network=resnet18") == ("convnet", "vgg11")
+
+
+@pytest.mark.parametrize("fields", [{"start_epoch_max_first": 5}, {"start_epoch_growth": 5}])
+def test_a_growing_bound_needs_both_of_its_fields(fields):
+    with pytest.raises(RecipeError, match="valid: both, or neither"):
+        recipe_file.from_document({"distill": fields})
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from lad_dist.distill.live import LiveExperts
 from lad_dist.distill.memory import choose_path, faster
 from lad_dist.distill.precision import cosines_to_float32
 from lad_dist.distill.regression import RealBatches, kept_features, regress
-from lad_dist.distill.replay import ReplayRecord, check_not_replayed
+from lad_dist.distill.replay import ReplayRecord, check_not_replayed, initial_experts
 from lad_dist.distill.shards import Share
 from lad_dist.distill.start import DataFacts, first_set, labeller, mean_logits, publish
 from lad_dist.distill.state import State
@@ -43,7 +44,7 @@ from lad_dist.models.convolution import set_precision
 from lad_dist.models.network import build
 from lad_dist.progress import Events, Screen
 from lad_dist.ranks import ALONE, Ranks, groups_of, raise_first
-from lad_dist.recipe import PhaseName, Recipe
+from lad_dist.recipe import MOST_TEACHERS, PhaseName, Recipe
 from lad_dist.rundir import RunDir, host_name
 from lad_dist.seeds import rng
 from lad_dist.teachers import check_network
@@ -296,8 +297,14 @@ class Distillation:
         """Publish the whole current set; rank 0 reads the other ranks' shares from a checkpoint that this saves."""
         self.write(state)
         if data is not None:
-            teachers = labeller(self.recipe, data, self.student, self.windows)
+            teachers = labeller(self.recipe, data, self.student, self.windows, self._first_experts()[:MOST_TEACHERS])
             publish(self.recipe, data, self.whole(state), self.run, folder, teachers)
+
+    def _first_experts(self) -> Sequence[int]:
+        """Return the experts that made the initial set; of ``buffer.start_after``, those that were complete then."""
+        if self.record is not None or self.recipe.buffer.start_after is None:
+            return self.windows.experts
+        return initial_experts(self.run) or self.windows.experts
 
     def save(self, state: State) -> None:
         """Write a checkpoint. All ranks call it."""

@@ -39,6 +39,7 @@ class _Course:
     """The course of the distillation according to the events read so far."""
 
     experts: tuple[int, ...] | None = None
+    start: str | None = None  # checksum of the set it started from, if that was another run's
     windows: dict[int, Chosen] = field(default_factory=dict)  # by number of previous iterations
     paths: dict[int, GradientPath] = field(default_factory=dict)
     replayed_from: str | None = None
@@ -52,6 +53,7 @@ class ReplayRecord:
     experts: tuple[int, ...]  # of the initial set
     windows: tuple[Chosen, ...]
     paths: tuple[GradientPath, ...]
+    start: str | None = None  # checksum of the other run's set that it started from
 
     @classmethod
     def read(cls, folder: Path, recipe: Recipe, into: RunDir) -> ReplayRecord:
@@ -82,6 +84,7 @@ class ReplayRecord:
             course.experts,
             tuple(course.windows[i] for i in range(total)),
             tuple(course.paths[i] for i in range(total)),
+            course.start,
         )
 
     def window(self, phase: PhaseName, iteration: int, number: int = 0) -> tuple[int, int]:
@@ -127,6 +130,11 @@ class ReplayRecord:
             )
 
 
+def initial_experts(run: RunDir) -> tuple[int, ...] | None:
+    """Return the experts that made the initial set of the run's distillation; None if that is not recorded."""
+    return _course(read_events(run.events)).experts
+
+
 def check_not_replayed(into: RunDir) -> None:
     """Raise RunDirError if the distillation to continue in ``into`` is a replay, which must continue as one."""
     other = _course(read_events(into.events)).replayed_from
@@ -149,7 +157,7 @@ def _course(events: Iterable[Event]) -> _Course:
     for event in events:
         kind, at = event["kind"], event.get("iteration")
         if kind == "initial-set":  # a new start: discard everything before
-            course = _Course(experts=_experts(event.get("experts")))
+            course = _Course(experts=_experts(event.get("experts")), start=event.get("start"))
         elif kind == "distill-started" and isinstance(at, int):
             course.windows = {i: w for i, w in course.windows.items() if i < at}
             course.replayed_from = event.get("replayed_from")

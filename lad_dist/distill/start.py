@@ -7,8 +7,9 @@ Shapes: S synthetic images, N training images, K classes.
 
 from __future__ import annotations
 
+import hashlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from lad_dist.errors import DistilledError
 from lad_dist.labeller import Labeller
 from lad_dist.models import functional
 from lad_dist.progress import Events, Screen
-from lad_dist.recipe import MOST_TEACHERS, Recipe
+from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
 from lad_dist.teachers import Output, labeller_of
 from lad_dist.teachers import outputs as outputs_of
@@ -116,7 +117,7 @@ def _crops(
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
     """``first_set`` for ``distill.initial`` real-crops: the labels are the mean logits of all experts."""
     d = recipe.distill
-    teachers = labeller(recipe, data, student, windows, most=len(windows.experts))
+    teachers = labeller(recipe, data, student, windows, windows.experts)
     images_SCHH, indices_S = best_crops(data, teachers.logits, recipe.ipc, d.initial_crops, recipe.seed)
     if d.labels == "hard":
         logits_SK = hard_logits(data.splits.train.labels_N[torch.from_numpy(indices_S)], data.classes)
@@ -150,9 +151,19 @@ def set_to_start_from(recipe: Recipe, data: PreparedData) -> DistilledSet:
 def _set_from(
     other: DistilledSet, recipe: Recipe, windows: Windows, screen: Screen, events: Events
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """``first_set`` from another set: its images class after class, with its labels, or hard ones as the method has."""
+    """``first_set`` from another set: its images class after class, with its labels, or hard ones as the method has.
+
+    Raises DistilledError if a replayed run started from another set.
+    """
     source = {"images_no_expert_classified": 0, "images_repeated": 0}
-    events.emit("initial-set", indices=[], experts=list(windows.experts), taken_from=other.meta.recipe_hash, **source)
+    digest = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in (other.images, other.label_logits)))
+    start, record = digest.hexdigest(), windows.record
+    if record is not None and record.start not in (None, start):
+        raise DistilledError(
+            f"distill.initial_from: {recipe.distill.initial_from}: is not the set that {record.run} started from; valid: that set"
+        )
+    about = {"taken_from": other.meta.recipe_hash, "start": start}
+    events.emit("initial-set", indices=[], experts=list(windows.experts), **about, **source)
     screen.say(f"distill: starts from another set ({other.meta.method}, iteration {other.meta.iteration})")
     order_S = other.labels.argsort(stable=True)
     logits_SK = other.label_logits[order_S]
@@ -199,10 +210,10 @@ def _of_whole_passes(logits_of: Callable[[np.ndarray], Tensor], indices: np.ndar
 
 
 def labeller(
-    recipe: Recipe, data: PreparedData, student: Student, windows: Windows, most: int = MOST_TEACHERS
+    recipe: Recipe, data: PreparedData, student: Student, windows: Windows, experts: Sequence[int]
 ) -> Labeller:
-    """Return the first ``most`` experts that label images; by default those that a distilled set carries."""
-    weights = [windows.teacher(expert).cpu() for expert in windows.experts[:most]]
+    """Return ``experts`` as teachers."""
+    weights = [windows.teacher(expert).cpu() for expert in experts]
     return labeller_of(recipe, data, student.layout, weights)
 
 

@@ -45,14 +45,14 @@ class Windows:
     def __init__(
         self, buffer: Buffer, layout: Layout, recipe: Recipe, device: torch.device, record: ReplayRecord | None = None
     ) -> None:
-        self._layout, self._recipe, self._device, self._record = layout, recipe, device, record
+        self._layout, self._recipe, self._device, self.record = layout, recipe, device, record
         self.checkpoints = CheckpointCache(buffer, recipe.buffer.cache_mb * 2**20)
         self.experts: Sequence[int] = range(recipe.experts.count)
 
     def start_bound(self, iteration: int) -> int:
         """Return the exclusive bound of representation start epochs: DATM's schedule, linear from first to last."""
         d = self._recipe.distill
-        if d.start_epoch_max_first is None or d.start_epoch_growth == 0:
+        if d.start_epoch_max_first is None:
             return d.start_epoch_max
         grown = (d.start_epoch_max - d.start_epoch_max_first) * min(1.0, iteration / d.start_epoch_growth)
         return d.start_epoch_max_first + int(grown)
@@ -62,8 +62,8 @@ class Windows:
 
         A function of (seed, iteration, number of the window) and of the experts to draw from.
         """
-        if self._record is not None:
-            return self._record.window(phase, iteration, number)
+        if self.record is not None:
+            return self.record.window(phase, iteration, number)
         d = self._recipe.distill
         generator = rng(self._recipe.seed, "distill", iteration, "window", phase, *counters(number))
         expert = self.experts[int(generator.integers(len(self.experts)))]

@@ -146,15 +146,18 @@ class FeatureSpace:
     name: str
 
 
-def feature_space(recipe: Recipe, run: RunDir) -> FeatureSpace:
-    """Return the feature space of the run. Raises TrajectoryError if its buffer belongs to other experts."""
+def feature_space(recipe: Recipe, run: RunDir, whole: dict[str, Any]) -> FeatureSpace:
+    """Return the feature space of the run; ``whole``: settings of a network on the whole set, for want of an expert.
+
+    Raises TrajectoryError if the run's buffer belongs to other experts.
+    """
     from lad_dist.trajectories.reader import Buffer
 
     buffer, last = Buffer(run.trajectories, recipe.experts_hash()), recipe.experts.epochs
     if buffer.has("representation", EXPERT, last):
         return FeatureSpace(last, f"expert {EXPERT}, representation epoch {last}")
-    e = recipe.evaluate
-    how = f"{e.full_epochs} epochs, lr {e.full_lr:g}, batch {e.full_batch}"
+    digest = hashlib.sha256(json.dumps([whole, recipe.model.model_dump()], sort_keys=True).encode()).hexdigest()
+    how = f"{whole['epochs']} epochs, lr {whole['lr']:g}, batch {whole['batch']}, settings {digest[:8]}"
     network = "ConvNet" if recipe.model.network == "convnet" else recipe.model.network
     return FeatureSpace(None, f"{network} trained on the long-tailed set: {how}")
 
@@ -165,17 +168,18 @@ def chosen_real(
     run: RunDir,
     source: str,
     trained: Callable[[], nn.Module],
+    whole: dict[str, Any],
 ) -> np.ndarray:
     """Return the training images (K * IPC,) selected by ``source``, class-major; stored beside the results for reuse.
 
-    ``trained`` trains the network of a feature space that is not an expert's.
+    ``trained`` trains the network of a feature space that is not an expert's, with the settings ``whole``.
 
     Raises:
         RecipeError: the source does not exist, or its selection is invalid.
         RunDirError: the file of an earlier selection is damaged.
         TrajectoryError: the buffer belongs to other experts, or is damaged.
     """
-    space = feature_space(recipe, run)
+    space = feature_space(recipe, run, whole)
     of = [source, recipe.ipc, recipe.seed, space.name, recipe.experts_hash(), data.splits.train.fingerprint()]
     key = hashlib.sha256(json.dumps(of).encode()).hexdigest()
     name = source if source in CHOOSERS else file_word(source)

@@ -18,8 +18,9 @@ from lad_dist.data.prepared import PreparedSet
 from lad_dist.evaluate.accuracy import Accuracy, accuracy
 from lad_dist.evaluate.strong import strong_augmentation
 from lad_dist.evaluate.train import Settings, TrainingSet, rows_of, train
+from lad_dist.models import zoo
 from lad_dist.models.network import build
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import NETWORKS, Recipe
 from lad_dist.seeds import rng
 
 PART_OF_EPOCHS = 10
@@ -89,7 +90,12 @@ def trained(
     """
     e, shape = recipe.evaluate, data.splits.train.shape
     settings = replace(Settings.of_a_small_set(recipe, alpha if e.lr is None else e.lr), epochs=epochs)
-    network = build(recipe.model, *shape, seed=recipe.seed, purpose=(purpose, "convnet")).to(data.device)
+    m, seed, draws = recipe.model, recipe.seed, (purpose, "convnet")
+    if e.norm == "instance" or m.network not in NETWORKS:
+        network = build(m, *shape, seed=seed, purpose=draws)
+    else:
+        network = zoo.network(m.network, *shape, width=m.width, depth=m.depth, norm=e.norm, seed=seed, purpose=draws)
+    network = network.to(data.device)
     pixels, p = images_SCHH.to(data.device), p_SK.to(data.device)
     images = TrainingSet(rows_of(pixels, p), len(pixels))
     if settings.augmentation == "randaugment":

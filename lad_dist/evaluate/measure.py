@@ -10,7 +10,7 @@ import contextlib
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from lad_dist.evaluate.train import Counters, Settings, TrainingSet, same_togeth
 from lad_dist.models.convnet import ConvNet, feature_side
 from lad_dist.models.zoo import network
 from lad_dist.progress import Events, Screen, Task
-from lad_dist.recipe import NETWORKS, AugmentConfig, Recipe
+from lad_dist.recipe import NETWORKS, AugmentConfig, ModelConfig, Recipe
 from lad_dist.results import Source
 from lad_dist.rundir import RunDir
 
@@ -135,18 +135,24 @@ def planned_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
     """
     common, planned, candidates = _common(recipe, data, run, source), [], candidate_rows(recipe, data, run, source)
     fixed = settings_of(recipe, data, run, source)
+    tuned = tune.asked(recipe, source)
     networks = results.networks(recipe, source)
+    own, model = dict[str, Any](), recipe.model
+    if source == results.TEACHERS:  # they may be of another run
+        model = labeller(recipe, data, run, source).model
+        own = {"model": model.model_dump()}
     for architecture in dict.fromkeys(name for name, _ in networks):
-        settings = {**common["settings"], "network": _network_settings(recipe, architecture)}
+        settings = {**common["settings"], "network": _network_settings(recipe, architecture, model)}
         rule = {"lr_rule": common["lr_rule"]}
         mine = [row for row in candidates if row["architecture"] == architecture]
-        if mine:
-            best = tune.chosen(run, mine, fixed)
-            settings |= {"lr": best.lr, "epochs": best.epochs, "chosen": "on validation images"}
+        if tuned:
             pairs = [[row["settings"]["lr"], row["settings"]["epochs"]] for row in mine]
+            pairs = pairs or [list(pair) for pair in tune.candidates(recipe, data, run, source, fixed)]  # the only one
+            best = tune.chosen(run, mine, fixed) if mine else replace(fixed, lr=pairs[0][0], epochs=pairs[0][1])
+            settings |= {"lr": best.lr, "epochs": best.epochs, "chosen": "on validation images"}
             rule = {"lr_rule": "chosen on validation images", "chosen_from": pairs}
         planned += [
-            {**common, **rule, "architecture": architecture, "seed": seed, "settings": settings}
+            {**common, **rule, "architecture": architecture, "seed": seed, "settings": settings, **own}
             for name, seed in networks
             if name == architecture
         ]
@@ -155,7 +161,7 @@ def planned_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
 
 def candidate_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> list[results.Row]:
     """Return the rows of tune.py's candidates, numbered by ``seed``; empty if there is nothing to choose."""
-    if source == results.TEACHERS:
+    if not tune.asked(recipe, source):
         return []
     fixed = settings_of(recipe, data, run, source)
     pairs = tune.candidates(recipe, data, run, source, fixed)
@@ -170,7 +176,7 @@ def candidate_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Sour
             "seed": number,
             "settings": {
                 **common["settings"],
-                "network": _network_settings(recipe, architecture),
+                "network": _network_settings(recipe, architecture, recipe.model),
                 "lr": lr,
                 "epochs": epochs,
             },
@@ -193,9 +199,9 @@ def _common(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> 
     }
 
 
-def _network_settings(recipe: Recipe, architecture: str) -> dict[str, Any]:
-    """Return the settings that distinguish networks of this architecture."""
-    own = {"width": recipe.model.width, "depth": recipe.model.depth} if architecture == "convnet" else {}
+def _network_settings(recipe: Recipe, architecture: str, model: ModelConfig) -> dict[str, Any]:
+    """Return the settings that distinguish networks of this architecture; ``model``: of a ConvNet."""
+    own = {"width": model.width, "depth": model.depth} if architecture == "convnet" else {}
     with_norm = architecture in NETWORKS and architecture not in ("mlp", "vit")
     return own | ({"norm": recipe.evaluate.norm} if with_norm else {})
 

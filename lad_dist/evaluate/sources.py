@@ -134,18 +134,20 @@ def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
         "ipc": None if of_everything(source) or source == results.TEACHERS else recipe.ipc,
         "set_id": _set_id(recipe, run, source),
         "lr_rule": _lr_rule(recipe, source),
-        "settings": settings.document() | {"labels": _labels(source)},
+        "settings": settings.document() | {"labels": _labels(source, distilled)},
         "label_adjustment": "adsa" if results.labels_adjusted(source) else "none",
         "keeps": keeps(recipe, data, run, source),
     }
     if _chosen(source):
-        row["settings"]["chosen_by"] = baselines.feature_space(recipe, run).name
+        row["settings"]["chosen_by"] = baselines.feature_space(recipe, run, _whole(recipe, data, run)).name
     if results.labelled_by_experts(source):
         row["settings"]["labelled_by"] = _teachers(recipe, data, run).name()
     elif results.uses_experts(source):
         row["settings"]["labelled_by"] = _labeller_name(recipe, data, run, source)
     if results.labels_stored(source):
         row["settings"]["stored_views"] = recipe.evaluate.stored_views
+        if settings.cutmix:
+            row["settings"]["mixed"] = "before labelling"
     return row
 
 
@@ -163,11 +165,12 @@ def keeps(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> di
     kept = {"images": count * pixels, "labels": count * (1 if data.classes <= 256 else 2), "teachers": 0}
     if results.labelled_online(source):
         if _carries_its_own(recipe, run, source):
-            return kept | {"labels": 0, "teachers": load_distilled(recipe, data, run).labeller().bytes}
+            return kept | {"labels": 0, "teachers": labeller(recipe, data, run, source).bytes}
         return kept | {"labels": 0, "teachers": _teachers(recipe, data, run).bytes(recipe.evaluate.teachers)}
     if results.labels_stored(source):
         return kept | {"labels": 4 * count * data.classes * recipe.evaluate.stored_views}
-    return kept | ({"labels": 4 * count * data.classes} if _labels(source) != "hard" else {})
+    distilled = load_distilled(recipe, data, run) if of_distilled(source) else None
+    return kept | ({"labels": 4 * count * data.classes} if _labels(source, distilled) != "hard" else {})
 
 
 def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int | str) -> TrainingSet:
@@ -213,7 +216,8 @@ def _training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Sourc
     if of == "random":
         picked = baselines.random_real(recipe, data, seed)
     else:
-        picked = baselines.chosen_real(recipe, data, run, of, _network_for_features(recipe, data, run))
+        trained, how = _network_for_features(recipe, data, run), _whole(recipe, data, run)
+        picked = baselines.chosen_real(recipe, data, run, of, trained, how)
     chosen = torch.from_numpy(picked)
     if results.labelled_by_experts(source):
         p_SK = _teachers(recipe, data, run).soft_labels(picked).to(data.device)
@@ -257,7 +261,7 @@ def _carries_its_own(recipe: Recipe, run: RunDir, source: Source) -> bool:
     """Return whether a source's teachers are those that the distilled set carries.
 
     So it is for an imported set, whose experts are elsewhere; and, for all sources, where distillation began before all
-    experts were trained (``buffer.start_after``), so that the set carries those of its start.
+    experts were trained (``buffer.start_after``): the set carries those that made its start.
     """
     e, carried = recipe.evaluate, (run.distilled / TEACHERS_FILE).is_file()
     if e.teachers_from is not None:
@@ -270,7 +274,8 @@ def _carries_its_own(recipe: Recipe, run: RunDir, source: Source) -> bool:
 def labeller(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> Labeller:
     """Return the teachers of a source. Raises as ``training_set``."""
     if _carries_its_own(recipe, run, source):
-        return load_distilled(recipe, data, run).labeller()
+        own = load_distilled(recipe, data, run).labeller()
+        return Labeller(own.model, own.shape, own.weights[: recipe.evaluate.teachers], own.temperature)
     return _teachers(recipe, data, run).labeller(recipe.evaluate.teachers)
 
 
@@ -278,8 +283,9 @@ def _labeller_name(recipe: Recipe, data: PreparedData, run: RunDir, source: Sour
     if not _carries_its_own(recipe, run, source):
         teachers = _teachers(recipe, data, run)
         return teachers.name(teachers.count(recipe.evaluate.teachers))
-    own = load_distilled(recipe, data, run).labeller()
-    return f"mean logits of {len(own.weights)} teachers that came with the set, temperature {own.temperature:g}"
+    own, sums = labeller(recipe, data, run, source), json.loads((run.distilled / "meta.json").read_text())["sha256"]
+    who = f"{len(own.weights)} teachers that came with the set ({sums[TEACHERS_FILE][:8]})"
+    return f"mean logits of {who}, temperature {own.temperature:g}"
 
 
 def _images_and_logits(distilled: DistilledSet, run: RunDir, source: Source) -> tuple[Tensor, Tensor]:
@@ -335,18 +341,17 @@ def _lr_rule(recipe: Recipe, source: Source) -> str:
     return "the learned alpha" if of_distilled(source) else "distill.alpha"
 
 
-def _labels(source: Source) -> str:
+def _labels(source: Source, distilled: DistilledSet | None) -> str:
+    """Return the kind of a source's labels; ``distilled``: the set whose images it has, which may have hard ones."""
     if results.labelled_online(source):
         return "teacher"
     if results.labels_stored(source):
         return "stored"
     if results.labels_adjusted(source):
         return "soft, adjusted by ADSA"
-    return (
-        "soft"
-        if source in ("distilled", "distilled-plain", "initial") or results.labelled_by_experts(source)
-        else "hard"
-    )
+    if source in ("distilled", "distilled-plain", "initial"):
+        return "hard" if distilled is not None and distilled.is_hard else "soft"
+    return "soft" if results.labelled_by_experts(source) else "hard"
 
 
 def _set_id(recipe: Recipe, run: RunDir, source: Source) -> str:
@@ -360,6 +365,11 @@ def _set_id(recipe: Recipe, run: RunDir, source: Source) -> str:
     if of_distilled(source):
         return str(json.loads((run.distilled / "meta.json").read_text())["sha256"]["tensors.safetensors"])
     return f"{drawn_as(source)}, seed {recipe.seed}, {recipe.experts_hash()[:16]}"
+
+
+def _whole(recipe: Recipe, data: PreparedData, run: RunDir) -> dict[str, Any]:
+    """Return the settings of a network on the whole set, in whose features images are chosen if there is no expert."""
+    return settings_of(recipe, data, run, "full").document()
 
 
 def _network_for_features(recipe: Recipe, data: PreparedData, run: RunDir) -> Callable[[], nn.Module]:

@@ -24,10 +24,16 @@ DRAWS = "tune"
 """Replaces the seed in the draws of a candidate's network, batches and images."""
 
 
+def asked(recipe: Recipe, source: Source) -> bool:
+    """Return whether the recipe has a source's learning rate or epochs chosen."""
+    e = recipe.evaluate
+    return source != results.TEACHERS and bool(e.tune_lr or (e.tune_epochs and not of_everything(source)))
+
+
 def candidates(
     recipe: Recipe, data: PreparedData, run: RunDir, source: Source, fixed: Settings
 ) -> list[tuple[float, int]]:
-    """Return (learning rate, epochs) of every candidate; only those of ``fixed`` if there is nothing to choose."""
+    """Return (learning rate, epochs) of every candidate; a single one is taken without measuring."""
     e = recipe.evaluate
     rates = e.tune_lr or (fixed.lr,)
     if e.tune_lr and of_distilled(source):

@@ -7,9 +7,6 @@ import re
 import unicodedata
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-
 from lad_dist import methods
 from lad_dist.distilled import DistilledSet
 from lad_dist.labeller import FILE as TEACHERS
@@ -30,12 +27,6 @@ _OF_DATASET = {
     "cifar100": "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
     "tiny-imagenet": "Le and Yang, Tiny ImageNet Visual Recognition Challenge, Stanford CS 231N, 2015",
 }
-
-
-def is_hard(distilled: DistilledSet) -> bool:
-    """Whether every label is one-hot, as in MTT."""
-    one_hot_SK = F.one_hot(distilled.labels.long(), len(distilled.meta.class_names)).float()
-    return torch.equal(distilled.soft_labels, one_hot_SK)
 
 
 def about(distilled: DistilledSet, form: Form) -> dict[str, Any]:
@@ -61,7 +52,7 @@ def about(distilled: DistilledSet, form: Form) -> dict[str, Any]:
         "training_images_per_class": list(meta.counts),
         "imbalance_factor": imbalance_factor(distilled),
         "lr": meta.lr,
-        "labels": "hard" if is_hard(distilled) else "soft",
+        "labels": "hard" if distilled.is_hard else "soft",
         "whitening": how,
         "teachers": None
         if carried is None

@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from lad_dist.distilled import DistilledSet
-from lad_dist.exchange.about import citations, imbalance_factor, is_hard
+from lad_dist.exchange.about import citations, imbalance_factor
 from lad_dist.exchange.tables import HF_FILE, hf_features
 
 _MOST_CLASSES = 100  # up to this many classes are listed with their training images
@@ -107,7 +107,7 @@ def _text(distilled: DistilledSet) -> str:
         tail="" if factor is None else f", imbalance factor {factor:g}",
         method=meta.method,
         how=iterations,
-        labels="hard labels" if is_hard(distilled) else "the learned soft label",
+        labels="hard labels" if distilled.is_hard else "the learned soft label",
         values=distilled.images[0].numel(),
         shape=tuple(shape),
         dimensions=", ".join(map(str, shape)),

@@ -21,6 +21,8 @@ from lad_dist.exchange.incoming import Incoming
 from lad_dist.recipe import Recipe
 from lad_dist.rundir import RunDir
 
+_OF_THE_SET = ("distilled", "initial", results.TEACHERS)  # sources that another set measures anew
+
 
 @dataclass(frozen=True)
 class Installed:
@@ -93,7 +95,7 @@ def install(
     with run.publish_folder(run.distilled) as temporary:
         whole.write(temporary)
     if force:
-        results.forget(run.results, lambda row: results.base_source(row["source"]) in ("distilled", "initial"))
+        results.forget(run.results, lambda row: results.base_source(row["source"]) in _OF_THE_SET)
     pictures = whole.whitening.invert(images_SCHH)
     inside = float(((pictures >= -1e-4) & (pictures <= 1 + 1e-4)).float().mean())
     return Installed(whole, int((logits_SK.argmax(1) == classes_S).sum()), inside)
@@ -133,6 +135,13 @@ def _check_origin(incoming: Incoming, recipe: Recipe, images: ImageSet) -> None:
     said = incoming.about
     if said is None:
         return
+    there, here = said["recipe"].get("data", {}), recipe.data.model_dump(mode="json")
+    for field in ("zca_eps", "normalize_before_zca") if recipe.data.whitening == "zca" else ():
+        if there.get(field, here[field]) != here[field]:
+            raise DistilledError(
+                f"{incoming.where}: was whitened with data.{field} {there[field]} where the recipe has {here[field]}; valid: "
+                f"--set data.{field}={there[field]}"
+            )
     if said["whitening"]["kind"] != recipe.data.whitening:
         raise DistilledError(
             f"{incoming.where}: was whitened by {said['whitening']['kind']} where the recipe's data.whitening is "
@@ -176,6 +185,11 @@ def _whitened(incoming: Incoming, recipe: Recipe, data: PreparedData, preprocess
     """Return the images in the recipe's whitened space, (S, C, H, H). Raises DistilledError."""
     kind, images_SCHH = recipe.data.whitening, incoming.images_SCHH
     low, high = float(images_SCHH.min()), float(images_SCHH.max())
+    if preprocessing not in (None, kind) and incoming.about is not None:
+        raise DistilledError(
+            f"{incoming.where}: says itself how it was whitened ({incoming.about['whitening']['kind']}); --preprocessing is "
+            "for sets of other code"
+        )
     if preprocessing not in (None, "none", kind):
         raise DistilledError(
             f"{incoming.where}: --preprocessing {preprocessing} where the recipe's data.whitening is {kind}, which real images "

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lad_dist.distilled import DistilledSet
 from lad_dist.errors import DistilledError
-from lad_dist.exchange.about import is_hard
 from lad_dist.exchange.incoming import Incoming, Labels, kind_of
 from lad_dist.torch_file import check_records, refused
 
@@ -31,7 +30,7 @@ _FORM = "a tensor as torch.save writes it"
 
 def write(distilled: DistilledSet, folder: Path) -> None:
     """Write the three files: hard labels in MTT's form, others as logits."""
-    labels = distilled.labels.long() if is_hard(distilled) else distilled.label_logits.float()
+    labels = distilled.labels.long() if distilled.is_hard else distilled.label_logits.float()
     tensors = {IMAGES: distilled.images.float(), LABELS: labels, LR: torch.tensor(distilled.lr, dtype=torch.float32)}
     for name, tensor in tensors.items():
         with (folder / name).open("wb") as file:

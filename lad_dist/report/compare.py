@@ -137,10 +137,18 @@ def _gains(runs: Sequence[Named]) -> list[tuple[str, ...]]:
 
 
 def _unpaired(runs: Sequence[Named]) -> list[str]:
-    """List runs that cannot be paired with the first, with the reason."""
+    """List runs, and sources of a run, that cannot be paired or were trained differently, with the reason."""
     first, *others = runs
     reasons = [(run.name, results.not_comparable(run.found.rows, first.found.rows)) for run in others]
-    return [f"{name} and {first.name} are not compared in pairs: {reason}." for name, reason in reasons if reason]
+    notes = [f"{name} and {first.name} are not compared in pairs: {reason}." for name, reason in reasons if reason]
+    for run in others:
+        pairs = differences(run.found.rows, first.found.rows, ("overall",))
+        notes += [
+            f"{run.name} and {first.name}, {architecture}: networks were trained differently: {', '.join(changed)}."
+            for architecture, _, _, changed in pairs
+            if changed
+        ]
+    return notes + [f"{run.name}: {note}" for run in runs for note in tables.unpaired_notes(run.found.rows)]
 
 
 def _pairs(runs: Sequence[Named]) -> list[tuple[str, ...]]:
@@ -150,7 +158,7 @@ def _pairs(runs: Sequence[Named]) -> list[tuple[str, ...]]:
     for run in others:
         if results.not_comparable(run.found.rows, first.found.rows):
             continue
-        for architecture, figure, found in differences(run.found.rows, first.found.rows, tables.FIGURES):
+        for architecture, figure, found, _ in differences(run.found.rows, first.found.rows, tables.FIGURES):
             interval = found.interval and "{:+.1f} to {:+.1f}".format(*(100 * x for x in found.interval))
             lines.append((
                 f"{run.name} \N{MINUS SIGN} {first.name}", architecture, figure, f"{100 * found.mean:+.1f}",

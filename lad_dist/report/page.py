@@ -143,7 +143,7 @@ def _results(found: Contents) -> dict[str, Any] | None:
         "added": added(found.rows),
         "headings": (*tables.headings(), "epochs, lr"),
         "lines": [replace(line, figures=(*line.figures, line.trained)) for line in lines],
-        "protocol_notes": tables.protocol_notes(found.rows),
+        "protocol_notes": [*tables.protocol_notes(found.rows), *tables.unpaired_notes(found.rows)],
         "uniform": "{} {} networks with different seeds each".format(*kinds.pop()) if len(kinds) == 1 else "",
         "count_headings": tables.headings(groups),
         "count_lines": by_count if groups else [],

@@ -120,10 +120,10 @@ def protocol_notes(rows: Iterable[Row]) -> list[str]:
     States the origin of the learning rates, and every setting in which a source differs from the first one, except
     those that define the source (augmentation of ...-plain, all of the whole set).
     """
-    measured, notes, rules = list(rows), [], dict[str, list[tuple[str, str]]]()
+    notes, rules = [], dict[str, list[tuple[str, str]]]()
     schedules: dict[str, set[str]] = {"small": set(), "whole": set()}
     first: Row | None = None
-    for row in (members[0] for members in by_way(measured).values()):  # type: ignore[arg-type]
+    for row in (members[0] for members in by_way(rows).values()):  # type: ignore[arg-type]
         if row["source"] == TEACHERS:  # trains nothing
             continue
         title = source_title(row) if row["architecture"] == "convnet" else f"{source_title(row)}, {row['architecture']}"
@@ -141,16 +141,20 @@ def protocol_notes(rows: Iterable[Row]) -> list[str]:
         if changed:
             told = ", ".join(f"{k} {own[k]} (there {reference[k]})" for k in changed)
             notes.append(f"Protocol differs from {source_title(first)}: {title}: {told}.")
-    notes += [
-        f"{source_name(source)} and {source_name(reference)} are not compared in pairs: their {', '.join(changed)} differ."
-        for source, reference, changed in not_compared(measured)
-    ]
     said = [f"{rule}: {', '.join(_by_source(rule, rules))}" for rule in rules]
     if len(schedules["small"]) < 2:
         known = {kind: sorted(filter(None, of)) for kind, of in schedules.items()}  # rows may lack them
         spans = [f"{', '.join(of)}{' (whole set)' * (kind == 'whole')}" for kind, of in known.items() if of]
         said[:0] = [f"epochs, rate {'; '.join(spans)}"] if spans else []
     return [*([f"Schedules. {'; '.join(said)}."] if said else []), *notes]
+
+
+def unpaired_notes(rows: Sequence[Row]) -> list[str]:
+    """Say of which references the distilled set's gain is not shown, because networks were trained differently."""
+    return [
+        f"{source_name(source)} and {source_name(reference)} are not compared in pairs: their {', '.join(changed)} differ."
+        for source, reference, changed in not_compared(rows)
+    ]
 
 
 def _by_source(rule: str, rules: Mapping[str, Sequence[tuple[str, str]]]) -> list[str]:

@@ -18,6 +18,7 @@ LEVEL = 0.95
 STARTING_SET = "initial"
 REFERENCES = {
     STARTING_SET: "distilled",
+    "random": "distilled",
     "random-soft": "distilled",
     "initial-hard": "distilled-hard",
     "initial-adsa": "distilled-adsa",
@@ -28,7 +29,7 @@ REFERENCES = {
     "random-teacher": "distilled-teacher",
 }
 """References for the distilled set within a run, each with the source of the same kind of labels: its starting set, and
-random real images."""
+random real images. Only one of ``random`` and ``random-soft`` has the labels of ``distilled``, which may be hard."""
 
 Row = Mapping[str, Any]
 
@@ -82,14 +83,20 @@ def paired(
 
 def differences(
     first: Sequence[Row], second: Sequence[Row], figures: Sequence[str] = ("overall", "tail")
-) -> Iterator[tuple[str, str, Paired]]:
-    """Yield (architecture, figure, difference) of two runs' distilled sets, where they have networks in common."""
+) -> Iterator[tuple[str, str, Paired, list[str]]]:
+    """Yield (architecture, figure, difference, settings that differ) of two runs' distilled sets.
+
+    Architectures are those of both; settings are those of training, see ``unlike``.
+    """
     ours, theirs = of_one_way(first), of_one_way(second)  # type: ignore[arg-type]
     for architecture in dict.fromkeys(row["architecture"] for row in ours):
+        changed = unlike(
+            [r for r in (*ours, *theirs) if (r["source"], r["architecture"]) == ("distilled", architecture)]
+        )
         for figure in figures:
             found = paired(ours, theirs, figure, architecture=architecture)
             if found is not None:
-                yield architecture, figure, found
+                yield architecture, figure, found, changed
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ def gains(rows: Sequence[Row]) -> list[Gain]:
 def not_compared(rows: Sequence[Row]) -> list[tuple[str, str, list[str]]]:
     """Return (source, reference, settings that differ) of the distilled set and references that make no pair."""
     pairs = ((source, reference, unlike(pair)) for _, source, reference, pair in _with_references(rows))
-    return [(source, reference, changed) for source, reference, changed in pairs if changed]
+    return [(source, reference, changed) for source, reference, changed in pairs if changed and "labels" not in changed]
 
 
 def _with_references(rows: Sequence[Row]) -> Iterator[tuple[str, str, str, list[Row]]]:
@@ -127,6 +134,8 @@ def _with_references(rows: Sequence[Row]) -> Iterator[tuple[str, str, str, list[
         for reference, source in REFERENCES.items():
             pair = [r for r in same if r["source"] in (source, reference) and r["architecture"] == architecture]
             both = {r["source"] for r in pair} == {source, reference}
+            if reference == "random" and any((r.get("settings") or {}).get("labels") != "hard" for r in pair):
+                continue
             if both and len({(r.get("split"), images_of(r)) for r in pair}) == 1:
                 yield architecture, source, reference, pair
 
@@ -140,14 +149,17 @@ def unlike(rows: Sequence[Row]) -> list[str]:
     Learning rates may differ, as learned or chosen ones do, and epochs where both were chosen by the same rule; teachers
     that label views may not.
     """
-    documents = []
+    documents, chosen = list[dict[str, Any]](), True
     for row in (row for row in rows if row.get("settings")):  # those of old versions may have none
         said = dict(row["settings"])
         if said.get("augmentation") == "randaugment":  # of the recipe's operations it has the flips alone
             flips = "flip" in said["augment"]["operations"]
             said["augment"] = said["augment"]["flip"] if flips else 0
         own = _OF_THE_SOURCE - ({"labelled_by"} if said.get("labels") in ("teacher", "stored") else set())
-        documents.append({k: v for k, v in said.items() if k not in (own | {"epochs"} if "chosen" in said else own)})
+        documents.append({k: v for k, v in said.items() if k not in own})
+        chosen = chosen and "chosen" in said
+    if chosen:
+        documents = [{k: v for k, v in document.items() if k != "epochs"} for document in documents]
     names = dict.fromkeys(name for document in documents for name in document)
     return [name for name in names if any(document.get(name) != documents[0].get(name) for document in documents)]
 
@@ -168,8 +180,8 @@ def added(rows: Sequence[Row]) -> list[str]:
         on = "" if gain.architecture == "convnet" else f" ({gain.architecture})"
         if round(100 * overall.mean, 1) <= 0:
             lines.append(
-                f"distilled added nothing{on}: {points(overall)} points against its starting set (real images with the "
-                "same soft labels)"
+                f"distilled added nothing{on}: {points(overall)} points against its starting set, which has the "
+                "same kind of labels"
             )
             continue
         unsure = overall.error is not None and overall.mean < 2 * overall.error

@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lad_dist.results import of_one_way
+from lad_dist.results.paired import unlike
 
 
 def label_robust_score(
@@ -56,7 +57,8 @@ def scores(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     random-soft-plain. If a source was measured in several ways, the most frequent one counts.
     """
     by: dict[tuple[str, str], list[float]] = {}
-    for row in of_one_way(rows):  # type: ignore[arg-type]
+    same = of_one_way(rows)  # type: ignore[arg-type]
+    for row in same:
         by.setdefault((row["architecture"], row["source"]), []).append(row["overall"])
     means = {key: statistics.fmean(values) for key, values in by.items()}
     found: dict[str, dict[str, float]] = {}
@@ -65,13 +67,20 @@ def scores(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
         lrs = [of.get(s) for s in ("full", "distilled-hard", "distilled", "random-soft")]
         ars = [of.get(s) for s in ("distilled", "random-soft", "distilled-plain", "random-soft-plain")]
         mine = {}
-        if None not in lrs:
+        mine_rows = [row for row in same if row["architecture"] == architecture]
+        if None not in lrs and _alike(mine_rows, ("distilled", "distilled-hard", "random-soft")):
             mine["LRS"] = label_robust_score(*(x for x in lrs if x is not None))
-        if None not in ars:
+        plain = ("distilled-plain", "random-soft-plain")
+        if None not in ars and _alike(mine_rows, ("distilled", "random-soft")) and _alike(mine_rows, plain):
             mine["ARS"] = augmentation_robust_score(*(x for x in ars if x is not None))
         if mine:
             found[architecture] = mine
     return found
+
+
+def _alike(rows: Sequence[Mapping[str, Any]], sources: tuple[str, ...]) -> bool:
+    """Return whether networks on ``sources`` were trained alike but for their labels."""
+    return set(unlike([row for row in rows if row["source"] in sources])) <= {"labels"}
 
 
 def _scaled(value: float) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lad_dist import __version__, methods
 from lad_dist.distilled import DistilledSet
-from lad_dist.exchange.about import citations, imbalance_factor, is_hard
+from lad_dist.exchange.about import citations, imbalance_factor
 from lad_dist.exchange.card import title
 from lad_dist.report.tables import SELECTION, headings, result_lines
 
@@ -93,7 +93,7 @@ def _text(distilled: DistilledSet, measured: Sequence[dict[str, Any]], address: 
         address=address,
         shape="x".join(map(str, distilled.images.shape[1:])),
         whitening=distilled.whitening.kind,
-        labels="hard" if is_hard(distilled) else "soft, learned",
+        labels="hard" if distilled.is_hard else "soft, learned",
         lr=meta.lr,
         teachers=carried and f"{carried}batches are in\n`teachers.safetensors`: `distilled.labeller()`.",
         results=table(measured) or "\nNot measured.\n",

@@ -104,6 +104,7 @@ def results_notes(rows: Sequence[results.Row]) -> Iterator[str]:
     yield from tables.label_notes(rows)
     yield from tables.protocol_notes(rows)
     yield from tables.gain_notes(rows)
+    yield from tables.unpaired_notes(rows)
     for architecture, found in ranking.scores(rows).items():
         figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
         yield f"DD-Ranking, {architecture}: {figures}; real is the whole long-tailed set, random has soft labels (arXiv 2505.13300)"
@@ -188,8 +189,8 @@ def _differences(rows: Sequence[results.Row], reference: Sequence[results.Row]) 
     if results.not_comparable(rows, reference):
         return []
     return [
-        {"architecture": architecture, "figure": figure} | _plain(found)
-        for architecture, figure, found in differences(rows, reference)
+        {"architecture": architecture, "figure": figure, "unlike": changed} | _plain(found)
+        for architecture, figure, found, changed in differences(rows, reference)
     ]
 
 
@@ -208,15 +209,16 @@ def compare_notes(runs: Sequence[Path]) -> Iterator[str]:
     every = [(folder.name, results.read(RunDir.existing(folder).results)) for folder in runs]
     first, *others = every
     for name, rows in every:
-        yield from (f"{name}: {note}" for note in tables.gain_notes(rows))
+        yield from (f"{name}: {note}" for note in (*tables.gain_notes(rows), *tables.unpaired_notes(rows)))
     yield from tables.protocol_notes([row for _, rows in every for row in rows])
     for name, rows in others:
         reason = results.not_comparable(rows, first[1])
         if reason:
             yield f"{name} - {first[0]}: not compared in pairs: {reason}"
             continue
-        for architecture, figure, found in differences(rows, first[1]):
-            yield f"{name} - {first[0]}, {architecture}, {figure}: {difference(found)}"
+        for architecture, figure, found, changed in differences(rows, first[1]):
+            unlike = f"; trained differently: {', '.join(changed)}" if changed else ""
+            yield f"{name} - {first[0]}, {architecture}, {figure}: {difference(found)}{unlike}"
 
 
 def difference(found: Paired) -> str:

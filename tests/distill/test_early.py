@@ -170,6 +170,14 @@ def test_it_trains_by_the_protocol_of_the_recipe(pipeline_of, monkeypatch):
     assert trained_on.strong is not None
 
 
+def test_its_network_has_the_normalisation_of_the_recipe(pipeline_of, monkeypatch):
+    pipeline, seen = pipeline_of(evaluate={"norm": "batch"}), []
+    monkeypatch.setattr(early, "train", lambda network, *_: seen.append(network))
+    images, labels = pipeline.data.train.batch(torch.arange(8))
+    EarlyEvaluation(pipeline.recipe, pipeline.data)(images, torch.nn.functional.one_hot(labels, 10).float(), 0.01)
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in seen[0].modules())
+
+
 def test_held_out_images_are_looked_at_where_they_choose(pipeline_of):
     pipeline = pipeline_of(data={"validation_per_class": 3}, distill={"select": "validation"})
     measure = EarlyEvaluation(pipeline.recipe, pipeline.data)

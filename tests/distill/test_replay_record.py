@@ -15,6 +15,7 @@ from lad_dist.distill.replay import ReplayRecord
 from lad_dist.distill.state import State
 from lad_dist.distill.student import Student
 from lad_dist.distill.update import Optimizers
+from lad_dist.distilled import DistilledSet
 from lad_dist.errors import Interrupted, RunDirError, TrajectoryError
 from lad_dist.interrupts import as_exceptions
 from lad_dist.progress import read_events
@@ -93,6 +94,8 @@ def test_a_killed_and_resumed_live_run_is_replayed_bit_for_bit(killed, replaying
     assert last_windows(pipeline) == last_windows(killed)
     assert events(pipeline, "initial-set")[0]["experts"] == events(killed, "initial-set")[0]["experts"] == [1, 3]
     assert events(pipeline, "distill-started")[0]["replayed_from"] == str(killed.run.root)
+    teachers = [(p.run.distilled / "teachers.safetensors").read_bytes() for p in (pipeline, killed)]
+    assert teachers[0] == teachers[1] and len(DistilledSet.load(killed.run.distilled).teachers.weights) == 2
     drawn = replaying("drawn")
     drawn.distill()
     assert tensors(drawn) != tensors(killed)

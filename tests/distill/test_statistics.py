@@ -14,6 +14,7 @@ from lad_dist.distill.start import DataFacts
 from lad_dist.distill.student import Batch, Student, SyntheticSet
 from lad_dist.distilled import DistilledSet
 from lad_dist.errors import DistilledError, Interrupted, RecipeError
+from lad_dist.evaluate.measure import planned_rows
 from lad_dist.models import functional
 from lad_dist.models.convnet import build, flat_parameters
 from lad_dist.pipeline import open_pipeline
@@ -238,6 +239,14 @@ def test_it_starts_from_another_set(pipeline_of):
     again = pipeline_of("again", method="aligned", distill={**ALIGNED, "initial_from": str(lad.run.distilled)})
     again.distill(hybrid.run.root)
     assert bytes_of(again) == bytes_of(hybrid)
+    lad.run.distilled.rename(lad.run.root / "before")
+    with lad.run.publish_folder(lad.run.distilled) as folder:
+        made = DistilledSet.load(lad.run.root / "before")
+        made.images = made.images + 0.1
+        made.write(folder)
+    other = pipeline_of("another", method="aligned", distill={**ALIGNED, "initial_from": str(lad.run.distilled)})
+    with pytest.raises(DistilledError, match=r"is not the set that .* started from"):
+        other.distill(hybrid.run.root)
     for said, changes in {
         "has 2 images per class; valid: a set of ipc 1": {"ipc": 1},
         "other training images": {"data": {"n_max": 15}},
@@ -257,7 +266,10 @@ def test_another_set_s_labels_are_those_of_the_method(pipeline_of):
     hard.distill()
     found = DistilledSet.load(hard.run.distilled)
     assert torch.equal(found.initial_images, DistilledSet.load(start.run.distilled).images)
-    assert torch.equal(found.soft_labels, F.one_hot(found.labels, 10).float())
+    assert torch.equal(found.soft_labels, F.one_hot(found.labels, 10).float()) and found.is_hard
+    for source, labels in (("distilled", "hard"), ("initial", "hard"), ("random-soft", "soft"), ("random", "hard")):
+        (row, *_) = planned_rows(hard.recipe, hard.data, hard.run, source)
+        assert row["settings"]["labels"] == labels and row["keeps"]["labels"] == (20 if labels == "hard" else 800)
 
 
 def test_a_network_without_convolutions_is_refused_before_anything_is_trained(tmp_path, small_recipe, silent):

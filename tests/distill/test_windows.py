@@ -32,7 +32,6 @@ def test_the_upper_bound_grows_linearly_and_stays(windows):
     grown = windows(start_epoch_max_first=1, start_epoch_max=3, start_epoch_growth=10)
     assert [grown.start_bound(i) for i in (0, 4, 5, 9, 10, 1000)] == [1, 1, 2, 2, 3, 3]
     assert [windows(start_epoch_max=3).start_bound(i) for i in (0, 50)] == [3, 3]
-    assert windows(start_epoch_max_first=1, start_epoch_growth=0).start_bound(0) == 3
 
 
 def test_windows_lie_within_the_bounds_and_reach_them(windows):

@@ -59,31 +59,37 @@ def never() -> None:
     raise AssertionError("an expert is there")
 
 
+def whole(pipeline) -> dict:
+    return settings_of(pipeline.recipe, pipeline.data, pipeline.run, "full").document()
+
+
 @pytest.mark.parametrize("source", CHOOSERS)
 def test_ipc_images_of_every_class_chosen_in_the_experts_space(pipeline, source):
     data = pipeline.data
-    assert feature_space(pipeline.recipe, pipeline.run).name == "expert 0, representation epoch 4"
-    chosen = chosen_real(pipeline.recipe, data, pipeline.run, source, never)
+    assert feature_space(pipeline.recipe, pipeline.run, whole(pipeline)).name == "expert 0, representation epoch 4"
+    chosen = chosen_real(pipeline.recipe, data, pipeline.run, source, never, whole(pipeline))
     labels = data.splits.train.labels_N.numpy()
     assert labels[chosen].tolist() == [c for c in range(10) for _ in range(2)]
     assert len(set(chosen.tolist())) == 20
     torch.manual_seed(4)
     shutil.rmtree(pipeline.run.results.parent)
-    np.testing.assert_array_equal(chosen_real(pipeline.recipe, data, pipeline.run, source, never), chosen)
+    np.testing.assert_array_equal(
+        chosen_real(pipeline.recipe, data, pipeline.run, source, never, whole(pipeline)), chosen
+    )
 
 
 def test_the_choice_is_made_with_the_features_of_the_class(pipeline, monkeypatch):
     monkeypatch.setattr(
         baselines, "_features", lambda recipe, data, *_: data.train.batch(torch.arange(96))[0].flatten(1)
     )
-    chosen = chosen_real(pipeline.recipe, pipeline.data, pipeline.run, "herding", never)
+    chosen = chosen_real(pipeline.recipe, pipeline.data, pipeline.run, "herding", never, whole(pipeline))
     members = np.flatnonzero(pipeline.data.splits.train.labels_N.numpy() == 3)
     own = pipeline.data.train.batch(torch.from_numpy(members))[0].flatten(1)
     assert chosen[6:8].tolist() == members[herd(own, 2)].tolist()
 
 
 def test_a_class_with_fewer_images_gives_them_repeatedly(pipeline, small_recipe):
-    chosen = chosen_real(small_recipe(ipc=6), pipeline.data, pipeline.run, "k-center", never)
+    chosen = chosen_real(small_recipe(ipc=6), pipeline.data, pipeline.run, "k-center", never, whole(pipeline))
     assert len(chosen) == 60 and len(set(chosen[-6:].tolist())) == 4  # the smallest class has 4
 
 
@@ -92,13 +98,18 @@ def test_without_experts_a_network_is_trained_once_and_named(pipeline, monkeypat
     pipeline.run.trajectories.mkdir()
     pipeline.evaluate("herding")
     rows = results.read(pipeline.run.results)
-    assert rows[0]["settings"]["chosen_by"] == "ConvNet trained on the long-tailed set: 1 epochs, lr 0.01, batch 32"
+    name = rows[0]["settings"]["chosen_by"]
+    assert name.startswith("ConvNet trained on the long-tailed set: 1 epochs, lr 0.01, batch 32, settings ")
     kept = json.loads((pipeline.run.results.parent / "chosen" / "herding.json").read_text())
     assert kept["features"] == rows[0]["settings"]["chosen_by"]
     monkeypatch.setattr(baselines, "_features", never)
     pipeline.evaluate("herding")  # the choice is kept
-    first = chosen_real(pipeline.recipe, pipeline.data, pipeline.run, "herding", never)
+    first = chosen_real(pipeline.recipe, pipeline.data, pipeline.run, "herding", never, whole(pipeline))
     assert first.tolist() == kept["images"]
+    other = {**whole(pipeline), "weight_decay": 1.0}  # another network: not done, and chosen anew
+    assert feature_space(pipeline.recipe, pipeline.run, other).name != name
+    with pytest.raises(TypeError, match="never"):
+        chosen_real(pipeline.recipe, pipeline.data, pipeline.run, "herding", never, other)
 
 
 def test_experts_that_come_later_are_used_and_measured_again(pipeline):
@@ -171,7 +182,7 @@ def test_a_chooser_of_ones_own_is_one_more_baseline(pipeline_of, own):
 def test_what_chooses_no_images_is_refused_in_one_line(pipeline, own, choose, said):
     name = own(choose)
     with pytest.raises(RecipeError, match=rf"^evaluate\.baselines: {name}:? {said}") as refused:
-        chosen_real(pipeline.recipe, pipeline.data, pipeline.run, name, never)
+        chosen_real(pipeline.recipe, pipeline.data, pipeline.run, name, never, whole(pipeline))
     assert "\n" not in str(refused.value)
 
 

@@ -95,6 +95,8 @@ def test_views_are_mixed_before_the_teachers_label_them(mixing):
     view = images.stored(0)[0]
     rows = torch.cdist(first.flatten(1), view.flatten(1)).argmin(dim=1)
     assert sorted(rows.tolist()) == list(range(20)) and torch.equal(first, view[rows])  # not mixed again
+    (row, *_) = planned_rows(mixing.recipe, mixing.data, mixing.run, "distilled-stored")
+    assert row["settings"]["mixed"] == "before labelling"
 
 
 # --- the starting set's labels ------------------------------------------------------------------------------------------

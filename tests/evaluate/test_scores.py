@@ -11,7 +11,7 @@ import torch
 
 from lad_dist.evaluate.labels import TAUS, adsa
 from lad_dist.report import tables
-from lad_dist.results.paired import added, gains, not_compared, paired
+from lad_dist.results.paired import added, differences, gains, not_compared, paired
 from lad_dist.results.ranking import augmentation_robust_score, label_robust_score, scores
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -183,13 +183,30 @@ def test_the_gain_over_the_starting_set_is_paired():
 
 def test_no_gain_is_said_as_such():
     worse = [*measured("distilled", [0.50, 0.49]), *measured("initial", [0.51, 0.50])]
-    assert added(worse) == ["distilled added nothing: -1.0 ± 0.0 points against its starting set (real images with the same "
-                            "soft labels)"]  # fmt: skip
+    assert added(worse) == ["distilled added nothing: -1.0 ± 0.0 points against its starting set, which has the same "
+                            "kind of labels"]  # fmt: skip
     equal = [*measured("distilled", [0.5]), *measured("initial", [0.50001])]
     assert added(equal)[0].startswith("distilled added nothing: +0.0 points")
     unsure = [*measured("distilled", [0.50, 0.54]), *measured("initial", [0.50, 0.50])]
     assert added(unsure) == ["distilled added +2.0 ± 2.0 points over its starting set, less than two standard errors"]
     assert added(measured("distilled", [0.5])) == []
+
+
+def test_the_reference_has_the_same_kind_of_labels():
+    def rows(labels):
+        return [r for s, of, at in (("distilled", labels, 0.6), ("random", "hard", 0.3), ("random-soft", "soft", 0.5))
+                for r in measured(s, [at], settings={"epochs": 1, "labels": of})]  # fmt: skip
+
+    assert [gain.reference for gain in gains(rows("hard"))] == ["random"]
+    assert [gain.reference for gain in gains(rows("soft"))] == ["random-soft"]
+    assert not_compared(rows("hard")) == [] == not_compared(rows("soft"))
+
+
+def test_runs_that_were_trained_differently_are_said_to_be():
+    ours, theirs = (measured("distilled", [0.5], settings={"epochs": 1, "network": {"width": w}}) for w in (8, 32))
+    assert [(figure, changed) for _, figure, _, changed in differences(ours, theirs)] == [
+        ("overall", ["network"]), ("tail", ["network"])]  # fmt: skip
+    assert [changed for *_, changed in differences(ours, ours)] == [[], []]
 
 
 def test_networks_on_other_images_or_of_another_protocol_are_no_pairs():
@@ -208,7 +225,7 @@ def test_networks_on_other_images_or_of_another_protocol_are_no_pairs():
         ]
         assert bool(gains(rows)) == pair and [c for _, _, c in not_compared(rows)] == ([] if pair else [[changed]])
         assert (
-            any(f"are not compared in pairs: their {changed} differ" in n for n in tables.protocol_notes(rows)) != pair
+            any(f"are not compared in pairs: their {changed} differ" in n for n in tables.unpaired_notes(rows)) != pair
         )
     chosen = [measured(s, [0.5], settings={**settings, "epochs": n, "chosen": "on validation images"}) for s, n in
               (("distilled", 5), ("initial", 9))]  # fmt: skip

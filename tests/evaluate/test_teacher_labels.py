@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,6 +192,28 @@ def test_a_run_measures_them_and_an_imported_set_has_no_experts_for_them(pipelin
     ]
 
 
+def test_fewer_teachers_of_an_imported_set(pipeline_of):
+    pipeline = pipeline_of(evaluate={"teachers": 1})
+    pipeline.distill()
+    whole = DistilledSet.load(pipeline.run.distilled)
+    whole.meta = replace(whole.meta, method="imported")
+    with pipeline.run.publish_folder(pipeline.run.distilled) as folder:
+        whole.write(folder)
+    assert len(whole.teachers.weights) > 1
+    images = whole.images
+    first = Labeller(whole.teachers.model, whole.teachers.shape, whole.teachers.weights[:1], whole.teachers.temperature)
+    assert torch.equal(set_of(pipeline, "distilled-teacher").label_views(images), first(images))
+    (row, *_) = planned_rows(pipeline.recipe, pipeline.data, pipeline.run, "teachers")
+    assert (
+        "1 teachers that came with the set" in row["settings"]["labelled_by"]
+        and row["keeps"]["teachers"] == first.bytes
+    )
+    assert (
+        row["model"] == whole.teachers.model.model_dump()
+        and row["settings"]["network"]["width"] == whole.teachers.model.width
+    )
+
+
 def test_a_set_made_before_all_experts_were_there_is_labelled_by_the_teachers_it_carries(pipeline_of):
     pipeline = pipeline_of(buffer={"start_after": 1})
     pipeline.distill()
@@ -203,7 +227,9 @@ def test_a_set_made_before_all_experts_were_there_is_labelled_by_the_teachers_it
     for source in ("distilled-teacher", "random-teacher"):
         assert torch.equal(set_of(pipeline, source).label_views(images), first(images))
         (row, *_) = planned_rows(pipeline.recipe, pipeline.data, pipeline.run, source)
-        assert row["settings"]["labelled_by"].startswith("mean logits of 1 teachers that came with the set")
+        sums = json.loads((pipeline.run.distilled / "meta.json").read_text())["sha256"]
+        said = f"mean logits of 1 teachers that came with the set ({sums['teachers.safetensors'][:8]})"
+        assert row["settings"]["labelled_by"].startswith(said)
         assert row["keeps"]["teachers"] == first.bytes
 
 

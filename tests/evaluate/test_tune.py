@@ -71,6 +71,19 @@ def test_the_same_grid_for_all_and_the_learned_alpha_for_the_distilled_set_and_i
     assert pairs(tuned(tune_epochs=[]), "random") == [(0.01, 3), (0.2, 3)]
 
 
+def test_a_single_pair_is_taken_without_measuring(tuned):
+    pipeline = tuned(tune_lr=[0.07], tune_epochs=[2])
+    assert pairs(pipeline, "random") == [] and len(pairs(pipeline, "distilled")) == 2  # the learned alpha is another
+    for source, epochs in (("random", 2), ("random-soft", 2), ("full", pipeline.recipe.evaluate.full_epochs)):
+        (row, *_) = planned_rows(pipeline.recipe, pipeline.data, pipeline.run, source)
+        assert (row["settings"]["lr"], row["settings"]["epochs"]) == (0.07, epochs) and row["chosen_from"] == [
+            [0.07, epochs]
+        ]
+    only = tuned(tune_lr=[], tune_epochs=[2])
+    (row, *_) = planned_rows(only.recipe, only.data, only.run, "full")
+    assert "chosen" not in row["settings"] and row["settings"]["lr"] == only.recipe.evaluate.full_lr
+
+
 @pytest.mark.parametrize("source", ["random", "initial", "full"])
 def test_the_best_pair_on_held_out_images_is_taken_and_recorded(tuned, source):
     pipeline = tuned()

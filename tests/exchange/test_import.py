@@ -363,6 +363,19 @@ def test_code_in_a_pickle_is_not_run(theirs, brought, tmp_path, name, how):
     assert not (tmp_path / "proof").exists() and not (tmp_path / "run").exists()
 
 
+def test_sets_whitened_otherwise_and_superfluous_options_are_refused(theirs, brought, lad, job, tmp_path):
+    zca = ("--set", "data.whitening=zca")
+    assert brought(theirs(), *zca).exit_code == 0
+    assert lad("export", tmp_path / "run", "--to", "parquet", "--out", tmp_path / "out").exit_code == 0
+    for folder, form in ((tmp_path / "out", "parquet"), (tmp_path / "run", "set")):
+        given = ("import", job, folder, "--from", form, "--out", tmp_path / "second", *zca)
+        ended = lad(*given, "--set", "data.zca_eps=10.0")
+        assert ended.exit_code == 6 and "was whitened with data.zca_eps 0.1 where the recipe has 10.0" in ended.output
+        ended = lad(*given, "--preprocessing", "none")
+        assert ended.exit_code == 6 and "says itself how it was whitened (zca)" in ended.output
+        assert not (tmp_path / "second").exists()
+
+
 def test_a_set_that_is_there_is_kept_unless_forced(theirs, brought, lad, job, tmp_path):
     assert brought(theirs()).exit_code == 0
     assert lad("evaluate", job, "--out", tmp_path / "run").exit_code == 0
