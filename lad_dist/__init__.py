@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lad_dist.api import Run
+    from lad_dist.api import Run, change
     from lad_dist.callbacks import Callback
     from lad_dist.distilled import DistilledSet
     from lad_dist.profile import Profile
     from lad_dist.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Callback", "Profile", "Recipe", "Run", "__version__", "load"]
+__all__ = ["Callback", "Profile", "Recipe", "Run", "__version__", "change", "load"]
 
-_HOMES = {"Run": "api", "Recipe": "recipe", "Profile": "profile", "Callback": "callbacks"}
+_HOMES = {"Run": "api", "change": "api", "Recipe": "recipe", "Profile": "profile", "Callback": "callbacks"}
 
 
 def __getattr__(name: str) -> Any:

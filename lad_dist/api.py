@@ -41,6 +41,17 @@ if TYPE_CHECKING:
     from lad_dist.status.read import RunStatus
 
 
+def change(recipe: Recipe | str | Path, *sets: str) -> Recipe:
+    """Return a recipe with fields changed as ``--set`` does: ``change(recipe, "method=mtt", "distill.iterations=500")``.
+
+    ``recipe``: one, the name of a shipped one, or a file. What follows from a changed field (the presets of a method, a
+    protocol or a network) changes with it. Raises RecipeError with all faults.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe_file.from_document(recipe.model_dump(mode="json"), sets)
+    return recipe_file.load(catalog.find_job(str(recipe)).recipe, sets)
+
+
 class Run:
     """A run folder and its recipe. Made by ``open``."""
 

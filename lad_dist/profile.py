@@ -257,4 +257,5 @@ class Profile(BaseModel):
     @property
     def world(self) -> int:
         """Number of ranks that share a distillation or an evaluation."""
-        return self.ranks if self.ranks is not None else max(1, self.nodes * self.gpus_per_node)
+        gpus = 0 if self.device == "cpu" else self.nodes * self.gpus_per_node
+        return self.ranks if self.ranks is not None else max(1, gpus)

@@ -819,6 +819,13 @@ def _cross_faults(recipe: Recipe) -> list[str]:
                 faults.append(
                     f"data.{field}: must name the {field} split's file for data.dataset {recipe.data.dataset}"
                 )
+    if recipe.data.dataset in ("digits", "fashion-mnist", "cifar10", "cifar100"):  # arrays of square images
+        default = DataConfig()
+        faults += [
+            f"data.{field}: has no meaning with data.dataset {recipe.data.dataset}; remove it"
+            for field in ("train", "test", "image_column", "label_column", "fit")
+            if getattr(recipe.data, field) != getattr(default, field)
+        ]
     if (recipe.data.dataset == "custom") != (recipe.data.source is not None):
         faults.append("data.source: names the data of data.dataset custom; valid: both, or neither")
     if recipe.data.test_fraction is not None and (

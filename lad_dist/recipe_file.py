@@ -87,10 +87,14 @@ _NUMBERS = {
     "tag:yaml.org,2002:float": r"[-+]?(([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
     r"|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$",
 }
+_BOOL = "tag:yaml.org,2002:bool"  # true and false alone: on, off, yes and no are text
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (*_NUMBERS, _BOOL)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -142,14 +146,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def from_document(doc: dict[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
     """Make a recipe from a plain mapping; ``source`` names it in messages."""
-    before, protocol, network = doc.get("method"), _protocol(doc), _network(doc)
+    before, protocol, network = doc.get("method"), _protocol(doc), _section(doc, "model").get("network")
     doc, sources, faults = apply_overrides(doc, overrides)
     if "method" in sources:  # lad for an unknown one
         _forget(doc, sources, "distill", {f for m in (before, doc["method"]) for f in preset(m) or preset("lad")})
     if _protocol(doc) != protocol:
         _forget(doc, sources, "evaluate", {f for fields in PROTOCOLS.values() for f in fields})
-    if _network(doc) != network and _section(doc, "evaluate").get("architectures") == [network]:
-        _forget(doc, sources, "evaluate", ["architectures"])  # they followed the network
+    changed = network is not None and _section(doc, "model").get("network") != network
+    if changed and _section(doc, "evaluate").get("architectures") == [network]:
+        _forget(doc, sources, "evaluate", ["architectures"])  # they followed the network of a resolved recipe
+    _forget_half_a_bound(doc, sources)
     return validated(Recipe, doc, source, sources, faults)
 
 
@@ -158,8 +164,15 @@ def _section(doc: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _network(doc: dict[str, Any]) -> object:
-    return _section(doc, "model").get("network") or "convnet"
+def _forget_half_a_bound(doc: dict[str, Any], sources: dict[str, str]) -> None:
+    """Delete one of start_epoch_max_first and start_epoch_growth without the other from a resolved recipe.
+
+    Older versions accepted it, without effect, and a run folder must still open.
+    """
+    d, fields = _section(doc, "distill"), ("start_epoch_max_first", "start_epoch_growth")
+    overridden = any(f"distill.{field}" in sources for field in fields)
+    if all(field in d for field in fields) and (d[fields[0]] is None) != (d[fields[1]] == 0) and not overridden:
+        _forget(doc, sources, "distill", fields)
 
 
 def _protocol(doc: dict[str, Any]) -> object:

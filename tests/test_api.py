@@ -259,3 +259,17 @@ def test_the_names_of_the_package():
     with pytest.raises(AttributeError, match="Runn"):
         _ = lad_dist.Runn
     assert set(results.Result.__dataclass_fields__) > {"overall", "tail", "per_class"}
+
+
+def test_what_follows_from_a_changed_field_changes_with_it(tmp_path):
+    from lad_dist import Recipe, change
+
+    recipe = change("digits-lt-matching", "ipc=3")
+    assert isinstance(recipe, Recipe) and (recipe.ipc, recipe.method) == (3, "lad")
+    other = change(recipe, "method=mtt", "evaluate.protocol=rldd")
+    assert (other.distill.matching, other.distill.labels, other.ipc) == ("joint", "hard", 3)
+    assert other.evaluate.optimizer == "adamw"
+    assert change(Recipe(), "model.network=resnet18").evaluate.architectures == ("resnet18",)
+    assert change(recipe) == recipe
+    with pytest.raises(RecipeError, match=r"distill\.iteration"):
+        change(recipe, "distill.iteration=4")

@@ -17,6 +17,8 @@ from lad_dist import pipeline as pipeline_module
 from lad_dist import ranks, recipe_file, results
 from lad_dist.distilled import DistilledSet
 from lad_dist.errors import RunDirError, TrajectoryError
+from lad_dist.evaluate import tune
+from lad_dist.evaluate.measure import not_done, planned_rows
 from lad_dist.launch.chain import StageSelection, stages_left
 from lad_dist.pipeline import open_pipeline
 from lad_dist.profile import Profile
@@ -63,6 +65,7 @@ def test_more_iterations_go_on_and_equal_a_run_of_as_many(pipeline_of, grown, op
         {"protocol": "rldd"},
         {"batch": 9},
         {"norm": "batch"},
+        {"label_adjustment": "adsa"},
     ):  # what is measured otherwise is not done
         asked = first.recipe.model_dump(mode="json")
         asked["evaluate"] |= other
@@ -93,6 +96,34 @@ def test_more_iterations_go_on_and_equal_a_run_of_as_many(pipeline_of, grown, op
     assert evaluated.count("distilled") == 2 * more.recipe.evaluate.seeds
     assert evaluated.count("full") == more.recipe.evaluate.seeds
     assert stages_left(more.recipe, more.run, STAGES) == [] and read_status(more.run.root).finished
+
+
+def test_what_slurm_counts_as_done_is_what_is_done_here(pipeline_of, monkeypatch):
+    """The chain compares settings without data or experts; it must not differ from the evaluation itself."""
+    fields = {"data": {"validation_per_class": 2, "n_max": 20, "imbalance_factor": 5}}
+    teachers = ["random-teacher", "teachers", "random-stored", "random-soft"]
+    first = pipeline_of("run", **fields, evaluate={"seeds": 1, "baselines": teachers})
+    first.all()
+    for change in (
+        {}, {"tune_lr": (0.01, 0.1)}, {"tune_lr": (0.05,)}, {"tune_epochs": (2,)}, {"teachers": 1}, {"stored_views": 3},
+        {"cutmix": 0.5, "augmentation": "randaugment"}, {"teachers_from": str(first.run.root)}, {"norm": "batch"},
+    ):  # fmt: skip
+        asked = first.recipe.model_copy(update={"evaluate": first.recipe.evaluate.model_copy(update=change)})
+        here = [
+            row["source"]
+            for source in results.wanted(asked, first.run)
+            if source != "teachers" or change.keys() & {"teachers", "teachers_from"}
+            for row in (planned_rows if not tune.asked(asked, source) else no_rows)(
+                asked, first.data, first.run, source
+            )
+            if not_done(first.run, [row])
+        ]
+        tuned = any(tune.asked(asked, source) for source in results.wanted(asked, first.run))
+        assert bool(stages_left(asked, first.run, STAGES)) == bool(here or tuned), change
+
+
+def no_rows(*_):
+    return []
 
 
 def test_a_growing_run_keeps_its_set_until_there_is_a_larger_one(pipeline_of, grown, monkeypatch):

@@ -55,10 +55,14 @@ def blocks() -> list[str]:
 def test_the_blocks_of_the_page_run_one_after_the_other(tmp_path):
     pytest.importorskip("tensorboard", reason="a block writes for TensorBoard, which is not installed")
     first, profile, callback, teachers, data = blocks()
-    small = ('"n_max": 120}', '"n_max": 20}, "model": {"width": 4, "depth": 2}, "experts": {"count": 1, "epochs": 3, '
-             '"classifier_epochs": 2, "epochs_per_part": 9}, "distill": {"iterations": 3, "student_steps": 2, '
-             '"student_steps_classifier": 2, "start_epoch_max": 1, "lr_images": 0.1, "lr_alpha": 0}, '
-             '"evaluate": {"seeds": 1, "epochs": 2, "full_epochs": 1}')  # fmt: skip
+    less = (
+        "experts.count=1", "experts.epochs=3", "experts.classifier_epochs=2", "experts.epochs_per_part=9", "distill.iterations=3",
+        "distill.regression_epoch_max=3", "evaluate.seeds=1", "evaluate.epochs=2", "evaluate.full_epochs=1",
+    )  # fmt: skip
+    small = (
+        'Run.open("runs/mine", "digits-lt")',
+        f'Run.open("runs/mine", __import__("lad_dist").change("digits-lt", *{less}))',
+    )
     assert small[0] in first
     said = executed("\n".join([first.replace(*small), profile, callback, teachers, "print(tuple(p.shape))"]), tmp_path)
     assert "distilled convnet 0 " in said and "report/index.html" in said

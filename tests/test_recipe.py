@@ -144,6 +144,31 @@ def test_another_network_replaces_the_students_that_followed_the_old_one(tmp_pat
     assert saved(Recipe(), "model.network=resnet18", "evaluate.architectures=[convnet]") == ("convnet",)
     both = Recipe.model_validate({"evaluate": {"architectures": ["convnet", "vgg11"]}})
     assert saved(both, "model.network=resnet18") == ("convnet", "vgg11")
+    own = recipe_file.from_document({"evaluate": {"architectures": ["convnet"]}}, ["model.network=mlp"])
+    assert own.evaluate.architectures == ("convnet",)  # set by its author
+
+
+def test_on_and_off_are_words():
+    assert recipe_file.from_document({}, ["evaluate.together=on"]).evaluate.together == "on"
+    found = recipe_file.parse_yaml("fleet: off\nyes: true\nno: False", "here")
+    assert found == {"fleet": "off", "yes": True, "no": False}
+    assert recipe_file.parse_yaml(recipe_file.dump(Recipe(name="on")), "here")["name"] == "on"
+
+
+@pytest.mark.parametrize("field", ["train", "test", "image_column", "label_column", "fit"])
+def test_arrays_have_no_files_and_columns(field):
+    value = "center-crop" if field == "fit" else "x"
+    with pytest.raises(RecipeError, match=rf"data\.{field}: has no meaning with data\.dataset digits"):
+        recipe_file.from_document({"data": {"dataset": "digits", field: value}})
+
+
+def test_a_resolved_recipe_of_an_older_version_still_opens():
+    doc = Recipe().model_dump(mode="json")
+    for half in ({"start_epoch_growth": 9}, {"start_epoch_max_first": 5}):
+        found = recipe_file.from_document({**doc, "distill": {**doc["distill"], **half}}).distill
+        assert (found.start_epoch_max_first, found.start_epoch_growth) == (None, 0)
+    with pytest.raises(RecipeError, match="valid: both, or neither"):
+        recipe_file.from_document(doc, ["distill.start_epoch_growth=9"])
 
 
 @pytest.mark.parametrize("fields", [{"start_epoch_max_first": 5}, {"start_epoch_growth": 5}])

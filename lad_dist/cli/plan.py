@@ -36,6 +36,8 @@ def plan(
     from lad_dist.plan.estimate import make_plan
     from lad_dist.plan.resources import resources_of
 
+    if gpu is not None and asked.device == "cpu":
+        raise RecipeError(f"--gpu {gpu}: plans for a GPU; valid: without --device cpu")
     recipe, profile = asked.recipe(), asked.profile(ranks=ranks)
     with as_exceptions():
         device = None if gpu is not None else _device_here(profile)

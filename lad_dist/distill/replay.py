@@ -120,10 +120,11 @@ class ReplayRecord:
     def check_continues(self, into: RunDir, done: int) -> None:
         """Raise RunDirError if the ``done`` iterations in ``into`` were not distilled according to this record."""
         own = _course(read_events(into.events))
-        same = [own.experts == self.experts, *(own.windows.get(i) == self.windows[i] for i in range(done))]
+        started = None in (own.start, self.start) or own.start == self.start
+        same = [own.experts == self.experts and started, *(own.windows.get(i) == self.windows[i] for i in range(done))]
         if not all(same):
             other = same.index(False)
-            what = f"iteration {other}" if other else "its initial set"
+            what = f"iteration {other}" if other else "its initial set"  # of other experts, or from another set
             raise RunDirError(
                 f"{into.distill_checkpoint}: was not distilled as {self.run} was: {what} used other experts or windows; "
                 "remove it to replay from the start, or choose another --out"

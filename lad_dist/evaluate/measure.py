@@ -143,6 +143,10 @@ def planned_rows(recipe: Recipe, data: PreparedData, run: RunDir, source: Source
         own = {"model": model.model_dump()}
     for architecture in dict.fromkeys(name for name, _ in networks):
         settings = {**common["settings"], "network": _network_settings(recipe, architecture, model)}
+        if source == results.TEACHERS:
+            named = {} if model.network == architecture else {"network": model.network}
+            of = _network_settings(recipe, model.network, model)
+            settings["network"] = named | {name: value for name, value in of.items() if name != "norm"}
         rule = {"lr_rule": common["lr_rule"]}
         mine = [row for row in candidates if row["architecture"] == architecture]
         if tuned:

@@ -134,7 +134,7 @@ def description(recipe: Recipe, data: PreparedData, run: RunDir, source: Source)
         "ipc": None if of_everything(source) or source == results.TEACHERS else recipe.ipc,
         "set_id": _set_id(recipe, run, source),
         "lr_rule": _lr_rule(recipe, source),
-        "settings": settings.document() | {"labels": _labels(source, distilled)},
+        "settings": settings.document() | {"labels": labels_of(source, distilled)},
         "label_adjustment": "adsa" if results.labels_adjusted(source) else "none",
         "keeps": keeps(recipe, data, run, source),
     }
@@ -170,7 +170,7 @@ def keeps(recipe: Recipe, data: PreparedData, run: RunDir, source: Source) -> di
     if results.labels_stored(source):
         return kept | {"labels": 4 * count * data.classes * recipe.evaluate.stored_views}
     distilled = load_distilled(recipe, data, run) if of_distilled(source) else None
-    return kept | ({"labels": 4 * count * data.classes} if _labels(source, distilled) != "hard" else {})
+    return kept | ({"labels": 4 * count * data.classes} if labels_of(source, distilled) != "hard" else {})
 
 
 def training_set(recipe: Recipe, data: PreparedData, run: RunDir, source: Source, seed: int | str) -> TrainingSet:
@@ -341,7 +341,7 @@ def _lr_rule(recipe: Recipe, source: Source) -> str:
     return "the learned alpha" if of_distilled(source) else "distill.alpha"
 
 
-def _labels(source: Source, distilled: DistilledSet | None) -> str:
+def labels_of(source: Source, distilled: DistilledSet | None) -> str:
     """Return the kind of a source's labels; ``distilled``: the set whose images it has, which may have hard ones."""
     if results.labelled_online(source):
         return "teacher"

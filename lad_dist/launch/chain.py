@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lad_dist import results
 from lad_dist.errors import RecipeError
 from lad_dist.launch.job import Order
 from lad_dist.profile import DistillOnSlurm, EvaluateOnSlurm, ExpertsOnSlurm, Option, Profile, SlurmConfig, StageOnSlurm
-from lad_dist.recipe import Recipe
+from lad_dist.recipe import MOST_TEACHERS, Recipe
 from lad_dist.rundir import STAGES, RunDir
 from lad_dist.slurm_jobs import SlurmJob
+
+if TYPE_CHECKING:
+    from lad_dist.distilled import DistilledSet
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str], buffer: Path
     from lad_dist.distilled import DistilledSet
 
     left = []
-    made = DistilledSet.load(run.distilled).meta if run.distilled.exists() else None
+    whole = DistilledSet.load(run.distilled) if run.distilled.exists() else None
+    made = None if whole is None else whole.meta
     if not (made is not None and made.imported) and experts_left(
         recipe, run.trajectories if buffer is None else buffer
     ):
@@ -74,7 +79,9 @@ def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str], buffer: Path
     if made is None or made.grows_into(recipe):
         left.append("distill")
     measured = {
-        (row["source"], row["architecture"], row["seed"]) for row in results.read(run.results) if _as_asked(recipe, row)
+        (row["source"], row["architecture"], row["seed"])
+        for row in results.read(run.results)
+        if _as_asked(recipe, row, whole)
     }
     if "distill" in left or not _networks(recipe, results.wanted(recipe, run)) <= measured:
         left.append("evaluate")
@@ -92,21 +99,43 @@ def experts_left(recipe: Recipe, trajectories: Path | str) -> list[int]:
     return sorted(set(experts) - set(buffer.complete(recipe.experts.last_epochs, experts)))
 
 
-def _as_asked(recipe: Recipe, row: results.Row) -> bool:
-    """Return whether a row was measured with the recipe's settings, as far as they are known without data and experts."""
+def _as_asked(recipe: Recipe, row: results.Row, whole: DistilledSet | None) -> bool:
+    """Return whether a row was measured with the recipe's settings, as far as they are known without data and experts.
+
+    ``whole``: the run's distilled set.
+    """
+    from lad_dist.evaluate import tune
     from lad_dist.evaluate.measure import settings_in
-    from lad_dist.evaluate.sources import settings_with
+    from lad_dist.evaluate.sources import labels_of, settings_with
 
     try:
         said = settings_in(row)
     except (KeyError, TypeError, ValueError):
         return False
-    e, wanted = recipe.evaluate, settings_with(recipe, row["source"], said.lr)
-    if e.tune_lr or e.tune_epochs:  # chosen by the evaluation
+    source, e = str(row["source"]), recipe.evaluate
+    wanted, tuned = settings_with(recipe, source, said.lr), tune.asked(recipe, source)
+    if tuned:  # chosen by the evaluation
         wanted = replace(wanted, lr=said.lr, epochs=said.epochs)
-    other = {"norm": e.norm, "stored_views": e.stored_views}
     told = {**row["settings"].get("network", {}), **row["settings"]}
-    return row["split"] == e.split and said == wanted and all(told.get(k, v) == v for k, v in other.items())
+    other = {"norm": e.norm, "stored_views": e.stored_views, "labels": labels_of(source, whole)}
+    alike = all(told.get(k, v) == v for k, v in other.items()) and ("chosen" in told) == tuned
+    if results.labels_stored(source) and wanted.cutmix:
+        alike = alike and "mixed" in told
+    return row["split"] == e.split and said == wanted and alike and _by_these(recipe, told.get("labelled_by"), source)
+
+
+def _by_these(recipe: Recipe, labelled_by: str | None, source: str) -> bool:
+    """Return whether a row's teachers are of the run that the recipe names and, of its own, as many as it asks for."""
+    e = recipe.evaluate
+    if labelled_by is None or not results.uses_experts(source):
+        return True
+    other = re.search(r" of (.+) \([0-9a-f]{8}\), epoch", labelled_by)
+    named = None if e.teachers_from is None else Path(e.teachers_from).expanduser().name
+    count = re.match(r"mean logits of (\d+) ", labelled_by)
+    own = named is None and "came with the set" not in labelled_by and not results.labelled_by_experts(source)
+    expected = min(recipe.experts.count, MOST_TEACHERS if e.teachers is None else e.teachers)
+    as_many = not own or count is None or int(count[1]) == expected
+    return (None if other is None else other[1]) == named and as_many
 
 
 def _networks(recipe: Recipe, sources: Sequence[str]) -> set[tuple[str, str, int]]:
@@ -152,7 +181,7 @@ def request(
         count = 1 if fleet else min(nodes, recipe.experts.count)
         nodes = nodes if fleet else 1
     elif isinstance(own, EvaluateOnSlurm):
-        asked = question or Question(("distilled", *recipe.evaluate.baselines), recipe)
+        asked = question or Question(tuple(results.asked(recipe)), recipe)
         jobs = own.jobs if question is None else profile.ranks or own.jobs
         count, nodes = min(jobs, len(_networks(asked.recipe, asked.sources))), 1
         gpus = min(gpus, 1) if own.gpus_per_node is None else gpus

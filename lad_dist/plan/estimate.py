@@ -33,7 +33,7 @@ from lad_dist.plan.scaling import (
 from lad_dist.plan.shapes import Shapes
 from lad_dist.plan.units import duration, size
 from lad_dist.recipe import MOST_TEACHERS, SET_PHASES, Recipe
-from lad_dist.results import TEACHERS, WHOLE, base_source, labelled_online
+from lad_dist.results import TEACHERS, WHOLE, asked, base_source, labelled_online
 
 if TYPE_CHECKING:
     import torch
@@ -174,8 +174,10 @@ def choose_path(recipe: Recipe, shapes: Shapes, free: int, batches: Batches) -> 
     if d.gradient != "auto":
         path = "recompute" if d.gradient == "captured" else d.gradient  # the same work and memory
         return path, f"distill.gradient is {d.gradient}"
-    needed = memory.auto_bytes(shapes, batches, d.student_steps)
-    return fitting_path(d, d.student_steps, needed, free)
+    if not recipe.matching_phases:
+        return "keep", f"no student is trained in the {recipe.phases[0]} phase"
+    steps = d.student_steps if "representation" in recipe.matching_phases else d.student_steps_classifier
+    return fitting_path(d, steps, memory.auto_bytes(shapes, batches, steps), free)
 
 
 def _needs(recipe: Recipe, info: DatasetInfo, shapes: Shapes, resources: Resources, batches: Batches) -> list[Need]:
@@ -412,12 +414,12 @@ class _Times:
         sources: list[tuple[str, float, str]] = []
         select = self.recipe.distill
         if select.select != "last":
-            candidates = select.iterations // select.select_every
+            candidates = math.ceil(select.iterations / select.select_every)  # the last set is one
             sources.append(("select", candidates * each, f"{candidates} candidates, {e.epochs} epochs each"))
         epochs, most = e.epochs, ""
         if e.tune_epochs:  # the choice is not known yet
             epochs, most = max(e.tune_epochs), "at most "
-        for source in dict.fromkeys(("distilled", *e.baselines)):
+        for source in asked(self.recipe):
             if source == TEACHERS:  # trains nothing
                 continue
             whole = source in WHOLE

@@ -121,10 +121,16 @@ _KEY = ("source", "architecture", "seed")
 _ONLY_IN_ROWS = ("confusion", "confusion_pairs")  # K x K numbers, or three for every pair that occurs
 
 
+def asked(recipe: Recipe) -> list[str]:
+    """Return the sources that a recipe asks for, whatever the run has, in their order."""
+    e = recipe.evaluate
+    adjusted = ["distilled-adsa"] if e.label_adjustment == "adsa" else []
+    return list(dict.fromkeys(["distilled", *adjusted, *e.baselines]))
+
+
 def wanted(recipe: Recipe, run: RunDir) -> list[str]:
     """Return the sources that ``lad-dist run`` measures, in its order."""
     e = recipe.evaluate
-    sources = ["distilled", *(["distilled-adsa"] if e.label_adjustment == "adsa" else []), *e.baselines]
     imported = is_imported(run)  # no known initialisation, and no expert of its own to label images
     experts = not imported or e.teachers_from is not None
     left_out = ("initial",) if imported or _without_start(run.distilled / "tensors.safetensors") else ()
@@ -133,11 +139,7 @@ def wanted(recipe: Recipe, run: RunDir) -> list[str]:
         if (run.distilled / "teachers.safetensors").is_file()
         else ()
     )
-    return [
-        s
-        for s in dict.fromkeys(sources)
-        if base_source(s) not in left_out and (experts or s in own or not uses_experts(s))
-    ]
+    return [s for s in asked(recipe) if base_source(s) not in left_out and (experts or s in own or not uses_experts(s))]
 
 
 def labelled_by_experts(source: Source) -> bool:

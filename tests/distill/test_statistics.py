@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +13,11 @@ import torch.nn.functional as F
 from lad_dist.distill import statistics
 from lad_dist.distill.crops import _in_rounds, best_crops
 from lad_dist.distill.loop import Distillation
+from lad_dist.distill.replay import ReplayRecord
 from lad_dist.distill.start import DataFacts
 from lad_dist.distill.student import Batch, Student, SyntheticSet
 from lad_dist.distilled import DistilledSet
-from lad_dist.errors import DistilledError, Interrupted, RecipeError
+from lad_dist.errors import DistilledError, Interrupted, RecipeError, RunDirError
 from lad_dist.evaluate.measure import planned_rows
 from lad_dist.models import functional
 from lad_dist.models.convnet import build, flat_parameters
@@ -227,7 +231,7 @@ def test_two_ranks_make_the_set_of_one(pipeline_of):
     torch.testing.assert_close(ours.label_logits, theirs.label_logits, rtol=1e-4, atol=1e-4)
 
 
-def test_it_starts_from_another_set(pipeline_of):
+def test_it_starts_from_another_set(pipeline_of, monkeypatch):
     lad = pipeline_of("lad")
     lad.distill()
     for start in (lad.run.root, lad.run.distilled):
@@ -238,6 +242,7 @@ def test_it_starts_from_another_set(pipeline_of):
         assert torch.equal(ours.initial_label_logits, theirs.label_logits)
     again = pipeline_of("again", method="aligned", distill={**ALIGNED, "initial_from": str(lad.run.distilled)})
     again.distill(hybrid.run.root)
+    made_record = ReplayRecord.read(hybrid.run.root, again.recipe, again.run)
     assert bytes_of(again) == bytes_of(hybrid)
     lad.run.distilled.rename(lad.run.root / "before")
     with lad.run.publish_folder(lad.run.distilled) as folder:
@@ -246,6 +251,12 @@ def test_it_starts_from_another_set(pipeline_of):
         made.write(folder)
     other = pipeline_of("another", method="aligned", distill={**ALIGNED, "initial_from": str(lad.run.distilled)})
     with pytest.raises(DistilledError, match=r"is not the set that .* started from"):
+        other.distill(hybrid.run.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(ReplayRecord, "read", classmethod(lambda cls, *_: replace(made_record, start=None)))
+        other.distill(hybrid.run.root)
+    shutil.rmtree(other.run.distilled)
+    with pytest.raises(RunDirError, match="its initial set"):
         other.distill(hybrid.run.root)
     for said, changes in {
         "has 2 images per class; valid: a set of ipc 1": {"ipc": 1},

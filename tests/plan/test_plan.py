@@ -81,6 +81,19 @@ def test_what_auto_will_pick_is_what_fits():
     assert planned(CIFAR, "--gpu", "a100", "--ranks", "8")["path"] == "keep", "a rank holds an eighth"
 
 
+def test_where_no_student_is_trained_there_are_no_graphs():
+    made = planned("digits-lt", "--gpu", "h100", "--set", "distill.student_steps=100000")
+    assert made["path"] == "keep" and made["why"] == "no student is trained in the regression phase"
+    made = planned("digits-lt-matching", "--set", "distill.lambda_representation=0", "--set", "distill.student_steps=80",
+                   "--set", "distill.student_steps_classifier=2")  # fmt: skip
+    assert "the graphs of 2 steps" in made["why"]
+
+
+def test_a_gpu_to_plan_for_is_not_a_cpu():
+    ended = lad("digits-lt", "--gpu", "h100", "--device", "cpu")
+    assert "valid: without --device cpu" in f"{ended.output}{ended.exception}"
+
+
 def test_auto_is_told_the_same_as_the_distillation_will_be(small_recipe, pipeline_of):
     from lad_dist.distill.memory import step_bytes
     from lad_dist.distill.student import Batch, Phase, Student, SyntheticSet
@@ -280,6 +293,11 @@ def test_every_source_and_every_choice_of_a_schedule_is_in_the_plan():
         durations = planned("digits-lt", *options)["durations"]
         return {d["what"]: d["seconds"] for d in durations if d["stage"] == "evaluate"}
 
+    adjusted = evaluation("evaluate.label_adjustment=adsa")
+    assert "distilled-adsa" in adjusted
+    chosen = evaluation("data.validation_per_class=5", "data.n_max=100", "distill.select=validation",
+                        "distill.select_every=300", "distill.iterations=400")  # fmt: skip
+    assert chosen["select"] == pytest.approx(2 * chosen["distilled"] / 5, rel=0.01)  # the last set is one; five seeds
     fixed = evaluation()
     assert list(fixed) == ["distilled", "initial", "random-soft", "random", "full"]
     several = evaluation("evaluate.architectures=[convnet,vgg11]")
