@@ -329,7 +329,7 @@ def main() -> None:
         f"# {recipe.name}: images x labels\n\n{machines}, {args.workers} command{'s' * (args.workers > 1)} of one thread "
         f"at a time; command: `python benchmarks/{shown}`.\nPercent; mean over seeds (each the mean of its networks) ± the "
         "standard deviation over seeds; head, medium and tail\nare thirds of the classes by training count. Last epoch, test set. "
-        f"Teachers: the experts of {recipe.name}, for all rows; LAD's images are of the recipe {args.lad}, students of {recipe.name}."
+        f"Teachers and students are of {recipe.name} in all rows, LAD's images of {args.lad}."
         f"\n\n{table(args)}\n\n{costs(args)}\n"
     )
     print(text)
