@@ -351,8 +351,3 @@ def test_a_profile_of_gpus_has_one_rank_on_the_cpu():
     assert Profile(nodes=2, gpus_per_node=4).world == Profile(device="cuda", nodes=2, gpus_per_node=4).world == 8
     assert Profile(device="cpu", nodes=2, gpus_per_node=4).world == 1
     assert Profile(device="cpu", gpus_per_node=4, ranks=3).world == 3
-
-
-def test_evaluate_takes_its_sources_from_baseline_alone(tmp_path):
-    ended = lad("evaluate", "digits-lt", "--out", str(tmp_path / "run"), "--set", "evaluate.baselines=[herding]")
-    assert "valid: --baseline SOURCE" in f"{ended.output}{ended.exception}"

@@ -114,7 +114,6 @@ def evaluate(
 
     The run's own recipe stays unchanged, whatever is asked here; its report is rewritten, if it has one.
     """
-    from lad_dist.errors import RecipeError
     from lad_dist.launch.chain import Question, StageSelection
     from lad_dist.results import check_source
 
