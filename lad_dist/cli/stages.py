@@ -120,10 +120,6 @@ def evaluate(
     sources = tuple(dict.fromkeys(map(check_source, baseline))) if baseline else ("distilled",)
     more = [] if arch is None else [f"evaluate.architectures=[{arch}]"]
     more += [] if seeds is None else [f"evaluate.seeds={seeds}"]
-    if any(option.partition("=")[0].strip() == "evaluate.baselines" for option in asked.sets or ()):
-        raise RecipeError(
-            "--set evaluate.baselines: `evaluate` measures what --baseline names; valid: --baseline SOURCE"
-        )
     in_this_way = asked.recipe(more)
     wanted = StageSelection(("evaluate",), again=True, question=Question(sources, in_this_way))
     _print_results(_execute(asked, [lambda p: p.ask(in_this_way, sources)], wanted, wait=wait, ranks=ranks))
