@@ -121,6 +121,9 @@ def test_scores_of_a_run_need_the_networks_that_they_compare():
     assert scores(rows) == {"convnet": {"LRS": pytest.approx(label_robust_score(0.9, 0.6, 0.7, 0.5))}}
     rows += [row("distilled-plain", 0.4), row("random-plain", 0.2), row("random-soft-plain", 0.3)]
     assert scores(rows)["convnet"]["ARS"] == pytest.approx(augmentation_robust_score(0.7, 0.5, 0.4, 0.3))
+    for of in rows:
+        of["settings"] = {"epochs": 60 if of["source"] == "random-soft" else 2}
+    assert scores(rows) == {}  # networks that were trained otherwise
 
 
 def test_a_run_prints_its_scores_and_trains_plain_sets_without_augmentation(pipeline_of):
