@@ -111,10 +111,8 @@ def options(args: argparse.Namespace, cell: Cell) -> list[str]:
 
 def execute(args: argparse.Namespace, cell: Cell, verb: str, more: list[str]) -> None:
     """Run one command of a cell; its output goes to a log beside its folder."""
-    log, began = (
-        args.out / f"{'-'.join([cell.name, verb, *(m for m in more if m[0] not in '-/')])}.log",
-        time.monotonic(),
-    )
+    words = [cell.name, verb, *(m for m in more if m[0] not in "-/")]
+    log, began = args.out / f"{'-'.join(words)}.log", time.monotonic()
     given = options(args, cell) + (["--fleet", "off"] if verb == "experts" else [])
     with log.open("a") as file:
         code = subprocess.run(
@@ -315,10 +313,8 @@ def main() -> None:
     args.ipc, args.network = args.ipc or [recipe.ipc], recipe.model.network
     args.out = (args.out or Path("runs/families") / recipe.name).absolute()
     args.out.mkdir(parents=True, exist_ok=True)
-    wanted = {k for k in ("aligned", "theirs", "hybrid") if sources(args, k)}
-    kinds = [
-        k for k in ("aligned", "lad", "hybrid", "theirs") if k in wanted | ({"lad"} if wanted != {"aligned"} else set())
-    ]
+    kinds = [k for k in ("aligned", "hybrid", "theirs") if sources(args, k)]
+    kinds += ["lad"] if {"hybrid", "theirs"} & {*kinds} else []
     if not args.report_only:
         work(args, kinds)
     file = args.out / MACHINE

@@ -124,9 +124,9 @@ class ReplayRecord:
         same = [own.experts == self.experts and started, *(own.windows.get(i) == self.windows[i] for i in range(done))]
         if not all(same):
             other = same.index(False)
-            what = f"iteration {other}" if other else "its initial set"  # of other experts, or from another set
+            what = f"iteration {other} used other experts or windows" if other else "its initial set is another"
             raise RunDirError(
-                f"{into.distill_checkpoint}: was not distilled as {self.run} was: {what} used other experts or windows; "
+                f"{into.distill_checkpoint}: was not distilled as {self.run} was: {what}; "
                 "remove it to replay from the start, or choose another --out"
             )
 

@@ -46,10 +46,10 @@ class StoredViews:
         """Mix the views in random batches, as training mixes its own."""
         e, count = self._recipe.evaluate, self._images.count
         draws = rng(self._recipe.seed, "evaluate", "stored", self._seed, view, "mix")
-        for rows in torch.from_numpy(draws.permutation(count)).split(e.batch) if e.cutmix else ():
-            mixed = draw_mix(draws, e.cutmix, 0.0, len(rows), views_SCHH.shape[2])
+        order = torch.from_numpy(draws.permutation(count)).to(views_SCHH.device)
+        for rows in order.split(e.batch):
+            mixed = draw_mix(draws, e.cutmix, 0.0, len(rows), views_SCHH.shape[2])  # None without CutMix
             if mixed is not None:
-                rows = rows.to(views_SCHH.device)
                 views_SCHH[rows] = mix(views_SCHH[rows], mixed)
                 classes_SK[rows] = mix_labels(classes_SK[rows], mixed)
         return views_SCHH, classes_SK

@@ -72,9 +72,8 @@ def stages_left(recipe: Recipe, run: RunDir, wanted: Sequence[str], buffer: Path
     left = []
     whole = DistilledSet.load(run.distilled) if run.distilled.exists() else None
     made = None if whole is None else whole.meta
-    if not (made is not None and made.imported) and experts_left(
-        recipe, run.trajectories if buffer is None else buffer
-    ):
+    imported = made is not None and made.imported
+    if not imported and experts_left(recipe, run.trajectories if buffer is None else buffer):
         left.append("experts")
     if made is None or made.grows_into(recipe):
         left.append("distill")

@@ -124,17 +124,21 @@ def gains(rows: Sequence[Row]) -> list[Gain]:
 def not_compared(rows: Sequence[Row]) -> list[tuple[str, str, list[str]]]:
     """Return (source, reference, settings that differ) of the distilled set and references that make no pair."""
     pairs = ((source, reference, unlike(pair)) for _, source, reference, pair in _with_references(rows))
-    return [(source, reference, changed) for source, reference, changed in pairs if changed and "labels" not in changed]
+    return [(source, reference, changed) for source, reference, changed in pairs if changed]
 
 
 def _with_references(rows: Sequence[Row]) -> Iterator[tuple[str, str, str, list[Row]]]:
-    """Yield (architecture, source, reference, rows of both) where both were measured, on the same split and images."""
+    """Yield (architecture, source, reference, rows of both) where both were measured.
+
+    Both have the same kind of labels, split and images.
+    """
     same: list[Row] = of_one_way(rows)  # type: ignore[arg-type, assignment]
     for architecture in dict.fromkeys(row["architecture"] for row in same):
         for reference, source in REFERENCES.items():
             pair = [r for r in same if r["source"] in (source, reference) and r["architecture"] == architecture]
             both = {r["source"] for r in pair} == {source, reference}
-            if reference == "random" and any((r.get("settings") or {}).get("labels") != "hard" for r in pair):
+            kinds = {(r.get("settings") or {}).get("labels") for r in pair}
+            if len(kinds) > 1 or (reference == "random" and kinds != {"hard"}):  # old rows do not say which
                 continue
             if both and len({(r.get("split"), images_of(r)) for r in pair}) == 1:
                 yield architecture, source, reference, pair

@@ -142,7 +142,7 @@ def test_what_was_begun_otherwise_is_not_continued_as_a_replay(killed, replaying
         fail_at(patch, 3, Interrupted("stop"))
         with pytest.raises(Interrupted):
             pipeline.distill()
-    with pytest.raises(RunDirError, match="its initial set used other experts or windows; remove it"):
+    with pytest.raises(RunDirError, match="its initial set is another; remove it"):
         pipeline.distill(replay=killed.run.root)
 
 
